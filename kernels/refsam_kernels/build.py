@@ -1,0 +1,356 @@
+"""Compiles the kernel libraries: `setup.py` runs this during installation, `python -m refsam_kernels.build` later.
+
+Nothing here imports torch: its headers and libraries are found by path, and the libraries use its stable ABI (torch's
+documentation, "LibTorch Stable ABI"), so one file serves every torch from 2.10 on and every Python. Two libraries come out,
+`_C_cpu.so` and `_C_cuda.so`; they are separate because the CUDA one cannot be loaded by a torch without CUDA.
+
+`REFSAM_BUILD_CUDA` 1 demands the CUDA library, 0 forbids it, unset builds it where torch has CUDA and nvcc is found.
+`TORCH_CUDA_ARCH_LIST`, `CUDA_HOME` and `CXX` are honoured. ninja and ccache are used if present.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+REPORT = "_build.json"
+OLDEST_TORCH = (2, 10)
+TARGET_VERSION = "0x020a000000000000"  # torch 2.10, as torch/csrc/stable/version.h spells it
+DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
+
+
+class BuildError(RuntimeError):
+    """A library that was asked for by name could not be built."""
+
+
+class LeftOut(Exception):
+    """Why a library is not built here, in one line."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """The torch of the target environment, found without importing it."""
+
+    root: Path
+    version: str
+    has_cuda: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a build: `command` makes `output` from `inputs`; a compiler lists headers in `depfile`."""
+
+    output: Path
+    inputs: tuple[Path, ...]
+    command: tuple[str, ...]
+    depfile: Path | None = None
+
+    @property
+    def log(self) -> Path:
+        """Where the command's messages go, kept so that an unchanged object still has them."""
+        return self.output.with_suffix(".log")
+
+    @property
+    def shell_line(self) -> str:
+        """The command for a POSIX shell, messages to the log, which is shown if it fails."""
+        log = shlex.quote(str(self.log))
+        return f"{shlex.join(self.command)} > {log} 2>&1 || {{ cat {log}; exit 1; }}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one library is built: objects in any order, then the link."""
+
+    library: str
+    compile: tuple[Step, ...]
+    link: Step
+    toolchain: dict[str, str]
+
+
+@dataclass(frozen=True)
+class KernelResources:
+    """What ptxas reports of one kernel on one architecture; spills in bytes per thread."""
+
+    kernel: str
+    architecture: str
+    registers: int
+    spill_stores: int
+    spill_loads: int
+
+
+def find_torch() -> Torch | None:
+    """The torch of the target environment, or None; pip's build isolation hides it from imports, not from the disk."""
+    spec = importlib.util.find_spec("torch")
+    roots = [Path(spec.origin).parent] if spec and spec.origin else []
+    roots += [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
+    for root in roots:
+        if (root / "version.py").is_file() and (root / "include").is_dir():
+            found = re.search(r"__version__ = '([^']+)'", (root / "version.py").read_text())
+            version = found.group(1) if found else "0"
+            return Torch(root, version, any((root / "lib").glob("libtorch_cuda.*")))
+    return None
+
+
+def supported_torch() -> Torch:
+    """The installed torch if a library can be built against it; raises `LeftOut` otherwise."""
+    torch = find_torch()
+    if torch is None:
+        raise LeftOut("torch is not installed in this environment: install it, then run python -m refsam_kernels.build")
+    release = tuple(int(part) for part in re.findall(r"\d+", torch.version)[:2])
+    if release < OLDEST_TORCH:
+        raise LeftOut(f"torch is {torch.version}, the stable ABI needs 2.10 or newer")
+    return torch
+
+
+def source_root() -> Path:
+    """The folder csrc: inside an installed package, or beside `kernels/` in a checkout."""
+    installed = PACKAGE / "csrc"
+    return installed if installed.is_dir() else PACKAGE.parents[1] / "csrc"
+
+
+def build_root() -> Path:
+    """Where objects are kept between builds: in the checkout, or in the user's cache for an installed package."""
+    if not (PACKAGE / "csrc").is_dir():
+        return PACKAGE.parents[1] / "build" / "kernels"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "refsam_kernels"
+
+
+def find_compiler() -> str:
+    """The C++ compiler; raises `LeftOut` if there is none or the platform is not built for."""
+    if not sys.platform.startswith("linux"):
+        raise LeftOut(f"libraries are built on Linux only, this is {sys.platform}")
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    raise LeftOut(f"no C++ compiler found (looked for {', '.join(names)})")
+
+
+def find_nvcc() -> str:
+    """nvcc of `CUDA_HOME`, of the search path or of /usr/local/cuda; raises `LeftOut` if there is none."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [*(str(Path(home, "bin", "nvcc")) for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    for candidate in candidates:
+        if path := shutil.which(candidate):
+            return path
+    raise LeftOut("no nvcc found (looked in CUDA_HOME, the search path and /usr/local/cuda)")
+
+
+def first_line(command: list[str]) -> str:
+    """The first line that a command prints, for the build report."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = (result.stdout or result.stderr).splitlines()
+    return lines[0] if lines else ""
+
+
+def architectures(nvcc: str) -> list[str]:
+    """Compute capabilities to compile for, such as "9.0" or "12.0+PTX".
+
+    `TORCH_CUDA_ARCH_LIST` is taken as it is; the default list loses what this nvcc does not know.
+    """
+    if wanted := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        chosen = re.split(r"[\s;,]+", wanted.strip())
+        for name in chosen:
+            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+                raise BuildError(f"TORCH_CUDA_ARCH_LIST: got {name!r}, wanted entries such as 9.0, 9.0a or 12.0+PTX")
+        return chosen
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    known = [name for name in DEFAULT_ARCHITECTURES if f"sm_{digits(name)}" in listed]
+    if not known:
+        raise LeftOut(f"nvcc knows none of the architectures {', '.join(DEFAULT_ARCHITECTURES)}")
+    if not known[-1].endswith("+PTX"):
+        known[-1] += "+PTX"
+    return known
+
+
+def digits(architecture: str) -> str:
+    """ "12.0+PTX" -> "120", as nvcc writes it."""
+    return architecture.removesuffix("+PTX").replace(".", "")
+
+
+def gencode(names: Iterable[str]) -> list[str]:
+    """nvcc's arguments for a list of compute capabilities."""
+    arguments = []
+    for name in names:
+        number = digits(name)
+        arguments.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            arguments.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return arguments
+
+
+def cpu_plan() -> Plan:
+    """How `_C_cpu.so` is built here; raises `LeftOut` with the reason if it cannot be."""
+    torch, compiler = supported_torch(), find_compiler()
+    flags = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    toolchain = {"compiler": first_line([compiler, "--version"]), "torch": torch.version}
+    return make_plan("_C_cpu", torch, compiler, flags, "cpu", toolchain)
+
+
+def cuda_plan() -> Plan:
+    """How `_C_cuda.so` is built here; raises `LeftOut` with the reason if it cannot be."""
+    torch, compiler, nvcc = supported_torch(), find_compiler(), find_nvcc()
+    names = architectures(nvcc)
+    # USE_CUDA: without it torch's headers hide the current stream when torch itself has no CUDA.
+    flags = ["-O3", "-lineinfo", "-DUSE_CUDA", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+    flags += ["--threads=2", f"-ccbin={compiler}", *gencode(names)]
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    toolchain = {"compiler": version.splitlines()[-1], "torch": torch.version, "architectures": " ".join(names)}
+    return make_plan("_C_cuda", torch, nvcc, flags, "cuda", toolchain)
+
+
+def make_plan(
+    library: str, torch: Torch, compiler: str, flags: list[str], folder: str, toolchain: dict[str, str]
+) -> Plan:
+    """The compile steps of every source in `csrc/<folder>` and the link step of the library."""
+    root, objects = source_root(), build_root() / library
+    sources = sorted(path for path in (root / folder).iterdir() if path.suffix in (".cpp", ".cu"))
+    launcher = [ccache] if (ccache := shutil.which("ccache")) else []
+    abi = ["-std=c++20", "-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
+    include = ["-isystem", str(torch.root / "include"), f"-I{root}"]
+    compile_steps = []
+    for source in sources:
+        output = objects / f"{source.name}.o"
+        depfile = output.with_suffix(".d")
+        command = [*launcher, compiler, *abi, *flags, *include, "-MD", "-MF", str(depfile), "-c", str(source)]
+        compile_steps.append(Step(output, (source,), (*command, "-o", str(output)), depfile))
+    outputs = tuple(step.output for step in compile_steps)
+    output = objects / f"{library}.so"
+    # libtorch.so needs libtorch_cuda.so where torch has CUDA, so a library linked against a torch without it finds
+    # its symbols on such a machine all the same. --no-as-needed: no symbol of ours is defined in libtorch.so itself.
+    linker = ["-Xlinker", "--no-as-needed", f"-L{torch.root / 'lib'}", "-ltorch", "-ltorch_cpu"]
+    link = (compiler, "-shared", *map(str, outputs), *linker, "-o", str(output))
+    return Plan(library, tuple(compile_steps), Step(output, outputs, link), toolchain)
+
+
+def find_ninja() -> str | None:
+    """ninja of the search path or of the environment that is installed into."""
+    return shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
+
+
+def execute(plan: Plan) -> None:
+    """Builds the library in its object folder; raises `BuildError` with the compiler's messages."""
+    plan.link.output.parent.mkdir(parents=True, exist_ok=True)
+    if ninja := find_ninja():
+        folder = plan.link.output.parent
+        (folder / "build.ninja").write_text(ninja_file(plan))
+        run_shell(shlex.join([ninja, "-C", str(folder)]))
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda step: run_shell(step.shell_line), plan.compile))
+    run_shell(plan.link.shell_line)
+
+
+def run_shell(line: str) -> None:
+    """Runs one shell line; raises `BuildError` with what it printed if it fails."""
+    result = subprocess.run(line, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if result.returncode:
+        raise BuildError(f"compiling failed:\n{result.stdout}")
+
+
+def ninja_file(plan: Plan) -> str:
+    """The plan as ninja reads it: what is up to date, headers included, is not built again."""
+
+    def quote(text: str) -> str:
+        return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    lines = ["rule run", "  command = $line", "rule compile", "  command = $line", "  deps = gcc", "  depfile = $dep"]
+    for step in (*plan.compile, plan.link):
+        inputs = " ".join(quote(str(path)) for path in step.inputs)
+        lines.append(f"build {quote(str(step.output))}: {'compile' if step.depfile else 'run'} {inputs}")
+        lines.append(f"  line = {step.shell_line.replace('$', '$$')}")
+        if step.depfile:
+            # ninja deletes the depfile once read, hence its own copy for the next compiler run only.
+            lines.append(f"  dep = {step.depfile}")
+    return "\n".join(lines) + "\n"
+
+
+def kernel_resources(plan: Plan) -> list[KernelResources]:
+    """Registers and spills of every kernel and architecture, from what ptxas printed when the objects were made."""
+    entry = r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+    pattern = re.compile(entry + r".*?Used (\d+) registers", re.DOTALL)
+    found = []
+    for step in plan.compile:
+        for kernel, architecture, stores, loads, registers in pattern.findall(step.log.read_text()):
+            found.append(KernelResources(kernel, architecture, int(registers), int(stores), int(loads)))
+    return found
+
+
+def install(plan: Plan, target: Path) -> Path:
+    """Copies the built library into the package under a temporary name and renames it: a running process keeps its own."""
+    target.mkdir(parents=True, exist_ok=True)
+    final = target / plan.link.output.name
+    temporary = final.with_suffix(".partial")
+    shutil.copy2(plan.link.output, temporary)
+    os.replace(temporary, final)
+    return final
+
+
+def cuda_wish() -> bool | None:
+    """`REFSAM_BUILD_CUDA`: True demands the CUDA library, False forbids it, None leaves it to what is installed."""
+    value = os.environ.get("REFSAM_BUILD_CUDA", "")
+    if value not in ("", "0", "1"):
+        raise BuildError(f"REFSAM_BUILD_CUDA: got {value!r}, wanted 0, 1 or nothing")
+    return {"": None, "0": False, "1": True}[value]
+
+
+def wanted_cuda_plan() -> Plan:
+    """`cuda_plan` where the CUDA library is wanted; raises `LeftOut` where it is not."""
+    wish = cuda_wish()
+    if wish is False:
+        raise LeftOut("REFSAM_BUILD_CUDA is 0")
+    if wish is None and not supported_torch().has_cuda:
+        raise LeftOut("torch has no CUDA here (REFSAM_BUILD_CUDA=1 builds it all the same)")
+    return cuda_plan()
+
+
+def build_library(
+    name: str, make: Callable[[], Plan], target: Path, *, demanded: bool
+) -> tuple[Path | None, dict[str, object]]:
+    """Builds one library into `target`; returns its path, or None, and its entry of the build report.
+
+    Raises `BuildError` if the library is demanded and cannot be built.
+    """
+    try:
+        plan = make()
+        execute(plan)
+    except (LeftOut, BuildError) as reason:
+        if demanded:
+            raise BuildError(f"{name} is demanded and cannot be built: {reason}") from reason
+        print(f"refsam_kernels: {name} left out: {reason}", flush=True)
+        (target / f"{name}.so").unlink(missing_ok=True)
+        return None, {"built": False, "reason": str(reason).splitlines()[0]}
+    path = install(plan, target)
+    print(f"refsam_kernels: {name} built with {plan.toolchain['compiler']}", flush=True)
+    return path, {"built": True, **plan.toolchain}
+
+
+def build_all(target: Path = PACKAGE) -> list[Path]:
+    """Builds every library that can be built here into the folder `target` and writes the build report beside them.
+
+    Returns the files written. Raises `BuildError` only for what `REFSAM_BUILD_CUDA=1` demands.
+    """
+    cpu, cpu_entry = build_library("_C_cpu", cpu_plan, target, demanded=False)
+    cuda, cuda_entry = build_library("_C_cuda", wanted_cuda_plan, target, demanded=cuda_wish() is True)
+    target.mkdir(parents=True, exist_ok=True)
+    report = target / REPORT
+    report.write_text(json.dumps({"_C_cpu": cpu_entry, "_C_cuda": cuda_entry}, indent=2) + "\n")
+    return [*(path for path in (cpu, cuda) if path), report]
+
+
+if __name__ == "__main__":
+    try:
+        build_all()
+    except BuildError as error:
+        sys.exit(f"refsam_kernels: {error}")
