@@ -1,0 +1,241 @@
+"""Chooses the backend that runs an operator.
+
+A backend of an operator is a module of the operator's folder with the backend's name
+(`fallback.py`, `triton.py`, ...). It holds
+
+    forward(*arguments)         # the arguments of the custom operator without `backend`
+    backward(*arguments)        # likewise; a backend without it cannot run the backward
+    not_supported_reasons(*arguments) -> list[str]    # optional: in words, why it cannot run these
+    backward_not_supported_reasons(*arguments) -> list[str]    # optional
+
+and is imported when it is first considered for tensors of a device that it serves, never before. A
+module that cannot work on this machine (a library that was not built) raises `ImportError` with the
+reason when it is imported.
+
+Who chooses, first come first served: the argument `backend=`, the context manager `use_backend`,
+the environment variable `REFSAM_BACKEND`, the static order of `BACKENDS`. A backend asked for by
+name that cannot run is a `BackendError` with every reason; an automatic choice takes the next one
+and logs that once. `reference` is never chosen automatically.
+"""
+
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+
+logger = logging.getLogger("refsam_kernels")
+
+ENVIRONMENT_VARIABLE = "REFSAM_BACKEND"
+
+
+class BackendError(ValueError):
+    """A backend that was asked for is unknown, or cannot run the operator on these arguments."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run operators: the devices it serves (none named: any) and the package it needs
+    beside torch.
+    """
+
+    name: str
+    devices: tuple[str, ...] = ()
+    package: str | None = None
+    automatic: bool = True
+
+    def serves(self, device_type: str) -> bool:
+        """Whether it works on tensors of this device; Triton's interpreter works on the CPU's."""
+        if self.package == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+            return True
+        return not self.devices or device_type in self.devices
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cuda", devices=("cuda",)),
+        Backend("triton", devices=("cuda",), package="triton"),
+        Backend("cpu", devices=("cpu",)),
+        Backend("fallback"),
+        Backend("reference", automatic=False),
+    )
+}
+
+
+class Dispatcher:
+    """Finds, imports and chooses the backends of one operator.
+
+    `operator` is its name and `package` the import path of its folder, `refsam_kernels.<operator>`
+    if not given.
+    """
+
+    known: ClassVar[dict[str, "Dispatcher"]] = {}
+
+    def __init__(self, operator: str, package: str | None = None) -> None:
+        self.operator = operator
+        self.package = package or f"{__package__}.{operator}"
+        self._modules: dict[str, ModuleType | str] = {}
+        self._logged: set[tuple[str, str]] = set()
+        Dispatcher.known[operator] = self
+
+    def module(self, name: str) -> ModuleType | str:
+        """The backend's module, imported on first use, or in words why there is none."""
+        if name not in self._modules:
+            self._modules[name] = self._import(name)
+        return self._modules[name]
+
+    def _import(self, name: str) -> ModuleType | str:
+        path = f"{self.package}.{name}"
+        if importlib.util.find_spec(path) is None:
+            return f"{self.operator} has no such backend"
+        try:
+            return importlib.import_module(path)
+        except (ImportError, OSError) as error:
+            return f"cannot be imported: {error}"
+
+    def environment_reasons(self, name: str, device_type: str) -> list[str]:
+        """Why the backend cannot run anything on such a device here; empty if it can."""
+        backend = BACKENDS[name]
+        if not backend.serves(device_type):
+            return [f"needs {' or '.join(backend.devices)} tensors, got {device_type}"]
+        if backend.package is not None and not is_installed(backend.package):
+            return [f"{backend.package} is not installed"]
+        module = self.module(name)
+        return [module] if isinstance(module, str) else []
+
+    def not_supported_reasons(
+        self, name: str, direction: str, arguments: Sequence[Any]
+    ) -> list[str]:
+        """Why the backend cannot run `direction` ("forward" or "backward") on these arguments;
+        empty if it can.
+        """
+        reasons = self.environment_reasons(name, device_type_of(arguments))
+        if reasons:
+            return reasons
+        module = self.module(name)
+        if not hasattr(module, direction):
+            return [f"has no {direction}"]
+        prefix = "" if direction == "forward" else f"{direction}_"
+        explain = getattr(module, f"{prefix}not_supported_reasons", None)
+        return explain(*arguments) if explain is not None else []
+
+    def choose(self, direction: str, arguments: Sequence[Any], backend: str = "") -> str:
+        """The name of the backend that runs `direction` on these arguments; raises `BackendError`
+        if none can.
+
+        `backend` is the caller's own wish, "" for none.
+        """
+        name = requested_backend(self.operator, backend)
+        if name:
+            reasons = self.not_supported_reasons(name, direction, arguments)
+            if reasons:
+                explanation = "; ".join(reasons)
+                raise BackendError(f"{self.operator}: backend {name!r} cannot run: {explanation}")
+            return name
+        refusals = []
+        for candidate in BACKENDS.values():
+            if not candidate.automatic:
+                continue
+            reasons = self.not_supported_reasons(candidate.name, direction, arguments)
+            if not reasons:
+                return candidate.name
+            refusals.append(f"{candidate.name}: {'; '.join(reasons)}")
+            self._log_fall_back(candidate, device_type_of(arguments), reasons)
+        raise BackendError(f"{self.operator}: no backend can run: {'. '.join(refusals)}")
+
+    def _log_fall_back(self, backend: Backend, device_type: str, reasons: list[str]) -> None:
+        """Logs once that a backend was passed over; one that the machine cannot run at all is only
+        worth an info.
+        """
+        message = "; ".join(reasons)
+        if not backend.serves(device_type) or (backend.name, message) in self._logged:
+            return
+        self._logged.add((backend.name, message))
+        unavailable = bool(self.environment_reasons(backend.name, device_type))
+        level = logging.INFO if unavailable else logging.WARNING
+        logger.log(level, "%s falls back from %s: %s", self.operator, backend.name, message)
+
+    def run(self, direction: str, arguments: Sequence[Any], backend: str = "") -> Any:
+        """Runs `direction` with the chosen backend, outside autocast: the public function has cast
+        what is to be cast.
+        """
+        module = self.module(self.choose(direction, arguments, backend))
+        device_type = device_type_of(arguments)
+        if not torch.is_autocast_enabled(device_type):
+            return getattr(module, direction)(*arguments)
+        with torch.autocast(device_type, enabled=False):
+            return getattr(module, direction)(*arguments)
+
+
+def device_type_of(arguments: Sequence[Any]) -> str:
+    """The device type ("cpu", "cuda") of the first tensor among the arguments."""
+    return next(value.device.type for value in arguments if isinstance(value, torch.Tensor))
+
+
+@lru_cache
+def is_installed(package: str) -> bool:
+    """Whether a package could be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+_requests: ContextVar[tuple[Mapping[str, str], ...]] = ContextVar("requested_backends", default=())
+
+
+@contextmanager
+def use_backend(request: str) -> Iterator[None]:
+    """Asks for backends within a `with` block of this thread: "fallback", or
+    "rel_pos_attention=triton,mask_loss=reference".
+
+    An inner block goes before an outer one for the operators that it names. The backward of what
+    ran inside keeps to it, also when it runs after the block. Raises `BackendError` for an unknown
+    backend or operator.
+    """
+    token = _requests.set((parse_request(request, "use_backend"), *_requests.get()))
+    try:
+        yield
+    finally:
+        _requests.reset(token)
+
+
+def requested_backend(operator: str, argument: str = "") -> str:
+    """The backend that was asked for by name for an operator, or "": argument, then `use_backend`,
+    then the environment.
+    """
+    if argument:
+        return parse_request(argument, "backend")[""]
+    environment = parse_request(os.environ.get(ENVIRONMENT_VARIABLE, ""), ENVIRONMENT_VARIABLE)
+    for request in (*_requests.get(), environment):
+        name = request.get(operator) or request.get("")
+        if name:
+            return name
+    return ""
+
+
+@lru_cache
+def parse_request(text: str, source: str) -> Mapping[str, str]:
+    """Reads "name" or "operator=name,..." into a mapping from operator ("" for every other) to
+    backend.
+
+    `source` says in errors where the text comes from. Raises `BackendError` for a name that is not
+    known.
+    """
+    request = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        operator, _, name = item.rpartition("=")
+        if operator and operator not in Dispatcher.known:
+            known = ", ".join(sorted(Dispatcher.known))
+            raise BackendError(f"{source}: got the operator {operator!r}, wanted one of {known}")
+        if name not in BACKENDS:
+            known = ", ".join(BACKENDS)
+            raise BackendError(f"{source}: got the backend {name!r}, wanted one of {known}")
+        request[operator] = name
+    return request
