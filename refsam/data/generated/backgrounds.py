@@ -1,0 +1,53 @@
+"""Photographs that scikit-image and scikit-learn ship, as backgrounds."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from refsam.errors import UserError
+
+_SHORT_SIDE = 320
+_TRAINED = (
+    "skimage/astronaut.png skimage/brick.png skimage/camera.png skimage/chelsea.png skimage/grass.png skimage/text.png "
+    "skimage/motorcycle_left.png skimage/page.png skimage/rocket.jpg skimage/moon.png skimage/retina.jpg skimage/cell.png "
+    "skimage/clock_motion.png sklearn/china.jpg"
+).split()
+# Never trained on: the benchmark's backgrounds.
+_HELD_OUT = (
+    "skimage/coffee.png skimage/gravel.png skimage/coins.png skimage/hubble_deep_field.jpg sklearn/flower.jpg"
+).split()
+
+
+@cache
+def photographs(held_out: bool) -> tuple[Tensor, ...]:
+    """The photographs of one side of the split, each (3, h, w) float32 RGB in 0..1 with a short side of 320 pixels.
+
+    Raises UserError where scikit-image or scikit-learn is not installed.
+    """
+    try:
+        import skimage
+        import sklearn
+    except ImportError as error:
+        raise UserError(
+            f"generated clips with photographs need scikit-image and scikit-learn ({error}): pip install 'refsam[train]'"
+        ) from error
+    folders = {
+        "skimage": Path(skimage.__file__).parent / "data",
+        "sklearn": Path(sklearn.__file__).parent / "datasets" / "images",
+    }
+    names = _HELD_OUT if held_out else _TRAINED
+    return tuple(_load(folders[name.split("/")[0]] / name.split("/")[1]) for name in names)
+
+
+def _load(path: Path) -> Tensor:
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(path) as image:
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    scale = _SHORT_SIDE / min(pixels.shape[1:])
+    size = [round(side * scale) for side in pixels.shape[1:]]
+    return F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0].clamp(0, 1)

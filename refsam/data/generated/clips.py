@@ -1,0 +1,138 @@
+"""Batches and single clips: frames, sentences and the masks that they mean."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refsam.data.generated.backgrounds import photographs
+from refsam.data.generated.grammar import KINDS, Grammar, Sentence
+from refsam.data.generated.render import render
+from refsam.data.generated.scene import Scene, sample_scene
+
+# How often a training sentence is of each kind.
+_TRAINED_KINDS = {
+    "colour": 0.26,
+    "shape": 0.1,
+    "colour and shape": 0.18,
+    "size": 0.07,
+    "position": 0.09,
+    "order": 0.04,
+    "relation": 0.05,
+    "plural": 0.05,
+    "absent": 0.1,
+}
+
+
+@dataclass(frozen=True)
+class GeneratedBatch:
+    """B clips of T frames with E sentences each.
+
+    `frames (B, T, H, W, 3)` uint8 RGB; `masks (B, E, T, H, W)` bool, the visible part; `sentences` B lists of E.
+    """
+
+    frames: Tensor
+    masks: Tensor
+    sentences: list[list[Sentence]]
+
+
+@dataclass(frozen=True)
+class GeneratedClip:
+    """One clip: `frames (T, H, W, 3)` uint8 RGB, `masks (E, T, H, W)` bool, E expressions and their kinds."""
+
+    frames: Tensor
+    masks: Tensor
+    expressions: list[str]
+    kinds: list[str]
+
+
+def generate_batch(
+    seed: int,
+    index: int,
+    *,
+    clips: int,
+    frames: int,
+    expressions: int,
+    size: tuple[int, int],
+    held_out: bool = False,
+    device: str | torch.device = "cpu",
+) -> GeneratedBatch:
+    """Draw batch number `index` of the stream that `seed` names; the same arguments give the same batch on one device.
+
+    `size` is (height, width) in pixels. `held_out` takes backgrounds, templates and pairs of colour and shape that training
+    never sees.
+    """
+    images = photographs(held_out)
+    scenes, sentences = [], []
+    for clip in range(clips):
+        random = np.random.default_rng([seed, index, clip])
+        scene = sample_scene(random, _times(random, frames), size, len(images), held_out)
+        scenes.append(scene)
+        sentences.append(_sample_sentences(random, scene, expressions, held_out))
+    generator = torch.Generator(device).manual_seed(int(np.random.default_rng([seed, index]).integers(2**62)))
+    pixels, owner = render(scenes, images, generator)
+    masks = torch.stack([_masks(owner[b], sentences[b]) for b in range(clips)])
+    return GeneratedBatch(pixels, masks, sentences)
+
+
+def generate_clip(
+    seed: int = 0,
+    *,
+    frames: int = 24,
+    size: tuple[int, int] = (360, 640),
+    kinds: tuple[str, ...] = ("colour", "colour and shape"),
+    with_photographs: bool = False,
+) -> GeneratedClip:
+    """Draw one clip in which every kind of sentence asked for is possible, without any file but this package's own.
+
+    `size` is (height, width) in pixels, `kinds` out of `grammar.KINDS`, one sentence each.
+    """
+    images = photographs(held_out=False) if with_photographs else ()
+    for attempt in range(1000):
+        random = np.random.default_rng([seed, attempt])
+        scene = sample_scene(random, np.arange(frames), size, len(images), held_out=False)
+        grammar = Grammar(random, held_out=False)
+        sentences = [grammar.sentence(scene, kind) for kind in kinds]
+        found = [sentence for sentence in sentences if sentence is not None]
+        if len(found) == len(kinds) and len({s.targets for s in found}) == len(kinds):
+            break
+    else:
+        raise ValueError(f"kinds: no scene with seed {seed} allows sentences of all of {kinds}")
+    pixels, owner = render([scene], images, torch.Generator().manual_seed(seed))
+    masks = _masks(owner[0], found)
+    return GeneratedClip(pixels[0], masks, [s.text for s in found], [s.kind for s in found])
+
+
+def _times(random: np.random.Generator, frames: int) -> np.ndarray:
+    """Moments, in frames, at which a clip is seen: consecutive if it is long, else spread over a longer one."""
+    if frames > 8:
+        return np.arange(frames)
+    stride = random.integers(1, 5)
+    return random.integers(0, 24 - frames) + stride * np.arange(frames)
+
+
+def _sample_sentences(
+    random: np.random.Generator, scene: Scene, count: int, held_out: bool
+) -> list[Sentence]:
+    grammar = Grammar(random, held_out)
+    names, weights = list(_TRAINED_KINDS), np.array(list(_TRAINED_KINDS.values()))
+    sentences: list[Sentence] = []
+    while len(sentences) < count:
+        # Most scenes do not allow every kind: ask for several, so that absent objects stay as rare as they should be.
+        kinds = random.choice(names, size=5, p=weights / weights.sum())
+        found = (grammar.sentence(scene, str(kind)) for kind in (*kinds, "absent"))
+        sentences += [sentence for sentence in found if sentence is not None][:1]
+    return sentences
+
+
+def _masks(owner: Tensor, sentences: list[Sentence]) -> Tensor:
+    """(E, T, H, W) bool from owner (T, H, W)."""
+    masks = torch.zeros(len(sentences), *owner.shape, dtype=torch.bool, device=owner.device)
+    for mask, sentence in zip(masks, sentences, strict=True):
+        for target in sentence.targets:
+            mask |= owner == target
+    return masks
+
+
+__all__ = ["KINDS", "GeneratedBatch", "GeneratedClip", "generate_batch", "generate_clip"]

@@ -1,0 +1,256 @@
+"""Pixels and masks of scenes, batched in torch on any device."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from refsam.data.generated.scene import MAX_OBJECTS, Background, Scene
+from refsam.data.generated.shapes import ANGLES
+
+_CANVAS = 1.25  # the background is drawn larger than the frame, so that the camera can move
+_LUMINANCE = (0.299, 0.587, 0.114)
+
+
+def render(
+    scenes: Sequence[Scene], photographs: Sequence[Tensor], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw the scenes, all of one size and number of frames.
+
+    Returns frames (B, T, H, W, 3) uint8 RGB and owner (B, T, H, W) int8: which object is seen at a pixel, -1 for none.
+    The device is the generator's.
+    """
+    device = generator.device
+    height, width = scenes[0].size
+    image = _draw_backgrounds(scenes, photographs, device).flatten(0, 1)
+    owner = torch.full((len(image), height, width), -1, dtype=torch.int8, device=device)
+    texture = _texture(image, generator)
+    tables = _tables(scenes, device)
+    for index in range(max(len(scene.objects) for scene in scenes)):
+        image, owner = _draw_object(
+            image, owner, texture, index, {k: v[:, index] for k, v in tables.items()}
+        )
+    image = _degrade(image, generator)
+    frames = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    shape = (len(scenes), -1, height, width)
+    return frames.reshape(*shape, 3), owner.reshape(shape)
+
+
+def _tables(scenes: Sequence[Scene], device: torch.device) -> dict[str, Tensor]:
+    """The objects' parameters as (B*T, MAX_OBJECTS, ·) tensors; objects that a scene lacks have no area."""
+    frames = len(scenes[0].camera)
+    rows: dict[str, list[list[list[float]]]] = {}
+    for scene in scenes:
+        for t in range(frames):
+            values = [_row(scene, index, t) for index in range(MAX_OBJECTS)]
+            for key in values[0]:
+                rows.setdefault(key, []).append([value[key] for value in values])
+    return {key: torch.tensor(value, dtype=torch.float32, device=device) for key, value in rows.items()}
+
+
+def _row(scene: Scene, index: int, t: int) -> dict[str, list[float]]:
+    height, width = scene.size
+    item = scene.objects[min(index, len(scene.objects) - 1)]
+    shift_x, shift_y, zoom = scene.camera[t]
+    area = item.area if index < len(scene.objects) else 0.0
+    return {
+        "place": [
+            ((item.centre[t, 0] - 0.5) * zoom + 0.5 + shift_x) * width,
+            ((item.centre[t, 1] - 0.5) * zoom + 0.5 + shift_y) * height,
+            max(1e-3, (area * height * width) ** 0.5 * zoom),
+            float(item.rotation[t]),
+            item.stretch**0.5,
+            float(area > 0),
+        ],
+        "profile": item.shape.profile.tolist(),
+        "hole": list(item.shape.hole),
+        "rgb": item.rgb.tolist(),
+        "decal": [*item.decal, *item.decal_rgb],
+        "look": [*item.shading, *item.texture, item.mottle, item.shadow],
+    }
+
+
+def _draw_object(
+    image: Tensor, owner: Tensor, texture: Tensor, index: int, table: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Lay one object of every frame over image (F, 3, H, W) and owner (F, H, W)."""
+    x, y, scale, present = _object_coordinates(table["place"], owner.shape[1:])
+    coverage = _coverage(x, y, scale, table) * present
+    image = image * (1 - _shadow(x, y, table["look"][:, 7], present) * (1 - coverage))[:, None]
+    colour = _surface(x, y, texture, table)
+    image = torch.lerp(image, colour, coverage[:, None])
+    return image, owner.masked_fill(coverage > 0.5, index)
+
+
+def _object_coordinates(place: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Coordinates (F, H, W) of each pixel in units of the object's outline, and its scale and presence (F, 1, 1)."""
+    centre_x, centre_y, scale, rotation, stretch, present = (v[:, None, None] for v in place.unbind(1))
+    x = torch.arange(size[1], device=place.device)[None, None, :] + 0.5 - centre_x
+    y = torch.arange(size[0], device=place.device)[None, :, None] + 0.5 - centre_y
+    cosine, sine = rotation.cos(), rotation.sin()
+    along = (x * cosine + y * sine) / (scale * stretch)
+    across = (y * cosine - x * sine) * (stretch / scale)
+    return along, across, scale, present
+
+
+def _coverage(x: Tensor, y: Tensor, scale: Tensor, table: dict[str, Tensor]) -> Tensor:
+    """How much of each pixel the outline covers, 0..1, soft over one pixel."""
+    place = (torch.atan2(y, x) / (2 * torch.pi) + 0.5) * ANGLES
+    lower = place.floor()
+    profile = table["profile"]
+    first = lower.long().remainder(ANGLES).flatten(1)
+    second = (first + 1).remainder(ANGLES)
+    radius = torch.lerp(
+        profile.gather(1, first).view_as(x), profile.gather(1, second).view_as(x), place - lower
+    )
+    inside = ((radius - torch.hypot(x, y)) * scale + 0.5).clamp(0, 1)
+    hole_x, hole_y, hole_radius = (v[:, None, None] for v in table["hole"].unbind(1))
+    outside_hole = ((torch.hypot(x - hole_x, y - hole_y) - hole_radius) * scale + 0.5).clamp(0, 1)
+    return inside * torch.where(hole_radius > 0, outside_hole, 1.0)
+
+
+def _shadow(x: Tensor, y: Tensor, strength: Tensor, present: Tensor) -> Tensor:
+    """Darkness, 0..1, of a soft shadow below and beside the object."""
+    distance = (x - 0.15) ** 2 + (y - 0.2) ** 2
+    return strength[:, None, None] * present * torch.exp(-2.5 * distance)
+
+
+def _surface(x: Tensor, y: Tensor, texture: Tensor, table: dict[str, Tensor]) -> Tensor:
+    """The object's colour (F, 3, H, W): base, stripes, shading, a decal, and what a photograph lends it."""
+    slope_x, slope_y, highlight, frequency, angle, contrast, mottle, _ = (
+        v[:, None, None] for v in table["look"].unbind(1)
+    )
+    light = 1 + slope_x * x + slope_y * y
+    light = light * (1 + contrast * torch.sin(frequency * (x * angle.cos() + y * angle.sin())))
+    colour = table["rgb"][:, :, None, None] * light[:, None]
+    decal_x, decal_y, radius = (v[:, None, None] for v in table["decal"][:, :3].unbind(1))
+    on_decal = (torch.hypot(x - decal_x, y - decal_y) < radius)[:, None]
+    colour = torch.where(on_decal, table["decal"][:, 3:, None, None] * light[:, None], colour)
+    colour = colour * (1 + mottle[:, None] * (texture - 1))
+    shine = highlight * torch.exp(-14 * ((x + 0.2) ** 2 + (y + 0.22) ** 2))
+    return (colour + shine[:, None]).clamp(0, 1)
+
+
+def _texture(image: Tensor, generator: torch.Generator) -> Tensor:
+    """A factor around 1, (F, 1, H, W), taken from another part of the background's brightness."""
+    weight = torch.tensor(_LUMINANCE, device=image.device)
+    luminance = torch.einsum("c,fchw->fhw", weight, image)[:, None]
+    shift = torch.randint(0, min(image.shape[2:]), (2,), generator=generator, device=image.device)
+    rolled = luminance.roll(shift.tolist(), dims=(2, 3))
+    return (rolled / rolled.mean(dim=(2, 3), keepdim=True).clamp(min=0.05)).clamp(0.2, 2.0)
+
+
+def _draw_backgrounds(
+    scenes: Sequence[Scene], photographs: Sequence[Tensor], device: torch.device
+) -> Tensor:
+    """(B, T, 3, H, W) in 0..1: each scene's background as its moving camera sees it."""
+    height, width = scenes[0].size
+    canvas = torch.stack(
+        [
+            _draw_background(
+                scene.background, photographs, (int(height * _CANVAS), int(width * _CANVAS)), device
+            )
+            for scene in scenes
+        ]
+    )
+    camera = torch.stack([torch.from_numpy(scene.camera) for scene in scenes]).to(device).float()
+    theta = torch.zeros(*camera.shape[:2], 2, 3, device=device)
+    for axis in range(2):
+        theta[..., axis, axis] = 1 / (_CANVAS * camera[..., 2])
+        theta[..., axis, 2] = -2 * camera[..., axis] / (_CANVAS * camera[..., 2])
+    frames = camera.shape[1]
+    grid = F.affine_grid(theta.flatten(0, 1), [len(theta) * frames, 3, height, width], align_corners=False)
+    moved = F.grid_sample(
+        canvas.repeat_interleave(frames, 0), grid, padding_mode="reflection", align_corners=False
+    )
+    return moved.unflatten(0, (len(scenes), frames))
+
+
+def _draw_background(
+    background: Background, photographs: Sequence[Tensor], size: tuple[int, int], device: torch.device
+) -> Tensor:
+    """(3, h, w) in 0..1."""
+    if background.photograph is None:
+        image = _draw_pattern(background, size)
+    else:
+        image = _crop_photograph(photographs[background.photograph], background, size)
+    luminance = torch.einsum("c,chw->hw", torch.tensor(_LUMINANCE), image)
+    image = luminance + (image - luminance) * background.saturation
+    period, strength = background.grid
+    if strength:
+        step = max(4, round(period * max(size)))
+        image[:, ::step] += strength
+        image[:, :, ::step] += strength
+    return image.clamp(0, 1).to(device)
+
+
+def _crop_photograph(photograph: Tensor, background: Background, size: tuple[int, int]) -> Tensor:
+    left, top, scale = background.crop
+    height, width = photograph.shape[1:]
+    crop = photograph[
+        :,
+        int(top * height) : int((top + scale) * height),
+        int(left * width) : int((left + scale) * width),
+    ]
+    crop = crop.flip(2) if background.flip else crop
+    return F.interpolate(crop[None], size=size, mode="bilinear", antialias=True)[0]
+
+
+def _draw_pattern(background: Background, size: tuple[int, int]) -> Tensor:
+    """Smooth noise of several scales and a slope, as a mixture of two colours."""
+    random = torch.Generator().manual_seed(background.seed)
+    mixture = torch.zeros(1, 1, *size)
+    for cells, weight in ((2, 1.0), (5, 0.6), (14, 0.3), (60, 0.12)):
+        noise = torch.randn(1, 1, cells, cells, generator=random) * weight
+        mixture += F.interpolate(noise, size=size, mode="bicubic", align_corners=False)
+    amount = torch.sigmoid(mixture[0, 0] * float(torch.rand((), generator=random) * 2.5))
+    first, second = (torch.from_numpy(rgb).float()[:, None, None] for rgb in background.rgb)
+    return first + (second - first) * amount
+
+
+def _degrade(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Light, white balance, blur, lost resolution, noise and compression, some of them per batch, drawn at random."""
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=generator, device=image.device)
+
+    count = len(image)
+    image = image.clamp(1e-3, 1) ** uniform(0.75, 1.35, count, 1, 1, 1)
+    image = image * uniform(0.75, 1.12, count, 1, 1, 1) * uniform(0.93, 1.07, count, 3, 1, 1)
+    choice = uniform(0, 1, 3).tolist()
+    if choice[0] < 0.5:
+        image = _blur(image, float(uniform(0.3, 1.2, 1)))
+    elif choice[0] < 0.65:
+        size = image.shape[2:]
+        small = F.interpolate(image, scale_factor=0.5, mode="bilinear", antialias=True)
+        image = F.interpolate(small, size=size, mode="bilinear")
+    if choice[1] < 0.7:
+        noise = torch.randn(image.shape, generator=generator, device=image.device)
+        image = image + noise * uniform(0, 0.04, count, 1, 1, 1)
+    if choice[2] < 0.4:
+        image = _compress(image.clamp(0, 1), float(uniform(0.02, 0.12, 1)))
+    return image
+
+
+def _blur(image: Tensor, sigma: float) -> Tensor:
+    reach = 3
+    offsets = torch.arange(-reach, reach + 1, device=image.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
+    image = F.conv2d(F.pad(image, (reach, reach, 0, 0), mode="replicate"), kernel, groups=3)
+    return F.conv2d(F.pad(image, (0, 0, reach, reach), mode="replicate"), kernel.mT, groups=3)
+
+
+def _compress(image: Tensor, step: float) -> Tensor:
+    """Quantise the 8 x 8 cosine transform, coarser for higher frequencies, as JPEG and H.264 do."""
+    height, width = image.shape[2:]
+    padded = F.pad(image, (0, -width % 8, 0, -height % 8), mode="replicate")
+    k = torch.arange(8, device=image.device)
+    basis = torch.cos((2 * k[None] + 1) * k[:, None] * torch.pi / 16) * 0.5
+    basis[0] *= 0.5**0.5
+    blocks = padded.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
+    transformed = basis @ blocks @ basis.T
+    quantum = step * (1 + k[:, None] + k[None])
+    restored = basis.T @ ((transformed / quantum).round() * quantum) @ basis
+    return restored.transpose(3, 4).flatten(4, 5).flatten(2, 3)[..., :height, :width]

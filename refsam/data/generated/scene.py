@@ -1,0 +1,248 @@
+"""Random scenes: which objects there are, how they look and how they move. No pixels yet."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from refsam.data.generated import palette
+from refsam.data.generated.shapes import NAMED_SHAPES, UNNAMED_SHAPES, Shape, blob
+
+MAX_OBJECTS = 9
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object of a scene over T frames.
+
+    `shape_index` and `colour_index` are None where no sentence may name the shape or the colour (clutter has no colour).
+    `area` is its share of the frame. `centre (T, 2)` is (x, y) as shares of width and height, `rotation (T,)` radians,
+    `stretch` the ratio of its axes. `rgb` and `decal_rgb (3,)` are in 0..1.
+    """
+
+    shape: Shape
+    shape_index: int | None
+    colour_index: int | None
+    rgb: np.ndarray
+    area: float
+    centre: np.ndarray
+    rotation: np.ndarray
+    stretch: float
+    decal: tuple[float, float, float]  # x, y, radius in units of the outline; radius 0: none
+    decal_rgb: np.ndarray
+    shading: tuple[float, float, float]  # direction of a gradient (x, y), strength of a highlight
+    texture: tuple[float, float, float]  # stripes: frequency, angle, contrast
+    mottle: float  # how much of a photograph shows through
+    shadow: float
+
+    def in_view(self) -> np.ndarray:
+        """(T,) bool: its centre lies inside the frame."""
+        return ((self.centre > 0.01) & (self.centre < 0.99)).all(axis=1)
+
+
+@dataclass(frozen=True)
+class Background:
+    """A crop of photograph number `photograph`, or (None) a pattern that varies between two colours, (3,) each in 0..1.
+
+    `crop` is (x, y, scale) in shares of the photograph; `saturation` multiplies its colours; `grid` is (period in shares of
+    the frame, strength) of lines drawn over it; `seed` fixes the pattern.
+    """
+
+    photograph: int | None
+    crop: tuple[float, float, float]
+    flip: bool
+    saturation: float
+    rgb: tuple[np.ndarray, np.ndarray]
+    grid: tuple[float, float]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects from back to front, the frame's size in pixels, and the camera's (x, y, zoom) per frame, (T, 3)."""
+
+    objects: tuple[SceneObject, ...]
+    size: tuple[int, int]
+    camera: np.ndarray
+    background: Background
+
+
+def is_held_out(shape_index: int, colour_index: int) -> bool:
+    """Whether this pair of shape and colour is kept for the benchmark and never trained on."""
+    return (5 * shape_index + 3 * colour_index) % 11 == 0
+
+
+def sample_scene(
+    random: np.random.Generator,
+    times: np.ndarray,
+    size: tuple[int, int],
+    photographs: int,
+    held_out: bool,
+) -> Scene:
+    """Draw a scene whose objects move over `times (T,)`, in frames; `held_out` makes one object a pair never trained on."""
+    background = _sample_background(random, photographs)
+    kinds = _sample_kinds(random, held_out)
+    placed: list[tuple[float, np.ndarray]] = []
+    objects = []
+    for index, (shape_index, colour_index) in enumerate(kinds):
+        low, high = (0.005, 0.1) if held_out and index == 0 else (0.004, 0.13)
+        area = float(np.exp(random.uniform(np.log(low), np.log(high))))
+        if colour_index is None:
+            area = float(np.exp(random.uniform(np.log(0.01), np.log(0.2))))
+        start = _place(random, area, size, placed)
+        placed.append((area, start))
+        path = start + _motion(random, times, start, leaves=index == 0 and random.random() < 0.2)
+        objects.append(_sample_object(random, shape_index, colour_index, area, path, times))
+    order = random.permutation(len(objects))
+    objects = [objects[i] for i in order]
+    return Scene(tuple(objects), size, _camera(random, times), background)
+
+
+def _sample_kinds(
+    random: np.random.Generator, held_out: bool
+) -> list[tuple[int | None, int | None]]:
+    """(shape, colour) of each object: the first is the likeliest to be asked for, others often share its shape or colour."""
+    count = int(random.choice([1, 2, 3, 4, 5, 6, 7], p=[0.08, 0.14, 0.2, 0.2, 0.16, 0.12, 0.1]))
+    first = _pair(random, held_out)
+    kinds: list[tuple[int | None, int | None]] = [first]
+    for _ in range(count - 1):
+        shape_index, colour_index = _pair(random, held_out=False)
+        sharing = random.random()
+        if sharing < 0.3:
+            colour_index = first[1]
+        elif sharing < 0.55:
+            shape_index = first[0]
+        elif sharing < 0.65:
+            shape_index, colour_index = first
+        if (
+            not held_out
+            and shape_index is not None
+            and colour_index is not None
+            and is_held_out(shape_index, colour_index)
+        ):
+            continue
+        kinds.append((shape_index, colour_index))
+    clutter = int(random.choice([0, 1, 2], p=[0.6, 0.25, 0.15]))
+    return kinds + [(None, None)] * clutter
+
+
+def _pair(random: np.random.Generator, held_out: bool) -> tuple[int | None, int | None]:
+    unnamed = random.random() < (0.25 if held_out else 0.4)
+    while True:
+        shape_index = int(random.integers(len(NAMED_SHAPES)))
+        colour_index = int(random.integers(len(palette.COLOURS)))
+        if unnamed:
+            return None, colour_index
+        if is_held_out(shape_index, colour_index) == held_out:
+            return shape_index, colour_index
+
+
+def _place(
+    random: np.random.Generator,
+    area: float,
+    size: tuple[int, int],
+    placed: list[tuple[float, np.ndarray]],
+) -> np.ndarray:
+    """A start that overlaps little with what is placed already, where one is found within some tries."""
+    height, width = size
+    scale = np.array([width, height]) / np.sqrt(width * height)
+    centre = random.uniform(0.04, 0.96, 2)
+    for _ in range(20):
+        gaps = [
+            np.linalg.norm((centre - other) * scale) - 0.55 * (np.sqrt(area) + np.sqrt(size_))
+            for size_, other in placed
+        ]
+        if not gaps or min(gaps) > 0:
+            break
+        centre = random.uniform(0.04, 0.96, 2)
+    return centre
+
+
+def _motion(
+    random: np.random.Generator, times: np.ndarray, start: np.ndarray, leaves: bool
+) -> np.ndarray:
+    """Displacement (T, 2) from the start: a drift, a swing and, where it leaves, an excursion past the nearest edge."""
+    drift = random.normal(0, 0.004, 2) * (random.random() < 0.8)
+    swing = random.normal(0, 0.02, 2)
+    phase, rate = random.uniform(0, 2 * np.pi), random.uniform(0.1, 0.5)
+    path = times[:, None] * drift + swing * (np.sin(rate * times + phase) - np.sin(phase))[:, None]
+    path = np.clip(start + path, 0.04, 0.96) - start
+    if leaves:
+        side = int(np.argmin(np.concatenate([start, 1 - start])))
+        direction = np.eye(2)[side % 2] * (-1 if side < 2 else 1)
+        begin, length = random.uniform(4, 12), random.uniform(5, 14)
+        outside = np.clip(np.minimum(times - begin, begin + length - times) / 4 + 0.5, 0, 1)
+        path = path + outside[:, None] * direction * (0.5 + np.abs(start - 0.5).max())
+    return path
+
+
+def _sample_object(
+    random: np.random.Generator,
+    shape_index: int | None,
+    colour_index: int | None,
+    area: float,
+    centre: np.ndarray,
+    times: np.ndarray,
+) -> SceneObject:
+    if shape_index is not None:
+        shape = NAMED_SHAPES[shape_index]
+    elif random.random() < 0.5:
+        shape = UNNAMED_SHAPES[int(random.integers(len(UNNAMED_SHAPES)))]
+    else:
+        shape = blob(random)
+    if colour_index is None:
+        rgb = palette.to_rgb(random.uniform(10, 45), random.uniform(0.1, 0.4), random.uniform(0.3, 0.9))
+    else:
+        rgb = palette.sample(palette.COLOURS[colour_index], random)
+    spin = random.normal(0, 0.02) * (shape.tilt > 3)
+    tilt = random.uniform(-shape.tilt, shape.tilt) * (1 if shape.tilt > 3 else random.random())
+    stretch = float(np.exp(random.uniform(-1, 1) * np.log(shape.stretch)))
+    decal_radius = random.uniform(0.1, 0.26) if random.random() < 0.3 and shape.hole[2] == 0 else 0.0
+    decal_rgb = np.full(3, random.choice([0.05, 0.95])) if random.random() < 0.6 else rgb * 0.55
+    striped = random.random() < 0.25
+    return SceneObject(
+        shape=shape,
+        shape_index=shape_index,
+        colour_index=colour_index,
+        rgb=rgb,
+        area=area,
+        centre=centre,
+        rotation=tilt + spin * times,
+        stretch=stretch,
+        decal=(random.uniform(-0.12, 0.12), random.uniform(-0.12, 0.12), decal_radius),
+        decal_rgb=decal_rgb,
+        shading=(random.normal(0, 0.25), random.normal(0, 0.25), max(0.0, random.normal(0, 0.35))),
+        texture=(random.uniform(8, 30), random.uniform(0, np.pi), 0.3 * random.random() * striped),
+        mottle=(
+            random.uniform(0.5, 1.0)
+            if colour_index is None
+            else random.uniform(0, 0.5) * (random.random() < 0.5)
+        ),
+        shadow=random.uniform(0.1, 0.5) * (random.random() < 0.5),
+    )
+
+
+def _camera(random: np.random.Generator, times: np.ndarray) -> np.ndarray:
+    """(T, 3): shift x and y as shares of the frame, and zoom."""
+    moving = random.random() < 0.6
+    phase, rate = random.uniform(0, 2 * np.pi, 3), random.uniform(0.05, 0.3, 3)
+    wave = np.sin(rate * times[:, None] + phase) * moving
+    return wave * np.array([0.03, 0.03, 0.05]) + np.array([0.0, 0.0, 1.0])
+
+
+def _sample_background(random: np.random.Generator, photographs: int) -> Background:
+    hue, saturation = random.uniform(0, 360), random.beta(1, 3) * 0.6
+    first = palette.to_rgb(hue, saturation, random.uniform(0.05, 1))
+    second = palette.to_rgb(
+        hue + random.normal(0, 40), saturation * random.uniform(0.3, 1), random.uniform(0.05, 1)
+    )
+    scale = random.uniform(0.35, 1.0)
+    crop = (*random.uniform(0, 1 - scale, 2), scale)
+    return Background(
+        photograph=int(random.integers(photographs)) if photographs and random.random() < 0.65 else None,
+        crop=crop,
+        flip=bool(random.random() < 0.5),
+        saturation=1.0 if random.random() < 0.35 else random.uniform(0, 0.6),
+        rgb=(first, second),
+        grid=(random.uniform(0.03, 0.2), random.uniform(-0.5, 0.5) * (random.random() < 0.2)),
+        seed=int(random.integers(2**31)),
+    )

@@ -1,0 +1,1 @@
+"""Training: settings, losses, parameter groups and the loop."""

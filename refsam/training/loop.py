@@ -1,0 +1,198 @@
+"""The training loop: generated batches, truncated back-propagation over clips, resumable state."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refsam.config import RefSAMConfig, config_from_dict
+from refsam.data.generated import GeneratedBatch, generate_batch
+from refsam.errors import UserError
+from refsam.model import RefSAM
+from refsam.training.losses import mask_losses
+from refsam.training.parameters import build_optimiser, learning_rate, update_average
+from refsam.training.settings import StageSettings, TrainingSettings
+
+_ASPECTS = ((9, 16), (9, 16), (9, 16), (3, 4), (1, 1), (16, 9))  # height to width of a batch's frames
+_VALIDATION_SEED = 1_000_003
+
+
+class Trainer:
+    """Trains one model from settings; `run` yields one record of losses and speed for every `log_every` steps.
+
+    The output folder holds `log.jsonl`, `state.pt` (model, average, optimiser, step: what `run` resumes from; the previous
+    one as `state.previous.pt`) and, at the end, the averaged model as `model/`.
+    """
+
+    def __init__(self, settings: TrainingSettings) -> None:
+        self.settings = settings
+        self.output = Path(settings.output)
+        self.output.mkdir(parents=True, exist_ok=True)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        torch.manual_seed(settings.seed)
+        self.model = _build_model(settings).to(settings.device)
+        self.model.train()
+        self.optimiser = build_optimiser(self.model, settings.optimiser)
+        self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.step = 0
+        self.steps = sum(stage.steps for stage in settings.stages)
+
+    def run(self) -> Iterator[dict[str, float]]:
+        """Train from the last saved step to the end; raises UserError where the loss stops being a number."""
+        self.resume()
+        sums: dict[str, float] = {}
+        begin = time.perf_counter()
+        while self.step < self.steps:
+            losses = self.train_step()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value
+            if self.step % self.settings.log_every == 0:
+                seconds = (time.perf_counter() - begin) / self.settings.log_every
+                record = {name: value / self.settings.log_every for name, value in sums.items()}
+                yield self._log(record | {"step": self.step, "seconds_per_step": seconds})
+                sums, begin = {}, time.perf_counter()
+            if self.step % self.settings.save_every == 0 or self.step == self.steps:
+                self.save()
+        self.averaged_model().save_pretrained(self.output / "model")
+
+    def train_step(self) -> dict[str, float]:
+        """One step on the batch that the step's number names."""
+        stage = _stage_at(self.settings.stages, self.step)
+        batch = self._batch(stage)
+        rate = learning_rate(self.step, self.steps, self.settings.optimiser)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        losses = self._losses(batch, stage)
+        values = {name: float(value.detach()) for name, value in losses.items()}
+        if not math.isfinite(values["total"]):
+            raise UserError(
+                f"the loss is {values['total']} at step {self.step} (seed {self.settings.seed}); the state of step "
+                f"{self.step - self.step % self.settings.save_every} is kept in {self.output}: lower optimiser.learning_rate"
+            )
+        self.optimiser.zero_grad(set_to_none=True)
+        losses["total"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.settings.optimiser.clip_norm
+        )
+        self.optimiser.step()
+        update_average(
+            self.average, self.model.state_dict(), self.settings.optimiser.average, self.step
+        )
+        self.step += 1
+        return values | {"gradient_norm": float(norm), "learning_rate": rate}
+
+    def _batch(self, stage: StageSettings) -> GeneratedBatch:
+        random = np.random.default_rng([self.settings.seed, self.step])
+        aspect = _ASPECTS[random.integers(len(_ASPECTS))]
+        long_side = stage.long_side or self.model.config.image_encoder.image_size
+        size = tuple(round(long_side * side / max(aspect)) for side in aspect)
+        return generate_batch(
+            self.settings.seed,
+            self.step,
+            clips=stage.clips,
+            frames=stage.frames,
+            expressions=stage.expressions,
+            size=(size[0], size[1]),
+            device=self.settings.device,
+        )
+
+    def _losses(self, batch: GeneratedBatch, stage: StageSettings) -> dict[str, Tensor]:
+        """Mean losses over the frames of a clip; each frame's track tokens go into the next."""
+        clips, frames = batch.frames.shape[:2]
+        masks = batch.masks.flatten(0, 1)
+        clip_index = torch.arange(clips, device=masks.device).repeat_interleave(stage.expressions)
+        with self._autocast():
+            pixels, size = self.model.preprocess(batch.frames.flatten(0, 1))
+            image = self.model.encode_image(pixels)
+            text = self.model.encode_text([s.text for row in batch.sentences for s in row])
+            track, steps = None, []
+            for t in range(frames):
+                output = self.model.decode(image, text, clip_index * frames + t, track)
+                track = output.track_token
+                steps.append(
+                    mask_losses(
+                        output,
+                        masks[:, t],
+                        size,
+                        self.model.config.image_encoder.image_size,
+                        self.settings.loss,
+                        stage.loss_scale,
+                    )
+                )
+        return {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
+
+    def _autocast(self) -> Any:
+        if self.settings.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.settings.device.split(":")[0], getattr(torch, self.settings.dtype))
+
+    def averaged_model(self) -> RefSAM:
+        """A copy of the model in eval mode with the averaged weights."""
+        model = RefSAM(self.model.config, tokenizer=self.model.text_encoder.tokenizer)
+        model.load_state_dict(self.average)
+        return model.eval()
+
+    def save(self) -> None:
+        """Write the resumable state; the one before stays as `state.previous.pt`."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+        }
+        path = self.output / "state.pt"
+        temporary = path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        if path.exists():
+            os.replace(path, self.output / "state.previous.pt")
+        os.replace(temporary, path)
+
+    def resume(self) -> None:
+        """Load the newest state that can be read, if there is one."""
+        for name in ("state.pt", "state.previous.pt"):
+            path = self.output / name
+            if not path.exists():
+                continue
+            try:
+                state = torch.load(path, map_location=self.settings.device, weights_only=True)
+            except (OSError, RuntimeError, EOFError) as error:
+                self._log({"step": self.step, "damaged": f"{path}: {error}"})
+                continue
+            self.model.load_state_dict(state["model"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.average, self.step = state["average"], state["step"]
+            return
+
+    def _log(self, record: dict[str, Any]) -> dict[str, Any]:
+        with open(self.output / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        return record
+
+
+def _stage_at(stages: tuple[StageSettings, ...], step: int) -> StageSettings:
+    for stage in stages:
+        if step < stage.steps:
+            return stage
+        step -= stage.steps
+    raise IndexError(f"step {step} lies behind the last stage")
+
+
+def _build_model(settings: TrainingSettings) -> RefSAM:
+    if settings.start is not None:
+        return RefSAM.from_pretrained(settings.start)
+    values = dict(settings.model)
+    preset = values.pop("preset", None)
+    config = RefSAMConfig.preset(preset) if preset else config_from_dict(RefSAMConfig, values)
+    from refsam.data.generated.grammar import vocabulary
+    from refsam.model.text_encoder import build_tokenizer
+
+    return RefSAM(config, tokenizer=build_tokenizer(vocabulary()))

@@ -1,0 +1,48 @@
+"""The losses of a batch of masks: dice and focal from low-resolution logits, and the error of the predicted IoU."""
+
+import torch
+import torch.nn.functional as F
+from refsam_kernels import mask_loss
+from torch import Tensor
+
+from refsam.model import FrameSize, MaskOutput
+from refsam.training.settings import LossSettings
+
+
+def mask_losses(
+    output: MaskOutput,
+    masks: Tensor,
+    size: FrameSize,
+    image_size: int,
+    settings: LossSettings,
+    scale: int = 1,
+) -> dict[str, Tensor]:
+    """Scalar losses, `total` their weighted sum, of P predicted masks against masks (P, H, W) bool (paper, section 3.4).
+
+    `scale` takes the loss at that fraction of the image size, against masks averaged down by as much.
+    """
+    targets = masks if scale == 1 else F.avg_pool2d(masks.float()[:, None], scale, ceil_mode=True)[:, 0]
+    focal, dice = mask_loss(
+        output.logits,
+        targets,
+        image_size=image_size // scale,
+        input_size=(-(-size.resized[0] // scale), -(-size.resized[1] // scale)),
+    )
+    losses = {"focal": focal.mean(), "dice": dice.mean()}
+    if settings.iou:
+        truth = actual_iou(output.logits, masks, size, image_size)
+        losses["iou"] = F.mse_loss(output.iou.float(), truth)
+    total = sum(getattr(settings, name) * value for name, value in losses.items())
+    return losses | {"total": total}
+
+
+@torch.no_grad()
+def actual_iou(logits: Tensor, masks: Tensor, size: FrameSize, image_size: int) -> Tensor:
+    """IoU (P,) float32 of the thresholded low-resolution logits with the masks; 1 where both are empty."""
+    stride = image_size / logits.shape[-1]
+    height, width = (round(side / stride) for side in size.resized)
+    predicted = logits[:, :height, :width] > 0
+    truth = F.interpolate(masks[:, None].float(), (height, width), mode="area")[:, 0] > 0.5
+    overlap = (predicted & truth).sum(dim=(1, 2)).float()
+    union = (predicted | truth).sum(dim=(1, 2)).float()
+    return torch.where(union > 0, overlap / union.clamp(min=1), 1.0)
