@@ -1,0 +1,271 @@
+"""Region similarity J and contour accuracy F, equal to the DAVIS evaluation code.
+
+Masks are `(H, W)`, or `(T, H, W)` for a sequence, of bool or integers; every pixel that is not zero
+belongs to the object. A `void` mask of the same shape marks pixels that nobody knows the truth of:
+both masks are cleared there first.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from math import ceil, hypot
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+BOUND = 0.008
+"""Tolerance of the contour in parts of the image's diagonal, as DAVIS has it."""
+
+Mask = NDArray[np.bool_]
+Scores = NDArray[np.float64]
+
+
+class Statistics(NamedTuple):
+    """Mean, recall (share above 0.5) and decay (first quarter minus last) of a sequence."""
+
+    mean: float
+    recall: float
+    decay: float
+
+
+class SequenceScores(NamedTuple):
+    """J and F of each frame, `(T,)` float64 in 0..1."""
+
+    region: Scores
+    contour: Scores
+
+    @property
+    def mean(self) -> float:
+        """J&F: the mean of the mean J and the mean F."""
+        return (statistics(self.region).mean + statistics(self.contour).mean) / 2
+
+
+def region_similarity(
+    prediction: ArrayLike, truth: ArrayLike, void: ArrayLike | None = None
+) -> Scores:
+    """J, the intersection over union of two masks; 1 where both are empty.
+
+    Masks `(H, W)` give a float, `(T, H, W)` give `(T,)` float64 in 0..1. Follows `db_eval_iou` of
+    davis2017.
+    Raises ValueError for unequal shapes and for masks that are neither bool nor integer.
+    """
+    return _per_frame(_region, *_checked(prediction, truth, void))
+
+
+def contour_accuracy(
+    prediction: ArrayLike,
+    truth: ArrayLike,
+    void: ArrayLike | None = None,
+    bound: float = BOUND,
+) -> Scores:
+    """F, the harmonic mean of precision and recall of boundary pixels, matched within a disk.
+
+    `bound` below 1 is a part of the image's diagonal, from 1 on a number of pixels. Masks `(H, W)`
+    give a float, `(T, H, W)` give `(T,)` float64 in 0..1. Follows `f_measure` of davis2017.
+    Raises ValueError for unequal shapes, masks that are neither bool nor integer, and an impossible
+    bound.
+    """
+    masks = _checked(prediction, truth, void)
+    radius = boundary_radius(masks[0].shape[-2:], bound)
+    return _per_frame(lambda p, g: _contour(_Contour(p, radius), _Contour(g, radius)), *masks)
+
+
+def sequence_scores(
+    prediction: ArrayLike,
+    truth: ArrayLike,
+    void: ArrayLike | None = None,
+    bound: float = BOUND,
+) -> SequenceScores:
+    """J and F of every frame of `(T, H, W)` masks.
+
+    Raises ValueError as `contour_accuracy` does.
+    """
+    region = np.atleast_1d(region_similarity(prediction, truth, void))
+    return SequenceScores(region, np.atleast_1d(contour_accuracy(prediction, truth, void, bound)))
+
+
+def label_scores(
+    prediction: ArrayLike,
+    truth: ArrayLike,
+    prediction_ids: Sequence[int],
+    truth_ids: Sequence[int],
+    void: ArrayLike | None = None,
+    bound: float = BOUND,
+) -> tuple[Scores, Scores]:
+    """J and F of every object of the truth against every object of the prediction.
+
+    `prediction` and `truth` are integer maps of object numbers, `(H, W)` or `(T, H, W)`. Returns
+    two float64 arrays `(len(truth_ids), len(prediction_ids))`, for sequences `(..., T)`; each
+    boundary is extracted once only.
+    Raises ValueError as `contour_accuracy` does.
+    """
+    maps = _checked(prediction, truth, void)
+    radius = boundary_radius(maps[0].shape[-2:], bound)
+    ids = (prediction_ids, truth_ids)
+    region, contour = np.stack([_label_frame(*f, ids, radius) for f in _frames(*maps)], axis=-1)
+    return (region, contour) if maps[0].ndim == 3 else (region[..., 0], contour[..., 0])
+
+
+def statistics(values: ArrayLike) -> Statistics:
+    """Mean, recall and decay of one value per frame, NaN for a frame that does not count.
+
+    Follows `db_statistics` of davis2017: NaN is left out of mean and decay but misses in the
+    recall. There the limits of the quarters are uint8, so that decay is wrong for 256 frames and
+    more; here they are int64.
+    Raises ValueError unless `values` is `(T,)` with T >= 1.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or not values.size:
+        raise ValueError(f"values: got shape {values.shape}, want (T,) with at least one frame")
+    # The smallest step up turns numpy's rounding to even into MATLAB's rounding up of halves.
+    limits = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(np.int64) - 1
+    first, last = values[: limits[1] + 1], values[limits[3] : limits[4] + 1]
+    decay = _mean_of_known(first) - _mean_of_known(last)
+    return Statistics(_mean_of_known(values), float(np.mean(values > 0.5)), decay)
+
+
+def boundary_radius(size: tuple[int, ...], bound: float = BOUND) -> int:
+    """Pixels by which two contours may differ in an image of `size` (height, width).
+
+    Raises ValueError for a bound that is negative, or above 1 and no whole number.
+    """
+    if bound < 0 or (bound >= 1 and bound != int(bound)):
+        raise ValueError(f"bound: got {bound}, want a part of the diagonal or whole pixels")
+    return int(bound) if bound >= 1 else ceil(bound * hypot(*size))
+
+
+def boundary(mask: ArrayLike) -> Mask:
+    """Boundary pixels of an `(H, W)` mask: unlike their right, lower or lower right neighbour.
+
+    The boundary is one pixel wide and lies half a pixel to the top left; there is none along the
+    image's own edges.
+    Returns `(H, W)` bool. Follows `_seg2bmap` of davis2017.
+    """
+    inside = np.asarray(mask) != 0
+    result = np.zeros_like(inside)
+    here, right, below, diagonal = (
+        inside[:-1, :-1],
+        inside[:-1, 1:],
+        inside[1:, :-1],
+        inside[1:, 1:],
+    )
+    result[:-1, :-1] = (here ^ right) | (here ^ below) | (here ^ diagonal)
+    result[-1, :-1] = inside[-1, :-1] ^ inside[-1, 1:]
+    result[:-1, -1] = inside[:-1, -1] ^ inside[1:, -1]
+    return result
+
+
+class _Contour:
+    """The boundary of one mask, with a margin that lets a disk reach over the image's edges."""
+
+    def __init__(self, mask: Mask, radius: int):
+        padded = np.pad(boundary(mask), radius)
+        self.map = padded.ravel()
+        self.pixels = np.flatnonzero(self.map)
+        self.disk = _disk(radius, padded.shape[1])
+
+    def count_near(self, other: "_Contour") -> int:
+        """Number of this contour's pixels that lie within the disk of a pixel of the other one."""
+        lost = self.pixels
+        for offset in self.disk:  # nearest first: most pixels have found their partner after a few
+            lost = lost[~other.map[lost + offset]]
+            if not lost.size:
+                break
+        return self.pixels.size - lost.size
+
+
+@lru_cache(maxsize=16)
+def _disk(radius: int, stride: int) -> list[int]:
+    """Flat offsets of a disk's pixels in an image with rows of `stride` pixels, nearest first."""
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    square = (x * x + y * y).ravel()
+    order = np.argsort(square, kind="stable")
+    return (y.ravel() * stride + x.ravel())[order][: np.sum(square <= radius * radius)].tolist()
+
+
+def _region(prediction: Mask, truth: Mask) -> float:
+    union = np.count_nonzero(prediction | truth)
+    return np.count_nonzero(prediction & truth) / union if union else 1.0
+
+
+def _contour(prediction: _Contour, truth: _Contour) -> float:
+    predicted, true = prediction.pixels.size, truth.pixels.size
+    if not predicted or not true:
+        return float(predicted == true)
+    precision = prediction.count_near(truth) / predicted
+    recall = truth.count_near(prediction) / true
+    total = precision + recall
+    return 2 * precision * recall / total if total else 0.0
+
+
+def _label_frame(
+    prediction: NDArray[np.integer],
+    truth: NDArray[np.integer],
+    void: Mask | None,
+    ids: tuple[Sequence[int], Sequence[int]],
+    radius: int,
+) -> Scores:
+    """J and F `(2, truth ids, prediction ids)` of one frame."""
+    predicted = [_without(void, prediction == i) for i in ids[0]]
+    predicted_contours = [_Contour(mask, radius) for mask in predicted]
+    scores = np.empty((2, len(ids[1]), len(ids[0])))
+    for row, i in enumerate(ids[1]):
+        mask = _without(void, truth == i)
+        contour = _Contour(mask, radius)
+        scores[0, row] = [_region(other, mask) for other in predicted]
+        scores[1, row] = [_contour(other, contour) for other in predicted_contours]
+    return scores
+
+
+def _without(void: Mask | None, mask: Mask) -> Mask:
+    return mask if void is None else mask & ~void
+
+
+def _frames(
+    prediction: NDArray, truth: NDArray, void: Mask | None
+) -> Iterator[tuple[NDArray, NDArray, Mask | None]]:
+    """The frames of `(T, H, W)` masks, side by side; `(H, W)` masks are one frame."""
+    if prediction.ndim == 2:
+        yield prediction, truth, void
+        return
+    for t in range(len(prediction)):
+        yield prediction[t], truth[t], None if void is None else void[t]
+
+
+def _per_frame(
+    score: Callable[[Mask, Mask], float],
+    prediction: NDArray,
+    truth: NDArray,
+    void: Mask | None,
+) -> Scores:
+    """`score` of every frame, cleared of void: float64 `(T,)`, or a float for a single mask."""
+    scores = np.array(
+        [
+            score(_without(v, p != 0), _without(v, g != 0))
+            for p, g, v in _frames(prediction, truth, void)
+        ],
+        dtype=np.float64,
+    )
+    return scores if prediction.ndim == 3 else scores[0]
+
+
+def _mean_of_known(values: Scores) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def _checked(
+    prediction: ArrayLike, truth: ArrayLike, void: ArrayLike | None
+) -> tuple[NDArray, NDArray, Mask | None]:
+    prediction, truth = np.asarray(prediction), np.asarray(truth)
+    if prediction.ndim not in (2, 3) or 0 in prediction.shape[-2:]:
+        raise ValueError(f"prediction: got shape {prediction.shape}, want (H, W) or (T, H, W)")
+    masks = {"prediction": prediction, "truth": truth}
+    if void is not None:
+        masks["void"] = np.asarray(void)
+    for name, mask in masks.items():
+        if mask.shape != prediction.shape:
+            raise ValueError(f"{name}: got shape {mask.shape}, want {prediction.shape}")
+        if mask.dtype.kind not in "biu":
+            raise ValueError(f"{name}: got dtype {mask.dtype}, want bool or an integer type")
+    return prediction, truth, None if void is None else masks["void"] != 0
