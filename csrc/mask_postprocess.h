@@ -1,13 +1,9 @@
-// What the CPU and the CUDA implementation of mask_postprocess share: its checked sizes, and the weights of SAM's two
-// bilinear resizes (low resolution -> image_size -> crop -> output), which along one axis are four taps per output pixel.
+// What the CPU and the CUDA implementation of mask_postprocess share: its sizes, and the weights of
+// SAM's two bilinear resizes (low resolution -> image_size -> crop -> output), which along one axis
+// are four taps per output pixel.
 #pragma once
 
 #include <cstdint>
-#include <vector>
-
-#include <torch/csrc/stable/tensor.h>
-
-#include "check.h"
 
 #ifdef __CUDACC__
 #define REFSAM_HOST_DEVICE __host__ __device__
@@ -19,7 +15,8 @@ namespace refsam {
 
 constexpr int kTaps = 4;
 
-// One axis of the two resizes: `low` pixels are resized to `image`, of which the first `cropped` are resized to `output`.
+// One axis of the two resizes: `low` pixels are resized to `image`, of which the first `cropped`
+// are resized to `output`.
 struct ResizeAxis {
   int64_t low, image, cropped, output;
 };
@@ -34,9 +31,11 @@ struct BilinearSource {
   float share;  // of `second`
 };
 
-// Where output pixel `position` of a bilinear resize (half-pixel centres) lies in its input. In float, as ATen does it:
-// exact positions would differ from F.interpolate by up to 6e-5 pixels at size 1024.
-REFSAM_HOST_DEVICE inline BilinearSource bilinear_source(int64_t position, int64_t input, int64_t output) {
+// Where output pixel `position` of a bilinear resize (half-pixel centres) lies in its input. In
+// float, as ATen does it: exact positions would differ from F.interpolate by up to 6e-5 pixels at
+// size 1024.
+REFSAM_HOST_DEVICE inline BilinearSource bilinear_source(int64_t position, int64_t input,
+                                                         int64_t output) {
   const float scale = static_cast<float>(input) / static_cast<float>(output);
   const float source = scale * (static_cast<float>(position) + 0.5f) - 0.5f;
   const float clamped = source > 0.0f ? source : 0.0f;
@@ -54,36 +53,13 @@ REFSAM_HOST_DEVICE inline Taps two_resize_taps(int64_t position, const ResizeAxi
   const BilinearSource far = bilinear_source(outer.second, axis.low, axis.image);
   const float stay = 1.0f - outer.share;
   return {{near.first, near.second, far.first, far.second},
-          {stay * (1.0f - near.share), stay * near.share, outer.share * (1.0f - far.share), outer.share * far.share}};
+          {stay * (1.0f - near.share), stay * near.share, outer.share * (1.0f - far.share),
+           outer.share * far.share}};
 }
 
 struct MaskPostprocessSizes {
   int64_t masks;
   ResizeAxis rows, columns;
 };
-
-// Largest size along an axis: up to here a float holds every position.
-constexpr int64_t kLargestSize = int64_t{1} << 22;
-
-// logits (P, 4h, 4w) float32; image_size; input_size (height, width) within it; output_size (height, width).
-inline MaskPostprocessSizes check_mask_postprocess(const torch::stable::Tensor& logits, int64_t image_size,
-                                                   const std::vector<int64_t>& input_size,
-                                                   const std::vector<int64_t>& output_size) {
-  check_rank("logits", logits, 3);
-  check_dtype("logits", logits, torch::headeronly::ScalarType::Float);
-  check_last_stride("logits", logits);
-  check_range("logits' height", logits.size(1), 1, kLargestSize);
-  check_range("logits' width", logits.size(2), 1, kLargestSize);
-  check_range("image_size", image_size, 1, kLargestSize);
-  check(input_size.size() == 2, "input_size: got ", input_size.size(), " numbers, wanted 2 (height, width)");
-  check(output_size.size() == 2, "output_size: got ", output_size.size(), " numbers, wanted 2 (height, width)");
-  check_range("input_size's height", input_size[0], 1, image_size);
-  check_range("input_size's width", input_size[1], 1, image_size);
-  check_range("output_size's height", output_size[0], 1, kLargestSize);
-  check_range("output_size's width", output_size[1], 1, kLargestSize);
-  return {logits.size(0),
-          {logits.size(1), image_size, input_size[0], output_size[0]},
-          {logits.size(2), image_size, input_size[1], output_size[1]}};
-}
 
 }  // namespace refsam

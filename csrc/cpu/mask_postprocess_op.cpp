@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "../mask_postprocess_check.h"
 #include "mask_postprocess.h"
 
 namespace refsam::cpu {
@@ -9,14 +10,16 @@ namespace {
 
 using torch::stable::Tensor;
 
-Tensor run_mask_postprocess(const Tensor& logits, int64_t image_size, std::vector<int64_t> input_size,
-                            std::vector<int64_t> output_size, double threshold) {
+Tensor run_mask_postprocess(const Tensor& logits, int64_t image_size,
+                            std::vector<int64_t> input_size, std::vector<int64_t> output_size,
+                            double threshold) {
   check(logits.is_cpu(), "logits: wanted a CPU tensor");
-  const MaskPostprocessSizes sizes = check_mask_postprocess(logits, image_size, input_size, output_size);
+  const MaskPostprocessSizes sizes =
+      check_mask_postprocess(logits, image_size, input_size, output_size);
   const std::vector<int64_t> shape{sizes.masks, sizes.rows.output, sizes.columns.output};
   Tensor masks = torch::stable::new_empty(logits, shape, torch::headeronly::ScalarType::Bool);
   if (sizes.masks > 0) {
-    mask_postprocess(static_cast<const float*>(logits.const_data_ptr()), logits.stride(0), logits.stride(1), sizes,
+    mask_postprocess(static_cast<const float*>(logits.const_data_ptr()), sizes,
                      static_cast<float>(threshold), static_cast<bool*>(masks.mutable_data_ptr()));
   }
   return masks;
@@ -25,8 +28,10 @@ Tensor run_mask_postprocess(const Tensor& logits, int64_t image_size, std::vecto
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(refsam_kernels_cpu, m) {
-  m.def("mask_postprocess(Tensor logits, int image_size, int[] input_size, int[] output_size, float threshold)"
-        " -> Tensor");
+  m.def(
+      "mask_postprocess(Tensor logits, int image_size, int[] input_size, int[] output_size, float "
+      "threshold)"
+      " -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(refsam_kernels_cpu, CPU, m) {

@@ -204,7 +204,7 @@ def cuda_plan() -> Plan:
     names = architectures(nvcc)
     # USE_CUDA: without it torch's headers hide the current stream when torch itself has no CUDA.
     flags = ["-O3", "-lineinfo", "-DUSE_CUDA", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
-    flags += ["--threads=2", f"-ccbin={compiler}", *gencode(names)]
+    flags += [f"-ccbin={compiler}", *gencode(names)]
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     toolchain = {"compiler": version.splitlines()[-1], "torch": torch.version, "architectures": " ".join(names)}
     return make_plan("_C_cuda", torch, nvcc, flags, "cuda", toolchain)
@@ -271,7 +271,6 @@ def ninja_file(plan: Plan) -> str:
         lines.append(f"build {quote(str(step.output))}: {'compile' if step.depfile else 'run'} {inputs}")
         lines.append(f"  line = {step.shell_line.replace('$', '$$')}")
         if step.depfile:
-            # ninja deletes the depfile once read, hence its own copy for the next compiler run only.
             lines.append(f"  dep = {step.depfile}")
     return "\n".join(lines) + "\n"
 

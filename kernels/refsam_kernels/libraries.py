@@ -1,0 +1,32 @@
+"""Loads the compiled libraries, each when a backend first needs it."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from refsam_kernels.build import PACKAGE, REPORT
+
+
+@cache
+def load(name: str) -> Any:
+    """The operators of the library `_C_<name>.so` ("cpu" or "cuda"): the namespace `torch.ops.refsam_kernels_<name>`.
+
+    Raises `ImportError` with the reason if the library was not built or torch has no CUDA, `OSError` if it cannot be loaded.
+    """
+    if name == "cuda" and torch.version.cuda is None:
+        raise ImportError("torch has no CUDA here")
+    path = PACKAGE / f"_C_{name}.so"
+    if not path.is_file():
+        raise ImportError(f"{path.name} was not built: {why_not_built(path.stem)}")
+    torch.ops.load_library(path)
+    return getattr(torch.ops, f"refsam_kernels_{name}")
+
+
+def why_not_built(library: str, folder: Path = PACKAGE) -> str:
+    """The reason that the build report gives for leaving a library out."""
+    report = folder / REPORT
+    entry = json.loads(report.read_text()).get(library, {}) if report.is_file() else {}
+    return entry.get("reason") or "run python -m refsam_kernels.build"
