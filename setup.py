@@ -72,5 +72,9 @@ class PlatformDistribution(Distribution):
 
 setup(
     distclass=PlatformDistribution,
-    cmdclass={"build_ext": BuildLibraries, "build_py": BuildPythonAndSources, "bdist_wheel": StableWheel},
+    cmdclass={
+        "build_ext": BuildLibraries,
+        "build_py": BuildPythonAndSources,
+        "bdist_wheel": StableWheel,
+    },
 )

@@ -105,7 +105,9 @@ def supported_torch() -> Torch:
     """The installed torch if a library can be built against it; raises `LeftOut` otherwise."""
     torch = find_torch()
     if torch is None:
-        raise LeftOut("torch is not installed in this environment: install it, then run python -m refsam_kernels.build")
+        raise LeftOut(
+            "torch is not installed in this environment: install it, then run python -m refsam_kernels.build"
+        )
     release = tuple(int(part) for part in re.findall(r"\d+", torch.version)[:2])
     if release < OLDEST_TORCH:
         raise LeftOut(f"torch is {torch.version}, the stable ABI needs 2.10 or newer")
@@ -140,7 +142,11 @@ def find_compiler() -> str:
 def find_nvcc() -> str:
     """nvcc of `CUDA_HOME`, of the search path or of /usr/local/cuda; raises `LeftOut` if there is none."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    candidates = [*(str(Path(home, "bin", "nvcc")) for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    candidates = [
+        *(str(Path(home, "bin", "nvcc")) for home in homes),
+        "nvcc",
+        "/usr/local/cuda/bin/nvcc",
+    ]
     for candidate in candidates:
         if path := shutil.which(candidate):
             return path
@@ -163,9 +169,13 @@ def architectures(nvcc: str) -> list[str]:
         chosen = re.split(r"[\s;,]+", wanted.strip())
         for name in chosen:
             if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
-                raise BuildError(f"TORCH_CUDA_ARCH_LIST: got {name!r}, wanted entries such as 9.0, 9.0a or 12.0+PTX")
+                raise BuildError(
+                    f"TORCH_CUDA_ARCH_LIST: got {name!r}, wanted entries such as 9.0, 9.0a or 12.0+PTX"
+                )
         return chosen
-    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    listed = subprocess.run(
+        [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout.split()
     known = [name for name in DEFAULT_ARCHITECTURES if f"sm_{digits(name)}" in listed]
     if not known:
         raise LeftOut(f"nvcc knows none of the architectures {', '.join(DEFAULT_ARCHITECTURES)}")
@@ -203,15 +213,30 @@ def cuda_plan() -> Plan:
     torch, compiler, nvcc = supported_torch(), find_compiler(), find_nvcc()
     names = architectures(nvcc)
     # USE_CUDA: without it torch's headers hide the current stream when torch itself has no CUDA.
-    flags = ["-O3", "-lineinfo", "-DUSE_CUDA", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+    flags = [
+        "-O3",
+        "-lineinfo",
+        "-DUSE_CUDA",
+        "-Xptxas=-v",
+        "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+    ]
     flags += [f"-ccbin={compiler}", *gencode(names)]
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    toolchain = {"compiler": version.splitlines()[-1], "torch": torch.version, "architectures": " ".join(names)}
+    toolchain = {
+        "compiler": version.splitlines()[-1],
+        "torch": torch.version,
+        "architectures": " ".join(names),
+    }
     return make_plan("_C_cuda", torch, nvcc, flags, "cuda", toolchain)
 
 
 def make_plan(
-    library: str, torch: Torch, compiler: str, flags: list[str], folder: str, toolchain: dict[str, str]
+    library: str,
+    torch: Torch,
+    compiler: str,
+    flags: list[str],
+    folder: str,
+    toolchain: dict[str, str],
 ) -> Plan:
     """The compile steps of every source in `csrc/<folder>` and the link step of the library."""
     root, objects = source_root(), build_root() / library
@@ -223,7 +248,18 @@ def make_plan(
     for source in sources:
         output = objects / f"{source.name}.o"
         depfile = output.with_suffix(".d")
-        command = [*launcher, compiler, *abi, *flags, *include, "-MD", "-MF", str(depfile), "-c", str(source)]
+        command = [
+            *launcher,
+            compiler,
+            *abi,
+            *flags,
+            *include,
+            "-MD",
+            "-MF",
+            str(depfile),
+            "-c",
+            str(source),
+        ]
         compile_steps.append(Step(output, (source,), (*command, "-o", str(output)), depfile))
     outputs = tuple(step.output for step in compile_steps)
     output = objects / f"{library}.so"
@@ -254,7 +290,9 @@ def execute(plan: Plan) -> None:
 
 def run_shell(line: str) -> None:
     """Runs one shell line; raises `BuildError` with what it printed if it fails."""
-    result = subprocess.run(line, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    result = subprocess.run(
+        line, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     if result.returncode:
         raise BuildError(f"compiling failed:\n{result.stdout}")
 
@@ -265,10 +303,19 @@ def ninja_file(plan: Plan) -> str:
     def quote(text: str) -> str:
         return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    lines = ["rule run", "  command = $line", "rule compile", "  command = $line", "  deps = gcc", "  depfile = $dep"]
+    lines = [
+        "rule run",
+        "  command = $line",
+        "rule compile",
+        "  command = $line",
+        "  deps = gcc",
+        "  depfile = $dep",
+    ]
     for step in (*plan.compile, plan.link):
         inputs = " ".join(quote(str(path)) for path in step.inputs)
-        lines.append(f"build {quote(str(step.output))}: {'compile' if step.depfile else 'run'} {inputs}")
+        lines.append(
+            f"build {quote(str(step.output))}: {'compile' if step.depfile else 'run'} {inputs}"
+        )
         lines.append(f"  line = {step.shell_line.replace('$', '$$')}")
         if step.depfile:
             lines.append(f"  dep = {step.depfile}")
@@ -282,7 +329,9 @@ def kernel_resources(plan: Plan) -> list[KernelResources]:
     found = []
     for step in plan.compile:
         for kernel, architecture, stores, loads, registers in pattern.findall(step.log.read_text()):
-            found.append(KernelResources(kernel, architecture, int(registers), int(stores), int(loads)))
+            found.append(
+                KernelResources(kernel, architecture, int(registers), int(stores), int(loads))
+            )
     return found
 
 
@@ -341,7 +390,9 @@ def build_all(target: Path = PACKAGE) -> list[Path]:
     Returns the files written. Raises `BuildError` only for what `REFSAM_BUILD_CUDA=1` demands.
     """
     cpu, cpu_entry = build_library("_C_cpu", cpu_plan, target, demanded=False)
-    cuda, cuda_entry = build_library("_C_cuda", wanted_cuda_plan, target, demanded=cuda_wish() is True)
+    cuda, cuda_entry = build_library(
+        "_C_cuda", wanted_cuda_plan, target, demanded=cuda_wish() is True
+    )
     target.mkdir(parents=True, exist_ok=True)
     report = target / REPORT
     report.write_text(json.dumps({"_C_cpu": cpu_entry, "_C_cuda": cuda_entry}, indent=2) + "\n")
