@@ -83,16 +83,18 @@ def generate_clip(
     size: tuple[int, int] = (360, 640),
     kinds: tuple[str, ...] = ("colour", "colour and shape"),
     with_photographs: bool = False,
+    held_out: bool = False,
 ) -> GeneratedClip:
-    """Draw one clip in which every kind of sentence asked for is possible, without any file but this package's own.
+    """Draw one clip with a sentence of each kind, each about another object; without photographs no file is needed.
 
-    `size` is (height, width) in pixels, `kinds` out of `grammar.KINDS`, one sentence each.
+    `size` is (height, width) in pixels, `kinds` out of `grammar.KINDS`; `held_out` as for `generate_batch`. Raises
+    ValueError where no scene allows all the kinds.
     """
-    images = photographs(held_out=False) if with_photographs else ()
+    images = photographs(held_out) if with_photographs else ()
     for attempt in range(1000):
         random = np.random.default_rng([seed, attempt])
-        scene = sample_scene(random, np.arange(frames), size, len(images), held_out=False)
-        grammar = Grammar(random, held_out=False)
+        scene = sample_scene(random, np.arange(frames), size, len(images), held_out)
+        grammar = Grammar(random, held_out)
         sentences = [grammar.sentence(scene, kind) for kind in kinds]
         found = [sentence for sentence in sentences if sentence is not None]
         if len(found) == len(kinds) and len({s.targets for s in found}) == len(kinds):

@@ -112,7 +112,7 @@ def _coverage(x: Tensor, y: Tensor, scale: Tensor, table: dict[str, Tensor]) -> 
 
 def _shadow(x: Tensor, y: Tensor, strength: Tensor, present: Tensor) -> Tensor:
     """Darkness, 0..1, of a soft shadow below and beside the object."""
-    distance = (x - 0.15) ** 2 + (y - 0.2) ** 2
+    distance = ((x - 0.15) ** 2 + (y - 0.2) ** 2).clamp(max=8)  # exp of less is slow and nothing
     return strength[:, None, None] * present * torch.exp(-2.5 * distance)
 
 
@@ -128,7 +128,7 @@ def _surface(x: Tensor, y: Tensor, texture: Tensor, table: dict[str, Tensor]) ->
     on_decal = (torch.hypot(x - decal_x, y - decal_y) < radius)[:, None]
     colour = torch.where(on_decal, table["decal"][:, 3:, None, None] * light[:, None], colour)
     colour = colour * (1 + mottle[:, None] * (texture - 1))
-    shine = highlight * torch.exp(-14 * ((x + 0.2) ** 2 + (y + 0.22) ** 2))
+    shine = highlight * torch.exp(-14 * ((x + 0.2) ** 2 + (y + 0.22) ** 2).clamp(max=1))
     return (colour + shine[:, None]).clamp(0, 1)
 
 

@@ -1,0 +1,166 @@
+"""The generated clips: repeatable, and every sentence means exactly what its mask shows."""
+
+import numpy as np
+import pytest
+import torch
+
+from refsam.data.generated import generate_batch, generate_clip
+from refsam.data.generated.backgrounds import _HELD_OUT, _TRAINED, photographs
+from refsam.data.generated.grammar import (
+    _TEMPLATES,
+    COLOUR_WORDS,
+    KINDS,
+    SHAPE_WORDS,
+    Grammar,
+    vocabulary,
+)
+from refsam.data.generated.palette import COLOURS, to_rgb
+from refsam.data.generated.render import render
+from refsam.data.generated.scene import Scene, is_held_out, sample_scene
+from refsam.data.generated.shapes import NAMED_SHAPES, UNNAMED_SHAPES, blob
+
+SIZE = (72, 128)
+
+
+def scenes(count: int, held_out: bool = False, frames: int = 1) -> list[Scene]:
+    times = np.arange(frames)
+    return [
+        sample_scene(np.random.default_rng(i), times, SIZE, 0, held_out) for i in range(count)
+    ]
+
+
+def test_same_arguments_give_the_same_batch():
+    arguments = {"clips": 2, "frames": 2, "expressions": 3, "size": SIZE}
+    first, second = (generate_batch(3, 5, **arguments) for _ in range(2))
+    assert torch.equal(first.frames, second.frames) and torch.equal(first.masks, second.masks)
+    assert first.sentences == second.sentences
+    other = generate_batch(3, 6, **arguments)
+    assert not torch.equal(first.frames, other.frames)
+
+
+def test_batch_shapes_and_types():
+    batch = generate_batch(0, 0, clips=2, frames=3, expressions=4, size=SIZE)
+    assert batch.frames.shape == (2, 3, *SIZE, 3) and batch.frames.dtype == torch.uint8
+    assert batch.masks.shape == (2, 4, 3, *SIZE) and batch.masks.dtype == torch.bool
+    assert [len(row) for row in batch.sentences] == [4, 4]
+
+
+@pytest.mark.parametrize("name, expected", [("hue 0", (1, 0, 0)), ("hue 120", (0, 1, 0)), ("hue 240", (0, 0, 1))])
+def test_hues(name, expected):
+    assert np.allclose(to_rgb(float(name.split()[1]), 1.0, 1.0), expected)
+
+
+def test_outlines_have_unit_area():
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[-2:2:400j, -2:2:400j]
+    angle, radius = np.arctan2(y, x), np.hypot(x, y)
+    for shape in (*NAMED_SHAPES, *UNNAMED_SHAPES, blob(random), blob(random)):
+        grid = np.linspace(-np.pi, np.pi, len(shape.profile) + 1)
+        inside = radius < np.interp(angle, grid, np.append(shape.profile, shape.profile[0]))
+        inside &= np.hypot(x - shape.hole[0], y - shape.hole[1]) >= shape.hole[2]
+        area = inside.mean() * 16
+        limit = 0.25 if shape.name == "crescent" else 0.06  # a crescent's disc is cut out beyond its rim too
+        assert abs(area - 1) < limit, (shape.name, area)
+
+
+def test_sentences_of_colour_and_shape_single_their_target_out():
+    found = 0
+    for index, scene in enumerate(scenes(60)):
+        grammar = Grammar(np.random.default_rng(index), held_out=False)
+        for kind in ("colour", "shape", "colour and shape"):
+            sentence = grammar.sentence(scene, kind)
+            if sentence is None:
+                continue
+            found += 1
+            (target,) = sentence.targets
+            item = scene.objects[target]
+            twins = [
+                other
+                for other in scene.objects
+                if (kind == "shape" or other.colour_index == item.colour_index)
+                and (kind == "colour" or other.shape_index == item.shape_index)
+            ]
+            assert len(twins) == 1
+            words = set(sentence.text.split())
+            if "colour" in kind:
+                assert words & set(COLOUR_WORDS[COLOURS[item.colour_index].name])
+            if "shape" in kind:
+                assert words & set(SHAPE_WORDS[NAMED_SHAPES[item.shape_index].name])
+    assert found > 60
+
+
+@pytest.mark.parametrize("side, axis, sign", [("left", 0, 1), ("right", 0, -1), ("top", 1, 1), ("bottom", 1, -1)])
+def test_positions_hold_in_every_frame(side, axis, sign):
+    found = 0
+    for index, scene in enumerate(scenes(150, frames=6)):
+        sentence = Grammar(np.random.default_rng(index), held_out=False).sentence(scene, "position")
+        if sentence is None or side not in sentence.text:
+            continue
+        found += 1
+        colours = [name for name, words in COLOUR_WORDS.items() if set(words) & set(sentence.text.split())]
+        shapes = [name for name, words in SHAPE_WORDS.items() if set(words) & set(sentence.text.split())]
+        rivals = [
+            i
+            for i, item in enumerate(scene.objects)
+            if (not colours or (item.colour_index is not None and COLOURS[item.colour_index].name in colours))
+            and (not shapes or (item.shape_index is not None and NAMED_SHAPES[item.shape_index].name in shapes))
+        ]
+        along = np.stack([sign * scene.objects[i].centre[:, axis] for i in rivals])
+        assert (along.argmin(axis=0) == rivals.index(sentence.targets[0])).all(), sentence.text
+    assert found >= 5
+
+
+def test_absent_sentences_mean_nothing_that_is_there():
+    for index, scene in enumerate(scenes(60)):
+        sentence = Grammar(np.random.default_rng(index), held_out=False).sentence(scene, "absent")
+        assert sentence is not None and sentence.targets == ()
+        words = set(sentence.text.split())
+        for item in scene.objects:
+            colour = item.colour_index is not None and words & set(
+                COLOUR_WORDS[COLOURS[item.colour_index].name]
+            )
+            shape = item.shape_index is not None and words & set(
+                SHAPE_WORDS[NAMED_SHAPES[item.shape_index].name]
+            )
+            names_shape = any(words & set(v) for v in SHAPE_WORDS.values())
+            names_colour = any(words & set(v) for v in COLOUR_WORDS.values())
+            assert not ((colour or not names_colour) and (shape or not names_shape)), sentence.text
+
+
+def test_vocabulary_holds_every_word_but_the_made_up_one():
+    known = set(vocabulary()) | {"unheard-of"}
+    for held_out in (False, True):
+        for index, scene in enumerate(scenes(80, held_out)):
+            grammar = Grammar(np.random.default_rng(index), held_out)
+            for kind in (*KINDS, *([] if held_out else ["plural"])):
+                sentence = grammar.sentence(scene, kind)
+                assert sentence is None or set(sentence.text.split()) <= known, sentence
+
+
+def test_training_never_sees_the_benchmarks_pairs_templates_or_photographs():
+    for scene in scenes(200):
+        for item in scene.objects:
+            if item.shape_index is not None and item.colour_index is not None:
+                assert not is_held_out(item.shape_index, item.colour_index)
+    for trained, kept in _TEMPLATES.values():
+        assert not set(trained) & set(kept)
+    assert not set(_TRAINED) & set(_HELD_OUT)
+    assert len(photographs(True)) == len(_HELD_OUT) and len(photographs(False)) == len(_TRAINED)
+
+
+def test_drawn_areas_are_the_objects_areas():
+    for scene in scenes(20):
+        alone = Scene(scene.objects[-1:], (144, 256), scene.camera, scene.background)
+        inside = alone.objects[0].centre[0]
+        if (np.abs(inside - 0.5) > 0.25).any() or alone.objects[0].shape.name == "crescent":
+            continue
+        _, owner = render([alone], (), torch.Generator().manual_seed(0))
+        area = float((owner == 0).float().mean()) / alone.camera[0, 2] ** 2
+        assert area == pytest.approx(alone.objects[0].area, rel=0.15)
+
+
+def test_a_clip_has_a_sentence_of_each_kind_about_different_objects():
+    clip = generate_clip(seed=1, frames=4, size=SIZE, kinds=("colour", "position", "absent"))
+    assert clip.kinds == ["colour", "position", "absent"]
+    assert clip.masks[0].any() and clip.masks[1].any() and not clip.masks[2].any()
+    assert not (clip.masks[0] & clip.masks[1]).any()
