@@ -1,0 +1,89 @@
+"""Builds RefSAM's parts from a configuration: the only place in `refsam.model` that reads one."""
+
+from tokenizers import Tokenizer
+
+from refsam.config import RefSAMConfig
+from refsam.model.cross_modal_mlp import CrossModalMLP
+from refsam.model.dense_attention import HierarchicalDenseAttention
+from refsam.model.image_encoder import ImageEncoder
+from refsam.model.mask_decoder import MaskDecoder, PromptEncoder
+from refsam.model.text_encoder import (
+    DEFAULT_WORDS,
+    CachedTextEncoder,
+    RobertaTextEncoder,
+    SmallTextEncoder,
+    T5TextEncoder,
+    word_tokenizer,
+)
+from refsam.model.tracking import TrackingModule
+from refsam.model.two_way_transformer import TwoWayTransformer
+
+
+def build_image_encoder(config: RefSAMConfig) -> ImageEncoder:
+    """SAM's ViT with adapters."""
+    sizes = config.image_encoder
+    return ImageEncoder(
+        image_size=sizes.image_size,
+        patch_size=sizes.patch_size,
+        embed_dim=sizes.embed_dim,
+        depth=sizes.depth,
+        num_heads=sizes.num_heads,
+        mlp_dim=int(sizes.embed_dim * sizes.mlp_ratio),
+        window_size=sizes.window_size,
+        global_blocks=sizes.global_blocks,
+        adapter_dim=int(sizes.embed_dim * sizes.adapter_ratio),
+        output_dim=config.prompt_dim,
+    )
+
+
+def build_prompt_encoder(config: RefSAMConfig) -> PromptEncoder:
+    """SAM's image positional encoding."""
+    return PromptEncoder(config.prompt_dim)
+
+
+def build_text_encoder(config: RefSAMConfig, tokenizer: Tokenizer | None) -> CachedTextEncoder:
+    """The configured text encoder; only the small one takes a tokenizer."""
+    sizes = config.text_encoder
+    if sizes.kind == "small":
+        return SmallTextEncoder(
+            tokenizer or word_tokenizer(DEFAULT_WORDS),
+            width=sizes.width,
+            depth=sizes.depth,
+            num_heads=sizes.num_heads,
+            mlp_dim=int(sizes.width * sizes.mlp_ratio),
+            max_words=sizes.max_words,
+        )
+    encoder = T5TextEncoder if sizes.kind == "t5" else RobertaTextEncoder
+    return encoder(sizes.name, sizes.width, sizes.max_tokens)
+
+
+def build_cross_modal_mlp(config: RefSAMConfig) -> CrossModalMLP:
+    """The MLP between the text encoder and the prompts."""
+    return CrossModalMLP(config.text_encoder.width, config.prompt_dim, config.cross_modal_layers)
+
+
+def build_dense_attention(config: RefSAMConfig) -> HierarchicalDenseAttention:
+    """Dense attention over the embedding and, if hierarchical, every intermediate map."""
+    settings = config.dense_attention
+    intermediates = len(config.image_encoder.global_blocks[:-1]) if settings.hierarchical else 0
+    return HierarchicalDenseAttention(
+        config.prompt_dim,
+        config.image_encoder.embed_dim,
+        num_levels=1 + intermediates,
+        learnable_scale=settings.learnable_scale,
+        initial_scale=settings.initial_scale,
+    )
+
+
+def build_mask_decoder(config: RefSAMConfig) -> MaskDecoder:
+    """SAM's mask decoder."""
+    sizes = config.mask_decoder
+    transformer = TwoWayTransformer(
+        sizes.depth, config.prompt_dim, sizes.num_heads, sizes.mlp_dim, sizes.downsample_rate
+    )
+    return MaskDecoder(config.prompt_dim, transformer, sizes.num_masks, sizes.iou_hidden_dim)
+
+
+def build_tracking(config: RefSAMConfig) -> TrackingModule:
+    """The implicit tracking module."""
+    return TrackingModule(config.prompt_dim, config.tracking_hidden_dim)

@@ -1,0 +1,118 @@
+"""SAM's mask decoder and the part of its prompt encoder that RefSAM needs."""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from refsam.model.image_encoder import LayerNorm2d
+from refsam.model.two_way_transformer import TwoWayTransformer
+from refsam_kernels import mask_upscale
+
+
+class RandomPositionEncoding(nn.Module):
+    """Sines and cosines of random frequencies (segment-anything, modeling/prompt_encoder.py)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, dim // 2))
+
+    def forward(self, height: int, width: int) -> Tensor:
+        """The encoding (1, height * width, dim) of a grid, float32."""
+        matrix = self.positional_encoding_gaussian_matrix.float()
+        y = (torch.arange(height, device=matrix.device) + 0.5) / height
+        x = (torch.arange(width, device=matrix.device) + 0.5) / width
+        grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
+        angles = 2 * math.pi * ((2 * grid - 1) @ matrix)
+        return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(0, 1)[None]
+
+
+class PromptEncoder(nn.Module):
+    """SAM's prompt encoder without points, boxes and masks: RefSAM's prompts come from the text."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.pe_layer = RandomPositionEncoding(dim)
+
+
+class HeadMLP(nn.Module):
+    """Linear layers with ReLU between them, named as in SAM's mask decoder."""
+
+    def __init__(self, dim: int, hidden_dim: int, output_dim: int, num_layers: int = 3) -> None:
+        super().__init__()
+        widths = [dim, *[hidden_dim] * (num_layers - 1), output_dim]
+        self.layers = nn.ModuleList(
+            nn.Linear(width, next_width) for width, next_width in pairwise(widths)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) to (..., output_dim)."""
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class MaskDecoder(nn.Module):
+    """Masks from image tokens and sparse prompts (segment-anything, modeling/mask_decoder.py).
+
+    Channels-last, any number of sparse prompts per image row. Parameter names are SAM's.
+    """
+
+    def __init__(
+        self, dim: int, transformer: TwoWayTransformer, num_masks: int, iou_hidden_dim: int
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.iou_token = nn.Embedding(1, dim)
+        self.mask_tokens = nn.Embedding(num_masks, dim)
+        self.output_upscaling = nn.Sequential(
+            nn.ConvTranspose2d(dim, dim // 4, kernel_size=2, stride=2),
+            LayerNorm2d(dim // 4),
+            nn.GELU(),
+            nn.ConvTranspose2d(dim // 4, dim // 8, kernel_size=2, stride=2),
+            nn.GELU(),
+        )
+        self.output_hypernetworks_mlps = nn.ModuleList(
+            HeadMLP(dim, dim, dim // 8) for _ in range(num_masks)
+        )
+        self.iou_prediction_head = HeadMLP(dim, iou_hidden_dim, num_masks)
+
+    def forward(
+        self,
+        image: Tensor,
+        image_pe: Tensor,
+        sparse: Tensor,
+        lengths: Tensor | None,
+        grid: tuple[int, int],
+        num_masks: int = 1,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Image tokens with dense prompts (P, N, C) and sparse prompts (P, T, C) to masks.
+
+        image_pe (1, N, C); the first lengths (P,) sparse prompts of each row are valid, None means all.
+        Returns mask logits (P, num_masks, 4h, 4w), predicted IoUs (P, num_masks) and the
+        transformer's mask tokens (P, num_masks, C), for the first num_masks mask tokens.
+        """
+        own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        tokens = torch.cat([own.expand(len(sparse), -1, -1), sparse], dim=1)
+        lengths = None if lengths is None else lengths + len(own)
+        tokens, image = self.transformer(tokens, image, image_pe, lengths)
+        mask_tokens = tokens[:, 1 : 1 + num_masks]
+        hyper = [
+            mlp(mask_tokens[:, index])
+            for index, mlp in enumerate(self.output_hypernetworks_mlps[:num_masks])
+        ]
+        conv1, norm, _, conv2, _ = self.output_upscaling
+        logits = mask_upscale(
+            image.unflatten(1, grid),
+            torch.stack(hyper, dim=1),
+            conv1.weight,
+            conv1.bias,
+            norm.weight,
+            norm.bias,
+            conv2.weight,
+            conv2.bias,
+            eps=norm.eps,
+        )
+        return logits, self.iou_prediction_head(tokens[:, 0])[:, :num_masks], mask_tokens

@@ -1,0 +1,376 @@
+"""Text encoders: expressions in, one vector per word out."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from refsam.errors import ExpressionError, UserError
+
+UNKNOWN = "[UNK]"
+PADDING = "[PAD]"
+
+FUNCTION_WORDS = frozenset(
+    "a an the this that these those of on in at to by for from with without and or is are was be "
+    "it its there here which who whom whose what as some any one ones please".split()
+)
+"""Words that name nothing: an expression in which no other word is known cannot be understood."""
+
+DEFAULT_WORDS = tuple(
+    "the a an of on in at to by with and that is "
+    "red green blue yellow orange purple pink brown black white grey gray cyan magenta "
+    "light dark big large small little tiny left right top bottom middle upper lower first last "
+    "circle square triangle star ring cross heart ball block box disc shape object thing "
+    "person man woman child boy girl dog cat horse bird car bus bike boat cup bottle bag backpack "
+    "ball chair table book phone hat shirt shoe tree flower".split()
+)
+"""The vocabulary of an untrained encoder that was given no tokenizer."""
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A text encoder's output for P expressions: what a cache keeps.
+
+    tokens (P, T, Ct) float; the first lengths[i] of row i are valid, the rest is padding and may
+    hold anything. lengths (P,) int64 stays on the host. unknown: per expression, the words that the
+    encoder does not know. Tokens are trimmed to the longest row.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    unknown: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        lengths = self.lengths.cpu()
+        if self.tokens.ndim != 3 or lengths.shape != self.tokens.shape[:1]:
+            raise ValueError(
+                f"tokens, lengths: got shapes {tuple(self.tokens.shape)} and "
+                f"{tuple(lengths.shape)}, wanted (P, T, Ct) and (P,)"
+            )
+        if (
+            len(lengths)
+            and not 1 <= int(lengths.min()) <= int(lengths.max()) <= self.tokens.shape[1]
+        ):
+            raise ValueError(
+                f"lengths: got {lengths.tolist()}, wanted 1 to T = {self.tokens.shape[1]}"
+            )
+        longest = int(lengths.max()) if len(lengths) else 0
+        object.__setattr__(self, "lengths", lengths)
+        object.__setattr__(self, "tokens", self.tokens[:, :longest])
+        object.__setattr__(self, "unknown", tuple(self.unknown) or ((),) * len(lengths))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def select(self, indices: Sequence[int]) -> EncodedText:
+        """The expressions at these places, in this order."""
+        picked = list(indices)
+        unknown = tuple(self.unknown[index] for index in picked)
+        return EncodedText(self.tokens[picked], self.lengths[picked], unknown)
+
+    def to(self, device: torch.device | str) -> EncodedText:
+        """The same with tokens on another device; lengths stay on the host."""
+        return EncodedText(self.tokens.to(device), self.lengths, self.unknown)
+
+    @staticmethod
+    def cat(parts: Sequence[EncodedText]) -> EncodedText:
+        """One batch out of several, padded with zeros to the longest."""
+        longest = max(part.tokens.shape[1] for part in parts)
+        tokens = [F.pad(part.tokens, (0, 0, 0, longest - part.tokens.shape[1])) for part in parts]
+        unknown = tuple(words for part in parts for words in part.unknown)
+        return EncodedText(torch.cat(tokens), torch.cat([part.lengths for part in parts]), unknown)
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """What RefSAM needs of a text encoder: its width, and a call that encodes expressions."""
+
+    width: int
+
+    def __call__(self, expressions: Sequence[str]) -> EncodedText:
+        """Encode P >= 1 non-empty expressions; raises ExpressionError for those it cannot take."""
+
+
+class CachedTextEncoder(nn.Module):
+    """Checks expressions and remembers what it encoded.
+
+    A subclass gives `encode(expressions) -> EncodedText` and `weights_key()`. The cache is used only where no
+    gradient is wanted, is keyed by the weights' versions and emptied by `load_state_dict`.
+    """
+
+    cache_size = 1024
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self._cache: OrderedDict[Hashable, EncodedText] = OrderedDict()
+        self._lock = threading.Lock()
+        self.register_load_state_dict_post_hook(lambda module, _: module.clear_cache())
+
+    def encode(self, expressions: Sequence[str]) -> EncodedText:
+        """Encode without looking at the cache."""
+        raise NotImplementedError
+
+    def weights_key(self) -> Hashable:
+        """Something that changes whenever the weights do."""
+        return tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in self.parameters())
+
+    def clear_cache(self) -> None:
+        """Forget every encoded expression."""
+        with self._lock:
+            self._cache.clear()
+
+    def forward(self, expressions: Sequence[str]) -> EncodedText:
+        """P expressions to their tokens (P, T, Ct).
+
+        Raises ExpressionError for an expression that is empty, too long or not understood.
+        """
+        if isinstance(expressions, str) or not expressions:
+            raise ExpressionError(f"expressions: got {expressions!r}, wanted a list of expressions")
+        for expression in expressions:
+            if not isinstance(expression, str) or not expression.strip():
+                raise ExpressionError(f"expression: got {expression!r}, wanted at least one word")
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            return self.encode(expressions)
+        return EncodedText.cat(self._cached(list(expressions)))
+
+    def _cached(self, expressions: list[str]) -> list[EncodedText]:
+        weights = self.weights_key()
+        with self._lock:
+            found = {text: self._cache.get((text, weights)) for text in expressions}
+        missing = [text for text, encoded in found.items() if encoded is None]
+        if missing:
+            # Tensors made in inference mode could never be used by a later training step.
+            with torch.inference_mode(False), torch.no_grad():
+                encoded = self.encode(missing)
+            found |= {text: encoded.select([index]) for index, text in enumerate(missing)}
+        with self._lock:
+            for text, encoded in found.items():
+                self._cache[(text, weights)] = encoded
+                self._cache.move_to_end((text, weights))
+            while len(self._cache) > self.cache_size:
+                self._cache.popitem(last=False)
+        return [found[text] for text in expressions]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave lock and cache behind."""
+        state = self.__dict__.copy()
+        del state["_lock"], state["_cache"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock, self._cache = threading.Lock(), OrderedDict()
+
+
+def word_tokenizer(words: Iterable[str]) -> Tokenizer:
+    """A tokenizer of whole words over this vocabulary: lower case, without punctuation.
+
+    Identifiers follow the order of first appearance, after [PAD] (0) and [UNK] (1).
+    """
+    vocabulary = dict.fromkeys([PADDING, UNKNOWN, *(word.lower() for word in words)])
+    identifiers = {word: index for index, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(identifiers, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFKD(),
+            normalizers.StripAccents(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"['’]s\b"), ""),
+            normalizers.Replace(Regex(r"[^\w\s]|_"), " "),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+class TransformerLayer(nn.Module):
+    """A pre-LayerNorm transformer layer whose keys can be masked."""
+
+    def __init__(self, width: int, num_heads: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, mlp_dim)
+        self.fc2 = nn.Linear(mlp_dim, width)
+
+    def forward(self, x: Tensor, is_valid: Tensor) -> Tensor:
+        """(P, T, C) to the same; is_valid (P, T) bool says which words may be attended to."""
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=is_valid[:, None, None, :])
+        x = x + self.proj(attended.transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class SmallTextEncoder(CachedTextEncoder):
+    """A small transformer over whole words, trained together with the model."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        width: int,
+        depth: int,
+        num_heads: int,
+        mlp_dim: int,
+        max_words: int,
+    ) -> None:
+        super().__init__(width)
+        self.tokenizer = tokenizer
+        self.max_words = max_words
+        self.words = nn.Embedding(tokenizer.get_vocab_size(), width)
+        self.positions = nn.Parameter(torch.zeros(max_words, width))
+        self.layers = nn.ModuleList(
+            TransformerLayer(width, num_heads, mlp_dim) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        nn.init.trunc_normal_(self.words.weight, std=0.02)
+        nn.init.trunc_normal_(self.positions, std=0.02)
+
+    def encode(self, expressions: Sequence[str]) -> EncodedText:
+        """P expressions to tokens (P, T, width); unknown words take the embedding of [UNK].
+
+        Raises ExpressionError where an expression has too many words or no content word that the
+        vocabulary holds.
+        """
+        rows = [self.tokenize(expression) for expression in expressions]
+        lengths = torch.tensor([len(identifiers) for identifiers, _ in rows])
+        padded = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+        for row, (identifiers, _) in zip(padded, rows, strict=True):
+            row[: len(identifiers)] = torch.tensor(identifiers)
+        device = self.positions.device
+        is_valid = (torch.arange(padded.shape[1]) < lengths[:, None]).to(device)
+        x = self.words(padded.to(device)) + self.positions[: padded.shape[1]]
+        for layer in self.layers:
+            x = layer(x, is_valid)
+        return EncodedText(self.norm(x), lengths, tuple(unknown for _, unknown in rows))
+
+    def tokenize(self, expression: str) -> tuple[list[int], tuple[str, ...]]:
+        """The identifiers of an expression's words, and the words that the vocabulary lacks.
+
+        Raises ExpressionError as `encode` does.
+        """
+        normalised = self.tokenizer.normalizer.normalize_str(expression)
+        words = normalised.split()
+        if len(words) > self.max_words:
+            raise ExpressionError(
+                f"expression: got {len(words)} words, wanted at most {self.max_words}: "
+                f"{expression!r}"
+            )
+        identifiers = self.tokenizer.encode(expression).ids
+        unknown_id = self.tokenizer.token_to_id(UNKNOWN)
+        is_known = [identifier != unknown_id for identifier in identifiers]
+        unknown = tuple(word for word, known in zip(words, is_known, strict=True) if not known)
+        content = [
+            word
+            for word, known in zip(words, is_known, strict=True)
+            if known and word not in FUNCTION_WORDS
+        ]
+        if not content:
+            named = ", ".join(unknown)
+            reason = f"no word is known: {named}" if unknown else "no word names an object"
+            raise ExpressionError(
+                f"expression {expression!r}: {reason}; describe it in other words"
+            )
+        return identifiers, unknown
+
+
+class PretrainedTextEncoder(CachedTextEncoder):
+    """A frozen encoder of `transformers`, which is imported and loaded when first used.
+
+    Its weights belong to no checkpoint of this project: they are no parameters of this module, though
+    they follow its device and dtype.
+    """
+
+    architecture: str
+
+    def __init__(self, name: str, width: int, max_tokens: int = 512) -> None:
+        super().__init__(width)
+        self.name = name
+        self.max_tokens = max_tokens
+        self.register_buffer("placement", torch.empty(0), persistent=False)
+        self._loaded: list[Any] = []
+
+    def load(self) -> tuple[Any, nn.Module]:
+        """The tokenizer and the encoder, read from the Hub's cache, the Hub or a folder.
+
+        Raises UserError if transformers is missing or the name cannot be loaded.
+        """
+        with self._lock:
+            if not self._loaded:
+                self._loaded = [*self._read()]
+        tokenizer, encoder = self._loaded
+        return tokenizer, encoder
+
+    def _read(self) -> tuple[Any, nn.Module]:
+        try:
+            import transformers
+        except ImportError:
+            raise UserError(
+                f"text encoder {self.name!r} needs transformers: pip install 'refsam[text]'"
+            ) from None
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.name)
+            encoder = getattr(transformers, self.architecture).from_pretrained(self.name)
+        except (OSError, ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"text encoder {self.name!r} cannot be loaded: {reason}") from None
+        if encoder.config.hidden_size != self.width:
+            raise UserError(
+                f"text encoder {self.name!r}: got width {encoder.config.hidden_size}, "
+                f"wanted {self.width} as configured"
+            )
+        encoder.requires_grad_(False).eval()
+        return tokenizer, encoder.to(self.placement.device, self.placement.dtype)
+
+    def encode(self, expressions: Sequence[str]) -> EncodedText:
+        """P expressions to tokens (P, T, width), pads masked; raises ExpressionError if too long."""
+        tokenizer, encoder = self.load()
+        batch = tokenizer(list(expressions), padding=True, return_tensors="pt")
+        lengths = batch.attention_mask.sum(1)
+        for expression, length in zip(expressions, lengths.tolist(), strict=True):
+            if length > self.max_tokens:
+                raise ExpressionError(
+                    f"expression: got {length} tokens, wanted at most {self.max_tokens}: "
+                    f"{expression[:60]!r}..."
+                )
+        device = self.placement.device
+        with torch.no_grad():
+            tokens = encoder(
+                input_ids=batch.input_ids.to(device),
+                attention_mask=batch.attention_mask.to(device),
+            ).last_hidden_state
+        return EncodedText(tokens, lengths)
+
+    def weights_key(self) -> Hashable:
+        """The name and where the weights lie: nothing changes them."""
+        return self.name, self.placement.device, self.placement.dtype
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PretrainedTextEncoder:
+        super()._apply(fn, recurse)
+        if self._loaded:
+            self._loaded[1]._apply(fn)
+        return self
+
+
+class T5TextEncoder(PretrainedTextEncoder):
+    """The encoder of T5 (paper, section 3.3: T5-3B, width 1024)."""
+
+    architecture = "T5EncoderModel"
+
+
+class RobertaTextEncoder(PretrainedTextEncoder):
+    """RoBERTa, the alternative in the authors' code."""
+
+    architecture = "RobertaModel"
