@@ -1,0 +1,106 @@
+"""The command line, ``refsam``: parse, call, print.
+
+Each sub-command is a module of this package that holds a typer application called ``app``. It is imported
+when it is asked for, and imports what it needs when it runs: ``refsam segment`` never waits for training.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from refsam import __version__
+from refsam.errors import UserError
+
+_COMMANDS = "segment demo train evaluate data convert info bench export ui".split()
+# typer brings its own copy of click since 0.20, so the exceptions are found from typer's side.
+_CommandLineError = typer.BadParameter.__mro__[2]
+
+
+class CommandLine(TyperGroup):
+    """Load sub-commands on demand; turn what a user can put right into one line and exit code 2."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of the sub-commands that are there."""
+        return [name for name in _COMMANDS if find_spec(f"{__name__}.{name}")]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The sub-command of that name, imported now; None where there is none."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        command = typer.main.get_command(import_module(f"{__name__}.{cmd_name}").app)
+        command.name = cmd_name
+        return command
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        """Run the command line and exit: 0, 2 (something to put right) or 130 (interrupted).
+
+        ``--debug``, anywhere on the line, shows tracebacks.
+        """
+        words = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in words
+        options["standalone_mode"] = False
+        try:
+            code = super().main([word for word in words if word != "--debug"], *rest, **options)
+        except Exception as error:
+            message = _message(error)
+            if debug or message is None:
+                raise
+            typer.echo(f"refsam: {message}", err=True)
+            code = 2
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+main = typer.Typer(
+    cls=CommandLine,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"refsam {__version__}")
+        raise typer.Exit()
+
+
+@main.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks; works anywhere on the line.")
+    ] = False,
+) -> None:
+    """Say what you want segmented in a video; get its masks, frame by frame.
+
+    Try `refsam demo`, then `refsam segment clip.mp4 --text "the red backpack" --out out`.
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _message(error: Exception) -> str | None:
+    """One line for an error that the user can put right, None for any other."""
+    name = type(error).__name__  # for errors of packages that need not be imported to ask
+    if isinstance(error, _CommandLineError):
+        text = error.format_message()
+        context = getattr(error, "ctx", None)
+        if context is not None:
+            text = f"{text.rstrip('.')} (see {context.command_path} --help)"
+    elif isinstance(error, UserError) or name == "BackendError":  # REFSAM_BACKEND cannot run here
+        text = str(error)
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename or 'a file'}: {error.strerror}"
+    elif name == "OutOfMemoryError":
+        text = "the GPU has too little memory: use a smaller model or --device cpu"
+    else:
+        return None
+    return " ".join(text.split())

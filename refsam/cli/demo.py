@@ -1,0 +1,86 @@
+"""``refsam demo``: the bundled model on a generated clip of which the true masks are known."""
+
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from refsam.cli.options import (
+    CheckpointOption,
+    DeviceOption,
+    DtypeOption,
+    OutOption,
+    OverwriteOption,
+    check_names,
+)
+from refsam.cli.segment import load_session, segment_frames
+
+if TYPE_CHECKING:
+    from refsam.data.generated import GeneratedClip
+    from refsam.video import Frame
+
+app = typer.Typer()
+_FPS = Fraction(12)
+
+
+@app.command()
+def demo(
+    out: OutOption = Path("refsam-demo"),
+    seed: Annotated[int, typer.Option(help="Another seed draws another clip.")] = 0,
+    frames: Annotated[int, typer.Option(min=1, help="Length of the clip.")] = 24,
+    checkpoint: CheckpointOption = "nano",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Segment a generated clip with known truth; print J&F, write masks and an overlay.
+
+    J is the overlap of mask and truth (intersection over union), F the agreement of their contours, both
+    0 to 1, as DAVIS 2017 defines them.
+    """
+    started = time.perf_counter()
+    check_names(device, dtype)
+    from refsam.video import ResultWriter
+    from refsam.video.writer import check_output
+
+    check_output(out, overwrite=overwrite)
+    session, precision = load_session(checkpoint, [], device, dtype)
+    from refsam.data.generated import generate_clip
+
+    clip = generate_clip(seed=seed, frames=frames)
+    for expression in clip.expressions:
+        session.add(expression)
+    writer = ResultWriter(out, clip.expressions, fps=_FPS, time_base=1 / _FPS, overwrite=overwrite)
+    with writer:
+        run = segment_frames(session, _frames(clip), writer, precision, frames, started)
+        writer.finish(**run.facts(checkpoint, f"generated, seed {seed}", session, precision))
+    run.report(out)
+    _print_scores(clip, out)
+
+
+def _frames(clip: "GeneratedClip") -> Iterator["Frame"]:
+    from refsam.video import Frame
+
+    for index, image in enumerate(clip.frames.numpy()):
+        yield Frame(index, float(index / _FPS), image)
+
+
+def _print_scores(clip: "GeneratedClip", out: Path) -> None:
+    """Compare the files that were written with the truth: J, F and J&F per expression and in the mean."""
+    import numpy as np
+    from PIL import Image
+
+    from refsam.metrics import contour_accuracy, region_similarity
+
+    scores = []
+    for index, (text, truth) in enumerate(zip(clip.expressions, clip.masks.numpy(), strict=True)):
+        files = sorted((out / "masks" / f"{index:02d}").iterdir())
+        masks = np.stack([np.asarray(Image.open(file)) > 0 for file in files])
+        truth = truth[: len(masks)]
+        j, f = np.mean(region_similarity(masks, truth)), np.mean(contour_accuracy(masks, truth))
+        scores.append((j + f) / 2)
+        typer.echo(f"{text}: J {j:.3f}, F {f:.3f}, J&F {(j + f) / 2:.3f}")
+    typer.echo(f"mean J&F {np.mean(scores):.3f}")

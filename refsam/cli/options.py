@@ -1,0 +1,85 @@
+"""Options that several sub-commands share, and what ``--device`` and ``--dtype`` mean."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from refsam.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+OutOption = Annotated[Path, typer.Option(help="Folder for the results; it must not exist yet.")]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace the results of an earlier run in the folder."),
+]
+CheckpointOption = Annotated[
+    str,
+    typer.Option(help="Bundled name (nano), folder of a checkpoint, or Hugging Face Hub id."),
+]
+DeviceOption = Annotated[
+    str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or cuda:N.", metavar="NAME")
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        help="Precision of matrix products: float32, bfloat16 or auto (bfloat16 where the GPU has it).",
+        metavar="NAME",
+    ),
+]
+_DTYPES = ("auto", "float32", "bfloat16")
+
+
+def check_names(device: str, dtype: str) -> None:
+    """Refuse misspelt names before anything is loaded.
+
+    Raises:
+        UserError: a name that is not offered.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: want auto, cpu, cuda or cuda:N")
+    if dtype not in _DTYPES:
+        raise UserError(f"--dtype {dtype}: want {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}")
+
+
+def choose_device(name: str) -> "torch.device":
+    """The device of that name; ``auto`` is the first GPU, else the CPU.
+
+    Raises:
+        UserError: the machine has no such GPU.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda:0" if count else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        found = f"{count} GPU{'s' if count != 1 else ''}" if count else "no CUDA GPU"
+        raise UserError(
+            f"--device {name}: torch {torch.__version__} sees {found} here; use --device cpu"
+        )
+    return device
+
+
+def choose_dtype(name: str, device: "torch.device") -> "torch.dtype":
+    """Autocast dtype; ``auto`` is bfloat16 on GPUs that compute in it (Ampere and later), else float32.
+
+    CPUs stay at float32: small products there lose more to conversion than bfloat16 gains.
+
+    Raises:
+        UserError: bfloat16 on a GPU that lacks it.
+    """
+    import torch
+
+    has_bfloat16 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "bfloat16" and not has_bfloat16:
+        raise UserError(
+            f"--dtype bfloat16: {torch.cuda.get_device_name(device)} lacks it; use --dtype float32"
+        )
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and has_bfloat16 else torch.float32
+    return torch.float32 if name == "float32" else torch.bfloat16

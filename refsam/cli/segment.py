@@ -1,0 +1,208 @@
+"""``refsam segment``: masks, overlay and result file for one source."""
+
+import time
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from refsam.cli.options import (
+    CheckpointOption,
+    DeviceOption,
+    DtypeOption,
+    OutOption,
+    OverwriteOption,
+    check_names,
+    choose_device,
+    choose_dtype,
+)
+from refsam.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from refsam.session import VideoSession
+    from refsam.video import Frame, ResultWriter
+
+app = typer.Typer()
+
+
+@app.command()
+def segment(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Video file, folder of images (natural order), image, camera:0 or a stream's URL.",
+        ),
+    ],
+    text: Annotated[
+        list[str],
+        typer.Option(
+            help="What to segment, such as 'the red backpack'; repeat it for more objects."
+        ),
+    ],
+    out: OutOption,
+    checkpoint: CheckpointOption = "nano",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    overlay: Annotated[
+        bool, typer.Option("--overlay/--no-overlay", help="Also write overlay.mp4.")
+    ] = True,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Segment what the text says, in every frame.
+
+    Writes OUT/masks/<expression>/<frame>.png (0 and 255, at the frame's size), OUT/overlay.mp4 and
+    OUT/result.json. An object that is not in view gives an empty mask. Ctrl-C keeps what is finished.
+    """
+    started = time.perf_counter()
+    check_names(device, dtype)
+    check_expressions(text)
+    from refsam.video import ResultWriter, open_source, prefetch
+    from refsam.video.writer import check_output
+
+    check_output(out, overwrite=overwrite)
+    with open_source(source) as reader:
+        session, precision = load_session(checkpoint, text, device, dtype)
+        writer = ResultWriter(
+            out,
+            text,
+            fps=reader.fps,
+            time_base=reader.time_base,
+            overlay=overlay,
+            overwrite=overwrite,
+        )
+        with writer, closing(prefetch(reader)) as frames:
+            run = segment_frames(
+                session, frames, writer, precision, reader.expected_frames, started
+            )
+            writer.finish(**run.facts(checkpoint, source, session, precision))
+    run.report(out)
+
+
+@dataclass
+class Run:
+    """How a run went: seconds, frames, and what ended it early."""
+
+    frames: int = 0
+    seconds_to_first_mask: float | None = None
+    seconds: float = 0.0
+    seconds_in_model: float = 0.0
+    stopped_by: UserError | KeyboardInterrupt | None = None
+
+    def facts(
+        self, model: str, source: str, session: "VideoSession", precision: "torch.dtype"
+    ) -> dict:
+        """What ``result.json`` says besides the frames."""
+        from refsam import __version__
+
+        device = next(session.model.parameters()).device
+        return {
+            "refsam": __version__,
+            "model": model,
+            "source": source,
+            "complete": self.stopped_by is None,
+            "stopped_by": None
+            if self.stopped_by is None
+            else str(self.stopped_by) or "interrupted",
+            "device": str(device),
+            "dtype": str(precision).removeprefix("torch."),
+            "timings": {
+                "seconds": round(self.seconds, 3),
+                "seconds_to_first_mask": round(self.seconds_to_first_mask or 0.0, 3),
+                "seconds_in_model": round(self.seconds_in_model, 3),
+                "frames_per_second": round(self.frames / self.seconds, 2),
+            },
+        }
+
+    def report(self, out: Path) -> None:
+        """Print the outcome; raise what ended the run early."""
+        if isinstance(self.stopped_by, KeyboardInterrupt):
+            typer.echo(
+                f"refsam: interrupted; the {self.frames} frames done until then are in {out}",
+                err=True,
+            )
+            raise typer.Exit(130)
+        if self.stopped_by is not None:
+            raise UserError(f"{self.stopped_by}; the {self.frames} frames before it are in {out}")
+        rate = self.frames / self.seconds
+        typer.echo(f"{self.frames} frames in {self.seconds:.1f} s ({rate:.1f} frames/s): {out}")
+
+
+def check_expressions(expressions: list[str]) -> None:
+    """Refuse empty expressions before a model is loaded.
+
+    Raises:
+        UserError: nothing but white space.
+    """
+    for expression in expressions:
+        if not expression.strip():
+            raise UserError(
+                "--text is empty: say what to segment, such as --text 'the red backpack'"
+            )
+
+
+def load_session(
+    checkpoint: str, expressions: list[str], device: str, dtype: str
+) -> tuple["VideoSession", "torch.dtype"]:
+    """Load a model onto a device and begin a session with it.
+
+    Raises:
+        UserError: no such device, checkpoint or known words.
+    """
+    place = choose_device(device)
+    precision = choose_dtype(dtype, place)
+    from refsam.model import RefSAM
+    from refsam.session import VideoSession
+
+    model = RefSAM.from_pretrained(checkpoint).to(place).eval()
+    return VideoSession(model, expressions), precision
+
+
+def segment_frames(
+    session: "VideoSession",
+    frames: Iterable["Frame"],
+    writer: "ResultWriter",
+    precision: "torch.dtype",
+    expected_frames: int | None,
+    started: float,
+) -> Run:
+    """Step through the frames and queue the results, until the end, a bad frame or Ctrl-C.
+
+    Args:
+        started: `time.perf_counter` when the command began.
+
+    Raises:
+        UserError: nothing could be done at all, or the results cannot be written.
+    """
+    import torch
+
+    from refsam.cli.progress import progress
+    from refsam.video import FrameDecodeError
+
+    run = Run()
+    device = next(session.model.parameters()).device
+    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    try:
+        with progress("segmenting", expected_frames) as advance, autocast:
+            for frame in frames:
+                begun = time.perf_counter()
+                result = session.step(frame.image)
+                masks, scores = result.masks.cpu().numpy(), result.scores.cpu().numpy()
+                now = time.perf_counter()
+                run.seconds_in_model += now - begun
+                if run.seconds_to_first_mask is None:
+                    run.seconds_to_first_mask = now - started
+                writer.write(frame, masks, scores)
+                run.frames += 1
+                advance()
+    except (FrameDecodeError, KeyboardInterrupt) as error:
+        if run.frames == 0:
+            raise
+        run.stopped_by = error
+    run.seconds = time.perf_counter() - started
+    return run

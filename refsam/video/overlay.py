@@ -1,0 +1,149 @@
+"""Draw masks, contours and captions onto frames."""
+
+import colorsys
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# Far apart in hue and in lightness; after these, hues by the golden ratio never repeat closely.
+_PALETTE = (
+    (255, 82, 82),
+    (64, 156, 255),
+    (255, 202, 40),
+    (74, 222, 128),
+    (217, 90, 255),
+    (255, 145, 40),
+    (45, 212, 224),
+    (255, 122, 190),
+)
+_CAPTION_BACKGROUND = (24, 24, 28)
+
+
+def expression_colour(index: int) -> tuple[int, int, int]:
+    """Colour (RGB, 0..255) of the expression with that index, the same in every frame and video."""
+    if index < len(_PALETTE):
+        return _PALETTE[index]
+    red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1.0, 0.65, 1.0)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def draw_overlay(
+    image: np.ndarray, masks: np.ndarray, captions: Sequence[str] | None = None
+) -> np.ndarray:
+    """Tint and outline each mask in its expression's colour and list the captions at the top left.
+
+    Args:
+        image: ``(H, W, 3)`` uint8 RGB; left as it is.
+        masks: ``(E, H, W)`` bool; the later one lies on top where they overlap.
+        captions: one line per expression; None draws none. The caption of an empty mask is dimmed.
+
+    Returns:
+        ``(H, W, 3)`` uint8 RGB.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    if masks.shape[1:] != image.shape[:2]:
+        raise ValueError(
+            f"masks: got shape {masks.shape}, want (E, {image.shape[0]}, {image.shape[1]})"
+        )
+    if captions is not None and len(captions) != len(masks):
+        raise ValueError(f"captions: got {len(captions)}, want {len(masks)}, one per mask")
+    canvas = image.copy()
+    thickness = max(1, round(min(image.shape[:2]) / 250))
+    boxes = [_bounding_box(mask, thickness) for mask in masks]
+    for index, (mask, box) in enumerate(zip(masks, boxes, strict=True)):
+        if box is not None:
+            _draw_mask(canvas[box], mask[box], expression_colour(index), thickness)
+    if captions is not None:
+        _draw_captions(canvas, captions, [box is not None for box in boxes])
+    return canvas
+
+
+def _bounding_box(mask: np.ndarray, margin: int) -> tuple[slice, slice] | None:
+    rows = np.flatnonzero(mask.any(axis=1))
+    if not len(rows):
+        return None
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    columns = np.flatnonzero(mask[top:bottom].any(axis=0))
+    return (
+        slice(max(0, top - margin), bottom + margin),
+        slice(max(0, int(columns[0]) - margin), int(columns[-1]) + 1 + margin),
+    )
+
+
+def _draw_mask(
+    canvas: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], thickness: int
+) -> None:
+    height, width = mask.shape
+    # Rows of 3 * width bytes, uint8 throughout: an order of magnitude faster than floats and (H, W, 3) masks.
+    inside = np.repeat(-mask.view(np.uint8), 3, axis=1)
+    tint = np.tile(np.array(colour, np.uint8), width)
+    flat = canvas.reshape(height, 3 * width)
+    # 9/16 of the picture and 7/16 of the colour.
+    tinted = (flat >> 1) + (flat >> 4) + ((tint >> 1) - (tint >> 4))
+    flat += (tinted - flat) & inside
+    canvas[...] = flat.reshape(canvas.shape)  # the box is a view with gaps, so reshaping copied it
+    canvas[mask & ~_erode(mask, thickness)] = colour
+
+
+def _erode(mask: np.ndarray, steps: int) -> np.ndarray:
+    """Pixels whose four neighbours within ``steps`` are inside; what lies beyond the edge counts as inside."""
+    inner = mask
+    for _ in range(steps):
+        smaller = inner.copy()
+        smaller[1:] &= inner[:-1]
+        smaller[:-1] &= inner[1:]
+        smaller[:, 1:] &= inner[:, :-1]
+        smaller[:, :-1] &= inner[:, 1:]
+        inner = smaller
+    return inner
+
+
+def _draw_captions(canvas: np.ndarray, captions: Sequence[str], visible: Sequence[bool]) -> None:
+    height, width = canvas.shape[:2]
+    size = max(10, round(min(height, width) / 28))
+    margin = size // 2
+    top = margin
+    for index, (text, bright) in enumerate(zip(captions, visible, strict=True)):
+        label = _caption(text, expression_colour(index), bright, size, width - 2 * margin)
+        if label is None or top + len(label) > height:
+            return
+        area = canvas[top : top + len(label), margin : margin + label.shape[1]]
+        # Three quarters of the label, one of the picture, so that what lies behind stays visible.
+        area[:] = (area >> 2) + label
+        top += len(label) + margin // 2
+
+
+@lru_cache(maxsize=64)
+def _caption(
+    text: str, colour: tuple[int, int, int], bright: bool, size: int, max_width: int
+) -> np.ndarray | None:
+    """Three quarters of a caption's brightness, ``(h, w, 3)`` uint8; None where there is no room."""
+    font = ImageFont.load_default(size)
+    padding, swatch = size // 2, size // 2
+    room = max_width - 3 * padding - swatch
+    if room < size:
+        return None
+    text = _shorten(text, font, room)
+    width = round(font.getlength(text)) + 3 * padding + swatch
+    label = Image.new("RGB", (width, 2 * size), _CAPTION_BACKGROUND)
+    draw = ImageDraw.Draw(label)
+    dim = 1.0 if bright else 0.5
+    fill = tuple(round(dim * value) for value in colour)
+    top = size - swatch // 2
+    draw.rectangle((padding, top, padding + swatch - 1, top + swatch - 1), fill=fill)
+    ink = (255, 255, 255) if bright else (150, 150, 150)
+    draw.text((2 * padding + swatch, size), text, font=font, fill=ink, anchor="lm")
+    pixels = np.asarray(label)
+    return (pixels >> 1) + (pixels >> 2)
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> str:
+    if font.getlength(text) <= room:
+        return text
+    while text and font.getlength(text + "...") > room:
+        text = text[:-1]
+    return text.rstrip() + "..."
