@@ -5,6 +5,16 @@ Every operator is a function that works on any device, is differentiable and is 
 `python -m refsam_kernels.info` says what would run here.
 """
 
+from refsam_kernels.dense_attention.op import dense_attention
 from refsam_kernels.dispatch import BackendError, use_backend
+from refsam_kernels.mask_upscale.op import mask_upscale
+from refsam_kernels.token_image_attention.op import AttentionWeights, token_image_attention
 
-__all__ = ["BackendError", "use_backend"]
+__all__ = [
+    "AttentionWeights",
+    "BackendError",
+    "dense_attention",
+    "mask_upscale",
+    "token_image_attention",
+    "use_backend",
+]

@@ -1,0 +1,67 @@
+"""Hierarchical dense attention as the paper writes it (arXiv 2307.00997, section on dense attention)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from refsam_kernels.registration import gradients_by_vjp
+from refsam_kernels.values import valid_positions
+
+
+def forward(
+    features: Tensor,
+    text: Tensor,
+    lengths: Tensor,
+    image_index: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    level_weights: Tensor,
+) -> Tensor:
+    """Sum over levels of level_weight * (W [F ; softmax(F T^T * scale) T] + b), computed in float32 at least.
+
+    features (L, B, N, C), text (P, T, C), lengths (P,), image_index (P,), weight (C, 2C), bias (C,), scale (),
+    level_weights (L,) -> (P, N, C) in the dtype of the features.
+    """
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    valid = valid_positions(lengths, text.shape[1])
+    text = torch.where(valid.unsqueeze(-1), text, 0.0).to(dtype)
+    dense = text.new_zeros(())
+    for level, level_weight in zip(features.to(dtype), level_weights, strict=True):
+        pixels = level[image_index]
+        logits = pixels @ text.mT * scale
+        attention = torch.where(valid.unsqueeze(1), logits, float("-inf")).softmax(dim=-1)
+        both = torch.cat([pixels, attention @ text], dim=-1)
+        dense = dense + level_weight * F.linear(both, weight.to(dtype), bias.to(dtype))
+    return dense.to(features.dtype)
+
+
+def backward(
+    grad: Tensor,
+    features: Tensor,
+    text: Tensor,
+    lengths: Tensor,
+    image_index: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    level_weights: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients to features, text, weight, bias, scale and level_weights for `grad` (P, N, C)."""
+
+    def formula(
+        features: Tensor,
+        text: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor,
+        level_weights: Tensor,
+    ) -> Tensor:
+        return forward(features, text, lengths, image_index, weight, bias, scale, level_weights)
+
+    return gradients_by_vjp(
+        formula, (features, text, weight, bias, scale, level_weights), needs, (grad,)
+    )

@@ -1,0 +1,141 @@
+"""Image features and the hypernetworks' outputs to mask logits, in one step."""
+
+from typing import Any
+
+from torch import Tensor
+
+from refsam_kernels.arguments import (
+    autocast,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    require,
+)
+from refsam_kernels.registration import Operator, drop_skipped, empty_gradients
+
+operator = Operator("mask_upscale")
+
+
+@operator.forward
+def _forward(
+    features: Tensor,
+    hyper: Tensor,
+    conv1_weight: Tensor,
+    conv1_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    conv2_weight: Tensor,
+    conv2_bias: Tensor,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    return features.new_empty(*hyper.shape[:2], 4 * features.shape[1], 4 * features.shape[2])
+
+
+@operator.backward
+def _backward(
+    grad: Tensor,
+    features: Tensor,
+    hyper: Tensor,
+    conv1_weight: Tensor,
+    conv1_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    conv2_weight: Tensor,
+    conv2_bias: Tensor,
+    eps: float,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (
+        features,
+        hyper,
+        conv1_weight,
+        conv1_bias,
+        norm_weight,
+        norm_bias,
+        conv2_weight,
+        conv2_bias,
+    )
+    return empty_gradients(inputs, needs)  # type: ignore[return-value]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:8])
+    gradients = _backward(grad, *ctx.saved_tensors, ctx.eps, needs, ctx.backend)
+    return *drop_skipped(gradients, needs), None, None
+
+
+operator.differentiate(_save, _gradients)
+
+
+def mask_upscale(
+    features: Tensor,
+    hyper: Tensor,
+    conv1_weight: Tensor,
+    conv1_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    conv2_weight: Tensor,
+    conv2_bias: Tensor,
+    *,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """Upscales features four times and takes their product with one vector per mask.
+
+    ConvTranspose2d(2, stride 2), LayerNorm2d, GELU, ConvTranspose2d(2, stride 2), GELU, then hyper @ pixels, as
+    `MaskDecoder.predict_masks` of segment_anything/modeling/mask_decoder.py; the GELU is the exact one.
+
+    Args:
+        features: (P, h, w, C) floating point, channels last.
+        hyper: (P, M, C2), the hypernetworks' outputs of the M masks that are wanted; C2 is C/8 in SAM.
+        conv1_weight, conv1_bias: (C, C1, 2, 2) and (C1,), as nn.ConvTranspose2d holds them; C1 is C/4 in SAM.
+        norm_weight, norm_bias: (C1,), of the LayerNorm over channels.
+        conv2_weight, conv2_bias: (C1, C2, 2, 2) and (C2,).
+        eps: added to the variance, within the square root.
+        backend: name of the backend, None for the best that can run.
+
+    Returns:
+        (P, M, 4h, 4w) logits in the dtype of the features, under autocast in autocast's.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; `BackendError` if the backend cannot run.
+    """
+    features, hyper, conv1_weight, conv1_bias, conv2_weight, conv2_bias = autocast(
+        features, hyper, conv1_weight, conv1_bias, conv2_weight, conv2_bias
+    )
+    tensors = {
+        "features": features, "hyper": hyper, "conv1_weight": conv1_weight, "conv1_bias": conv1_bias,
+        "norm_weight": norm_weight, "norm_bias": norm_bias, "conv2_weight": conv2_weight, "conv2_bias": conv2_bias,
+    }  # fmt: skip
+    _check(dict(tensors))
+    return _forward(*tensors.values(), eps, backend or "")
+
+
+def _check(tensors: dict[str, Tensor]) -> None:
+    features = tensors["features"]
+    check_shape("features", features, ("P", "h", "w", "C"))
+    expressions, height, width, channels = features.shape
+    require(expressions > 0, "features", "no expressions", "at least one")
+    shape = f"shape {tuple(features.shape)}"
+    require(min(height, width, channels) > 0, "features", shape, "no empty dimension")
+    check_shape("conv1_weight", tensors["conv1_weight"], (channels, "C/4", 2, 2))
+    middle = tensors["conv1_weight"].shape[1]
+    check_shape("conv2_weight", tensors["conv2_weight"], (middle, "C/8", 2, 2))
+    last = tensors["conv2_weight"].shape[1]
+    check_shape("conv2_bias", tensors["conv2_bias"], (last,))
+    for name in ("conv1_bias", "norm_weight", "norm_bias"):
+        check_shape(name, tensors[name], (middle,))
+    check_shape("hyper", tensors["hyper"], (expressions, "M", last))
+    require(tensors["hyper"].shape[1] > 0, "hyper", "no masks", "at least one")
+    check_same_device(**tensors)
+    norm = {name: tensors.pop(name) for name in ("norm_weight", "norm_bias")}
+    check_same_dtype(**tensors)
+    for name, tensor in norm.items():
+        require(tensor.is_floating_point(), name, tensor.dtype, "a floating point dtype")

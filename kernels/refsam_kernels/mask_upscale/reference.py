@@ -1,0 +1,68 @@
+"""The upscaling of SAM's mask decoder and its product with the hypernetworks' outputs.
+
+Follows `MaskDecoder.output_upscaling` and `predict_masks` of segment_anything/modeling/mask_decoder.py and `LayerNorm2d` of
+modeling/common.py: in float32 the result has the same bits.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from refsam_kernels.registration import gradients_by_vjp
+
+
+def forward(
+    features: Tensor,
+    hyper: Tensor,
+    conv1_weight: Tensor,
+    conv1_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    conv2_weight: Tensor,
+    conv2_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """features (P, h, w, C), hyper (P, M, C/8) -> mask logits (P, M, 4h, 4w) like features; in float32 at least."""
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    x = features.to(dtype).permute(0, 3, 1, 2)
+    x = F.conv_transpose2d(x, conv1_weight.to(dtype), conv1_bias.to(dtype), stride=2)
+    x = F.gelu(layer_norm_2d(x, norm_weight.to(dtype), norm_bias.to(dtype), eps))
+    x = F.gelu(F.conv_transpose2d(x, conv2_weight.to(dtype), conv2_bias.to(dtype), stride=2))
+    logits = hyper.to(dtype) @ x.flatten(2)
+    return logits.unflatten(2, x.shape[2:]).to(features.dtype)
+
+
+def layer_norm_2d(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """SAM's LayerNorm over the channels of (P, C, h, w): population variance, eps within the square root."""
+    centred = x - x.mean(1, keepdim=True)
+    variance = centred.pow(2).mean(1, keepdim=True)
+    return weight[:, None, None] * (centred / torch.sqrt(variance + eps)) + bias[:, None, None]
+
+
+def backward(
+    grad: Tensor,
+    features: Tensor,
+    hyper: Tensor,
+    conv1_weight: Tensor,
+    conv1_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    conv2_weight: Tensor,
+    conv2_bias: Tensor,
+    eps: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients to the eight tensors of `forward` for `grad` (P, M, 4h, 4w)."""
+    inputs = (
+        features,
+        hyper,
+        conv1_weight,
+        conv1_bias,
+        norm_weight,
+        norm_bias,
+        conv2_weight,
+        conv2_bias,
+    )
+    return gradients_by_vjp(lambda *tensors: forward(*tensors, eps), inputs, needs, (grad,))

@@ -1,0 +1,198 @@
+"""Attention between tokens and image, either way, with its residual and LayerNorm."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from refsam_kernels.arguments import (
+    autocast,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    require,
+)
+from refsam_kernels.registration import Operator, drop_skipped, empty_gradients
+from refsam_kernels.values import check_range
+
+operator = Operator("token_image_attention")
+
+
+class AttentionWeights(NamedTuple):
+    """Weights of an attention layer as nn.Linear holds them: three (I, C), out (C, I); I is the internal width."""
+
+    q_weight: Tensor
+    q_bias: Tensor
+    k_weight: Tensor
+    k_bias: Tensor
+    v_weight: Tensor
+    v_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+
+
+@operator.forward
+def _forward(
+    queries: Tensor,
+    keys: Tensor,
+    query_pe: Tensor,
+    key_pe: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    key_lengths: Tensor | None,
+    num_heads: int,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    return queries.new_empty(queries.shape)
+
+
+@operator.backward
+def _backward(
+    grad: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    query_pe: Tensor,
+    key_pe: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    key_lengths: Tensor | None,
+    num_heads: int,
+    eps: float,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    tensors = (
+        queries,
+        keys,
+        query_pe,
+        key_pe,
+        q_weight,
+        q_bias,
+        k_weight,
+        k_bias,
+        v_weight,
+        v_bias,
+    )
+    return list(empty_gradients((*tensors, out_weight, out_bias, norm_weight, norm_bias), needs))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.num_heads, ctx.eps, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:14])
+    gradients = _backward(grad, *ctx.saved_tensors, ctx.num_heads, ctx.eps, needs, ctx.backend)
+    return *drop_skipped(gradients, needs), None, None, None, None
+
+
+operator.differentiate(_save, _gradients)
+
+
+def token_image_attention(
+    queries: Tensor,
+    keys: Tensor,
+    query_pe: Tensor,
+    key_pe: Tensor,
+    weights: AttentionWeights,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    num_heads: int,
+    key_lengths: Tensor | None = None,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """layer_norm(queries + out(attention(q(queries + query_pe), k(keys + key_pe), v(keys)))).
+
+    Serves both directions of SAM's two-way transformer, tokens to image and image to tokens, and attention among tokens; follows
+    `TwoWayAttentionBlock` of segment_anything/modeling/transformer.py.
+
+    Args:
+        queries: (P, Tq, C) floating point.
+        keys: (P, Tk, C); they are the values too, without their positions.
+        query_pe, key_pe: positions, (P, T, C), or (1, T, C) where all expressions share them.
+        weights: of the four projections. The internal width `weights.q_weight.shape[0]` is a multiple of `num_heads`.
+        norm_weight, norm_bias: (C,), of the LayerNorm.
+        num_heads: number of heads.
+        key_lengths: (P,) int64 in 1..Tk; keys and positions from there on change nothing, NaN included. None: all are valid.
+        eps: of the LayerNorm.
+        backend: name of the backend, None for the best that can run.
+
+    Returns:
+        (P, Tq, C) in the dtype of the queries. Autocast lowers the dtype of the products only, not of the residual.
+
+    Raises:
+        ValueError: a shape, dtype, device or value does not fit; `BackendError` if the backend cannot run.
+    """
+    _check_tokens(queries, keys, query_pe, key_pe, key_lengths)
+    _check_weights(queries, weights, norm_weight, norm_bias, num_heads)
+    tensors = (queries, keys, query_pe, key_pe, *autocast(*weights), norm_weight, norm_bias)
+    return _forward(*tensors, key_lengths, num_heads, eps, backend or "")
+
+
+def _check_tokens(
+    queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor, key_lengths: Tensor | None
+) -> None:
+    check_shape("queries", queries, ("P", "Tq", "C"))
+    expressions, _, channels = queries.shape
+    require(expressions > 0, "queries", "no expressions", "at least one")
+    check_shape("keys", keys, (expressions, "Tk", channels))
+    for name, tensor in (("queries", queries), ("keys", keys)):
+        require(tensor.shape[1] > 0, name, "no tokens", "at least one per expression")
+    for name, pe, tensor in (("query_pe", query_pe, queries), ("key_pe", key_pe, keys)):
+        check_shape(name, pe, ("P", *tensor.shape[1:]))
+        fits = pe.shape[0] in (1, expressions)
+        require(fits, name, f"{pe.shape[0]} expressions", f"{expressions} or 1")
+    tokens = {"queries": queries, "keys": keys, "query_pe": query_pe, "key_pe": key_pe}
+    check_same_device(**tokens, key_lengths=key_lengths)
+    check_same_dtype(**tokens)
+    if key_lengths is not None:
+        check_shape("key_lengths", key_lengths, (expressions,))
+        require(key_lengths.dtype == torch.int64, "key_lengths", key_lengths.dtype, "torch.int64")
+        check_range("key_lengths", key_lengths, 1, keys.shape[1])
+
+
+def _check_weights(
+    queries: Tensor,
+    weights: AttentionWeights,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    num_heads: int,
+) -> None:
+    channels = queries.shape[2]
+    check_shape("weights.q_weight", weights.q_weight, ("internal width", channels))
+    internal = weights.q_weight.shape[0]
+    divides = num_heads > 0 and internal % num_heads == 0
+    require(divides, "num_heads", num_heads, f"a divisor of the internal width {internal}")
+    inward = ((internal, channels), (internal,))
+    shapes = (*inward, *inward, *inward, (channels, internal), (channels,))
+    named = {f"weights.{name}": tensor for name, tensor in weights._asdict().items()}
+    for (name, tensor), shape in zip(named.items(), shapes, strict=True):
+        check_shape(name, tensor, shape)
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        check_shape(name, tensor, (channels,))
+        require(tensor.is_floating_point(), name, tensor.dtype, "a floating point dtype")
+    check_same_device(queries=queries, norm_weight=norm_weight, norm_bias=norm_bias, **named)
+    if torch.is_autocast_enabled(queries.device.type):
+        check_same_dtype(**named)
+    else:
+        check_same_dtype(queries=queries, **named)

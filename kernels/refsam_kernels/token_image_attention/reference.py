@@ -1,0 +1,73 @@
+"""Attention, residual and LayerNorm of SAM's two-way transformer, in the order of operations of segment-anything.
+
+Follows `Attention` and `TwoWayAttentionBlock` of segment_anything/modeling/transformer.py: in float32 and without padding the
+result has the same bits.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from refsam_kernels.registration import gradients_by_vjp
+from refsam_kernels.values import valid_positions
+
+
+def forward(
+    queries: Tensor,
+    keys: Tensor,
+    query_pe: Tensor,
+    key_pe: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    key_lengths: Tensor | None,
+    num_heads: int,
+    eps: float,
+) -> Tensor:
+    """layer_norm(queries + out(attention(q(queries + query_pe), k(keys + key_pe), v(keys)))), in float32 at least.
+
+    queries (P, Tq, C), keys (P, Tk, C), *_pe (P or 1, T, C), key_lengths (P,) or None -> (P, Tq, C) like queries.
+    """
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    valid = None
+    if key_lengths is not None:
+        valid = valid_positions(key_lengths, keys.shape[1])
+        keys = torch.where(valid.unsqueeze(-1), keys, 0.0)
+        key_pe = torch.where(valid.unsqueeze(-1), key_pe, 0.0)
+    residual, keys = queries.to(dtype), keys.to(dtype)
+
+    q = F.linear(residual + query_pe.to(dtype), q_weight.to(dtype), q_bias.to(dtype))
+    k = F.linear(keys + key_pe.to(dtype), k_weight.to(dtype), k_bias.to(dtype))
+    v = F.linear(keys, v_weight.to(dtype), v_bias.to(dtype))
+    q, k, v = (x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+
+    logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+    if valid is not None:
+        logits = torch.where(valid[:, None, None], logits, float("-inf"))
+    attended = (torch.softmax(logits, dim=-1) @ v).transpose(1, 2).flatten(2)
+    x = residual + F.linear(attended, out_weight.to(dtype), out_bias.to(dtype))
+    return F.layer_norm(x, x.shape[-1:], norm_weight.to(dtype), norm_bias.to(dtype), eps).to(
+        queries.dtype
+    )
+
+
+def backward(grad: Tensor, *arguments: Tensor | int | float | None) -> tuple[Tensor, ...]:
+    """Gradients to the fourteen tensors of `forward` for `grad` (P, Tq, C).
+
+    The arguments are those of `forward` and `needs`, which of the tensors want a gradient.
+    """
+    *inputs, key_lengths, num_heads, eps, needs = arguments
+
+    def formula(*tensors: Tensor) -> Tensor:
+        return forward(*tensors, key_lengths, num_heads, eps)
+
+    return gradients_by_vjp(formula, inputs, needs, (grad,))

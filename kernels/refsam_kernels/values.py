@@ -1,0 +1,34 @@
+"""What the operators read from the values of small index tensors: which entries are valid, and checks of ranges.
+
+Values are checked where looking at them is free: eagerly and on the CPU. On other devices it would stop the stream, under
+`torch.compile` the graph; there the caller's promise holds.
+"""
+
+import torch
+from torch import Tensor
+
+from refsam_kernels.arguments import require
+
+
+def valid_positions(lengths: Tensor, size: int) -> Tensor:
+    """Which of `size` entries are valid: lengths (P,) int64 -> (P, size) bool, True for the first `lengths[i]`."""
+    return torch.arange(size, device=lengths.device) < lengths.unsqueeze(-1)
+
+
+def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
+    """Raises `ValueError` unless low <= values <= high, where they can be seen."""
+    if _can_be_seen(tensor):
+        least, greatest = (value.item() for value in tensor.aminmax())
+        got = f"values from {least} to {greatest}"
+        require(low <= least and greatest <= high, name, got, f"values from {low} to {high}")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises `ValueError` if a value is NaN or infinite, where they can be seen."""
+    if _can_be_seen(tensor) and not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        require(False, name, f"{count} of {tensor.numel()} values not finite", "finite values")
+
+
+def _can_be_seen(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and not torch.compiler.is_compiling()
