@@ -1,0 +1,94 @@
+"""Every public function and class is documented and typed; one operator has one name wherever it appears."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import refsam
+import refsam_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "kernels" / "refsam_kernels"
+FILES = sorted([*(ROOT / "refsam").rglob("*.py"), *KERNELS.rglob("*.py")])
+OPERATORS = sorted(path.parent.name for path in KERNELS.glob("*/op.py"))
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def public_definitions(tree: ast.Module) -> list[Definition]:
+    """The functions and classes of a file's top level whose name has no leading underscore."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return [n for n in tree.body if isinstance(n, kinds) and not n.name.startswith("_")]
+
+
+def untyped(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """The names of a function's parameters without a type, and "return" if it does not say what it returns."""
+    arguments = function.args
+    every = [
+        *arguments.posonlyargs,
+        *arguments.args,
+        *arguments.kwonlyargs,
+        arguments.vararg,
+        arguments.kwarg,
+    ]
+    missing = [
+        a.arg
+        for a in every
+        if a is not None and a.annotation is None and a.arg not in ("self", "cls")
+    ]
+    return missing + (["return"] if function.returns is None else [])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_public_definitions_are_documented_and_typed(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    definitions = public_definitions(tree)
+    if definitions:
+        assert ast.get_docstring(tree), "the file says nothing about itself"
+    undocumented = [d.name for d in definitions if not ast.get_docstring(d)]
+    assert not undocumented
+    functions = [d for d in definitions if not isinstance(d, ast.ClassDef)]
+    assert not {f.name: untyped(f) for f in functions if untyped(f)}
+
+
+def test_undocumented_code_would_be_found() -> None:
+    tree = ast.parse("def shown(a, b: int): ...\ndef _hidden(): ...\nclass Shown: ...")
+    assert [d.name for d in public_definitions(tree)] == ["shown", "Shown"]
+    assert untyped(tree.body[0]) == ["a", "return"]
+
+
+@pytest.mark.parametrize("package", [refsam, refsam_kernels], ids=lambda package: package.__name__)
+def test_public_names_exist(package: object) -> None:
+    missing = [name for name in package.__all__ if not hasattr(package, name)]
+    assert not missing
+
+
+def test_there_are_operators() -> None:
+    assert "mask_postprocess" in OPERATORS
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operator_has_one_stem(operator: str) -> None:
+    folder = KERNELS / operator
+    companions = [
+        folder / name for name in ("README.md", "reference.py", "fallback.py", "__init__.py")
+    ]
+    companions.append(ROOT / "tests" / "kernels" / f"test_{operator}.py")
+    missing = [str(path.relative_to(ROOT)) for path in companions if not path.is_file()]
+    assert not missing
+    assert callable(getattr(refsam_kernels, operator))
+    assert operator in refsam_kernels.__all__
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("library", ["cpu", "cuda"])
+def test_compiled_backend_has_its_sources(operator: str, library: str) -> None:
+    """A backend module and its three source files stand or fall together."""
+    names = [
+        f"{operator}.h",
+        f"{operator}_op.cpp",
+        f"{operator}.{'cpp' if library == 'cpu' else 'cu'}",
+    ]
+    present = [(ROOT / "csrc" / library / name).is_file() for name in names]
+    assert present == [(KERNELS / operator / f"{library}.py").is_file()] * 3
