@@ -275,7 +275,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "text_encoder": {"kind": "small"},
         # Trained from scratch, the paper's nearly uniform attention would hardly move.
         "dense_attention": {"initial_scale": 10.0},
-        "mask_decoder": {"mlp_dim": 512, "iou_hidden_dim": 128},
+        "mask_decoder": {"num_heads": 4, "mlp_dim": 512, "iou_hidden_dim": 128},
         "prompt_dim": 128,
         "tracking_hidden_dim": 256,
         "frozen": False,

@@ -164,8 +164,12 @@ class RefSAM(nn.Module):
             module.training = False
         return self
 
-    def preprocess(self, frames: Tensor) -> tuple[Tensor, FrameSize]:
+    def preprocess(
+        self, frames: Tensor, image_size: int | None = None
+    ) -> tuple[Tensor, FrameSize]:
         """Frames (B, H, W, 3) uint8 RGB to normalised pixels (B, 3, S, S) and their sizes.
+
+        image_size takes another S than the model's own, a multiple of the patch size.
 
         The longest side becomes S by antialiased bilinear resizing of 8-bit values, SAM's mean and
         standard deviation apply to 0-255, and zeros pad right and bottom (segment-anything,
@@ -178,14 +182,15 @@ class RefSAM(nn.Module):
             )
         if 0 in frames.shape[1:3]:
             raise ValueError(f"frames: got empty frames of shape {tuple(frames.shape)}")
+        image_size = image_size or self.image_size
         height, width = frames.shape[1:3]
-        scale = self.image_size / max(height, width)
+        scale = image_size / max(height, width)
         resized = max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
         pixels = frames.to(self.device).permute(0, 3, 1, 2)
         if resized != (height, width):
             pixels = _resize_bytes(pixels, resized)
         pixels = (pixels.to(self.dtype) - self.pixel_mean) / self.pixel_std
-        padding = (0, self.image_size - resized[1], 0, self.image_size - resized[0])
+        padding = (0, image_size - resized[1], 0, image_size - resized[0])
         return F.pad(pixels, padding), FrameSize((height, width), resized)
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:

@@ -93,7 +93,7 @@ class Trainer:
     def _batch(self, stage: StageSettings) -> GeneratedBatch:
         random = np.random.default_rng([self.settings.seed, self.step])
         aspect = _ASPECTS[random.integers(len(_ASPECTS))]
-        long_side = stage.long_side or self.model.config.image_encoder.image_size
+        long_side = stage.image_size or self.model.image_size
         size = tuple(round(long_side * side / max(aspect)) for side in aspect)
         return generate_batch(
             self.settings.seed,
@@ -111,7 +111,8 @@ class Trainer:
         masks = batch.masks.flatten(0, 1)
         clip_index = torch.arange(clips, device=masks.device).repeat_interleave(stage.expressions)
         with self._autocast():
-            pixels, size = self.model.preprocess(batch.frames.flatten(0, 1))
+            image_size = stage.image_size or self.model.image_size
+            pixels, size = self.model.preprocess(batch.frames.flatten(0, 1), image_size)
             image = self.model.encode_image(pixels)
             text = self.model.encode_text([s.text for row in batch.sentences for s in row])
             track, steps = None, []
@@ -123,7 +124,7 @@ class Trainer:
                         output,
                         masks[:, t],
                         size,
-                        self.model.config.image_encoder.image_size,
+                        image_size,
                         self.settings.loss,
                         stage.loss_scale,
                     )
@@ -193,6 +194,6 @@ def _build_model(settings: TrainingSettings) -> RefSAM:
     preset = values.pop("preset", None)
     config = RefSAMConfig.preset(preset) if preset else config_from_dict(RefSAMConfig, values)
     from refsam.data.generated.grammar import vocabulary
-    from refsam.model.text_encoder import build_tokenizer
+    from refsam.model.text_encoder import word_tokenizer
 
-    return RefSAM(config, tokenizer=build_tokenizer(vocabulary()))
+    return RefSAM(config, tokenizer=word_tokenizer(vocabulary()))

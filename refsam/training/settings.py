@@ -12,15 +12,15 @@ _CLOSED = ConfigDict(extra="forbid")
 class StageSettings:
     """A stretch of training on batches of one make.
 
-    `clips` per batch, `frames` per clip, `expressions` per clip; `long_side` of the frames in pixels (None: the model's
-    image size); `loss_scale` shrinks the size at which the loss is taken.
+    `clips` per batch, `frames` per clip, `expressions` per clip; `image_size` that the frames are drawn and seen at, in pixels
+    (None: the model's); `loss_scale` shrinks the size at which the loss is taken.
     """
 
     steps: PositiveInt
     clips: PositiveInt
     frames: PositiveInt = 1
     expressions: PositiveInt = 6
-    long_side: PositiveInt | None = None
+    image_size: PositiveInt | None = None
     loss_scale: Literal[1, 2] = 1
 
 
