@@ -7,6 +7,8 @@ Every operator is a function that works on any device, is differentiable and is 
 
 from refsam_kernels.dense_attention.op import dense_attention
 from refsam_kernels.dispatch import BackendError, use_backend
+from refsam_kernels.mask_loss.op import mask_loss
+from refsam_kernels.mask_postprocess.op import mask_postprocess
 from refsam_kernels.mask_upscale.op import mask_upscale
 from refsam_kernels.token_image_attention.op import AttentionWeights, token_image_attention
 
@@ -14,6 +16,8 @@ __all__ = [
     "AttentionWeights",
     "BackendError",
     "dense_attention",
+    "mask_loss",
+    "mask_postprocess",
     "mask_upscale",
     "token_image_attention",
     "use_backend",

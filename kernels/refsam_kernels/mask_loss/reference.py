@@ -1,0 +1,68 @@
+"""Focal and dice loss at the targets' size, from the resized logits.
+
+Focal loss of arXiv 1708.02002, mean over the pixels; dice loss with 1 added to numerator and denominator; both per mask.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from refsam_kernels.mask_postprocess.reference import resize_twice
+from refsam_kernels.registration import gradients_by_vjp
+
+
+def forward(
+    logits: Tensor,
+    targets: Tensor,
+    ignore: Tensor | None,
+    image_size: int,
+    input_size: Sequence[int],
+    alpha: float,
+    gamma: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (P, 4h, 4w), targets (P, H, W), ignore (P, H, W) bool or None -> focal (P,), dice (P,), sums (4, P).
+
+    The sums over the pixels that count: probability * target, probability, target, 1.
+    """
+    x = resize_twice(logits, image_size, input_size, targets.shape[1:])
+    target = targets.to(x.dtype)
+    counts = torch.ones_like(x)
+    if ignore is not None:
+        target = target.masked_fill(ignore, 0.0)
+        counts = counts.masked_fill(ignore, 0.0)
+
+    probability = torch.sigmoid(x)
+    cross_entropy = F.binary_cross_entropy_with_logits(x, target, reduction="none")
+    correct = probability * target + (1 - probability) * (1 - target)
+    balance = alpha * target + (1 - alpha) * (1 - target)
+    focal = balance * (1 - correct) ** gamma * cross_entropy
+
+    pixels = counts.sum(dim=(1, 2))
+    intersection = (probability * target).sum(dim=(1, 2))
+    probabilities = (probability * counts).sum(dim=(1, 2))
+    inside = target.sum(dim=(1, 2))
+    dice = 1 - (2 * intersection + 1) / (probabilities + inside + 1)
+    focal = (focal * counts).sum(dim=(1, 2)) / pixels.clamp(min=1)
+    return focal, dice, torch.stack([intersection, probabilities, inside, pixels])
+
+
+def backward(
+    grad_focal: Tensor,
+    grad_dice: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    ignore: Tensor | None,
+    sums: Tensor,
+    image_size: int,
+    input_size: Sequence[int],
+    alpha: float,
+    gamma: float,
+) -> Tensor:
+    """Gradient to the logits (P, 4h, 4w) for those of focal and dice, (P,) each."""
+
+    def formula(logits: Tensor) -> tuple[Tensor, ...]:
+        return forward(logits, targets, ignore, image_size, input_size, alpha, gamma)[:2]
+
+    return gradients_by_vjp(formula, (logits,), (True,), (grad_focal, grad_dice))[0]

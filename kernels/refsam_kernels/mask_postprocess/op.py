@@ -1,0 +1,78 @@
+"""Low-resolution mask logits to masks of the frame's own size."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from refsam_kernels.arguments import check_shape, require
+from refsam_kernels.registration import Operator
+from refsam_kernels.values import check_finite
+
+operator = Operator("mask_postprocess")
+
+
+@operator.forward
+def _forward(
+    logits: Tensor,
+    image_size: int,
+    input_size: Sequence[int],
+    output_size: Sequence[int],
+    threshold: float,
+    backend: str,
+) -> Tensor:
+    return logits.new_empty((logits.shape[0], *output_size), dtype=torch.bool)
+
+
+def mask_postprocess(
+    logits: Tensor,
+    *,
+    image_size: int,
+    input_size: tuple[int, int],
+    output_size: tuple[int, int],
+    threshold: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Resizes mask logits to the model's image, crops the padding, resizes to the frame and thresholds.
+
+    Follows `Sam.postprocess_masks` of segment_anything/modeling/sam.py: two bilinear resizes, here without full-size maps of all
+    logits. Masks are equal to its except where |logit - threshold| < 1e-5 of the logits' scale. Not differentiable.
+
+    Args:
+        logits: (P, 4h, 4w) floating point, finite; computed in float32. P may be 0.
+        image_size: side S of the model's square image.
+        input_size: (height, width) of the frame within that image, without the padding; at most S.
+        output_size: (height, width) of the masks: H, W.
+        threshold: logits above it are inside.
+        backend: name of the backend, None for the best that can run.
+
+    Returns:
+        (P, H, W) bool.
+
+    Raises:
+        ValueError: a shape, dtype, size or value does not fit; `BackendError` if the backend cannot run.
+    """
+    check_resize(logits, image_size, input_size)
+    check_size("output_size", output_size)
+    check_finite("logits", logits)
+    logits = logits.detach().float()
+    return _forward(
+        logits, image_size, list(input_size), list(output_size), float(threshold), backend or ""
+    )
+
+
+def check_resize(logits: Tensor, image_size: int, input_size: Sequence[int]) -> None:
+    """Raises `ValueError` unless these are logits and sizes that can be resized to the image and cropped."""
+    check_shape("logits", logits, ("P", "4h", "4w"))
+    require(logits.is_floating_point(), "logits", logits.dtype, "a floating point dtype")
+    require(min(logits.shape[1:]) > 0, "logits", f"shape {tuple(logits.shape)}", "no empty mask")
+    require(image_size > 0, "image_size", image_size, "a positive number of pixels")
+    check_size("input_size", input_size)
+    inside = max(input_size) <= image_size
+    require(inside, "input_size", tuple(input_size), f"at most image_size = {image_size} each")
+
+
+def check_size(name: str, size: Sequence[int]) -> None:
+    """Raises `ValueError` unless it is a positive (height, width)."""
+    fits = len(size) == 2 and min(size) > 0
+    require(fits, name, tuple(size), "a positive (height, width)")
