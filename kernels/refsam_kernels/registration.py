@@ -150,7 +150,8 @@ def gradients_by_vjp(
             copies[i].requires_grad_()
         outputs = formula(*copies)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        gradients = torch.autograd.grad(outputs, [copies[i] for i in wanted], grads)
+        chosen = [copies[i] for i in wanted]
+        gradients = torch.autograd.grad(outputs, chosen, grads, materialize_grads=True)
     taken = {memory_of(tensor) for tensor in (*inputs, *grads) if tensor is not None}
     for i, gradient in zip(wanted, gradients, strict=True):
         gradient = gradient.contiguous()
