@@ -203,7 +203,7 @@ def gencode(names: Iterable[str]) -> list[str]:
 def cpu_plan() -> Plan:
     """How `_C_cpu.so` is built here; raises `LeftOut` with the reason if it cannot be."""
     torch, compiler = supported_torch(), find_compiler()
-    flags = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    flags = "-O3 -fPIC -fvisibility=hidden -Wall -Wextra".split()
     toolchain = {"compiler": first_line([compiler, "--version"]), "torch": torch.version}
     return make_plan("_C_cpu", torch, compiler, flags, "cpu", toolchain)
 
@@ -213,13 +213,7 @@ def cuda_plan() -> Plan:
     torch, compiler, nvcc = supported_torch(), find_compiler(), find_nvcc()
     names = architectures(nvcc)
     # USE_CUDA: without it torch's headers hide the current stream when torch itself has no CUDA.
-    flags = [
-        "-O3",
-        "-lineinfo",
-        "-DUSE_CUDA",
-        "-Xptxas=-v",
-        "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
-    ]
+    flags = "-O3 -lineinfo -DUSE_CUDA -Xptxas=-v -Xcompiler=-fPIC,-fvisibility=hidden,-Wall".split()
     flags += [f"-ccbin={compiler}", *gencode(names)]
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     toolchain = {
@@ -241,26 +235,14 @@ def make_plan(
     """The compile steps of every source in `csrc/<folder>` and the link step of the library."""
     root, objects = source_root(), build_root() / library
     sources = sorted(path for path in (root / folder).iterdir() if path.suffix in (".cpp", ".cu"))
-    launcher = [ccache] if (ccache := shutil.which("ccache")) else []
-    abi = ["-std=c++20", "-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
-    include = ["-isystem", str(torch.root / "include"), f"-I{root}"]
+    prefix = [ccache, compiler] if (ccache := shutil.which("ccache")) else [compiler]
+    prefix += ["-std=c++20", "-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
+    prefix += [*flags, "-isystem", str(torch.root / "include"), f"-I{root}"]
     compile_steps = []
     for source in sources:
-        output = objects / f"{source.name}.o"
-        depfile = output.with_suffix(".d")
-        command = [
-            *launcher,
-            compiler,
-            *abi,
-            *flags,
-            *include,
-            "-MD",
-            "-MF",
-            str(depfile),
-            "-c",
-            str(source),
-        ]
-        compile_steps.append(Step(output, (source,), (*command, "-o", str(output)), depfile))
+        output, depfile = objects / f"{source.name}.o", objects / f"{source.name}.d"
+        files = ["-MD", "-MF", str(depfile), "-c", str(source), "-o", str(output)]
+        compile_steps.append(Step(output, (source,), (*prefix, *files), depfile))
     outputs = tuple(step.output for step in compile_steps)
     output = objects / f"{library}.so"
     # libtorch.so needs libtorch_cuda.so where torch has CUDA, so a library linked against a torch without it finds
@@ -277,15 +259,19 @@ def find_ninja() -> str | None:
 
 def execute(plan: Plan) -> None:
     """Builds the library in its object folder; raises `BuildError` with the compiler's messages."""
-    plan.link.output.parent.mkdir(parents=True, exist_ok=True)
-    if ninja := find_ninja():
-        folder = plan.link.output.parent
-        (folder / "build.ninja").write_text(ninja_file(plan))
-        run_shell(shlex.join([ninja, "-C", str(folder)]))
-        return
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda step: run_shell(step.shell_line), plan.compile))
-    run_shell(plan.link.shell_line)
+    import fcntl  # POSIX only, as the libraries are: `find_compiler` has refused other platforms
+
+    folder = plan.link.output.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if ninja := find_ninja():
+            (folder / "build.ninja").write_text(ninja_file(plan))
+            run_shell(shlex.join([ninja, "-C", str(folder)]))
+            return
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda step: run_shell(step.shell_line), plan.compile))
+        run_shell(plan.link.shell_line)
 
 
 def run_shell(line: str) -> None:
@@ -303,23 +289,14 @@ def ninja_file(plan: Plan) -> str:
     def quote(text: str) -> str:
         return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    lines = [
-        "rule run",
-        "  command = $line",
-        "rule compile",
-        "  command = $line",
-        "  deps = gcc",
-        "  depfile = $dep",
-    ]
+    text = "rule run\n  command = $line\n"
+    text += "rule compile\n  command = $line\n  deps = gcc\n  depfile = $dep\n"
     for step in (*plan.compile, plan.link):
-        inputs = " ".join(quote(str(path)) for path in step.inputs)
-        lines.append(
-            f"build {quote(str(step.output))}: {'compile' if step.depfile else 'run'} {inputs}"
-        )
-        lines.append(f"  line = {step.shell_line.replace('$', '$$')}")
-        if step.depfile:
-            lines.append(f"  dep = {step.depfile}")
-    return "\n".join(lines) + "\n"
+        rule = "compile" if step.depfile else "run"
+        text += f"build {quote(str(step.output))}: {rule} {' '.join(map(quote, map(str, step.inputs)))}\n"
+        text += f"  line = {step.shell_line.replace('$', '$$')}\n"
+        text += f"  dep = {step.depfile}\n" if step.depfile else ""
+    return text
 
 
 def kernel_resources(plan: Plan) -> list[KernelResources]:
@@ -373,7 +350,7 @@ def build_library(
     try:
         plan = make()
         execute(plan)
-    except (LeftOut, BuildError) as reason:
+    except (LeftOut, BuildError, OSError, subprocess.SubprocessError) as reason:
         if demanded:
             raise BuildError(f"{name} is demanded and cannot be built: {reason}") from reason
         print(f"refsam_kernels: {name} left out: {reason}", flush=True)

@@ -1,5 +1,7 @@
 """The compiled CUDA implementation: csrc/cuda/mask_postprocess.cu, both resizes in one kernel."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from refsam_kernels import libraries
@@ -8,9 +10,13 @@ _library = libraries.load("cuda")
 
 
 def forward(
-    logits: Tensor, image_size: int, input_size: list[int], output_size: list[int], threshold: float
+    logits: Tensor,
+    image_size: int,
+    input_size: Sequence[int],
+    output_size: Sequence[int],
+    threshold: float,
 ) -> Tensor:
-    """Logits (P, 4h, 4w) to masks (P, H, W) bool; see `refsam_kernels.mask_postprocess`."""
+    """Float32 logits (P, 4h, 4w) to masks (P, H, W) bool."""
     return _library.mask_postprocess(
-        logits.float().contiguous(), image_size, input_size, output_size, threshold
+        logits.contiguous(), image_size, input_size, output_size, threshold
     )

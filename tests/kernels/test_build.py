@@ -1,0 +1,218 @@
+"""The build of the kernel libraries: what is left out is said, what is demanded is an error, the rest compiles."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from refsam_kernels import build, libraries
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine without compiler and nvcc, and without wishes about CUDA; the folder that its search path names."""
+    for name in ("CXX", "CUDA_HOME", "CUDA_PATH", "REFSAM_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.setattr(build, "build_root", lambda: tmp_path / "objects")
+    return tools
+
+
+def report(folder: Path) -> dict[str, dict[str, object]]:
+    return json.loads((folder / build.REPORT).read_text())
+
+
+def test_no_compiler_leaves_the_library_out(bare: Path, tmp_path: Path) -> None:
+    target = tmp_path / "package"
+    assert build.build_all(target) == [target / build.REPORT]
+    assert (
+        report(target)["_C_cpu"]["reason"] == "no C++ compiler found (looked for c++, g++, clang++)"
+    )
+
+
+def test_no_torch_leaves_everything_out(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "find_torch", lambda: None)
+    target = tmp_path / "package"
+    build.build_all(target)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all("left out: torch is not installed" in line for line in lines)
+
+
+def test_old_torch_leaves_everything_out(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "find_torch", lambda: build.Torch(Path(), "2.9.1+cpu", False))
+    with pytest.raises(build.LeftOut, match=r"torch is 2\.9\.1\+cpu, the stable ABI needs 2\.10"):
+        build.supported_torch()
+
+
+def test_demanded_cuda_without_nvcc_is_an_error(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFSAM_BUILD_CUDA", "1")
+    monkeypatch.setattr(build, "find_compiler", lambda: "c++")
+    monkeypatch.setattr(build.shutil, "which", lambda *args, **kwargs: None)
+    with pytest.raises(build.BuildError, match="_C_cuda is demanded and cannot be built: no nvcc"):
+        build.build_all(tmp_path / "package")
+
+
+def test_forbidden_cuda_is_left_out(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFSAM_BUILD_CUDA", "0")
+    with pytest.raises(build.LeftOut, match="REFSAM_BUILD_CUDA is 0"):
+        build.wanted_cuda_plan()
+
+
+def test_unknown_wish_is_rejected(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFSAM_BUILD_CUDA", "yes")
+    with pytest.raises(
+        build.BuildError, match="REFSAM_BUILD_CUDA: got 'yes', wanted 0, 1 or nothing"
+    ):
+        build.cuda_wish()
+
+
+def test_failing_compiler_leaves_the_library_out(bare: Path, tmp_path: Path) -> None:
+    compiler = bare / "c++"
+    compiler.write_text("#!/bin/sh\necho this compiler is broken\nexit 1\n")
+    compiler.chmod(0o755)
+    target = tmp_path / "package"
+    target.mkdir()
+    stale = target / "_C_cpu.so"
+    stale.touch()
+    assert build.build_all(target) == [target / build.REPORT]
+    assert report(target)["_C_cpu"]["built"] is False
+    assert not stale.exists(), "a library of older sources must not stay"
+
+
+def fake_nvcc(folder: Path, codes: str) -> str:
+    """An nvcc that knows the given codes only."""
+    nvcc = folder / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\nprintf '{codes}'\n")
+    nvcc.chmod(0o755)
+    return str(nvcc)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "names"),
+    [
+        ("9.0", ["9.0"]),
+        ("8.0;9.0a", ["8.0", "9.0a"]),
+        ("8.6 12.0+PTX", ["8.6", "12.0+PTX"]),
+        ("8.0,8.9", ["8.0", "8.9"]),
+    ],
+)
+def test_architecture_list_is_honoured(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, names: list[str]
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+    assert build.architectures("unused") == names
+
+
+def test_unknown_architecture_is_rejected(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(build.BuildError, match="TORCH_CUDA_ARCH_LIST: got 'Hopper'"):
+        build.architectures("unused")
+
+
+def test_default_architectures_lose_what_nvcc_does_not_know(bare: Path) -> None:
+    old = fake_nvcc(bare, r"sm_80\nsm_86\nsm_89\nsm_90\n")
+    assert build.architectures(old) == ["8.0", "8.6", "8.9", "9.0+PTX"]
+    new = fake_nvcc(bare, r"sm_80\nsm_86\nsm_89\nsm_90\nsm_100\nsm_120\n")
+    assert build.architectures(new) == list(build.DEFAULT_ARCHITECTURES)
+
+
+def test_gencode_adds_ptx() -> None:
+    assert build.gencode(["8.0", "12.0+PTX"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+
+
+def test_reason_of_the_report_reaches_the_user(tmp_path: Path) -> None:
+    entry = {"_C_cpu": {"built": False, "reason": "no C++ compiler found"}}
+    (tmp_path / build.REPORT).write_text(json.dumps(entry))
+    assert libraries.why_not_built("_C_cpu", tmp_path) == "no C++ compiler found"
+    assert libraries.why_not_built("_C_cuda", tmp_path) == "run python -m refsam_kernels.build"
+
+
+@pytest.mark.parametrize("ninja", [True, False], ids=["ninja", "no-ninja"])
+def test_build_is_incremental_with_ninja(
+    ninja: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ninja a second build compiles nothing; without it everything is compiled again."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source = tmp_path / "source.cpp"
+    source.write_text("int answer() { return 42; }\n")
+    found = build.find_ninja()
+    if ninja and found is None:
+        pytest.skip("no ninja")
+    monkeypatch.setattr(build, "find_ninja", lambda: found if ninja else None)
+    output, depfile = tmp_path / "out" / "source.o", tmp_path / "out" / "source.d"
+    command = (compiler, "-fPIC", "-MD", "-MF", str(depfile), "-c", str(source), "-o", str(output))
+    step = build.Step(output, (source,), command, depfile)
+    library = tmp_path / "out" / "library.so"
+    link = build.Step(library, (output,), (compiler, "-shared", str(output), "-o", str(library)))
+    plan = build.Plan("library", (step,), link, {})
+    build.execute(plan)
+    first = output.stat().st_mtime_ns
+    build.execute(plan)
+    assert library.is_file()
+    assert (output.stat().st_mtime_ns == first) is ninja
+
+
+def test_kernel_resources_reads_ptxas(tmp_path: Path) -> None:
+    step = build.Step(tmp_path / "kernel.o", (), ())
+    step.log.write_text(
+        "ptxas info    : Compiling entry function 'scale' for 'sm_90'\n"
+        "ptxas info    : Function properties for scale\n"
+        "    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads\n"
+        "ptxas info    : Used 72 registers, used 0 barriers\n"
+    )
+    link = build.Step(tmp_path / "library.so", (), ())
+    found = build.kernel_resources(build.Plan("library", (step,), link, {}))
+    assert found == [build.KernelResources("scale", "sm_90", 72, 8, 12)]
+
+
+@pytest.mark.slow
+def test_cuda_library_compiles_for_every_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Needs nvcc, not a GPU: every architecture of the list is there and no kernel spills more than 64 bytes."""
+    monkeypatch.setattr(build, "build_root", lambda: tmp_path)
+    try:
+        plan = build.cuda_plan()
+    except build.LeftOut as reason:
+        pytest.skip(str(reason))
+    build.execute(plan)
+    resources = build.kernel_resources(plan)
+    wanted = {f"sm_{build.digits(name)}" for name in plan.toolchain["architectures"].split()}
+    kernels = {kernel.kernel for kernel in resources}
+    assert kernels
+    assert {(k.kernel, k.architecture) for k in resources} == {
+        (k, a) for k in kernels for a in wanted
+    }
+    assert not [k for k in resources if k.spill_stores + k.spill_loads > 64]
+    assert not python_symbols(plan.link.output)
+
+
+def python_symbols(library: Path) -> list[str]:
+    """The symbols of Python's C interface that a library uses or defines."""
+    names = subprocess.run(["nm", "-D", library], capture_output=True, text=True, check=True).stdout
+    return [
+        name for name in re.findall(r"\w+$", names, re.MULTILINE) if name.startswith(("Py", "_Py"))
+    ]
+
+
+def test_cpu_library_has_no_python_abi() -> None:
+    library = build.PACKAGE / "_C_cpu.so"
+    if not library.is_file():
+        pytest.skip(f"_C_cpu.so was not built: {libraries.why_not_built('_C_cpu')}")
+    assert not python_symbols(library)
