@@ -25,7 +25,7 @@ def expression_colour(index: int) -> tuple[int, int, int]:
     """Colour (RGB, 0..255) of the expression with that index, the same in every frame and video."""
     if index < len(_PALETTE):
         return _PALETTE[index]
-    red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1.0, 0.65, 1.0)
+    red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1.0, 0.9, 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 

@@ -1,0 +1,48 @@
+"""Small videos with a known picture, written by FFmpeg."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+
+def picture(index: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """Left half red, right half blue, a white bar in the row block `index`; (H, W, 3) uint8."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[:, : width // 2, 0] = 250
+    image[:, width // 2 :, 2] = 250
+    top = 8 * index % height
+    image[top : top + 8] = 255
+    return image
+
+
+def write_video(
+    path: Path,
+    codec: str = "libx264",
+    *,
+    frames: int = 12,
+    size: tuple[int, int] = (48, 64),
+    pixel_format: str = "yuv420p",
+    rate: int = 25,
+    times: Sequence[int] | None = None,
+    rotation: int = 0,
+    options: dict[str, str] | None = None,
+) -> Path:
+    """Write `frames` pictures; `times` are milliseconds, `rotation` degrees counter-clockwise."""
+    with av.open(str(path), "w", options=options or {}) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = size
+        stream.pix_fmt = pixel_format
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for index in range(frames):
+            frame = av.VideoFrame.from_ndarray(picture(index, *size), format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = times[index], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
