@@ -1,10 +1,11 @@
 """RefSAM: what is computed between a frame, a sentence and a mask."""
 
-from refsam.model.refsam import FrameSize, ImageFeatures, MaskOutput, RefSAM, TextPrompt
+from refsam.model.features import FrameSize, ImageFeatures, MaskOutput, TextPrompt
+from refsam.model.pretrained_text_encoder import T5TextEncoder
+from refsam.model.refsam import RefSAM
 from refsam.model.text_encoder import (
     EncodedText,
     SmallTextEncoder,
-    T5TextEncoder,
     TextEncoder,
     word_tokenizer,
 )

@@ -3,16 +3,16 @@
 from tokenizers import Tokenizer
 
 from refsam.config import RefSAMConfig
+from refsam.errors import CheckpointError
 from refsam.model.cross_modal_mlp import CrossModalMLP
 from refsam.model.dense_attention import HierarchicalDenseAttention
 from refsam.model.image_encoder import ImageEncoder
 from refsam.model.mask_decoder import MaskDecoder, PromptEncoder
+from refsam.model.pretrained_text_encoder import RobertaTextEncoder, T5TextEncoder
 from refsam.model.text_encoder import (
     DEFAULT_WORDS,
     CachedTextEncoder,
-    RobertaTextEncoder,
     SmallTextEncoder,
-    T5TextEncoder,
     word_tokenizer,
 )
 from refsam.model.tracking import TrackingModule
@@ -39,6 +39,17 @@ def build_image_encoder(config: RefSAMConfig) -> ImageEncoder:
 def build_prompt_encoder(config: RefSAMConfig) -> PromptEncoder:
     """SAM's image positional encoding."""
     return PromptEncoder(config.prompt_dim)
+
+
+def read_tokenizer(text: str | None) -> Tokenizer | None:
+    """The tokenizer of a `tokenizer.json`; raises CheckpointError if it is damaged."""
+    if text is None:
+        return None
+    try:
+        return Tokenizer.from_str(text)
+    # tokenizers raises bare Exceptions.
+    except Exception as error:
+        raise CheckpointError(f"tokenizer.json: cannot be read ({error})") from None
 
 
 def build_text_encoder(config: RefSAMConfig, tokenizer: Tokenizer | None) -> CachedTextEncoder:

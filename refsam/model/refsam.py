@@ -2,106 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from refsam import checkpoint
+from refsam.checkpoint import Checkpoint, Source
 from refsam.config import RefSAMConfig
+from refsam.errors import CheckpointError
 from refsam.model import build
 from refsam.model.adapter import Adapter
+from refsam.model.features import FrameSize, ImageFeatures, MaskOutput, TextPrompt
+from refsam.model.preprocessing import preprocess
 from refsam.model.text_encoder import EncodedText
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
 
-class FrameSize(NamedTuple):
-    """(height, width) of the frame itself and of its resized copy inside the model's square."""
+MODEL_CARD = """---
+{{ card_data }}
+---
 
-    original: tuple[int, int]
-    resized: tuple[int, int]
+# A RefSAM checkpoint
 
+Referring video object segmentation: `refsam segment clip.mp4 --text "the red cup" --checkpoint THIS_FOLDER --out out`.
+"""
 
-class ImageFeatures(NamedTuple):
-    """What the image encoder gives for B frames; one set serves any number of expressions.
-
-    embedding (B, N, C): unit vectors, N = h * w. levels (L, B, N, C): the embedding, then the
-    projected intermediate features, unit vectors all. grid: (h, w).
-    """
-
-    embedding: Tensor
-    levels: Tensor
-    grid: tuple[int, int]
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TextPrompt:
-    """P expressions as prompts.
-
-    words (P, T, C) and sentence (P, C) are unit vectors; the first lengths[i] words of row i are valid,
-    the rest is padding and may hold anything. Words are trimmed to the longest row. lengths (P,)
-    int64 may be given on the host, which spares a synchronisation, and is kept beside the words.
-    unknown: per expression, the words that the text encoder does not know.
-    """
-
-    words: Tensor
-    sentence: Tensor
-    lengths: Tensor
-    unknown: tuple[tuple[str, ...], ...] = ()
-
-    def __post_init__(self) -> None:
-        count, longest = len(self.lengths), int(self.lengths.max()) if len(self.lengths) else 0
-        if self.words.ndim != 3 or len(self.words) != count or longest > self.words.shape[1]:
-            raise ValueError(
-                f"words, lengths: got shape {tuple(self.words.shape)} and "
-                f"{self.lengths.tolist()}, wanted (P, T, C) and P lengths up to T"
-            )
-        object.__setattr__(self, "words", self.words[:, :longest])
-        object.__setattr__(self, "lengths", self.lengths.to(self.words.device))
-        object.__setattr__(self, "unknown", tuple(self.unknown) or ((),) * count)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def select(self, indices: Sequence[int]) -> TextPrompt:
-        """The expressions at these places, in this order."""
-        picked = list(indices)
-        unknown = tuple(self.unknown[index] for index in picked)
-        return TextPrompt(self.words[picked], self.sentence[picked], self.lengths[picked], unknown)
-
-    @staticmethod
-    def cat(parts: Sequence[TextPrompt]) -> TextPrompt:
-        """One set of prompts out of several, padded with zeros to the longest."""
-        longest = max(part.words.shape[1] for part in parts)
-        words = [F.pad(part.words, (0, 0, 0, longest - part.words.shape[1])) for part in parts]
-        return TextPrompt(
-            torch.cat(words),
-            torch.cat([part.sentence for part in parts]),
-            torch.cat([part.lengths for part in parts]),
-            tuple(unknown for part in parts for unknown in part.unknown),
-        )
-
-
-class MaskOutput(NamedTuple):
-    """What the decoder gives for P expressions.
-
-    logits (P, 4h, 4w): mask logits over the model's padded square. iou (P,): predicted IoU.
-    object_token (P, C): the decoder's output for mask token 0. track_token (P, C): what the next
-    frame is given.
-    """
-
-    logits: Tensor
-    iou: Tensor
-    object_token: Tensor
-    track_token: Tensor
-
-
-class RefSAM(nn.Module):
+class RefSAM(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="refsam",
+    license="apache-2.0",
+    pipeline_tag="image-segmentation",
+    paper_url="https://arxiv.org/abs/2307.00997",
+    model_card_template=MODEL_CARD,
+):
     """Referring video object segmentation on SAM (arXiv 2307.00997).
 
     tokenizer is the vocabulary of the small text encoder; None gives a short list of common words.
@@ -111,6 +57,7 @@ class RefSAM(nn.Module):
     def __init__(self, config: RefSAMConfig, tokenizer: Tokenizer | None = None) -> None:
         super().__init__()
         self.config = config
+        self.sources: dict[str, Source] = {}
         self.image_encoder = build.build_image_encoder(config)
         self.prompt_encoder = build.build_prompt_encoder(config)
         self.text_encoder = build.build_text_encoder(config, tokenizer)
@@ -118,10 +65,111 @@ class RefSAM(nn.Module):
         self.dense_attention = build.build_dense_attention(config)
         self.mask_decoder = build.build_mask_decoder(config)
         self.tracking = build.build_tracking(config)
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), False)
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), False)
+        self._set_pixel_statistics()
         if config.frozen:
             self.freeze_pretrained()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        name: str | Path,
+        *,
+        sam: str | Path | None = None,
+        text_encoder: str | None = None,
+        image_size: int | None = None,
+        **hub_options: Any,
+    ) -> RefSAM:
+        """The model, in eval mode, of a bundled name (`nano`), a folder or a Hub id.
+
+        sam: SAM's file or its converted folder for a delta, else looked for in REFSAM_SAM_DIR. text_encoder:
+        folder or Hub id that replaces the recorded one. image_size: another S; position tables are
+        interpolated. hub_options (revision, token, cache_dir, local_files_only, force_download) go to
+        huggingface_hub. Raises CheckpointError or ConfigError.
+        """
+        return cls.from_checkpoint(
+            checkpoint.load(
+                name, sam=sam, text_encoder=text_encoder, image_size=image_size, **hub_options
+            )
+        )
+
+    @classmethod
+    def from_checkpoint(cls, stored: Checkpoint) -> RefSAM:
+        """The model, in eval mode, of a checkpoint already read; raises CheckpointError if they differ.
+
+        A checkpoint of SAM alone gives an untrained RefSAM: the other parts are new.
+        """
+        tokenizer = build.read_tokenizer(stored.tokenizer)
+        with torch.device("meta"):
+            model = cls(stored.config, tokenizer)
+        expected = model.state_dict()
+        untrained = [key for key in expected if not checkpoint.is_sam(key)]
+        checkpoint.check_keys(stored.tensors, expected, untrained if stored.kind == "sam" else ())
+        if stored.kind == "sam":
+            log.warning("only SAM's parts are trained: %d tensors start anew", len(untrained))
+            model = cls(stored.config, tokenizer)
+        else:
+            model.to_empty(device="cpu")
+            model._set_pixel_statistics()
+        model.load_state_dict(stored.tensors, strict=stored.kind != "sam")
+        model.sources = dict(stored.sources)
+        if "text_encoder" in stored.sources:
+            model.text_encoder.expected_sha256 = stored.sources["text_encoder"].sha256
+        return model.eval()
+
+    @classmethod
+    def expected_tensors(
+        cls, config: RefSAMConfig, tokenizer: Tokenizer | None = None
+    ) -> Mapping[str, Tensor]:
+        """Names and shapes of a configuration's state dict, as tensors without storage."""
+        with torch.device("meta"):
+            return cls(config, tokenizer).state_dict()
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        *,
+        delta: bool = False,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        config: Any = None,
+        **push_options: Any,
+    ) -> str | None:
+        """Write a checkpoint folder; with delta only what stands on SAM's file, and which file that is.
+
+        The other arguments are those of huggingface_hub's mixin; config is ignored, it is the model's own.
+        Raises CheckpointError if the folder cannot be written or a delta does not know its SAM file.
+        """
+        directory = Path(save_directory)
+        checkpoint.write_checkpoint(directory, self.to_checkpoint(delta))
+        if not (directory / "README.md").exists():
+            self.generate_model_card(**model_card_kwargs or {}).save(directory / "README.md")
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(
+            repo_id or directory.name, model_card_kwargs=model_card_kwargs, **push_options
+        )
+
+    def to_checkpoint(self, delta: bool = False) -> Checkpoint:
+        """What `save_pretrained` writes; raises CheckpointError for a delta without a known base."""
+        tensors, sources = self.state_dict(), dict(self.sources)
+        if delta:
+            trained = [name for name, p in self.named_parameters() if p.requires_grad]
+            if "sam" not in sources or any(checkpoint.is_base(name) for name in trained):
+                raise CheckpointError(
+                    "delta: wanted a model that stands on a recorded SAM file and left it as it was"
+                )
+            tensors = {key: value for key, value in tensors.items() if not checkpoint.is_base(key)}
+        if source := self.text_encoder.source():
+            sources["text_encoder"] = source
+        tokenizer = getattr(self.text_encoder, "tokenizer", None)
+        return Checkpoint(
+            self.config,
+            tensors,
+            "delta" if delta else "full",
+            tokenizer.to_str() if tokenizer is not None else None,
+            sources,
+        )
 
     @property
     def image_size(self) -> int:
@@ -137,6 +185,10 @@ class RefSAM(nn.Module):
     def dtype(self) -> torch.dtype:
         """The parameters' floating-point type."""
         return self.pixel_mean.dtype
+
+    def _set_pixel_statistics(self) -> None:
+        for name, values in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def freeze_pretrained(self) -> None:
         """Train adapters, cross-modal MLP, dense attention, decoder and tracking only (section 3.2)."""
@@ -164,34 +216,12 @@ class RefSAM(nn.Module):
             module.training = False
         return self
 
-    def preprocess(
-        self, frames: Tensor, image_size: int | None = None
-    ) -> tuple[Tensor, FrameSize]:
+    def preprocess(self, frames: Tensor) -> tuple[Tensor, FrameSize]:
         """Frames (B, H, W, 3) uint8 RGB to normalised pixels (B, 3, S, S) and their sizes.
 
-        image_size takes another S than the model's own, a multiple of the patch size.
-
-        The longest side becomes S by antialiased bilinear resizing of 8-bit values, SAM's mean and
-        standard deviation apply to 0-255, and zeros pad right and bottom (segment-anything,
-        utils/transforms.py and modeling/sam.py). Raises ValueError for other shapes or dtypes.
+        See `refsam.model.preprocessing.preprocess`. Raises ValueError for other shapes or dtypes.
         """
-        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
-            raise ValueError(
-                f"frames: got {frames.dtype} of shape {tuple(frames.shape)}, "
-                "wanted uint8 of shape (B, H, W, 3)"
-            )
-        if 0 in frames.shape[1:3]:
-            raise ValueError(f"frames: got empty frames of shape {tuple(frames.shape)}")
-        image_size = image_size or self.image_size
-        height, width = frames.shape[1:3]
-        scale = image_size / max(height, width)
-        resized = max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
-        pixels = frames.to(self.device).permute(0, 3, 1, 2)
-        if resized != (height, width):
-            pixels = _resize_bytes(pixels, resized)
-        pixels = (pixels.to(self.dtype) - self.pixel_mean) / self.pixel_std
-        padding = (0, image_size - resized[1], 0, image_size - resized[0])
-        return F.pad(pixels, padding), FrameSize((height, width), resized)
+        return preprocess(frames.to(self.device), self.image_size, self.pixel_mean, self.pixel_std)
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """Normalised pixels (B, 3, S, S) to features that any number of expressions share."""
@@ -273,13 +303,6 @@ class RefSAM(nn.Module):
                 f"track_valid: got shape {tuple(track_valid.shape)}, wanted ({count},) and a track"
             )
         return image_index
-
-
-def _resize_bytes(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Antialiased bilinear resize of (B, 3, H, W) uint8; only the CPU does it in whole numbers."""
-    if pixels.device.type == "cpu":
-        return F.interpolate(pixels, size, mode="bilinear", antialias=True)
-    return F.interpolate(pixels.float(), size, mode="bilinear", antialias=True).round_()
 
 
 def _append_token(

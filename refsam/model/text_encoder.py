@@ -13,7 +13,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refsam.errors import ExpressionError, UserError
+from refsam.checkpoint import Source
+from refsam.errors import ExpressionError
 
 UNKNOWN = "[UNK]"
 PADDING = "[PAD]"
@@ -122,6 +123,10 @@ class CachedTextEncoder(nn.Module):
     def weights_key(self) -> Hashable:
         """Something that changes whenever the weights do."""
         return tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in self.parameters())
+
+    def source(self) -> Source | None:
+        """The file that the weights come from, for an encoder that no checkpoint holds."""
+        return None
 
     def clear_cache(self) -> None:
         """Forget every encoded expression."""
@@ -284,93 +289,3 @@ class SmallTextEncoder(CachedTextEncoder):
                 f"expression {expression!r}: {reason}; describe it in other words"
             )
         return identifiers, unknown
-
-
-class PretrainedTextEncoder(CachedTextEncoder):
-    """A frozen encoder of `transformers`, which is imported and loaded when first used.
-
-    Its weights belong to no checkpoint of this project: they are no parameters of this module, though
-    they follow its device and dtype.
-    """
-
-    architecture: str
-
-    def __init__(self, name: str, width: int, max_tokens: int = 512) -> None:
-        super().__init__(width)
-        self.name = name
-        self.max_tokens = max_tokens
-        self.register_buffer("placement", torch.empty(0), persistent=False)
-        self._loaded: list[Any] = []
-
-    def load(self) -> tuple[Any, nn.Module]:
-        """The tokenizer and the encoder, read from the Hub's cache, the Hub or a folder.
-
-        Raises UserError if transformers is missing or the name cannot be loaded.
-        """
-        with self._lock:
-            if not self._loaded:
-                self._loaded = [*self._read()]
-        tokenizer, encoder = self._loaded
-        return tokenizer, encoder
-
-    def _read(self) -> tuple[Any, nn.Module]:
-        try:
-            import transformers
-        except ImportError:
-            raise UserError(
-                f"text encoder {self.name!r} needs transformers: pip install 'refsam[text]'"
-            ) from None
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.name)
-            encoder = getattr(transformers, self.architecture).from_pretrained(self.name)
-        except (OSError, ValueError, ImportError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"text encoder {self.name!r} cannot be loaded: {reason}") from None
-        if encoder.config.hidden_size != self.width:
-            raise UserError(
-                f"text encoder {self.name!r}: got width {encoder.config.hidden_size}, "
-                f"wanted {self.width} as configured"
-            )
-        encoder.requires_grad_(False).eval()
-        return tokenizer, encoder.to(self.placement.device, self.placement.dtype)
-
-    def encode(self, expressions: Sequence[str]) -> EncodedText:
-        """P expressions to tokens (P, T, width), pads masked; raises ExpressionError if too long."""
-        tokenizer, encoder = self.load()
-        batch = tokenizer(list(expressions), padding=True, return_tensors="pt")
-        lengths = batch.attention_mask.sum(1)
-        for expression, length in zip(expressions, lengths.tolist(), strict=True):
-            if length > self.max_tokens:
-                raise ExpressionError(
-                    f"expression: got {length} tokens, wanted at most {self.max_tokens}: "
-                    f"{expression[:60]!r}..."
-                )
-        device = self.placement.device
-        with torch.no_grad():
-            tokens = encoder(
-                input_ids=batch.input_ids.to(device),
-                attention_mask=batch.attention_mask.to(device),
-            ).last_hidden_state
-        return EncodedText(tokens, lengths)
-
-    def weights_key(self) -> Hashable:
-        """The name and where the weights lie: nothing changes them."""
-        return self.name, self.placement.device, self.placement.dtype
-
-    def _apply(self, fn: Any, recurse: bool = True) -> PretrainedTextEncoder:
-        super()._apply(fn, recurse)
-        if self._loaded:
-            self._loaded[1]._apply(fn)
-        return self
-
-
-class T5TextEncoder(PretrainedTextEncoder):
-    """The encoder of T5 (paper, section 3.3: T5-3B, width 1024)."""
-
-    architecture = "T5EncoderModel"
-
-
-class RobertaTextEncoder(PretrainedTextEncoder):
-    """RoBERTa, the alternative in the authors' code."""
-
-    architecture = "RobertaModel"

@@ -1,0 +1,40 @@
+"""Checkpoints: reading, writing, converting; files and state dicts only."""
+
+from refsam.checkpoint.conversion import KeyReport, convert_official, convert_sam, detect_config
+from refsam.checkpoint.files import (
+    SAM_SOURCES,
+    Checkpoint,
+    Source,
+    check_keys,
+    file_sha256,
+    is_base,
+    is_sam,
+    load,
+    read_checkpoint,
+    read_sam,
+    read_torch_file,
+    resize_positions,
+    resolve_directory,
+    write_checkpoint,
+)
+
+__all__ = [
+    "SAM_SOURCES",
+    "Checkpoint",
+    "KeyReport",
+    "Source",
+    "check_keys",
+    "convert_official",
+    "convert_sam",
+    "detect_config",
+    "file_sha256",
+    "is_base",
+    "is_sam",
+    "load",
+    "read_checkpoint",
+    "read_sam",
+    "read_torch_file",
+    "resize_positions",
+    "resolve_directory",
+    "write_checkpoint",
+]

@@ -1,0 +1,71 @@
+"""``refsam convert``: segment-anything's checkpoints and the RefSAM authors' as checkpoints of ours."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from refsam.errors import UserError
+
+if TYPE_CHECKING:
+    from refsam.checkpoint import Checkpoint, KeyReport
+
+app = typer.Typer(no_args_is_help=True, help="Convert checkpoints of other programs.")
+
+_Out = Annotated[Path, typer.Option("--out", help="The folder to write.")]
+_Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a checkpoint in that folder.")
+]
+
+
+@app.command()
+def sam(
+    source: Annotated[Path, typer.Argument(help="sam_vit_b_*.pth, or another size's.")],
+    out: _Out,
+    overwrite: _Overwrite = False,
+) -> None:
+    """SAM's published file: an untrained RefSAM, to train or to put a delta on."""
+    from refsam.checkpoint import convert_sam
+    from refsam.model import RefSAM
+
+    _check_out(out, overwrite)
+    _write(*convert_sam(source, RefSAM.expected_tensors), out)
+
+
+@app.command()
+def official(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="resizer_*, mask_decoder_*, dense_conv_*, track_net_*, image_encoder_blocks_*"
+        ),
+    ],
+    sam: Annotated[Path, typer.Option("--sam", help="The sam_vit_*.pth they stand on.")],
+    out: _Out,
+    text_encoder: Annotated[
+        str | None, typer.Option("--text-encoder", help="Its Hub id, if no file name tells.")
+    ] = None,
+    overwrite: _Overwrite = False,
+) -> None:
+    """The authors' per-module files, on top of SAM's: a whole checkpoint."""
+    from refsam.checkpoint import convert_official
+    from refsam.model import RefSAM
+
+    _check_out(out, overwrite)
+    _write(*convert_official(files, sam, RefSAM.expected_tensors, text_encoder), out)
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise UserError(f"--out: {out} exists; wanted a new folder, or --overwrite")
+
+
+def _write(checkpoint: "Checkpoint", report: "KeyReport", out: Path) -> None:
+    from refsam.checkpoint import write_checkpoint
+
+    write_checkpoint(out, checkpoint)
+    encoder = checkpoint.config.image_encoder
+    typer.echo(
+        f"size: {encoder.embed_dim} wide, {encoder.depth} blocks, {encoder.num_heads} heads, "
+        f"image {encoder.image_size}\n{report}\nwritten: {out}"
+    )
