@@ -17,6 +17,7 @@ from refsam import __version__
 from refsam.errors import UserError
 
 _COMMANDS = "segment demo train evaluate data convert info bench export ui".split()
+_ROOT_OPTIONS = ("install_completion", "show_completion")  # typer gives them to every application
 # typer brings its own copy of click since 0.20, so the exceptions are found from typer's side.
 _CommandLineError = typer.BadParameter.__mro__[2]
 
@@ -34,6 +35,7 @@ class CommandLine(TyperGroup):
             return None
         command = typer.main.get_command(import_module(f"{__name__}.{cmd_name}").app)
         command.name = cmd_name
+        command.params = [param for param in command.params if param.name not in _ROOT_OPTIONS]
         return command
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
@@ -50,13 +52,16 @@ class CommandLine(TyperGroup):
             message = _message(error)
             if debug or message is None:
                 raise
-            typer.echo(f"refsam: {message}", err=True)
+            if message:  # empty where the help was shown instead
+                typer.echo(f"refsam: {message}", err=True)
             code = 2
         sys.exit(code if isinstance(code, int) else 0)
 
 
 main = typer.Typer(
+    name="refsam",
     cls=CommandLine,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -93,7 +98,7 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, _CommandLineError):
         text = error.format_message()
         context = getattr(error, "ctx", None)
-        if context is not None:
+        if text and context is not None:
             text = f"{text.rstrip('.')} (see {context.command_path} --help)"
     elif isinstance(error, UserError) or name == "BackendError":  # REFSAM_BACKEND cannot run here
         text = str(error)

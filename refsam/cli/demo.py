@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from refsam.data.generated import GeneratedClip
     from refsam.video import Frame
 
-app = typer.Typer()
+app = typer.Typer(rich_markup_mode="markdown")
 _FPS = Fraction(12)
 
 

@@ -8,7 +8,7 @@ import typer
 
 from refsam.cli.options import choose_device, choose_dtype
 
-app = typer.Typer()
+app = typer.Typer(rich_markup_mode="markdown")
 _PACKAGES = "numpy av pillow safetensors tokenizers transformers triton".split()
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from refsam.session import VideoSession
     from refsam.video import Frame, ResultWriter
 
-app = typer.Typer()
+app = typer.Typer(rich_markup_mode="markdown")
 
 
 @app.command()
@@ -56,8 +56,15 @@ def segment(
 ) -> None:
     """Segment what the text says, in every frame.
 
-    Writes OUT/masks/<expression>/<frame>.png (0 and 255, at the frame's size), OUT/overlay.mp4 and
-    OUT/result.json. An object that is not in view gives an empty mask. Ctrl-C keeps what is finished.
+    Writes into the folder OUT:
+
+    - `masks/00/00000.png` and so on, expression by expression, frame by frame: 0 and 255, at the
+      frame's own size; an object that is not in view gives an empty mask
+    - `overlay.mp4`, the masks drawn onto the video
+    - `result.json`, a score and an area for each frame and expression, and what was run
+
+    Ctrl-C keeps what is finished. Example:
+    `refsam segment clip.mp4 --text "the red backpack" --text "the dog" --out out`
     """
     started = time.perf_counter()
     check_names(device, dtype)

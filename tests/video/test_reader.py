@@ -169,7 +169,7 @@ def test_missing_source() -> None:
 
 
 def test_missing_camera() -> None:
-    with pytest.raises(UserError, match="^camera .*cannot be read"):
+    with pytest.raises(UserError, match=r"^camera .*cannot be read"):
         open_source("camera:97")
 
 
@@ -183,7 +183,7 @@ def test_empty_file(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["text.mp4", "text.txt", "text"])
 def test_file_that_is_no_video(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("not a video, just words\n" * 400)
-    with pytest.raises(UserError, match="give a .*video.*, an image or a folder of images$"):
+    with pytest.raises(UserError, match=r"give a .*video.*, an image or a folder of images$"):
         open_source(tmp_path / name)
 
 
@@ -247,8 +247,7 @@ def test_video_cut_off_in_the_middle(
     cut(path, 0.8)
     good = []
     with open_source(path) as source, pytest.raises(FrameDecodeError) as raised:
-        for frame in source:
-            good.append(frame)
+        good.extend(source)
     assert 20 < len(good) < 60
     assert f"frame {len(good)} of {path}" in str(raised.value)
 
@@ -261,8 +260,7 @@ def test_damaged_frame_is_named_after_the_good_ones(tmp_path: Path) -> None:
     path.write_bytes(data)
     good = []
     with open_source(path) as source, pytest.raises(FrameDecodeError) as raised:
-        for frame in source:
-            good.append(frame)
+        good.extend(source)
     assert 15 < len(good) < 45
     assert f"frame {len(good)} of {path}" in str(raised.value)
     assert all(mean_difference(frame.image, picture(frame.index)) < 6 for frame in good)
@@ -305,8 +303,7 @@ def test_prefetch_raises_after_the_items_before_the_error() -> None:
 
     seen = []
     with pytest.raises(FrameDecodeError, match="frame 2"):
-        for item in prefetch(failing()):
-            seen.append(item)
+        seen.extend(prefetch(failing()))
     assert seen == [1, 2]
 
 
