@@ -1,0 +1,111 @@
+"""``refsam evaluate``: score masks against the truth."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from refsam import __version__
+from refsam.cli.progress import progress
+from refsam.errors import UserError
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def evaluate() -> None:
+    """Score masks, or a model on a benchmark."""
+
+
+@app.command()
+def masks(
+    pred: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of predicted PNGs: <video>/<frame>.png, per expression <video>/<expression>/<frame>.png."
+        ),
+    ],
+    gt: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of true PNGs, laid out likewise; with --expressions, maps of objects <video>/<frame>.png, "
+            "or the file mask_dict.json of MeViS."
+        ),
+    ],
+    protocol: Annotated[
+        str, typer.Option(help="davis-unsupervised, davis-semi-supervised or per-expression.")
+    ] = "davis-unsupervised",
+    expressions: Annotated[
+        Path | None,
+        typer.Option(help="meta_expressions.json that says which objects each expression means."),
+    ] = None,
+    videos: Annotated[
+        Path | None,
+        typer.Option(help="Text file of the videos to score, one a line, such as DAVIS' val.txt."),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write everything, scores of each frame included.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write one row per object.")] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Folder for curves of J and F over time, one PNG per video.")
+    ] = None,
+    missing: Annotated[
+        str,
+        typer.Option(
+            help="error: stop with a list of all that is wrong; zero: score what cannot be used as empty, and list it."
+        ),
+    ] = "error",
+    processes: Annotated[
+        int, typer.Option(help="Processes that share the videos; 0 is one per core.")
+    ] = 0,
+) -> None:
+    """Score any model's masks: J, F and J&F with mean, recall and decay, per object and overall."""
+    from refsam.evaluation.clips import find_clips
+    from refsam.evaluation.masks import score_layout
+    from refsam.evaluation.plots import check_plots, write_plots
+    from refsam.evaluation.problems import MaskProblemsError, describe
+    from refsam.evaluation.protocols import find_protocol
+    from refsam.evaluation.results import as_json, check_writable, write_whole
+
+    rules = find_protocol(protocol)
+    for path in filter(None, (json, csv)):
+        check_writable(path)
+    if plots is not None:
+        check_plots()
+    layout = find_clips(pred, gt, rules, videos=_listed(videos), expressions=expressions)
+    try:
+        with progress("scoring", len(layout.clips), "clips") as advance:
+            result = score_layout(
+                layout, rules, missing=missing, processes=processes or _cores(), advance=advance
+            )
+    except MaskProblemsError as error:
+        for line in describe(error.problems):
+            typer.echo(line, err=True)
+        raise UserError(f"{len(error.problems)} problems, listed above: {error.advice}") from error
+    typer.echo(result.table())
+    if json is not None:
+        run = {"refsam": __version__, "prediction": str(pred), "truth": str(gt)}
+        write_whole(json, as_json({**run, **result.as_dict()}))
+    if csv is not None:
+        write_whole(csv, result.as_csv())
+    if plots is not None:
+        write_plots(result.scores, plots)
+
+
+def _listed(path: Path | None) -> list[str] | None:
+    if path is None:
+        return None
+    try:
+        return [
+            line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"videos: {path} cannot be read as text: {error}") from error
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
