@@ -1,0 +1,1 @@
+"""Evaluation: scoring masks, and running models on benchmarks."""
