@@ -12,8 +12,8 @@ from torch import Tensor
 from refsam_kernels import libraries, mask_postprocess
 from refsam_kernels.mask_postprocess import reference
 
-# A mask may differ from the two F.interpolate calls where the resized logit is this close to the threshold, relative to the largest
-# logit: weights are products of two float32 weights here and two roundings there.
+# A mask may differ from the two F.interpolate calls where the resized logit is this close to the threshold, relative
+# to the largest logit: weights are products of two float32 weights here and two roundings there.
 TOLERANCE = 1e-5
 
 

@@ -1,0 +1,129 @@
+"""Time and memory of providers, measured so that what else the machine does hits all of them alike."""
+
+import ctypes
+import gc
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MINIMUM_ROUNDS = 5
+MAXIMUM_ROUNDS = 200
+# Written between calls on a GPU, so that every call starts with a cold L2 cache; larger than any GPU's.
+FLUSH_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Times:
+    """Median and 20th and 80th percentile in milliseconds."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    rounds: int
+
+
+def summarise(samples: list[float]) -> Times:
+    """The quantiles of samples in seconds."""
+    quantiles = torch.tensor(samples, dtype=torch.float64).quantile(
+        torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    )
+    median, low, high = (1e3 * float(value) for value in quantiles)
+    return Times(median, low, high, len(samples))
+
+
+def time_interleaved(
+    providers: Mapping[str, Callable[[], Any]], device: str, seconds: float
+) -> dict[str, Times]:
+    """Times the providers in turn, round after round, for about `seconds` in all; at least `MINIMUM_ROUNDS`."""
+    timer = time_cuda if device == "cuda" else time_cpu
+    first = {
+        name: timer(provider) for name, provider in providers.items()
+    }  # warm-up, also sizes the rounds
+    again = {name: timer(provider) for name, provider in providers.items()}
+    per_round = sum(min(first[name], again[name]) for name in providers)
+    rounds = int(min(max(seconds / max(per_round, 1e-6), MINIMUM_ROUNDS), MAXIMUM_ROUNDS))
+    samples: dict[str, list[float]] = {name: [] for name in providers}
+    names = list(providers)
+    for number in range(rounds):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:  # no provider always follows the same one
+            samples[name].append(timer(providers[name]))
+    return {name: summarise(values) for name, values in samples.items()}
+
+
+def time_cpu(provider: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    provider()
+    return time.perf_counter() - start
+
+
+def time_cuda(provider: Callable[[], Any]) -> float:
+    """Seconds of one call on the device, with a cold L2 cache."""
+    torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    provider()
+    end.record()
+    torch.cuda.synchronize()
+    return 1e-3 * start.elapsed_time(end)
+
+
+def peak_memory(provider: Callable[[], Any], device: str) -> int | None:
+    """Bytes that a call needs at its peak beyond what lies there before it, result included; None if not measurable."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        provider()
+        return torch.cuda.max_memory_allocated() - before
+    if not sys.platform.startswith("linux"):
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # else freed memory of earlier calls hides new one
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident size
+    except OSError:
+        return None
+    before = resident("VmRSS")
+    result = provider()
+    peak = resident("VmHWM")
+    del result
+    return max(peak - before, 0)
+
+
+def resident(field: str) -> int:
+    """A size from the kernel's account of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise ValueError(f"field: got {field!r}, wanted one of /proc/self/status")
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What the machine reaches at best in this run: bytes per second of a copy, float32 operations per second of a product."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    def milliseconds(self, moved_bytes: int, flops: int) -> float:
+        """The time below which no implementation can stay."""
+        return 1e3 * max(moved_bytes / self.bytes_per_second, flops / self.flops_per_second)
+
+
+def measure_ceiling(device: str) -> Ceiling:
+    """Copies a large tensor and multiplies two large matrices."""
+    count, side = (2**28, 8192) if device == "cuda" else (2**25, 2048)
+    source, target = (torch.ones(count, device=device) for _ in range(2))
+    left, right = (torch.ones(side, side, device=device) for _ in range(2))
+    best = time_interleaved(
+        {"copy": lambda: target.copy_(source), "product": lambda: left @ right}, device, seconds=1.0
+    )
+    copied, computed = 2 * source.nbytes, 2 * side**3
+    return Ceiling(1e3 * copied / best["copy"].p20_ms, 1e3 * computed / best["product"].p20_ms)

@@ -1,0 +1,68 @@
+"""Where a number comes from: hardware, versions, commit, command."""
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def collect(device: str) -> dict[str, Any]:
+    """Everything that one needs to repeat a measurement on `device`, as JSON takes it."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "commit": run("git", "rev-parse", "HEAD"),
+        "uncommitted_changes": bool(run("git", "status", "--porcelain", "--untracked-files=no")),
+        "hardware": hardware(device),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """The processor and, for "cuda", the GPU."""
+    found: dict[str, Any] = {"processor": processor(), "cores": os.cpu_count()}
+    if device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+        found["driver"] = run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found
+
+
+def processor() -> str:
+    """The processor's name as the system has it."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python, the libraries that compute, and CUDA."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in ("refsam", "torch", "triton", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def run(*command: str) -> str | None:
+    """What a command prints, or None if it cannot run."""
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()

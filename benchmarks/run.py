@@ -1,0 +1,44 @@
+"""Runs cases: checks every provider, times them in turn, checks again, and gives one row per provider."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from benchmarks.measure import Ceiling, Times, peak_memory, time_interleaved
+from benchmarks.registry import Case, Workload
+
+
+def run_case(case: Case, device: str, ceiling: Ceiling, seconds: float) -> Iterator[dict[str, Any]]:
+    """Rows of one case, as JSON takes them; a provider with a wrong result has `wrong` and no times."""
+    workload = case.make(device)
+    before = check(workload, workload.providers)
+    good = {name: run for name, run in workload.providers.items() if before[name] is None}
+    memory = {name: peak_memory(run, device) for name, run in good.items()}
+    times = time_interleaved(good, device, seconds)
+    after = check(workload, good)
+    for name in workload.providers:
+        row: dict[str, Any] = {"operator": case.operator, "case": case.name}
+        row |= {"provider": name, "device": device, "shapes": workload.shapes}
+        wrong = before[name] or after.get(name)
+        if wrong:
+            yield row | {"wrong": wrong}
+            continue
+        row |= asdict(times[name]) | {"peak_memory_bytes": memory[name]}
+        yield row | compare(workload, times[name], times.get(case.baseline), ceiling)
+
+
+def check(workload: Workload, providers: dict[str, Any]) -> dict[str, str | None]:
+    """What is wrong with each provider's result, None if nothing."""
+    return {name: workload.wrong(provider()) for name, provider in providers.items()}
+
+
+def compare(
+    workload: Workload, times: Times, baseline: Times | None, ceiling: Ceiling
+) -> dict[str, float | None]:
+    """The speed-up over the baseline and the share of what the machine reaches at best."""
+    limit = ceiling.milliseconds(workload.moved_bytes, workload.flops)
+    return {
+        "speedup": baseline.median_ms / times.median_ms if baseline else None,
+        "ceiling_ms": limit,
+        "percent_of_ceiling": 100 * limit / times.median_ms,
+    }

@@ -1,0 +1,29 @@
+"""The same cases for pytest-benchmark: `pytest benchmarks`, then `pytest-benchmark compare` between commits."""
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.registry import Case, load_cases
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", load_cases([]), ids=lambda case: f"{case.operator}: {case.name}")
+def test_fastest_backend(case: Case, device: str, benchmark: BenchmarkFixture) -> None:
+    """The backend that is chosen automatically; its result is checked after it was timed."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    workload = case.make(device)
+    provider = next(run for name, run in workload.providers.items() if name != case.baseline)
+
+    def run_and_wait() -> torch.Tensor:
+        result = provider()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    benchmark.group = f"{case.operator}: {case.name}"
+    result = benchmark.pedantic(run_and_wait, rounds=10, warmup_rounds=2)
+    assert workload.wrong(result) is None
