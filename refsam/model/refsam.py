@@ -216,12 +216,16 @@ class RefSAM(
             module.training = False
         return self
 
-    def preprocess(self, frames: Tensor) -> tuple[Tensor, FrameSize]:
+    def preprocess(
+        self, frames: Tensor, image_size: int | None = None
+    ) -> tuple[Tensor, FrameSize]:
         """Frames (B, H, W, 3) uint8 RGB to normalised pixels (B, 3, S, S) and their sizes.
 
-        See `refsam.model.preprocessing.preprocess`. Raises ValueError for other shapes or dtypes.
+        image_size takes another S than the model's own, a multiple of the patch size. See
+        `refsam.model.preprocessing.preprocess`. Raises ValueError for other shapes or dtypes.
         """
-        return preprocess(frames.to(self.device), self.image_size, self.pixel_mean, self.pixel_std)
+        size = image_size or self.image_size
+        return preprocess(frames.to(self.device), size, self.pixel_mean, self.pixel_std)
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """Normalised pixels (B, 3, S, S) to features that any number of expressions share."""
