@@ -19,7 +19,7 @@ def build_optimiser(model: nn.Module, settings: OptimiserSettings) -> torch.opti
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": free, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
 def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:
@@ -37,8 +37,7 @@ def update_average(
 ) -> None:
     """Move the running average towards the state, in place; faster at the start."""
     decay = min(decay, (1 + step) / (10 + step))
-    for name, value in state.items():
-        if value.is_floating_point():
-            average[name].lerp_(value, 1 - decay)
-        else:
-            average[name].copy_(value)
+    moving = [name for name, value in state.items() if value.is_floating_point()]
+    torch._foreach_lerp_([average[n] for n in moving], [state[n] for n in moving], 1 - decay)
+    for name in state.keys() - set(moving):
+        average[name].copy_(state[name])

@@ -31,7 +31,7 @@ def render(
         image, owner = _draw_object(
             image, owner, texture, index, {k: v[:, index] for k, v in tables.items()}
         )
-    image = _degrade(image, generator)
+    image = _degrade(image, len(scenes), generator)
     frames = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     shape = (len(scenes), -1, height, width)
     return frames.reshape(*shape, 3), owner.reshape(shape)
@@ -209,15 +209,17 @@ def _draw_pattern(background: Background, size: tuple[int, int]) -> Tensor:
     return first + (second - first) * amount
 
 
-def _degrade(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Light, white balance, blur, lost resolution, noise and compression, some of them per batch, drawn at random."""
+def _degrade(image: Tensor, clips: int, generator: torch.Generator) -> Tensor:
+    """Light, white balance and noise of each clip; blur, lost resolution and compression of the whole batch; all at random."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator, device=image.device)
 
-    count = len(image)
-    image = image.clamp(1e-3, 1) ** uniform(0.75, 1.35, count, 1, 1, 1)
-    image = image * uniform(0.75, 1.12, count, 1, 1, 1) * uniform(0.93, 1.07, count, 3, 1, 1)
+    def per_clip(low: float, high: float, channels: int = 1) -> Tensor:
+        return uniform(low, high, clips, channels, 1, 1).repeat_interleave(len(image) // clips, 0)
+
+    image = image.clamp(1e-3, 1) ** per_clip(0.75, 1.35)
+    image = image * per_clip(0.75, 1.12) * per_clip(0.93, 1.07, channels=3)
     choice = uniform(0, 1, 3).tolist()
     if choice[0] < 0.5:
         image = _blur(image, float(uniform(0.3, 1.2, 1)))
@@ -227,7 +229,7 @@ def _degrade(image: Tensor, generator: torch.Generator) -> Tensor:
         image = F.interpolate(small, size=size, mode="bilinear")
     if choice[1] < 0.7:
         noise = torch.randn(image.shape, generator=generator, device=image.device)
-        image = image + noise * uniform(0, 0.04, count, 1, 1, 1)
+        image = image + noise * per_clip(0, 0.04)
     if choice[2] < 0.4:
         image = _compress(image.clamp(0, 1), float(uniform(0.02, 0.12, 1)))
     return image

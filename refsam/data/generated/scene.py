@@ -8,6 +8,7 @@ from refsam.data.generated import palette
 from refsam.data.generated.shapes import NAMED_SHAPES, UNNAMED_SHAPES, Shape, blob
 
 MAX_OBJECTS = 9
+_SMALLEST = 100  # pixels; of a smaller object no shape could be seen
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def sample_scene(
     objects = []
     for index, (shape_index, colour_index) in enumerate(kinds):
         low, high = (0.005, 0.1) if held_out and index == 0 else (0.004, 0.13)
+        low = max(low, _SMALLEST / (size[0] * size[1]))
         area = float(np.exp(random.uniform(np.log(low), np.log(high))))
         if colour_index is None:
             area = float(np.exp(random.uniform(np.log(0.01), np.log(0.2))))
