@@ -13,7 +13,10 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file, such as configs/nano.yaml.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Entries to change, such as optimiser.learning_rate=3e-4."),
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Entries to change, such as optimiser.learning_rate=3e-4.",
+        ),
     ] = None,
 ) -> None:
     """Train a model; run again to resume where it stopped.
@@ -26,6 +29,8 @@ def train(
 
     trainer = Trainer(config_from_yaml(TrainingSettings, config, overrides or ()))
     for record in trainer.run():
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")
+        numbers = "  ".join(
+            f"{name} {value:.4g}" for name, value in record.items() if name != "step"
+        )
         typer.echo(f"step {int(record['step'])}/{trainer.steps}  {numbers}")
     typer.echo(f"model written to {trainer.output / 'model'}")

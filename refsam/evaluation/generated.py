@@ -59,13 +59,29 @@ def benchmark_clip(index: int) -> GeneratedClip:
     )
 
 
+def table(summary: dict[str, Any]) -> str:
+    """The summary as a Markdown table: a row per kind of sentence, then what is marked where nothing should be."""
+    lines = ["| sentences that name | number | J | F | J&F |", "|---|--:|--:|--:|--:|"]
+    for name, row in summary["accuracy"].items():
+        if row["sentences"]:
+            scores = " | ".join(f"{row[key]:.3f}" for key in ("J", "F", "J&F"))
+            lines.append(f"| {name} | {row['sentences']} | {scores} |")
+    if summary["false_area"] is not None:
+        lines.append("")
+        lines.append(
+            f"Falsely marked area where the object is absent: {100 * summary['false_area']:.3f} % of the frame "
+            f"({summary['sentences_with_absent_frames']} sentences)."
+        )
+    return "\n".join(lines)
+
+
 def manifest(clips: int = CLIPS) -> dict[str, Any]:
     """What freezes the benchmark: size, sentences and mask areas of each clip."""
     return {"version": 1, "clips": [_describe(benchmark_clip(index)) for index in range(clips)]}
 
 
 def evaluate_generated(
-    model: RefSAM, clips: int = CLIPS, progress: Callable[[int], None] = lambda done: None
+    model: RefSAM, clips: int = CLIPS, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Score the model on the first `clips` clips: a summary by kind of sentence, and every sentence's score.
 
@@ -77,7 +93,7 @@ def evaluate_generated(
         clip = benchmark_clip(index)
         _check_frozen(index, _describe(clip), frozen["clips"][index])
         scores += _score_clip(index, clip, model)
-        progress(index + 1)
+        advance()
     return {"version": 1, "summary": summarise(scores), "sentences": [asdict(s) for s in scores]}
 
 
@@ -114,8 +130,12 @@ def _score_clip(index: int, clip: GeneratedClip, model: RefSAM) -> Iterator[Sent
             clip=index,
             kind=kind,
             text=text,
-            region=float(region_similarity(predicted[e][shown], truth[shown]).mean()) if shown.any() else None,
-            contour=float(contour_accuracy(predicted[e][shown], truth[shown]).mean()) if shown.any() else None,
+            region=float(region_similarity(predicted[e][shown], truth[shown]).mean())
+            if shown.any()
+            else None,
+            contour=float(contour_accuracy(predicted[e][shown], truth[shown]).mean())
+            if shown.any()
+            else None,
             false_area=float(marked.mean()) if len(marked) else None,
         )
 

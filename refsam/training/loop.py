@@ -21,7 +21,14 @@ from refsam.training.losses import mask_losses
 from refsam.training.parameters import build_optimiser, learning_rate, update_average
 from refsam.training.settings import StageSettings, TrainingSettings
 
-_ASPECTS = ((9, 16), (9, 16), (9, 16), (3, 4), (1, 1), (16, 9))  # height to width of a batch's frames
+_ASPECTS = (
+    (9, 16),
+    (9, 16),
+    (9, 16),
+    (3, 4),
+    (1, 1),
+    (16, 9),
+)  # height to width of a batch's frames
 _VALIDATION_SEED = 1_000_003
 
 
@@ -134,7 +141,9 @@ class Trainer:
     def _autocast(self) -> Any:
         if self.settings.dtype == "float32":
             return nullcontext()
-        return torch.autocast(self.settings.device.split(":")[0], getattr(torch, self.settings.dtype))
+        return torch.autocast(
+            self.settings.device.split(":")[0], getattr(torch, self.settings.dtype)
+        )
 
     def averaged_model(self) -> RefSAM:
         """A copy of the model in eval mode with the averaged weights."""

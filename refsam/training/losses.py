@@ -21,7 +21,9 @@ def mask_losses(
 
     `scale` takes the loss at that fraction of the image size, against masks averaged down by as much.
     """
-    targets = masks if scale == 1 else F.avg_pool2d(masks.float()[:, None], scale, ceil_mode=True)[:, 0]
+    targets = (
+        masks if scale == 1 else F.avg_pool2d(masks.float()[:, None], scale, ceil_mode=True)[:, 0]
+    )
     focal, dice = mask_loss(
         output.logits,
         targets,

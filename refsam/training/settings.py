@@ -33,7 +33,9 @@ class OptimiserSettings:
     warm_up_steps: NonNegativeInt = 300
     final_rate: NonNegativeFloat = 0.01
     clip_norm: PositiveFloat = 1.0
-    average: PositiveFloat = 0.999  # decay of the running average of the weights that is saved as the model
+    average: PositiveFloat = (
+        0.999  # decay of the running average of the weights that is saved as the model
+    )
 
 
 @dataclass(frozen=True, config=_CLOSED)

@@ -24,9 +24,7 @@ SIZE = (72, 128)
 
 def scenes(count: int, held_out: bool = False, frames: int = 1) -> list[Scene]:
     times = np.arange(frames)
-    return [
-        sample_scene(np.random.default_rng(i), times, SIZE, 0, held_out) for i in range(count)
-    ]
+    return [sample_scene(np.random.default_rng(i), times, SIZE, 0, held_out) for i in range(count)]
 
 
 def test_same_arguments_give_the_same_batch():
@@ -45,7 +43,9 @@ def test_batch_shapes_and_types():
     assert [len(row) for row in batch.sentences] == [4, 4]
 
 
-@pytest.mark.parametrize("name, expected", [("hue 0", (1, 0, 0)), ("hue 120", (0, 1, 0)), ("hue 240", (0, 0, 1))])
+@pytest.mark.parametrize(
+    "name, expected", [("hue 0", (1, 0, 0)), ("hue 120", (0, 1, 0)), ("hue 240", (0, 0, 1))]
+)
 def test_hues(name, expected):
     assert np.allclose(to_rgb(float(name.split()[1]), 1.0, 1.0), expected)
 
@@ -59,7 +59,9 @@ def test_outlines_have_unit_area():
         inside = radius < np.interp(angle, grid, np.append(shape.profile, shape.profile[0]))
         inside &= np.hypot(x - shape.hole[0], y - shape.hole[1]) >= shape.hole[2]
         area = inside.mean() * 16
-        limit = 0.25 if shape.name == "crescent" else 0.06  # a crescent's disc is cut out beyond its rim too
+        limit = (
+            0.25 if shape.name == "crescent" else 0.06
+        )  # a crescent's disc is cut out beyond its rim too
         assert abs(area - 1) < limit, (shape.name, area)
 
 
@@ -89,7 +91,9 @@ def test_sentences_of_colour_and_shape_single_their_target_out():
     assert found > 60
 
 
-@pytest.mark.parametrize("side, axis, sign", [("left", 0, 1), ("right", 0, -1), ("top", 1, 1), ("bottom", 1, -1)])
+@pytest.mark.parametrize(
+    "side, axis, sign", [("left", 0, 1), ("right", 0, -1), ("top", 1, 1), ("bottom", 1, -1)]
+)
 def test_positions_hold_in_every_frame(side, axis, sign):
     found = 0
     for index, scene in enumerate(scenes(150, frames=6)):
@@ -97,13 +101,23 @@ def test_positions_hold_in_every_frame(side, axis, sign):
         if sentence is None or side not in sentence.text:
             continue
         found += 1
-        colours = [name for name, words in COLOUR_WORDS.items() if set(words) & set(sentence.text.split())]
-        shapes = [name for name, words in SHAPE_WORDS.items() if set(words) & set(sentence.text.split())]
+        colours = [
+            name for name, words in COLOUR_WORDS.items() if set(words) & set(sentence.text.split())
+        ]
+        shapes = [
+            name for name, words in SHAPE_WORDS.items() if set(words) & set(sentence.text.split())
+        ]
         rivals = [
             i
             for i, item in enumerate(scene.objects)
-            if (not colours or (item.colour_index is not None and COLOURS[item.colour_index].name in colours))
-            and (not shapes or (item.shape_index is not None and NAMED_SHAPES[item.shape_index].name in shapes))
+            if (
+                not colours
+                or (item.colour_index is not None and COLOURS[item.colour_index].name in colours)
+            )
+            and (
+                not shapes
+                or (item.shape_index is not None and NAMED_SHAPES[item.shape_index].name in shapes)
+            )
         ]
         along = np.stack([sign * scene.objects[i].centre[:, axis] for i in rivals])
         assert (along.argmin(axis=0) == rivals.index(sentence.targets[0])).all(), sentence.text

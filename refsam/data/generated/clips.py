@@ -70,7 +70,9 @@ def generate_batch(
         scene = sample_scene(random, _times(random, frames), size, len(images), held_out)
         scenes.append(scene)
         sentences.append(_sample_sentences(random, scene, expressions, held_out))
-    generator = torch.Generator(device).manual_seed(int(np.random.default_rng([seed, index]).integers(2**62)))
+    generator = torch.Generator(device).manual_seed(
+        int(np.random.default_rng([seed, index]).integers(2**62))
+    )
     pixels, owner = render(scenes, images, generator)
     masks = torch.stack([_masks(owner[b], sentences[b]) for b in range(clips)])
     return GeneratedBatch(pixels, masks, sentences)

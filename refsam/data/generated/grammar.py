@@ -67,7 +67,13 @@ RELATION_WORDS = {
     "top": ("above", "over"),
     "bottom": ("below", "under", "beneath"),
 }
-_PLURALS = {"box": "boxes", "cross": "crosses", "glass": "glasses", "bus": "buses", "dress": "dresses"}
+_PLURALS = {
+    "box": "boxes",
+    "cross": "crosses",
+    "glass": "glasses",
+    "bus": "buses",
+    "dress": "dresses",
+}
 _PLURALS |= {"bench": "benches", "person": "people", "man": "men", "woman": "women", "fish": "fish"}
 _PLURALS |= {"shorts": "shorts", "trousers": "trousers"}
 
@@ -116,7 +122,9 @@ def vocabulary() -> list[str]:
     """Every word that a generated sentence can hold, sorted."""
     words: set[str] = set()
     for group in (COLOUR_WORDS, SHAPE_WORDS, SIZE_WORDS, SIDE_WORDS, RELATION_WORDS):
-        words.update(word for phrases in group.values() for phrase in phrases for word in phrase.split())
+        words.update(
+            word for phrases in group.values() for phrase in phrases for word in phrase.split()
+        )
     nouns = set(GENERIC_NOUNS) | set(EVERYDAY_NOUNS) | {w for v in SHAPE_WORDS.values() for w in v}
     words |= set(SIDE_WORDS) | nouns | {_plural(noun) for noun in nouns} | set(ORDINALS)
     for trained, kept in _TEMPLATES.values():
@@ -196,7 +204,11 @@ class Grammar:
             return None
         for side in self.random.permutation(["left", "right", "top", "bottom"]):
             rank = _rank(scene, target, rivals, side, margin=0.06)
-            if rank is not None and rank < len(ORDINALS) and (rank > 0 or self.random.random() < 0.3):
+            if (
+                rank is not None
+                and rank < len(ORDINALS)
+                and (rank > 0 or self.random.random() < 0.3)
+            ):
                 return {"side": str(side), "ordinal": ORDINALS[rank]}
         return None
 
@@ -211,7 +223,9 @@ class Grammar:
                 continue
             for side in self.random.permutation(list(RELATION_WORDS)):
                 beside = [_is_beside(scene, i, int(anchor), side) for i in rivals]
-                alone = [i for i, is_beside in zip(rivals, beside, strict=True) if is_beside is not False]
+                alone = [
+                    i for i, is_beside in zip(rivals, beside, strict=True) if is_beside is not False
+                ]
                 if alone == [target] and beside[rivals.index(target)]:
                     colour, noun = self._words(item, True, use_shape)
                     relation = self._pick(RELATION_WORDS[side])
@@ -220,7 +234,9 @@ class Grammar:
 
     def _plural(self, scene: Scene) -> Sentence | None:
         item = scene.objects[self.random.integers(len(scene.objects))]
-        use_colour, use_shape = ((True, False), (False, True), (True, True))[self.random.integers(3)]
+        use_colour, use_shape = ((True, False), (False, True), (True, True))[
+            self.random.integers(3)
+        ]
         rivals = _matching(scene, item, use_colour, use_shape)
         if rivals is None or len(rivals) < 2:
             return None
@@ -250,8 +266,14 @@ class Grammar:
             ):
                 continue
             colour = self._pick(COLOUR_WORDS[COLOURS[colour_index].name]) if use_colour else ""
-            noun = self._pick(SHAPE_WORDS[NAMED_SHAPES[shape_index].name or ""]) if use_shape else self._noun()
-            return Sentence(self._template("plain").format(np=f"{colour} {noun}".strip()), "absent", ())
+            noun = (
+                self._pick(SHAPE_WORDS[NAMED_SHAPES[shape_index].name or ""])
+                if use_shape
+                else self._noun()
+            )
+            return Sentence(
+                self._template("plain").format(np=f"{colour} {noun}".strip()), "absent", ()
+            )
         return None
 
     def _words(self, item: SceneObject, use_colour: bool, use_shape: bool) -> tuple[str, str]:
@@ -291,7 +313,9 @@ def _is_benchmark_target(item: SceneObject) -> bool:
     return is_held_out(item.shape_index, item.colour_index) and 0.005 <= item.area <= 0.1
 
 
-def _matching(scene: Scene, item: SceneObject, use_colour: bool, use_shape: bool) -> list[int] | None:
+def _matching(
+    scene: Scene, item: SceneObject, use_colour: bool, use_shape: bool
+) -> list[int] | None:
     """Objects that share the item's colour and shape, as far as they are used; None where the words would be unclear."""
     if (use_colour and item.colour_index is None) or (use_shape and item.shape_index is None):
         return None

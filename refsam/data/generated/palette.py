@@ -40,5 +40,7 @@ def to_rgb(hue: float, saturation: float, value: float) -> np.ndarray:
 def sample(colour: Colour, random: np.random.Generator) -> np.ndarray:
     """A random RGB in 0..1, (3,), that the colour's name is true of."""
     return to_rgb(
-        random.uniform(*colour.hue), random.uniform(*colour.saturation), random.uniform(*colour.value)
+        random.uniform(*colour.hue),
+        random.uniform(*colour.saturation),
+        random.uniform(*colour.value),
     )

@@ -46,7 +46,9 @@ def _tables(scenes: Sequence[Scene], device: torch.device) -> dict[str, Tensor]:
             values = [_row(scene, index, t) for index in range(MAX_OBJECTS)]
             for key in values[0]:
                 rows.setdefault(key, []).append([value[key] for value in values])
-    return {key: torch.tensor(value, dtype=torch.float32, device=device) for key, value in rows.items()}
+    return {
+        key: torch.tensor(value, dtype=torch.float32, device=device) for key, value in rows.items()
+    }
 
 
 def _row(scene: Scene, index: int, t: int) -> dict[str, list[float]]:
@@ -83,9 +85,13 @@ def _draw_object(
     return image, owner.masked_fill(coverage > 0.5, index)
 
 
-def _object_coordinates(place: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _object_coordinates(
+    place: Tensor, size: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Coordinates (F, H, W) of each pixel in units of the object's outline, and its scale and presence (F, 1, 1)."""
-    centre_x, centre_y, scale, rotation, stretch, present = (v[:, None, None] for v in place.unbind(1))
+    centre_x, centre_y, scale, rotation, stretch, present = (
+        v[:, None, None] for v in place.unbind(1)
+    )
     x = torch.arange(size[1], device=place.device)[None, None, :] + 0.5 - centre_x
     y = torch.arange(size[0], device=place.device)[None, :, None] + 0.5 - centre_y
     cosine, sine = rotation.cos(), rotation.sin()
@@ -160,7 +166,9 @@ def _draw_backgrounds(
         theta[..., axis, axis] = 1 / (_CANVAS * camera[..., 2])
         theta[..., axis, 2] = -2 * camera[..., axis] / (_CANVAS * camera[..., 2])
     frames = camera.shape[1]
-    grid = F.affine_grid(theta.flatten(0, 1), [len(theta) * frames, 3, height, width], align_corners=False)
+    grid = F.affine_grid(
+        theta.flatten(0, 1), [len(theta) * frames, 3, height, width], align_corners=False
+    )
     moved = F.grid_sample(
         canvas.repeat_interleave(frames, 0), grid, padding_mode="reflection", align_corners=False
     )
@@ -168,7 +176,10 @@ def _draw_backgrounds(
 
 
 def _draw_background(
-    background: Background, photographs: Sequence[Tensor], size: tuple[int, int], device: torch.device
+    background: Background,
+    photographs: Sequence[Tensor],
+    size: tuple[int, int],
+    device: torch.device,
 ) -> Tensor:
     """(3, h, w) in 0..1."""
     if background.photograph is None:

@@ -192,13 +192,17 @@ def _sample_object(
     else:
         shape = blob(random)
     if colour_index is None:
-        rgb = palette.to_rgb(random.uniform(10, 45), random.uniform(0.1, 0.4), random.uniform(0.3, 0.9))
+        rgb = palette.to_rgb(
+            random.uniform(10, 45), random.uniform(0.1, 0.4), random.uniform(0.3, 0.9)
+        )
     else:
         rgb = palette.sample(palette.COLOURS[colour_index], random)
     spin = random.normal(0, 0.02) * (shape.tilt > 3)
     tilt = random.uniform(-shape.tilt, shape.tilt) * (1 if shape.tilt > 3 else random.random())
     stretch = float(np.exp(random.uniform(-1, 1) * np.log(shape.stretch)))
-    decal_radius = random.uniform(0.1, 0.26) if random.random() < 0.3 and shape.hole[2] == 0 else 0.0
+    decal_radius = (
+        random.uniform(0.1, 0.26) if random.random() < 0.3 and shape.hole[2] == 0 else 0.0
+    )
     decal_rgb = np.full(3, random.choice([0.05, 0.95])) if random.random() < 0.6 else rgb * 0.55
     striped = random.random() < 0.25
     return SceneObject(
@@ -240,7 +244,9 @@ def _sample_background(random: np.random.Generator, photographs: int) -> Backgro
     scale = random.uniform(0.35, 1.0)
     crop = (*random.uniform(0, 1 - scale, 2), scale)
     return Background(
-        photograph=int(random.integers(photographs)) if photographs and random.random() < 0.65 else None,
+        photograph=int(random.integers(photographs))
+        if photographs and random.random() < 0.65
+        else None,
         crop=crop,
         flip=bool(random.random() < 0.5),
         saturation=1.0 if random.random() < 0.35 else random.uniform(0, 0.6),

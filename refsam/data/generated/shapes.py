@@ -86,7 +86,9 @@ _ARROW = _points((1, 0), (0.1, -0.7), (0.1, -0.3), (-1, -0.3), (-1, 0.3), (0.1, 
 NAMED_SHAPES = (
     _shape("circle", np.ones(ANGLES), stretch=1.06),
     _shape("square", _polygon(_regular(4) @ _points((0.707, 0.707), (-0.707, 0.707))), tilt=0.3),
-    _shape("rectangle", _polygon(_points((-1, -0.5), (1, -0.5), (1, 0.5), (-1, 0.5))), stretch=1.15),
+    _shape(
+        "rectangle", _polygon(_points((-1, -0.5), (1, -0.5), (1, 0.5), (-1, 0.5))), stretch=1.15
+    ),
     _shape("triangle", _polygon(_regular(3)), stretch=1.2),
     _shape("diamond", _polygon(_points((0, -1), (0.75, 0), (0, 1), (-0.75, 0))), tilt=0.15),
     _shape("oval", _superellipse(1.0, 0.6, 2.0), stretch=1.1),
