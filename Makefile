@@ -49,7 +49,7 @@ libraries: venv
 venv: $(STAMP)
 
 # torch comes first: the build of the kernel libraries finds its headers by path.
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/metrics/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt torch
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
