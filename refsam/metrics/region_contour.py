@@ -5,9 +5,12 @@ belongs to the object. A `void` mask of the same shape marks pixels that nobody 
 both masks are cleared there first.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from importlib import import_module
 from math import ceil, hypot
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +18,13 @@ from numpy.typing import ArrayLike, NDArray
 
 BOUND = 0.008
 """Tolerance of the contour in parts of the image's diagonal, as DAVIS has it."""
+
+# The compiled module (csrc/metrics) is there if the installation found a compiler.
+_native: ModuleType | None
+try:
+    _native = import_module("refsam.metrics._native")
+except ImportError:
+    _native = None
 
 Mask = NDArray[np.bool_]
 Scores = NDArray[np.float64]
@@ -49,7 +59,10 @@ def region_similarity(
     davis2017.
     Raises ValueError for unequal shapes and for masks that are neither bool nor integer.
     """
-    return _per_frame(_region, *_checked(prediction, truth, void))
+    masks = _checked(prediction, truth, void)
+    if _native is not None:
+        return _unstack(_native.region(*map(_as_frames, masks), _threads()), masks[0].ndim)
+    return _per_frame(_region, *masks)
 
 
 def contour_accuracy(
@@ -67,6 +80,9 @@ def contour_accuracy(
     """
     masks = _checked(prediction, truth, void)
     radius = boundary_radius(masks[0].shape[-2:], bound)
+    if _native is not None:
+        scores = _native.contour(*map(_as_frames, masks), radius, _threads())
+        return _unstack(scores, masks[0].ndim)
     return _per_frame(lambda p, g: _contour(_Contour(p, radius), _Contour(g, radius)), *masks)
 
 
@@ -155,6 +171,11 @@ def boundary(mask: ArrayLike) -> Mask:
     return result
 
 
+def is_native() -> bool:
+    """Whether the scores come from the compiled module; they are the same without it, only later."""
+    return _native is not None
+
+
 class _Contour:
     """The boundary of one mask, with a margin that lets a disk reach over the image's edges."""
 
@@ -219,6 +240,24 @@ def _label_frame(
 
 def _without(void: Mask | None, mask: Mask) -> Mask:
     return mask if void is None else mask & ~void
+
+
+def _as_frames(mask: NDArray | None) -> NDArray | None:
+    """A mask as the compiled module takes it: `(T, H, W)`, bool or uint8, in C order."""
+    if mask is None:
+        return None
+    small = mask if mask.dtype in (np.uint8, np.bool_) else mask != 0
+    return np.ascontiguousarray(small if mask.ndim == 3 else small[None])
+
+
+def _unstack(scores: Scores, dimensions: int) -> Scores:
+    return scores if dimensions == 3 else scores[0]
+
+
+def _threads() -> int:
+    """Threads that may share the frames of a sequence: all cores, or OMP_NUM_THREADS."""
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, int(limit)) if limit.isdecimal() else os.cpu_count() or 1
 
 
 def _frames(

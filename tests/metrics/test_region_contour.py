@@ -20,6 +20,8 @@ from refsam.metrics import (
     statistics,
 )
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 SIZE = (480, 854)
 CHECKOUT = Path(__file__).parents[2]
 GOLDEN = Path(os.environ.get("REFSAM_GOLDEN_DIR", CHECKOUT.parent / "shared" / "golden"))
@@ -154,6 +156,21 @@ def test_contour_accuracy_matches_dilation_at_full_size(case):
     )
 
 
+def test_scores_of_a_view_are_those_of_its_copy():
+    masks = np.random.default_rng(0).random((2, 4, 40, 60)) < 0.3
+    views = masks[:, ::2, ::-1, 1::3]
+    for score in (region_similarity, contour_accuracy):
+        np.testing.assert_array_equal(score(*views), score(*views.copy()))
+
+
+@pytest.mark.parametrize("radius", [40, 10**12])
+def test_a_disk_may_be_larger_than_the_image(radius, implementation):
+    if implementation == "python" and radius > 1000:
+        pytest.skip("would list every pixel of the disk")
+    masks = np.random.default_rng(0).random((2, 30, 20)) < 0.1
+    assert contour_accuracy(*masks, bound=radius) == 1
+
+
 EMPTY, FULL, PIXEL = (
     np.zeros(SIZE, bool),
     np.ones(SIZE, bool),
@@ -232,6 +249,15 @@ def test_label_scores_match_the_masks_of_each_pair():
             np.testing.assert_array_equal(contour[i, j], contour_accuracy(*pair))
     single = label_scores(prediction[0], truth[0], [3, 1], [1, 2, 3], void[0])
     np.testing.assert_array_equal(single[0], region[..., 0])
+
+
+def test_label_scores_of_other_integers_are_the_same():
+    labels = np.random.default_rng(0).integers(0, 4, (2, 3, 20, 30))
+    ids = [1, 2, 3, 1000], [1, 2, -1]
+    for scores, expected in zip(
+        label_scores(*labels, *ids), label_scores(*labels.astype(np.uint8), *ids), strict=True
+    ):
+        np.testing.assert_array_equal(scores, expected)
 
 
 def test_label_scores_of_no_predicted_object_have_no_columns():
