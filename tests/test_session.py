@@ -1,7 +1,6 @@
 """The session: frame by frame equal to the model's own functions, with a state that does not grow."""
 
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,47 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from refsam import RefSAM, RefSAMConfig, VideoSession, segment_video
+from refsam import FrameResult, RefSAM, VideoSession, segment_video
 from refsam.errors import UserError
 from refsam.video import FrameDecodeError, open_source
+from tests.tiny_model import tiny_model
 from tests.video.clips import picture, write_video
 
 EXPRESSIONS = ["the red cup", "the person on the left of the green car", "dog"]
 
 
-def tiny_config() -> RefSAMConfig:
-    """A RefSAM of a few thousand parameters with every part in place."""
-    return RefSAMConfig.from_dict(
-        {
-            "image_encoder": {
-                "image_size": 64,
-                "patch_size": 16,
-                "embed_dim": 32,
-                "depth": 4,
-                "num_heads": 2,
-                "window_size": 3,
-                "global_blocks": (1, 3),
-            },
-            "text_encoder": {"kind": "small", "width": 32, "depth": 1, "num_heads": 2},
-            "dense_attention": {"initial_scale": 10.0},
-            "mask_decoder": {"mlp_dim": 64, "iou_hidden_dim": 32, "num_heads": 4},
-            "prompt_dim": 32,
-            "tracking_hidden_dim": 64,
-            "frozen": False,
-        }
-    )
-
-
 @pytest.fixture(scope="module")
 def model() -> RefSAM:
-    torch.manual_seed(0)
-    model = RefSAM(tiny_config()).eval()
-    with (
-        torch.no_grad()
-    ):  # larger weights than at the start of training: the track token then matters
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +165,7 @@ def test_unknown_words_are_named(model: RefSAM) -> None:
 
 
 def test_new_weights_are_heeded_at_once(model: RefSAM, frames: list[np.ndarray]) -> None:
-    torch.manual_seed(1)
-    mine = RefSAM(tiny_config()).eval()
+    mine = tiny_model(seed=1)
     session = VideoSession(mine, EXPRESSIONS)
     session.step(frames[0])
     mine.load_state_dict(model.state_dict())
@@ -258,22 +227,21 @@ def test_bad_expression_is_reported_by_the_call_itself(model: RefSAM) -> None:
 
 
 def test_reading_and_segmenting_overlap(model: RefSAM, monkeypatch: pytest.MonkeyPatch) -> None:
-    pause = 0.05
+    read = [threading.Event() for _ in range(6)]
     real_step = VideoSession.step
 
-    def slow_step(session: VideoSession, frame: np.ndarray):  # type: ignore[no-untyped-def]
-        time.sleep(pause)
+    def step_while_the_next_is_read(session: VideoSession, frame: np.ndarray) -> FrameResult:
+        following = min(int(frame[0, 0, 0]) + 1, 5)
+        assert read[following].wait(20)
         return real_step(session, frame)
 
-    def slow_frames() -> Iterator[np.ndarray]:
-        for _ in range(10):
-            time.sleep(pause)
-            yield np.zeros((8, 8, 3), np.uint8)
+    def frames() -> Iterator[np.ndarray]:
+        for index, event in enumerate(read):
+            event.set()
+            yield np.full((8, 8, 3), index, np.uint8)
 
-    monkeypatch.setattr(VideoSession, "step", slow_step)
-    begun = time.perf_counter()
-    assert len(list(segment_video(model, slow_frames(), ["dog"]))) == 10
-    assert time.perf_counter() - begun < 0.85 * 2 * 10 * pause
+    monkeypatch.setattr(VideoSession, "step", step_while_the_next_is_read)
+    assert len(list(segment_video(model, frames(), ["dog"]))) == 6
 
 
 def test_nothing_of_past_frames_is_kept(model: RefSAM) -> None:

@@ -107,7 +107,7 @@ class Run:
         """What ``result.json`` says besides the frames."""
         from refsam import __version__
 
-        device = next(session.model.parameters()).device
+        device = session.model.device
         return {
             "refsam": __version__,
             "model": model,
@@ -167,7 +167,12 @@ def load_session(
     from refsam.session import VideoSession
 
     model = RefSAM.from_pretrained(checkpoint).to(place).eval()
-    return VideoSession(model, expressions), precision
+    session = VideoSession(model, expressions)
+    for expression, words in zip(expressions, session.unknown_words, strict=True):
+        if words:
+            named = ", ".join(words)
+            typer.echo(f"refsam: note: the model does not know {named} (in '{expression}')", err=True)
+    return session, precision
 
 
 def segment_frames(
@@ -192,7 +197,7 @@ def segment_frames(
     from refsam.video import FrameDecodeError
 
     run = Run()
-    device = next(session.model.parameters()).device
+    device = session.model.device
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     try:
         with progress("segmenting", expected_frames) as advance, autocast:

@@ -1,0 +1,72 @@
+"""The command line as a whole: help, version, information, light start."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from refsam import __version__
+from refsam.cli import main
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(main, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"refsam {__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_the_commands(arguments: list[str]) -> None:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0
+    for command in ("segment", "demo", "info", "convert"):
+        assert f" {command} " in result.stdout
+
+
+@pytest.mark.parametrize("command", ["segment", "demo", "info", "convert", "train", "evaluate"])
+def test_every_command_explains_itself(command: str) -> None:
+    result = CliRunner().invoke(main, [command, "--help"])
+    assert result.exit_code == 0
+    assert "Usage: refsam" in result.stdout
+    assert "completion" not in result.stdout
+
+
+def test_misspelt_command() -> None:
+    result = CliRunner().invoke(main, ["segmen"])
+    assert result.exit_code == 2
+    assert result.stderr == "refsam: No such command 'segmen' (see refsam --help)\n"
+
+
+def test_info_names_versions_and_backends() -> None:
+    result = CliRunner().invoke(main, ["info"])
+    assert result.exit_code == 0, result.output
+    for part in (f"refsam {__version__}", "torch ", "--device auto is ", "rel_pos_attention"):
+        assert part in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "unwanted"),
+    [
+        ("import refsam.cli", {"torch", "numpy", "av", "PIL"}),
+        (
+            "import refsam.cli; refsam.cli.main(['segment', '--help'], standalone_mode=False)",
+            {"torch", "numpy", "av", "PIL"},
+        ),
+        (
+            "import refsam.cli.segment, refsam.session, refsam.video, refsam.model",
+            {"transformers", "scipy", "matplotlib", "triton", "refsam.training", "refsam.data"},
+        ),
+    ],
+)
+def test_nothing_is_imported_before_it_is_needed(
+    code: str, unwanted: set[str], tmp_path: Path
+) -> None:
+    program = (
+        f"import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); {code}"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert not unwanted & set(result.stderr.split())
