@@ -1,5 +1,6 @@
 """The training loop: generated batches, truncated back-propagation over clips, resumable state."""
 
+import copy
 import json
 import math
 import os
@@ -147,7 +148,7 @@ class Trainer:
 
     def averaged_model(self) -> RefSAM:
         """A copy of the model in eval mode with the averaged weights."""
-        model = RefSAM(self.model.config, tokenizer=self.model.text_encoder.tokenizer)
+        model = copy.deepcopy(self.model)
         model.load_state_dict(self.average)
         return model.eval()
 

@@ -2,11 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from refsam_kernels import mask_loss
 from torch import Tensor
 
 from refsam.model import FrameSize, MaskOutput
 from refsam.training.settings import LossSettings
+from refsam_kernels import mask_loss
 
 
 def mask_losses(

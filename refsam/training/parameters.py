@@ -10,7 +10,8 @@ from refsam.training.settings import OptimiserSettings
 
 def build_optimiser(model: nn.Module, settings: OptimiserSettings) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; vectors, tokens and position tables are not decayed."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_table = "rel_pos" in name or "pos_embed" in name or "token" in name

@@ -44,7 +44,7 @@ def test_batch_shapes_and_types():
 
 
 @pytest.mark.parametrize(
-    "name, expected", [("hue 0", (1, 0, 0)), ("hue 120", (0, 1, 0)), ("hue 240", (0, 0, 1))]
+    ("name", "expected"), [("hue 0", (1, 0, 0)), ("hue 120", (0, 1, 0)), ("hue 240", (0, 0, 1))]
 )
 def test_hues(name, expected):
     assert np.allclose(to_rgb(float(name.split()[1]), 1.0, 1.0), expected)
@@ -92,7 +92,7 @@ def test_sentences_of_colour_and_shape_single_their_target_out():
 
 
 @pytest.mark.parametrize(
-    "side, axis, sign", [("left", 0, 1), ("right", 0, -1), ("top", 1, 1), ("bottom", 1, -1)]
+    ("side", "axis", "sign"), [("left", 0, 1), ("right", 0, -1), ("top", 1, 1), ("bottom", 1, -1)]
 )
 def test_positions_hold_in_every_frame(side, axis, sign):
     found = 0

@@ -81,8 +81,8 @@ _PLURALS |= {"shorts": "shorts", "trousers": "trousers"}
 # is kept for the benchmark and never trained on.
 _TEMPLATES = {
     "plain": (
-        ("the {np}", "the {np}", "the {np}", "{np}", "a {np}", "that {np}", "track the {np}", "find a {np}", "the {np} in the video",
-         "segment the {np}", "which {np}"),
+        ("the {np}", "the {np}", "the {np}", "{np}", "a {np}", "that {np}", "track the {np}", "find a {np}",
+         "the {np} in the video", "segment the {np}", "which {np}"),
         ("track that {np}", "segment a {np} in the video", "find the {np}"),
     ),
     "coloured": (
@@ -94,7 +94,8 @@ _TEMPLATES = {
         ("track the {size} {np}", "that {size} {np}", "the {np} which is {size}"),
     ),
     "position": (
-        ("the {np} on the {side}", "the {sidemost} {np}", "the {np} at the {side}", "the {np} furthest to the {side}", "{sidemost} {np}"),
+        ("the {np} on the {side}", "the {sidemost} {np}", "the {np} at the {side}", "the {np} furthest to the {side}",
+         "{sidemost} {np}"),
         ("that {np} on the {side} in the video", "find the {sidemost} {np}", "the {np} that is furthest to the {side}"),
     ),
     "order": (
@@ -304,7 +305,7 @@ class Grammar:
         """Mostly the first, plainest word; the synonyms share the rest."""
         if isinstance(choices, tuple) and len(choices) < 6 and self.random.random() < 0.4:
             return choices[0]
-        return choices[self.random.integers(len(choices))]
+        return choices[int(self.random.integers(len(choices)))]
 
 
 def _is_benchmark_target(item: SceneObject) -> bool:

@@ -37,7 +37,7 @@ class SceneObject:
 
     def in_view(self) -> np.ndarray:
         """(T,) bool: its centre lies inside the frame."""
-        return ((self.centre > 0.01) & (self.centre < 0.99)).all(axis=1)
+        return np.all((self.centre > 0.01) & (self.centre < 0.99), axis=1)
 
 
 @dataclass(frozen=True)
