@@ -5,12 +5,13 @@ that does not depend on the text is computed once per image, the attention over 
 meets the folded text, and sums over the expressions of an image are matrix products, which are deterministic.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refsam_kernels.chunks import chunks
 from refsam_kernels.values import valid_positions
 
 
@@ -25,12 +26,18 @@ def forward(
     level_weights: Tensor,
 ) -> Tensor:
     """Like `reference.forward`: products in the dtype of the features, softmax in float32 at least."""
-    text, attention, _ = _attend(features, text, lengths, image_index, scale)
-    mixture = torch.tensordot(level_weights.to(attention.dtype), attention, dims=1).to(text.dtype)
+    text, valid = _without_padding(text, lengths)
     own, attended = weight.chunk(2, dim=1)
     bias = bias * level_weights.sum().to(bias.dtype)
     per_image = F.linear(_mix(features, level_weights), own, bias)
-    return torch.baddbmm(_of_expressions(per_image, image_index), mixture, F.linear(text, attended))
+    folded = F.linear(text, attended)
+    dense = features.new_empty(len(text), *features.shape[2:])
+    for part in _slices(text, features):
+        _, attention = _attend(features, text[part], valid[part], image_index[part], scale)
+        mixture = _mix(attention, level_weights).to(text.dtype)
+        images = _of_expressions(per_image, image_index[part])
+        torch.baddbmm(images, mixture.mT, folded[part], out=dense[part])
+    return dense
 
 
 def backward(
@@ -46,33 +53,39 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Like `reference.backward`; the attention is computed again."""
-    text, attention, similarity = _attend(features, text, lengths, image_index, scale)
-    shares = level_weights.to(attention.dtype)
+    text, valid = _without_padding(text, lengths)
+    shares = level_weights.to(torch.promote_types(text.dtype, torch.float32))
     own, attended = weight.chunk(2, dim=1)
+    folded = F.linear(text, attended)
     grad_image = _sum_of_expressions(grad, image_index, features.shape[1])
     grad_mixed = grad_image @ own
-    grad_folded = torch.tensordot(shares, attention, dims=1).to(grad.dtype).mT @ grad
-
-    weighted = attention * (grad @ F.linear(text, attended).mT)
-    grad_logits = weighted - attention * weighted.sum(dim=-1, keepdim=True)
-    grad_logits = grad_logits * shares.view(-1, 1, 1, 1)
-    grad_similarity = (grad_logits * scale).to(text.dtype)
-    grad_features = grad
-    if needs[0]:
-        grad_features = _features_gradient(grad_similarity, grad_mixed, text, image_index, shares)
-    grad_text = _text_gradient(grad_similarity, features, image_index) + grad_folded @ attended
-
+    grad_features = grad_mixed * shares.view(-1, 1, 1, 1) if needs[0] else grad
+    grad_bias = grad.sum(dim=(0, 1), dtype=shares.dtype)
+    grad_shares = torch.stack([(level * grad_mixed).sum(dtype=shares.dtype) for level in features])
+    grad_shares += grad_bias @ bias.to(shares.dtype)
+    grad_text, grad_folded = torch.empty_like(text), torch.empty_like(text)
+    grad_scale = shares.new_zeros(())
+    for part in _slices(text, features):
+        index = image_index[part]
+        similarity, attention = _attend(features, text[part], valid[part], index, scale)
+        weighted = attention * (folded[part] @ grad[part].mT)
+        grad_logits = weighted - attention * weighted.sum(dim=2, keepdim=True)
+        grad_logits *= shares.view(-1, 1, 1, 1)
+        grad_scale += (grad_logits * similarity).sum()
+        grad_shares += weighted.sum(dim=(1, 2, 3))
+        grad_folded[part] = _mix(attention, shares).to(grad.dtype) @ grad[part]
+        grad_similarity = (grad_logits * scale).to(text.dtype)
+        grad_text[part] = _text_gradient(grad_similarity, features, index)
+        if needs[0]:
+            _add_features_gradient(grad_features, grad_similarity, text[part], index)
     grad_own = grad_image.flatten(0, 1).T @ _mix(features, shares).flatten(0, 1)
     grad_attended = grad_folded.flatten(0, 1).T @ text.flatten(0, 1)
-    grad_bias = grad.sum(dim=(0, 1), dtype=shares.dtype)
-    grad_shares = weighted.sum(dim=(1, 2, 3)) + grad_bias @ bias.to(shares.dtype)
-    grad_shares += torch.stack([(level * grad_mixed).sum(dtype=shares.dtype) for level in features])
     gradients = (
-        grad_features,
-        grad_text,
+        grad_features.to(features.dtype),
+        grad_text + grad_folded @ attended,
         torch.cat([grad_own, grad_attended], dim=1),
         (grad_bias * shares.sum()).to(bias.dtype),
-        (grad_logits * similarity).sum().to(scale.dtype),
+        grad_scale.to(scale.dtype),
         grad_shares.to(level_weights.dtype),
     )
     return tuple(
@@ -81,20 +94,28 @@ def backward(
     )
 
 
-def _attend(
-    features: Tensor, text: Tensor, lengths: Tensor, image_index: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Text (P, T, C) with zeros for padding; attention and similarity (L, P, N, T), in float32 at least."""
+def _without_padding(text: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The text with zeros for padding, and which words are valid, (P, T)."""
     valid = valid_positions(lengths, text.shape[1])
-    text = torch.where(valid.unsqueeze(-1), text, 0.0)
-    similarity = torch.stack([_of_expressions(level, image_index) @ text.mT for level in features])
-    similarity = similarity.to(torch.promote_types(text.dtype, torch.float32))
-    logits = torch.where(valid.unsqueeze(1), similarity * scale, float("-inf"))
-    return text, logits.softmax(dim=-1), similarity
+    return torch.where(valid.unsqueeze(-1), text, 0.0), valid
+
+
+def _slices(text: Tensor, features: Tensor) -> Iterator[slice]:
+    return chunks(len(text), features[0, 0].numel(), text.device)
+
+
+def _attend(
+    features: Tensor, text: Tensor, valid: Tensor, image_index: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Similarity and attention, (L, P, T, N) in float32 at least: pixels last, so that the softmax runs over whole vectors."""
+    levels = [text @ _of_expressions(level, image_index).mT for level in features]
+    similarity = torch.stack(levels).to(torch.promote_types(text.dtype, torch.float32))
+    padding = torch.where(valid, 0.0, float("-inf")).to(similarity.dtype).unsqueeze(-1)
+    return similarity, torch.addcmul(padding, similarity, scale.to(padding.dtype)).softmax(dim=2)
 
 
 def _mix(features: Tensor, level_weights: Tensor) -> Tensor:
-    """Sum over the levels of (L, B, N, C); a scalar factor is not rounded to the features' dtype."""
+    """Sum over the levels, the first dimension; a scalar factor is not rounded to the features' dtype."""
     mixed = features[0] * level_weights[0]
     for level, level_weight in zip(features[1:], level_weights[1:], strict=True):
         mixed = mixed + level * level_weight
@@ -116,25 +137,18 @@ def _sum_of_expressions(per_expression: Tensor, image_index: Tensor, images: int
     )
 
 
-def _features_gradient(
-    grad_similarity: Tensor,
-    grad_mixed: Tensor,
-    text: Tensor,
-    image_index: Tensor,
-    level_weights: Tensor,
-) -> Tensor:
-    """(L, B, N, C): through the similarity with the text, and through the mixture of the levels."""
-    gradient = grad_mixed.new_empty(len(level_weights), *grad_mixed.shape)
-    for out, of_level, level_weight in zip(gradient, grad_similarity, level_weights, strict=True):
-        pulled = _sum_of_expressions(of_level @ text, image_index, len(grad_mixed))
-        torch.add(pulled, grad_mixed * level_weight, out=out)
-    return gradient
-
-
 def _text_gradient(grad_similarity: Tensor, features: Tensor, image_index: Tensor) -> Tensor:
     """(P, T, C): through the similarity with the pixels of every level."""
     of_levels = [
-        of_level.mT @ _of_expressions(level, image_index)
+        of_level @ _of_expressions(level, image_index)
         for of_level, level in zip(grad_similarity, features, strict=True)
     ]
     return torch.stack(of_levels).sum(dim=0)
+
+
+def _add_features_gradient(
+    grad_features: Tensor, grad_similarity: Tensor, text: Tensor, image_index: Tensor
+) -> None:
+    """Adds to (L, B, N, C) what comes through the similarity with the text of these expressions."""
+    for out, of_level in zip(grad_features, grad_similarity, strict=True):
+        out += _sum_of_expressions(of_level.mT @ text, image_index, len(out))

@@ -11,11 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refsam_kernels.chunks import chunks
 from refsam_kernels.mask_postprocess.resize import TwoResizes, two_resizes
-
-# Pixels of the targets at once: what stays in a CPU's cache, and what fills a GPU.
-CHUNK_ELEMENTS = {"cpu": 2**17}
-CHUNK_ELEMENTS_ELSEWHERE = 2**23
 
 
 class Chunk(NamedTuple):
@@ -103,14 +100,9 @@ def _chunks(
 ) -> Iterator[Chunk]:
     """Walks over masks and rows so that a chunk has about as many pixels as the device likes."""
     count, height, width = targets.shape
-    budget = CHUNK_ELEMENTS.get(logits.device.type, CHUNK_ELEMENTS_ELSEWHERE)
-    masks_at_once = max(1, budget // (height * width))
-    rows_at_once = max(1, budget // width)
-    for first in range(0, count, masks_at_once):
-        masks = slice(first, first + masks_at_once)
+    for masks in chunks(count, height * width, logits.device):
         resized_rows = resizes.rows(logits[masks])
-        for start in range(0, height, rows_at_once):
-            rows = slice(start, start + rows_at_once)
+        for rows in chunks(height, width, logits.device):
             target = targets[masks, rows].to(logits.dtype)
             ignored = None
             if ignore is not None:

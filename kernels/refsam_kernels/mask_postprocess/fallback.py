@@ -5,12 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from refsam_kernels.chunks import chunks
 from refsam_kernels.mask_postprocess import reference
 from refsam_kernels.mask_postprocess.resize import two_resizes
-
-# Logits at full size that exist at once: what stays in a CPU's cache, and what fills a GPU.
-CHUNK_ELEMENTS_CPU = 2**18
-CHUNK_ELEMENTS = 2**23
 
 
 def forward(
@@ -24,16 +21,16 @@ def forward(
     height, width = output_size
     masks = torch.empty(len(logits), height, width, dtype=torch.bool, device=logits.device)
     if logits.device.type != "cpu":  # PyTorch may round products to TF32 there
-        size = max(1, CHUNK_ELEMENTS // (height * width))
-        for mask, part in zip(masks.split(size), logits.split(size), strict=True):
-            resized = reference.resize_twice(part, image_size, input_size, output_size)
-            torch.gt(resized, threshold, out=mask)
+        for part in chunks(len(logits), height * width, logits.device):
+            full = reference.resize_twice(logits[part], image_size, input_size, output_size)
+            torch.gt(full, threshold, out=masks[part])
         return masks
-    sizes = (tuple(logits.shape[1:]), image_size, tuple(input_size), (height, width))
-    resizes = two_resizes(*sizes, logits.dtype, logits.device)
-    size = max(1, CHUNK_ELEMENTS_CPU // width)
+    low = tuple(logits.shape[1:])
+    resizes = two_resizes(
+        low, image_size, tuple(input_size), (height, width), logits.dtype, logits.device
+    )
     for mask, part in zip(masks, logits.unsqueeze(1), strict=True):
-        rows = resizes.rows(part)
-        for out, chunk in zip(mask.split(size), rows.split(size, dim=1), strict=True):
-            torch.gt(resizes.columns(chunk)[0], threshold, out=out)
+        resized_rows = resizes.rows(part)
+        for rows in chunks(height, width, logits.device):
+            torch.gt(resizes.columns(resized_rows[:, rows])[0], threshold, out=mask[rows])
     return masks

@@ -3,14 +3,15 @@
 The backward computes the scores by plain products instead: PyTorch's own backward is not deterministic on every device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.registration import gradients_by_vjp
+from refsam_kernels.chunks import chunked_gradients, chunks, map_chunks
 from refsam_kernels.values import valid_positions
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -18,17 +19,30 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 def forward(*arguments: Any) -> Tensor:
     """Like `reference.forward`: products in the dtype of the weights, sum and LayerNorm in float32 at least."""
-    return _formula(F.scaled_dot_product_attention, *arguments)
+    *tensors, num_heads, eps = arguments
+    formula = partial(_formula, F.scaled_dot_product_attention, num_heads=num_heads, eps=eps)
+    return map_chunks(formula, tensors, _per_expression(tensors), _slices(tensors))
 
 
 def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Like `reference.backward`; everything is computed again."""
-    *inputs, key_lengths, num_heads, eps, needs = arguments
+    *tensors, num_heads, eps, needs = arguments
+    formula = partial(_formula, _attend_by_products, num_heads=num_heads, eps=eps)
+    split, slices = _per_expression(tensors), _slices(tensors)
+    return chunked_gradients(formula, tensors, split, slices, [*needs, False], grad)[:-1]
 
-    def formula(*tensors: Tensor) -> Tensor:
-        return _formula(_attend_by_products, *tensors, key_lengths, num_heads, eps)
 
-    return gradients_by_vjp(formula, inputs, needs, (grad,))
+def _per_expression(tensors: Sequence[Tensor]) -> list[bool]:
+    """Queries, keys and lengths are the expressions' own, positions may be shared, weights always are."""
+    queries, _, query_pe, key_pe = tensors[:4]
+    own = [len(positions) == len(queries) for positions in (query_pe, key_pe)]
+    return [True, True, *own, *[False] * 10, True]
+
+
+def _slices(tensors: Sequence[Tensor]) -> list[slice]:
+    queries, keys = tensors[:2]
+    elements = max(queries.shape[1], keys.shape[1]) * queries.shape[2]
+    return list(chunks(len(queries), elements, queries.device))
 
 
 def _formula(

@@ -5,6 +5,8 @@ result has the same bits.
 """
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,14 +62,11 @@ def forward(
     )
 
 
-def backward(grad: Tensor, *arguments: Tensor | int | float | None) -> tuple[Tensor, ...]:
+def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients to the fourteen tensors of `forward` for `grad` (P, Tq, C).
 
-    The arguments are those of `forward` and `needs`, which of the tensors want a gradient.
+    The arguments are those of `forward`, then which of the tensors want a gradient.
     """
     *inputs, key_lengths, num_heads, eps, needs = arguments
-
-    def formula(*tensors: Tensor) -> Tensor:
-        return forward(*tensors, key_lengths, num_heads, eps)
-
+    formula = partial(forward, key_lengths=key_lengths, num_heads=num_heads, eps=eps)
     return gradients_by_vjp(formula, inputs, needs, (grad,))
