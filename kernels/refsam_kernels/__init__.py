@@ -5,20 +5,28 @@ Every operator is a function that works on any device, is differentiable and is 
 `python -m refsam_kernels.info` says what would run here.
 """
 
+from refsam_kernels.adapter_mlp.op import adapter_mlp
+from refsam_kernels.adapter_projection.op import adapter_projection
 from refsam_kernels.dense_attention.op import dense_attention
 from refsam_kernels.dispatch import BackendError, use_backend
+from refsam_kernels.feed_forward import AdapterWeights
 from refsam_kernels.mask_loss.op import mask_loss
 from refsam_kernels.mask_postprocess.op import mask_postprocess
 from refsam_kernels.mask_upscale.op import mask_upscale
+from refsam_kernels.rel_pos_attention.op import rel_pos_attention
 from refsam_kernels.token_image_attention.op import AttentionWeights, token_image_attention
 
 __all__ = [
+    "AdapterWeights",
     "AttentionWeights",
     "BackendError",
+    "adapter_mlp",
+    "adapter_projection",
     "dense_attention",
     "mask_loss",
     "mask_postprocess",
     "mask_upscale",
+    "rel_pos_attention",
     "token_image_attention",
     "use_backend",
 ]

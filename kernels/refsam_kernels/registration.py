@@ -110,6 +110,11 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """The tensor, or in its place one without elements, since an operator cannot return None."""
+    return like.new_empty(0) if tensor is None else tensor
+
+
 def empty_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """Uninitialised contiguous gradients of the tensors; one that is not needed, or of None, has no
     elements.
@@ -133,25 +138,28 @@ def gradients_by_vjp(
     needs: Sequence[bool],
     grads: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """Gradients of `formula(*inputs)` for the gradients `grads` of its outputs, as a backward
-    operator returns them.
+    """Gradients of `formula(*inputs)` as a backward operator returns them.
 
+    `grads` are those of the formula's first outputs; what it returns beyond them plays no part.
     The result has one tensor per input, contiguous, in memory of its own, in the input's dtype,
     without elements where `needs` is False. It works inside a custom operator, where plain autograd
     records nothing.
     """
-    wanted = [i for i, need in enumerate(needs) if need and inputs[i] is not None]
+    wanted = {i: t for i, t in enumerate(inputs) if needs[i] and t is not None}
     results = list(empty_gradients(inputs, [False] * len(inputs)))
     if not wanted:
         return tuple(results)
     with recording():
-        copies = [None if tensor is None else tensor.detach() for tensor in inputs]
-        for i in wanted:
-            copies[i].requires_grad_()
-        outputs = formula(*copies)
+        leaves = {i: tensor.detach().requires_grad_() for i, tensor in wanted.items()}
+        outputs = formula(
+            *(leaves.get(i, t if t is None else t.detach()) for i, t in enumerate(inputs))
+        )
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        chosen = [copies[i] for i in wanted]
-        gradients = torch.autograd.grad(outputs, chosen, grads, materialize_grads=True)
+        pairs = zip(outputs, grads, strict=False)
+        roots = {output: grad for output, grad in pairs if output.requires_grad}
+        gradients = torch.autograd.grad(
+            list(roots), list(leaves.values()), list(roots.values()), materialize_grads=True
+        )
     taken = {memory_of(tensor) for tensor in (*inputs, *grads) if tensor is not None}
     for i, gradient in zip(wanted, gradients, strict=True):
         gradient = gradient.contiguous()

@@ -1,0 +1,160 @@
+"""Registration and public function of `rel_pos_attention`."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from refsam_kernels.arguments import autocast, check_same_device, check_same_dtype, require
+from refsam_kernels.registration import Operator, drop_skipped, empty_gradients
+
+PAD_MODES = ("bias", "mask", "none")
+
+operator = Operator("rel_pos_attention")
+
+
+@operator.forward
+def _forward(
+    qkv: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    qkv_bias: Tensor | None,
+    num_heads: int,
+    window_size: int,
+    pad_mode: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, h, w, D) and the logarithm of each softmax's sum (B, heads, h, w), at least float32.
+
+    The tables are those of the windows, or of the grid if `window_size` is 0: nothing is interpolated.
+    """
+    B, h, w, width = qkv.shape
+    statistics = torch.promote_types(qkv.dtype, torch.float32)
+    out = qkv.new_empty(B, h, w, width // 3)
+    return out, qkv.new_empty(B, num_heads, h, w, dtype=statistics)
+
+
+@operator.backward
+def _backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    qkv_bias: Tensor | None,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    num_heads: int,
+    window_size: int,
+    pad_mode: str,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    """Gradients with respect to qkv, both tables and qkv_bias."""
+    return list(empty_gradients((qkv, rel_pos_h, rel_pos_w, qkv_bias), needs))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, num_heads, window_size, pad_mode, _ = inputs
+    ctx.options = (num_heads, window_size, pad_mode)
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:4])
+    gradients = _backward(grad_out, *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
+    return (*drop_skipped(gradients, needs), None, None, None, None)
+
+
+operator.differentiate(_save, _gradients)
+
+
+def rel_pos_attention(
+    qkv: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    *,
+    num_heads: int,
+    window_size: int = 0,
+    qkv_bias: Tensor | None = None,
+    pad_mode: str = "bias",
+    backend: str | None = None,
+) -> Tensor:
+    """Multi-head self-attention on a grid of tokens with SAM's decomposed relative positions.
+
+    The logit of a query at (y, x) and a key at (v, u) is
+    `q k / sqrt(head_dim) + q rel_pos_h[y - v + size - 1] + q rel_pos_w[x - u + size - 1]`.
+
+    Args:
+        qkv: (B, h, w, 3*D) floating point, the qkv product with its bias, laid out
+            [3, heads, head_dim].
+        rel_pos_h, rel_pos_w: (2*size-1, head_dim), qkv's dtype; `size` is the window's, or the
+            grid's height and width. Another odd length is interpolated as SAM does.
+        num_heads: heads; D is a multiple of it.
+        window_size: side of the windows that attend within themselves; 0 for the whole grid.
+        qkv_bias: (3*D,), what padding tokens have as q, k and v; None for zeros.
+        pad_mode: what fills the windows that stick out of the grid. "bias": padding tokens, which
+            are keys and values, as in SAM; "mask": nothing; "none": there must be none.
+        backend: a backend by name; None leaves the choice to the library.
+
+    Returns:
+        (B, h, w, D) in qkv's dtype, the heads side by side. Under autocast the operands are cast
+        to its dtype. The gradient with respect to `qkv_bias` is that of the padding tokens only.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value.
+        BackendError: the backend that was asked for cannot run.
+
+    Follows segment-anything `modeling/image_encoder.py`, `Attention` and `window_partition`.
+    """
+    _check(qkv, rel_pos_h, rel_pos_w, qkv_bias, num_heads, window_size, pad_mode)
+    _, h, w, _ = qkv.shape
+    rel_pos_h = resize_table(rel_pos_h, window_size or h)
+    rel_pos_w = resize_table(rel_pos_w, window_size or w)
+    tensors = autocast(qkv, rel_pos_h, rel_pos_w, qkv_bias)
+    check_same_dtype(
+        **dict(zip(("qkv", "rel_pos_h", "rel_pos_w", "qkv_bias"), tensors, strict=True))
+    )
+    return _forward(*tensors, num_heads, window_size, pad_mode, backend or "")[0]
+
+
+def resize_table(table: Tensor, size: int) -> Tensor:
+    """The table (length, head_dim) at (2*size-1, head_dim), as segment-anything's `get_rel_pos`."""
+    if table.shape[0] == 2 * size - 1:
+        return table
+    resized = F.interpolate(table.T[None], size=2 * size - 1, mode="linear")
+    return resized[0].T
+
+
+def _check(
+    qkv: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    qkv_bias: Tensor | None,
+    num_heads: int,
+    window_size: int,
+    pad_mode: str,
+) -> None:
+    """Raises `ValueError` for what `rel_pos_attention` cannot take."""
+    require(qkv.dim() == 4, "qkv", f"shape {tuple(qkv.shape)}", "(B, h, w, 3*D)")
+    _, h, w, width = qkv.shape
+    require(num_heads > 0, "num_heads", num_heads, "a positive number")
+    multiple = f"(B, h, w, 3*D) with D a multiple of num_heads={num_heads}"
+    require(
+        width > 0 and width % (3 * num_heads) == 0, "qkv", f"shape {tuple(qkv.shape)}", multiple
+    )
+    head_dim = width // (3 * num_heads)
+    for name, table in (("rel_pos_h", rel_pos_h), ("rel_pos_w", rel_pos_w)):
+        fits = table.dim() == 2 and table.shape[1] == head_dim and table.shape[0] % 2 == 1
+        wanted = f"(odd length, {head_dim}), {head_dim} being qkv's width / 3 / num_heads"
+        require(fits, name, f"shape {tuple(table.shape)}", wanted)
+    if qkv_bias is not None:
+        fits = tuple(qkv_bias.shape) == (width,)
+        require(fits, "qkv_bias", f"shape {tuple(qkv_bias.shape)}", f"({width},)")
+    require(window_size >= 0, "window_size", window_size, "0 for global attention, or the side")
+    require(pad_mode in PAD_MODES, "pad_mode", repr(pad_mode), f"one of {', '.join(PAD_MODES)}")
+    fits = pad_mode != "none" or window_size == 0 or (h % window_size, w % window_size) == (0, 0)
+    wanted = f"a divisor of the grid {h} x {w} with pad_mode 'none'"
+    require(fits, "window_size", window_size, wanted)
+    check_same_device(qkv=qkv, rel_pos_h=rel_pos_h, rel_pos_w=rel_pos_w, qkv_bias=qkv_bias)
