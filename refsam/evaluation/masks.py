@@ -237,8 +237,8 @@ class _MatchedScorer:
         self.frames: list[tuple[list[int], NDArray[np.float64]]] = []
 
     def add(self, prediction: Map, truth: Map) -> None:
-        counts = np.bincount(prediction.ravel())
-        present = [number for number in range(1, len(counts)) if counts[number]]
+        numbers = range(1, int(prediction.max()) + 1)
+        present = [number for number in numbers if (prediction == number).any()]
         void = truth == VOID if self.void else None
         pairs = label_scores(prediction, truth, [*present, _NOBODY], self.true_ids, void)
         self.frames.append((present, np.stack(pairs)))
@@ -322,6 +322,8 @@ def _as_done(jobs: Sequence[Job], processes: int) -> Iterator[tuple[int, ClipRes
     # Processes are not forked from this one: it may run threads by now.
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    # The server imports once what all processes need; other start methods take no notice.
+    context.set_forkserver_preload([__name__, "scipy.optimize"])
     longest_first = sorted(range(len(jobs)), key=lambda index: -len(jobs[index][0].frames))
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         futures = {pool.submit(score_clip, *jobs[index]): index for index in longest_first}

@@ -117,9 +117,14 @@ def label_scores(
     """
     maps = _checked(prediction, truth, void)
     radius = boundary_radius(maps[0].shape[-2:], bound)
-    ids = (prediction_ids, truth_ids)
-    region, contour = np.stack([_label_frame(*f, ids, radius) for f in _frames(*maps)], axis=-1)
-    return (region, contour) if maps[0].ndim == 3 else (region[..., 0], contour[..., 0])
+    ids = (list(prediction_ids), list(truth_ids))
+    if _native is not None and all(labels.dtype in (np.uint8, np.bool_) for labels in maps[:2]):
+        scores = _native.labels(*map(_as_frames, maps), *ids, radius, _threads())
+    else:
+        frames = [_label_frame(*frame, ids, radius) for frame in _frames(*maps)]
+        scores = np.stack(frames, axis=-1)
+    region, contour = scores if maps[0].ndim == 3 else scores[..., 0]
+    return region, contour
 
 
 def statistics(values: ArrayLike) -> Statistics:

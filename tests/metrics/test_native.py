@@ -24,6 +24,14 @@ def in_python(function, *args, **options):
         return function(*args, **options)
 
 
+def test_the_compiled_module_is_used_where_it_is_built(native, monkeypatch):
+    for name in ("_per_frame", "_label_frame"):
+        monkeypatch.setattr(region_contour, name, None)
+    maps = np.ones((2, 4, 5), dtype=np.uint8)
+    assert region_similarity(*maps) == contour_accuracy(*maps) == 1
+    assert label_scores(*maps, [1], [1])[0] == [[1]]
+
+
 # Widths around 64 and 128: the compiled masks hold 64 pixels a word.
 sizes = st.tuples(st.integers(1, 12), st.sampled_from([1, 2, 17, 63, 64, 65, 127, 128, 129]))
 
