@@ -83,6 +83,7 @@ class Dispatcher:
     def __init__(self, operator: str, package: str | None = None) -> None:
         self.operator = operator
         self.package = package or f"{__package__}.{operator}"
+        self._exists: dict[str, bool] = {}
         self._modules: dict[str, ModuleType | str] = {}
         self._logged: set[tuple[str, str]] = set()
         Dispatcher.known[operator] = self
@@ -93,18 +94,23 @@ class Dispatcher:
             self._modules[name] = self._import(name)
         return self._modules[name]
 
+    def exists(self, name: str) -> bool:
+        """Whether the operator has such a backend at all; nothing is imported."""
+        if name not in self._exists:
+            self._exists[name] = importlib.util.find_spec(f"{self.package}.{name}") is not None
+        return self._exists[name]
+
     def _import(self, name: str) -> ModuleType | str:
-        path = f"{self.package}.{name}"
-        if importlib.util.find_spec(path) is None:
-            return f"{self.operator} has no such backend"
         try:
-            return importlib.import_module(path)
+            return importlib.import_module(f"{self.package}.{name}")
         except (ImportError, OSError) as error:
             return f"cannot be imported: {error}"
 
     def environment_reasons(self, name: str, device_type: str) -> list[str]:
         """Why the backend cannot run anything on such a device here; empty if it can."""
         backend = BACKENDS[name]
+        if not self.exists(name):
+            return [f"{self.operator} has no {name} backend"]
         if not backend.serves(device_type):
             return [f"needs {' or '.join(backend.devices)} tensors, got {device_type}"]
         if backend.package is not None and not is_installed(backend.package):
@@ -115,9 +121,7 @@ class Dispatcher:
     def not_supported_reasons(
         self, name: str, direction: str, arguments: Sequence[Any]
     ) -> list[str]:
-        """Why the backend cannot run `direction` ("forward" or "backward") on these arguments;
-        empty if it can.
-        """
+        """Why the backend cannot run `direction`, "forward" or "backward", on these; empty if it can."""
         reasons = self.environment_reasons(name, device_type_of(arguments))
         if reasons:
             return reasons
@@ -129,10 +133,9 @@ class Dispatcher:
         return explain(*arguments) if explain is not None else []
 
     def choose(self, direction: str, arguments: Sequence[Any], backend: str = "") -> str:
-        """The name of the backend that runs `direction` on these arguments; raises `BackendError`
-        if none can.
+        """The name of the backend that runs `direction` on these arguments.
 
-        `backend` is the caller's own wish, "" for none.
+        `backend` is the caller's own wish, "" for none. Raises `BackendError` if none can run.
         """
         name = requested_backend(self.operator, backend)
         if name:
@@ -153,11 +156,10 @@ class Dispatcher:
         raise BackendError(f"{self.operator}: no backend can run: {'. '.join(refusals)}")
 
     def _log_fall_back(self, backend: Backend, device_type: str, reasons: list[str]) -> None:
-        """Logs once that a backend was passed over; one that the machine cannot run at all is only
-        worth an info.
-        """
+        """Logs once that a backend for this device was passed over: a warning if only for these arguments."""
         message = "; ".join(reasons)
-        if not backend.serves(device_type) or (backend.name, message) in self._logged:
+        is_candidate = self.exists(backend.name) and backend.serves(device_type)
+        if not is_candidate or (backend.name, message) in self._logged:
             return
         self._logged.add((backend.name, message))
         unavailable = bool(self.environment_reasons(backend.name, device_type))
@@ -165,8 +167,9 @@ class Dispatcher:
         logger.log(level, "%s falls back from %s: %s", self.operator, backend.name, message)
 
     def run(self, direction: str, arguments: Sequence[Any], backend: str = "") -> Any:
-        """Runs `direction` with the chosen backend, outside autocast: the public function has cast
-        what is to be cast.
+        """Runs `direction` with the chosen backend.
+
+        Autocast is off inside: the public function has cast what is to be cast.
         """
         module = self.module(self.choose(direction, arguments, backend))
         device_type = device_type_of(arguments)
@@ -211,7 +214,8 @@ def requested_backend(operator: str, argument: str = "") -> str:
     then the environment.
     """
     if argument:
-        return parse_request(argument, "backend")[""]
+        check_backend(argument, "backend")
+        return argument
     environment = parse_request(os.environ.get(ENVIRONMENT_VARIABLE, ""), ENVIRONMENT_VARIABLE)
     for request in (*_requests.get(), environment):
         name = request.get(operator) or request.get("")
@@ -234,8 +238,13 @@ def parse_request(text: str, source: str) -> Mapping[str, str]:
         if operator and operator not in Dispatcher.known:
             known = ", ".join(sorted(Dispatcher.known))
             raise BackendError(f"{source}: got the operator {operator!r}, wanted one of {known}")
-        if name not in BACKENDS:
-            known = ", ".join(BACKENDS)
-            raise BackendError(f"{source}: got the backend {name!r}, wanted one of {known}")
+        check_backend(name, source)
         request[operator] = name
     return request
+
+
+def check_backend(name: str, source: str) -> None:
+    """Raises `BackendError` unless there is such a backend; `source` says where the name comes from."""
+    if name not in BACKENDS:
+        known = ", ".join(BACKENDS)
+        raise BackendError(f"{source}: got the backend {name!r}, wanted one of {known}")
