@@ -54,7 +54,7 @@ def _formula(
     x = F.gelu(_quadruple(F.gelu(x).to(features.dtype), conv2_weight, conv2_bias))
     masks = x @ hyper.mT  # (P, pixels, M): per pixel of the features 2 x 2 blocks of 2 x 2
     masks = masks.unflatten(1, (height, width, 2, 2, 2, 2)).permute(0, 7, 1, 3, 5, 2, 4, 6)
-    return masks.reshape(expressions, -1, 4 * height, 4 * width)
+    return masks.reshape(expressions, hyper.shape[1], 4 * height, 4 * width)
 
 
 def _quadruple(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

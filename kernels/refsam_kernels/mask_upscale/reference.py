@@ -27,7 +27,9 @@ def forward(
 ) -> Tensor:
     """features (P, h, w, C), hyper (P, M, C/8) -> mask logits (P, M, 4h, 4w) like features; in float32 at least."""
     dtype = torch.promote_types(features.dtype, torch.float32)
-    x = features.to(dtype).permute(0, 3, 1, 2)
+    # Viewed as segment-anything views its tokens: for one image the strides, and so the convolution's
+    # bits, are not those of `permute`.
+    x = features.to(dtype).flatten(1, 2).transpose(1, 2).unflatten(2, features.shape[1:3])
     x = F.conv_transpose2d(x, conv1_weight.to(dtype), conv1_bias.to(dtype), stride=2)
     x = F.gelu(layer_norm_2d(x, norm_weight.to(dtype), norm_bias.to(dtype), eps))
     x = F.gelu(F.conv_transpose2d(x, conv2_weight.to(dtype), conv2_bias.to(dtype), stride=2))

@@ -1,0 +1,173 @@
+"""mask_upscale: equal to segment-anything's decoder, gradients, and its place among torch's tools."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from refsam_kernels import mask_upscale
+from tests.kernels import operator_checks as checks
+from tests.sam_modeling import load_sam_modeling, randomise
+
+BACKENDS = ["reference", "fallback"]
+SIZES = {  # expressions, height, width, channels, masks
+    "one-pixel": (1, 1, 1, 24, 1),
+    "odd": (3, 5, 7, 24, 4),
+    "one-mask": (2, 9, 1, 16, 1),
+}
+
+
+def make_inputs(
+    expressions: int, height: int, width: int, channels: int, masks: int
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(42)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    middle, last = channels // 4, channels // 8
+    return {
+        "features": normal(expressions, height, width, channels),
+        "hyper": normal(expressions, masks, last),
+        "conv1_weight": normal(channels, middle, 2, 2) / channels**0.5,
+        "conv1_bias": normal(middle),
+        "norm_weight": normal(middle),
+        "norm_bias": normal(middle),
+        "conv2_weight": normal(middle, last, 2, 2) / middle**0.5,
+        "conv2_bias": normal(last),
+    }
+
+
+@pytest.fixture
+def inputs() -> dict[str, Tensor]:
+    return make_inputs(*SIZES["odd"])
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_reference(backend: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+    checks.check_matches_reference(mask_upscale, make_inputs(*sizes), backend, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_segment_anything(backend: str) -> None:
+    """`output_upscaling` and the product with the hypernetworks' outputs, as in `MaskDecoder.predict_masks`."""
+    decoder = load_sam_modeling().mask_decoder.MaskDecoder
+    upscaling = randomise(decoder(transformer_dim=64, transformer=None).output_upscaling)
+    torch.manual_seed(1)
+    features, hyper = torch.randn(2, 6, 9, 64), torch.randn(2, 4, 8)
+    conv1, norm, _, conv2, _ = upscaling
+    with torch.no_grad():
+        upscaled = upscaling(features.permute(0, 3, 1, 2))
+        wanted = (hyper @ upscaled.flatten(2)).view(2, 4, 24, 36)
+        parameters = [x for layer in (conv1, norm, conv2) for x in (layer.weight, layer.bias)]
+        found = mask_upscale(features, hyper, *parameters, eps=norm.eps, backend=backend)
+    if backend == "reference":
+        assert torch.equal(found, wanted)
+    else:
+        checks.assert_close("masks", found, wanted.double(), 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_eps_stands_within_the_root(inputs: dict[str, Tensor], backend: str) -> None:
+    """With equal channels the variance is 0 and only eps is left."""
+    inputs["conv1_weight"].zero_()
+    inputs["conv1_bias"].fill_(3.0)
+    inputs["conv1_bias"][0] += 1e-3
+    small = mask_upscale(**inputs, backend=backend)
+    large = mask_upscale(**inputs, eps=1.0, backend=backend)
+    assert not torch.allclose(small, large, atol=1e-2)
+    torch.testing.assert_close(large, mask_upscale(**inputs, eps=1.0, backend="reference"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_mask_is_that_of_all(inputs: dict[str, Tensor], backend: str) -> None:
+    together = mask_upscale(**inputs, backend=backend)
+    one = inputs | {"hyper": inputs["hyper"][:, 2:3]}
+    alone = mask_upscale(**one, backend=backend)
+    torch.testing.assert_close(alone, together[:, 2:3], rtol=0, atol=1e-12)
+
+
+def test_chunks_change_nothing(inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs, gradients = checks.run(mask_upscale, inputs, "fallback")
+    monkeypatch.setattr("refsam_kernels.chunks.ELEMENTS_ON_CPU", 2 * 16 * 5 * 7 * 3)
+    found, found_gradients = checks.run(mask_upscale, inputs, "fallback")
+    torch.testing.assert_close(found, outputs)
+    torch.testing.assert_close(found_gradients, gradients)
+
+
+def test_fallback_leaves_out_gradients_that_are_not_wanted(inputs: dict[str, Tensor]) -> None:
+    checks.check_single_gradients(mask_upscale, inputs, "fallback")
+
+
+def test_reference_gradients_are_the_derivatives() -> None:
+    values = [tensor.requires_grad_() for tensor in make_inputs(2, 2, 1, 8, 2).values()]
+
+    def function(*tensors: Tensor) -> Tensor:
+        return mask_upscale(*tensors, backend="reference")
+
+    assert torch.autograd.gradcheck(function, values, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeats_bitwise(inputs: dict[str, Tensor], backend: str) -> None:
+    checks.check_repeats(mask_upscale, checks.cast(inputs, torch.float32), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str) -> None:
+    inputs = checks.cast(make_inputs(2, 2, 3, 8, 2), torch.float32)
+    operator = torch.ops.refsam_kernels.mask_upscale.default
+    checks.check_schema_and_fakes(operator, (*inputs.values(), 1e-6, backend))
+
+
+def test_compiles_into_one_graph(inputs: dict[str, Tensor]) -> None:
+    checks.check_compiles(mask_upscale, inputs, "fallback")
+
+
+def test_checkpoint_and_second_derivative(inputs: dict[str, Tensor]) -> None:
+    checks.check_checkpoint(mask_upscale, inputs, "fallback")
+    checks.check_second_derivative_raises(mask_upscale, inputs, "features")
+
+
+def test_autocast_lowers_the_products(inputs: dict[str, Tensor]) -> None:
+    inputs = checks.cast(inputs, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = mask_upscale(**inputs)
+    assert lowered.dtype == torch.bfloat16
+    checks.assert_close("autocast", lowered, mask_upscale(**inputs).double(), 5e-2)
+
+
+def test_no_expressions_below_the_public_function(inputs: dict[str, Tensor]) -> None:
+    """The operator itself takes an empty batch: a compiled graph may meet one."""
+    inputs |= {name: inputs[name][:0] for name in ("features", "hyper")}
+    for backend in BACKENDS:
+        masks = torch.ops.refsam_kernels.mask_upscale(*inputs.values(), 1e-6, backend)
+        assert masks.shape == (0, 4, 20, 28)
+
+
+def double(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"features": double(3, 24, 35)}, r"features: got shape \(3, 24, 35\), wanted \(P, h, w, C\)"),
+    "no-expressions": ({"features": double(0, 5, 7, 24)}, "features: got no expressions, wanted at least one"),
+    "no-pixels": ({"features": double(3, 0, 7, 24)}, "features: got shape .*, wanted no empty dimension"),
+    "no-masks": ({"hyper": double(3, 0, 3)}, "hyper: got no masks, wanted at least one"),
+    "hyper": ({"hyper": double(3, 4, 4)}, r"hyper: got shape \(3, 4, 4\), wanted \(3, M, 3\)"),
+    "kernel": ({"conv1_weight": double(24, 6, 3, 3)}, r"conv1_weight: got .*, wanted \(24, C/4, 2, 2\)"),
+    "middle": ({"conv2_weight": double(5, 3, 2, 2)}, r"conv2_weight: got .*, wanted \(6, C/8, 2, 2\)"),
+    "norm": ({"norm_weight": double(5)}, r"norm_weight: got shape \(5,\), wanted \(6\)"),
+    "dtype": ({"hyper": torch.zeros(3, 4, 3)}, "hyper: got torch.float32, wanted torch.float64 as features"),
+    "norm-dtype": ({"norm_bias": torch.zeros(6).long()}, "norm_bias: got torch.int64, wanted a floating point dtype"),
+    "device": ({"conv2_bias": double(3).to("meta")}, "conv2_bias: got meta, wanted cpu as features"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+def test_rejects(inputs: dict[str, Tensor], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mask_upscale(**(inputs | change))

@@ -1,0 +1,270 @@
+"""token_image_attention: equal to segment-anything's attention blocks, padding, gradients, and its place among torch's tools."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from refsam_kernels import AttentionWeights, token_image_attention
+from tests.kernels import operator_checks as checks
+from tests.sam_modeling import load_sam_modeling, randomise
+
+BACKENDS = ["reference", "fallback"]
+SIZES = {  # expressions, queries, keys, channels, internal width, heads, expressions of the positions
+    "one-of-all": (1, 1, 1, 8, 2, 1, 1),
+    "tokens-to-image": (3, 7, 63, 32, 16, 4, 1),
+    "image-to-tokens": (3, 63, 7, 32, 16, 4, 3),
+    "full-width": (2, 5, 5, 24, 24, 3, 2),
+}
+
+
+def attention(*, num_heads: int = 4, backend: str | None, **tensors: Tensor) -> Tensor:
+    """The operator with its weights by name."""
+    weights = AttentionWeights(*(tensors.pop(name) for name in AttentionWeights._fields))
+    return token_image_attention(weights=weights, num_heads=num_heads, backend=backend, **tensors)
+
+
+def make_inputs(
+    expressions: int, queries: int, keys: int, channels: int, internal: int, shared: int
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(42)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    inward, outward = 2 * channels**-0.5, internal**-0.5
+    return {
+        "queries": normal(expressions, queries, channels),
+        "keys": normal(expressions, keys, channels),
+        "query_pe": normal(expressions, queries, channels),
+        "key_pe": normal(shared, keys, channels),
+        "q_weight": normal(internal, channels) * inward,
+        "q_bias": normal(internal),
+        "k_weight": normal(internal, channels) * inward,
+        "k_bias": normal(internal),
+        "v_weight": normal(internal, channels) * inward,
+        "v_bias": normal(internal),
+        "out_weight": normal(channels, internal) * outward,
+        "out_bias": normal(channels),
+        "norm_weight": normal(channels),
+        "norm_bias": normal(channels),
+    }
+
+
+@pytest.fixture
+def inputs() -> dict[str, Tensor]:
+    return make_inputs(3, 11, 9, 32, 16, 3) | {"key_lengths": torch.tensor([9, 1, 4])}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("padded", [False, True], ids=["all-keys", "lengths"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_reference(
+    backend: str, dtype: torch.dtype, padded: bool, sizes: tuple[int, ...]
+) -> None:
+    *shape, heads, shared = sizes
+    inputs = make_inputs(*shape, shared)
+    if padded:
+        expressions, keys = shape[0], shape[2]
+        inputs["key_lengths"] = 1 + torch.arange(expressions) * 5 % keys
+
+    def operator(**arguments: Any) -> Tensor:
+        return attention(num_heads=heads, **arguments)
+
+    # k_bias adds the same to all logits of a query, which changes nothing.
+    checks.check_matches_reference(operator, inputs, backend, dtype, zero={"k_bias": "q_bias"})
+
+
+class Block(nn.Module):
+    """The two cross attentions of SAM's block, by this operator, with the weights of segment-anything's."""
+
+    def __init__(self, block: Any, backend: str) -> None:
+        super().__init__()
+        self.block, self.backend = block, backend
+
+    def attend(self, layer: Any, norm: nn.LayerNorm, *tokens: Tensor) -> Tensor:
+        projections = (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj)
+        weights = AttentionWeights(*(x for p in projections for x in (p.weight, p.bias)))
+        heads, backend = layer.num_heads, self.backend
+        return token_image_attention(
+            *tokens, weights, norm.weight, norm.bias, num_heads=heads, eps=norm.eps, backend=backend
+        )
+
+    def forward(
+        self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        block = self.block
+        q = queries + query_pe
+        queries = block.norm1(queries + block.self_attn(q=q, k=q, v=queries))
+        inward = (queries, keys, query_pe, key_pe)
+        queries = self.attend(block.cross_attn_token_to_image, block.norm2, *inward)
+        queries = block.norm3(queries + block.mlp(queries))
+        outward = (keys, queries, key_pe, query_pe)
+        return queries, self.attend(block.cross_attn_image_to_token, block.norm4, *outward)
+
+
+@pytest.mark.parametrize("image_first", [True, False], ids=["channels-first", "channels-last"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_segment_anything(backend: str, image_first: bool) -> None:
+    """Bit-equal for `reference`, in both memory layouts that the image tokens have in segment-anything."""
+    transformer = load_sam_modeling().transformer
+    block = randomise(transformer.TwoWayAttentionBlock(64, 8, mlp_dim=128)).eval()
+    torch.manual_seed(1)
+    tokens = [torch.randn(2, 9, 64) for _ in range(2)]
+    image = [torch.randn(2, 64, 120).mT for _ in range(2)]
+    if not image_first:
+        image = [x.contiguous() for x in image]
+    arguments = (tokens[0], image[0], tokens[1], image[1])
+    with torch.no_grad():
+        wanted = block(*arguments)
+        found = Block(block, backend)(*arguments)
+    for got, exact in zip(found, wanted, strict=True):
+        if backend == "reference":
+            assert torch.equal(got, exact)
+        else:
+            checks.assert_close("output", got, exact.double(), 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_changes_no_bit(inputs: dict[str, Tensor], backend: str) -> None:
+    padding = torch.arange(9) >= inputs["key_lengths"].unsqueeze(1)
+    outputs, gradients = checks.run(attention, inputs, backend)
+    spoiled = {
+        name: inputs[name].masked_fill(padding.unsqueeze(-1), float("nan"))
+        for name in ("keys", "key_pe")
+    }
+    found, found_gradients = checks.run(attention, inputs | spoiled, backend)
+    assert torch.equal(found[0], outputs[0])
+    for name, gradient in gradients.items():
+        assert torch.equal(found_gradients[name], gradient), name
+    assert not found_gradients["keys"][padding].any()
+    assert not found_gradients["key_pe"][padding].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_is_as_if_absent(inputs: dict[str, Tensor], backend: str) -> None:
+    padded = attention(**inputs, backend=backend)
+    for i, length in enumerate(inputs["key_lengths"].tolist()):
+        own = {name: inputs[name][i : i + 1] for name in ("queries", "query_pe")}
+        own |= {name: inputs[name][i : i + 1, :length] for name in ("keys", "key_pe")}
+        weights = {name: x for name, x in inputs.items() if name not in (*own, "key_lengths")}
+        alone = attention(**own, **weights, backend=backend)
+        torch.testing.assert_close(alone[0], padded[i], rtol=0, atol=1e-12)
+
+
+def test_chunks_change_nothing(inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs["query_pe"] = inputs["query_pe"][:1]
+    outputs, gradients = checks.run(attention, inputs, "fallback")
+    monkeypatch.setattr("refsam_kernels.chunks.ELEMENTS_ON_CPU", 2 * 11 * 32)
+    found, found_gradients = checks.run(attention, inputs, "fallback")
+    torch.testing.assert_close(found, outputs)
+    torch.testing.assert_close(found_gradients, gradients)
+
+
+def test_fallback_leaves_out_gradients_that_are_not_wanted(
+    inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks.check_single_gradients(attention, inputs, "fallback")
+    monkeypatch.setattr("refsam_kernels.chunks.ELEMENTS_ON_CPU", 11 * 32)
+    checks.check_single_gradients(attention, inputs, "fallback")
+
+
+def test_reference_gradients_are_the_derivatives() -> None:
+    inputs = make_inputs(2, 3, 4, 6, 4, 1)
+    lengths = torch.tensor([4, 2])
+
+    def function(*tensors: Tensor) -> Tensor:
+        named = dict(zip(inputs, tensors, strict=True))
+        return attention(**named, key_lengths=lengths, num_heads=2, backend="reference")
+
+    values = [tensor.requires_grad_() for tensor in inputs.values()]
+    assert torch.autograd.gradcheck(function, values, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeats_bitwise(inputs: dict[str, Tensor], backend: str) -> None:
+    checks.check_repeats(attention, checks.cast(inputs, torch.float32), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str) -> None:
+    inputs = checks.cast(make_inputs(2, 3, 4, 6, 4, 1), torch.float32)
+    arguments = (*inputs.values(), torch.tensor([4, 2]), 2, 1e-5, backend)
+    operator = torch.ops.refsam_kernels.token_image_attention.default
+    checks.check_schema_and_fakes(operator, arguments)
+
+
+def test_compiles_into_one_graph(inputs: dict[str, Tensor]) -> None:
+    checks.check_compiles(attention, inputs, "fallback")
+
+
+def test_checkpoint_and_second_derivative(inputs: dict[str, Tensor]) -> None:
+    checks.check_checkpoint(attention, inputs, "fallback")
+    checks.check_second_derivative_raises(attention, inputs, "q_weight")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_keeps_the_residual(inputs: dict[str, Tensor], backend: str) -> None:
+    """With projections to zero only the residual is left, which autocast must not round."""
+    inputs = checks.cast(inputs, torch.float32)
+    inputs |= {"out_weight": torch.zeros(32, 16), "out_bias": torch.zeros(32)}
+    inputs |= {"norm_weight": torch.ones(32), "norm_bias": torch.zeros(32)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attention(**inputs, backend=backend)
+    assert found.dtype == torch.float32
+    normed = torch.nn.functional.layer_norm(inputs["queries"], (32,))
+    torch.testing.assert_close(found, normed)
+
+
+def test_autocast_lowers_the_products(inputs: dict[str, Tensor]) -> None:
+    inputs = checks.cast(inputs, torch.float32)
+    outputs, gradients = checks.run(attention, inputs, "fallback")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, found_gradients = checks.run(attention, inputs, "fallback")
+    assert not torch.equal(found[0], outputs[0])
+    checks.assert_close("output", found[0], outputs[0].double(), 4e-2)
+    assert all(gradient.dtype == torch.float32 for gradient in found_gradients.values())
+    checks.assert_close("keys", found_gradients["keys"], gradients["keys"].double(), 8e-2)
+
+
+def test_no_expressions_below_the_public_function(inputs: dict[str, Tensor]) -> None:
+    """The operator itself takes an empty batch: a compiled graph may meet one."""
+    for name in ("queries", "keys", "query_pe", "key_pe", "key_lengths"):
+        inputs[name] = inputs[name][:0]
+    for backend in BACKENDS:
+        arguments = (*inputs.values(), 4, 1e-5, backend)
+        assert torch.ops.refsam_kernels.token_image_attention(*arguments).shape == (0, 11, 32)
+
+
+def double(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"queries": double(11, 32)}, r"queries: got shape \(11, 32\), wanted \(P, Tq, C\)"),
+    "no-expressions": ({"queries": double(0, 11, 32)}, "queries: got no expressions, wanted at least one"),
+    "no-queries": ({"queries": double(3, 0, 32)}, "queries: got no tokens, wanted at least one per expression"),
+    "no-words": ({"keys": double(3, 0, 32)}, "keys: got no tokens, wanted at least one per expression"),
+    "keys": ({"keys": double(2, 9, 32)}, r"keys: got shape \(2, 9, 32\), wanted \(3, Tk, 32\)"),
+    "positions": ({"key_pe": double(3, 8, 32)}, r"key_pe: got shape \(3, 8, 32\), wanted \(P, 9, 32\)"),
+    "positions-of-two": ({"query_pe": double(2, 11, 32)}, "query_pe: got 2 expressions, wanted 3 or 1"),
+    "dtype": ({"keys": torch.zeros(3, 9, 32)}, "keys: got torch.float32, wanted torch.float64 as queries"),
+    "weight-dtype": ({"v_bias": torch.zeros(16)}, "weights.v_bias: got torch.float32, wanted torch.float64 as queries"),
+    "weight": ({"k_weight": double(8, 32)}, r"weights.k_weight: got shape \(8, 32\), wanted \(16, 32\)"),
+    "out": ({"out_weight": double(16, 32)}, r"weights.out_weight: got shape \(16, 32\), wanted \(32, 16\)"),
+    "norm": ({"norm_bias": double(16)}, r"norm_bias: got shape \(16,\), wanted \(32\)"),
+    "heads": ({"num_heads": 3}, "num_heads: got 3, wanted a divisor of the internal width 16"),
+    "lengths": ({"key_lengths": torch.tensor([1, 2])}, r"key_lengths: got shape \(2,\), wanted \(3\)"),
+    "length-0": ({"key_lengths": torch.tensor([1, 0, 9])}, "key_lengths: got values from 0 to 9, wanted values from 1"),
+    "int-lengths": ({"key_lengths": torch.ones(3).int()}, "key_lengths: got torch.int32, wanted torch.int64"),
+    "device": ({"key_pe": double(3, 9, 32).to("meta")}, "key_pe: got meta, wanted cpu as queries"),
+    "weight-device": ({"q_bias": double(16).to("meta")}, "weights.q_bias: got meta, wanted cpu as queries"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+def test_rejects(inputs: dict[str, Tensor], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention(**(inputs | change), backend=None)
