@@ -197,7 +197,9 @@ class ImageEncoder(nn.Module):
             x, normed = block(x, normed, None if is_last else self.blocks[index + 1].norm1)
             if index in self.intermediate_blocks:
                 intermediates.append(x)
-        return self.neck(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), intermediates
+        # Inside segment-anything the tokens lie channels-first in memory; a convolution's bits depend on it.
+        features = self.neck(x.permute(0, 3, 1, 2).contiguous())
+        return features.permute(0, 2, 3, 1), intermediates
 
     def position_table(self, height: int, width: int) -> Tensor:
         """The absolute positions (1, height, width, D), bicubic where the grid differs."""

@@ -216,9 +216,7 @@ class RefSAM(
             module.training = False
         return self
 
-    def preprocess(
-        self, frames: Tensor, image_size: int | None = None
-    ) -> tuple[Tensor, FrameSize]:
+    def preprocess(self, frames: Tensor, image_size: int | None = None) -> tuple[Tensor, FrameSize]:
         """Frames (B, H, W, 3) uint8 RGB to normalised pixels (B, 3, S, S) and their sizes.
 
         image_size takes another S than the model's own, a multiple of the patch size. See
@@ -232,7 +230,7 @@ class RefSAM(
         features, intermediates = self.image_encoder(pixels)
         embedding = F.normalize(features.flatten(1, 2), dim=-1)
         levels = self.dense_attention.project(embedding, intermediates)
-        return ImageFeatures(embedding, levels, (features.shape[1], features.shape[2]))
+        return ImageFeatures(levels[0], levels, (features.shape[1], features.shape[2]))
 
     def encode_text(self, expressions: Sequence[str]) -> TextPrompt:
         """P expressions to prompts; raises ExpressionError for one that cannot be understood."""
