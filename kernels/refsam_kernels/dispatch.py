@@ -210,9 +210,7 @@ def use_backend(request: str) -> Iterator[None]:
 
 
 def requested_backend(operator: str, argument: str = "") -> str:
-    """The backend that was asked for by name for an operator, or "": argument, then `use_backend`,
-    then the environment.
-    """
+    """The backend that was asked for by name, or "": argument, then `use_backend`, then environment."""
     if argument:
         check_backend(argument, "backend")
         return argument
@@ -226,11 +224,9 @@ def requested_backend(operator: str, argument: str = "") -> str:
 
 @lru_cache
 def parse_request(text: str, source: str) -> Mapping[str, str]:
-    """Reads "name" or "operator=name,..." into a mapping from operator ("" for every other) to
-    backend.
+    """Reads "name" or "operator=name,...": backends by operator, "" standing for every other one.
 
-    `source` says in errors where the text comes from. Raises `BackendError` for a name that is not
-    known.
+    `source` says in errors where the text comes from. Raises `BackendError` for an unknown name.
     """
     request = {}
     for item in filter(None, (part.strip() for part in text.split(","))):

@@ -1,5 +1,4 @@
-"""Registers an operator: forward and backward as opaque custom operators that choose their backend
-when they run.
+"""Registers an operator: forward and backward as opaque custom operators that choose their backend late.
 
 How to add an operator (`scaled_sum` stands for its name). In `refsam_kernels/scaled_sum/`:
 
@@ -47,11 +46,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, infer_schema
+from torch.library import Library, infer_schema, register_autograd, register_fake
 
 from refsam_kernels.dispatch import Dispatcher, requested_backend
 
 NAMESPACE = "refsam_kernels"
+# Not `torch.library.custom_op`: its first call imports torch._dynamo, which takes seconds.
+LIBRARY = Library(NAMESPACE, "FRAGMENT")
 
 
 class Operator:
@@ -65,11 +66,11 @@ class Operator:
         self.dispatcher = Dispatcher(name, package)
 
     def forward(self, fake: Callable[..., Any]) -> Callable[..., Any]:
-        """Registers the forward; the decorated function gives the schema and is the fake, its last
-        argument is `backend`.
+        """Registers the forward and returns it.
+
+        The decorated function gives the schema and is the fake; its last argument is `backend`.
         """
-        self._forward = self._register(self.name, "forward", fake)
-        return self._forward
+        return self._register(self.name, "forward", fake)
 
     def backward(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """Registers the backward in the same way; its own derivative raises `RuntimeError`."""
@@ -78,22 +79,22 @@ class Operator:
         def refuse(ctx: Any, *grads: Tensor) -> None:
             raise RuntimeError(f"{NAMESPACE}::{self.name}: second derivatives are not supported")
 
-        backward.register_autograd(refuse)
+        register_autograd(f"{NAMESPACE}::{self.name}_backward", refuse, lib=LIBRARY)
         return backward
 
     def _register(self, name: str, direction: str, fake: Callable[..., Any]) -> Any:
         def implementation(*arguments: Any) -> Any:
             return self.dispatcher.run(direction, arguments[:-1], arguments[-1])
 
-        schema = infer_schema(fake, mutates_args=())
-        operator = custom_op(f"{NAMESPACE}::{name}", implementation, mutates_args=(), schema=schema)
-        operator.register_fake(fake)
-        return operator
+        LIBRARY.define(name + infer_schema(fake, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
+        LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+        return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def differentiate(self, save: Callable[..., None], gradients: Callable[..., Any]) -> None:
-        """Registers the derivative: `save(ctx, inputs, output)` and `gradients(ctx, *grads)` as in
-        `torch.library`.
+        """Registers the derivative by `save(ctx, inputs, output)` and `gradients(ctx, *grads)`.
 
+        They are what `torch.library.register_autograd` calls `setup_context` and `backward`.
         `ctx.backend` is the backend that the caller asked for by name, or "": the backward can run
         on another thread, or after a `use_backend` block, and still keeps to it.
         """
@@ -102,7 +103,8 @@ class Operator:
             ctx.backend = requested_backend(self.name, inputs[-1])
             save(ctx, inputs, output)
 
-        self._forward.register_autograd(gradients, setup_context=setup_context)
+        name = f"{NAMESPACE}::{self.name}"
+        register_autograd(name, gradients, setup_context=setup_context, lib=LIBRARY)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -116,9 +118,7 @@ def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
 
 
 def empty_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Uninitialised contiguous gradients of the tensors; one that is not needed, or of None, has no
-    elements.
-    """
+    """Uninitialised contiguous gradients; of a tensor that is None or not in need, one without elements."""
     first = next(tensor for tensor in tensors if tensor is not None)
     return tuple(
         tensor.new_empty(tensor.shape) if tensor is not None and need else first.new_empty(0)
@@ -172,8 +172,7 @@ def gradients_by_vjp(
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """Lets autograd record inside the implementation of a custom operator, where torch has switched
-    it off.
+    """Lets autograd record inside a custom operator's implementation, where torch has switched it off.
 
     `torch.func.vjp` would do without the private names, but breaks there under any dispatch mode:
     under a FLOP counter, selective checkpointing and `opcheck`.

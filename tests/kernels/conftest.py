@@ -1,0 +1,32 @@
+"""What the tests of the kernels share: memory that the library does not write shows."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def poisoned(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`create`, but with NaN in floating point tensors that code of the library asks for."""
+
+    def create_poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = create(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        is_library = caller.split(".")[0] == "refsam_kernels"
+        return tensor.fill_(float("nan")) if is_library and tensor.is_floating_point() else tensor
+
+    return create_poisoned
+
+
+@pytest.fixture(autouse=True)
+def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills uninitialised tensors of the library with NaN: an output that is not written cannot pass."""
+    for owner, names in (
+        (torch, ("empty", "empty_like", "empty_strided")),
+        (Tensor, ("new_empty", "new_empty_strided")),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
