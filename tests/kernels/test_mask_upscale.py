@@ -51,18 +51,20 @@ def test_matches_reference(backend: str, dtype: torch.dtype, sizes: tuple[int, .
     checks.check_matches_reference(mask_upscale, make_inputs(*sizes), backend, dtype)
 
 
+@pytest.mark.parametrize("expressions", [1, 2])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_equals_segment_anything(backend: str) -> None:
+def test_equals_segment_anything(backend: str, expressions: int) -> None:
     """`output_upscaling` and the product with the hypernetworks' outputs, as in `MaskDecoder.predict_masks`."""
     decoder = load_sam_modeling().mask_decoder.MaskDecoder
     upscaling = randomise(decoder(transformer_dim=64, transformer=None).output_upscaling)
     torch.manual_seed(1)
-    features, hyper = torch.randn(2, 6, 9, 64), torch.randn(2, 4, 8)
+    tokens, hyper = torch.randn(expressions, 54, 64), torch.randn(expressions, 4, 8)
     conv1, norm, _, conv2, _ = upscaling
     with torch.no_grad():
-        upscaled = upscaling(features.permute(0, 3, 1, 2))
-        wanted = (hyper @ upscaled.flatten(2)).view(2, 4, 24, 36)
+        upscaled = upscaling(tokens.transpose(1, 2).view(expressions, 64, 6, 9))
+        wanted = (hyper @ upscaled.flatten(2)).view(expressions, 4, 24, 36)
         parameters = [x for layer in (conv1, norm, conv2) for x in (layer.weight, layer.bias)]
+        features = tokens.view(expressions, 6, 9, 64)
         found = mask_upscale(features, hyper, *parameters, eps=norm.eps, backend=backend)
     if backend == "reference":
         assert torch.equal(found, wanted)
