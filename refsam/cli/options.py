@@ -1,5 +1,6 @@
 """Options that several sub-commands share, and what ``--device`` and ``--dtype`` mean."""
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,6 +52,9 @@ def choose_device(name: str) -> "torch.device":
     Raises:
         UserError: the machine has no such GPU.
     """
+    # Decoder, encoder and torch share the cores. OpenMP's threads would wait for each other by spinning and so keep
+    # the others off them: on two busy cores a frame then took 300 times as long. Read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     count = torch.cuda.device_count()
