@@ -118,9 +118,9 @@ py::array_t<double> contour(const py::array& prediction, const py::array& truth,
   double* out = scores.mutable_data();
   for_each_frame(input.truth.count, threads, [&](int64_t t) {
     const auto object = [&](const Frames& frames) {
-      return make_contour(known(where_unequal(frames[t], 0), input.unknown, t));
+      return make_contour(known(where_unequal(frames[t], 0), input.unknown, t), reach);
     };
-    out[t] = contour_accuracy(object(input.prediction), object(input.truth), reach);
+    out[t] = contour_accuracy(object(input.prediction), object(input.truth));
   });
   return scores;
 }
@@ -133,13 +133,14 @@ struct Object {
 
 // The objects of one frame; a number that a pixel cannot hold is an empty object.
 std::vector<Object> find_objects(const Frames& frames, const std::vector<int64_t>& ids,
-                                 const std::optional<Frames>& unknown, int64_t t) {
+                                 const std::optional<Frames>& unknown,
+                                 const std::vector<int64_t>& reach, int64_t t) {
   std::vector<Object> objects;
   for (const int64_t id : ids) {
     BitMap mask = 0 <= id && id <= 255 ? where_equal(frames[t], static_cast<uint8_t>(id))
                                        : BitMap(frames.height, frames.width);
     mask = known(std::move(mask), unknown, t);
-    Contour contour = make_contour(mask);
+    Contour contour = make_contour(mask, reach);
     objects.push_back({make_region(std::move(mask)), std::move(contour)});
   }
   return objects;
@@ -159,13 +160,13 @@ py::array_t<double> labels(const py::array& prediction, const py::array& truth,
   double* out = scores.mutable_data();
   for_each_frame(frames, threads, [&](int64_t t) {
     const std::vector<Object> predicted =
-        find_objects(input.prediction, prediction_ids, input.unknown, t);
+        find_objects(input.prediction, prediction_ids, input.unknown, reach, t);
     double* region_out = out + t;
     double* contour_out = region_out + pairs * frames;
-    for (const Object& object : find_objects(input.truth, truth_ids, input.unknown, t)) {
+    for (const Object& object : find_objects(input.truth, truth_ids, input.unknown, reach, t)) {
       for (const Object& other : predicted) {
         *region_out = region_similarity(other.region, object.region);
-        *contour_out = contour_accuracy(other.contour, object.contour, reach);
+        *contour_out = contour_accuracy(other.contour, object.contour);
         region_out += frames;
         contour_out += frames;
       }

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__SSE2__) && !defined(REFSAM_PORTABLE)
+#ifdef __SSE2__
 #include <emmintrin.h>
 #endif
 
@@ -13,7 +13,7 @@ namespace refsam::metrics {
 namespace {
 
 // Bit i says whether pixels[i] equals `value`, for 64 pixels.
-#if defined(__SSE2__) && !defined(REFSAM_PORTABLE)
+#ifdef __SSE2__
 uint64_t equal_bits(const uint8_t* pixels, uint8_t value) {
   const __m128i wanted = _mm_set1_epi8(static_cast<char>(value));
   uint64_t result = 0;
@@ -74,66 +74,59 @@ uint64_t right_neighbours(const uint64_t* row, int64_t w, int64_t words, int64_t
   return row[w] >> 1 | (row[w] & uint64_t{1} << last);
 }
 
-// Whether the row has a pixel in the columns first..last.
-bool any_between(const uint64_t* row, int64_t first, int64_t last) {
-  const int64_t begin = first / 64, end = last / 64;
-  const uint64_t head = ~uint64_t{0} << first % 64, tail = low_bits(last % 64 + 1);
-  if (begin == end) return (row[begin] & head & tail) != 0;
-  if ((row[begin] & head) != 0 || (row[end] & tail) != 0) return true;
-  return std::any_of(row + begin + 1, row + end, [](uint64_t word) { return word != 0; });
+// Some words of a row.
+struct Span {
+  int64_t begin, end;
+};
+
+// The words of a row that have pixels, widened by `radius` pixels on both sides.
+Span reached_words(const uint64_t* row, int64_t words, int64_t radius) {
+  const auto occupied = [](uint64_t word) { return word != 0; };
+  const uint64_t* first = std::find_if(row, row + words, occupied);
+  if (first == row + words) return {0, 0};
+  const uint64_t* last = row + words - 1;
+  while (*last == 0) --last;
+  const int64_t margin = (radius + 63) / 64;
+  return {std::max<int64_t>(first - row - margin, 0), std::min(last - row + 1 + margin, words)};
 }
 
-// Whether the contour has a pixel within the disk around (y, x).
-bool is_near(const Contour& contour, int64_t y, int64_t x, const std::vector<int64_t>& reach) {
-  const BitMap& map = contour.boundary;
-  const auto radius = static_cast<int64_t>(reach.size()) - 1;
-  const auto row_is_near = [&](int64_t row, int64_t half) {
-    return row >= 0 && row < map.height && contour.occupied[row] != 0 &&
-           any_between(map.bits.data() + row * map.words, std::max<int64_t>(x - half, 0),
-                       std::min(x + half, map.width - 1));
-  };
-  // Rows from the centre on: most pixels find their partner close by.
-  for (int64_t d = 0; d <= radius; ++d) {
-    if (row_is_near(y - d, reach[d]) || row_is_near(y + d, reach[d])) return true;
-  }
-  return false;
-}
-
-// The rows y - radius to y + radius of a contour, united.
-void unite_rows(const Contour& contour, int64_t y, int64_t radius, std::vector<uint64_t>& united) {
-  const BitMap& map = contour.boundary;
-  std::fill(united.begin(), united.end(), uint64_t{0});
-  const int64_t last = std::min(y + radius, map.height - 1);
-  for (int64_t row = std::max<int64_t>(y - radius, 0); row <= last; ++row) {
-    if (contour.occupied[row] == 0) continue;
-    const uint64_t* bits = map.bits.data() + row * map.words;
-    for (int64_t w = 0; w < map.words; ++w) united[w] |= bits[w];
+// Adds to a row itself moved by `step` pixels, 1 to 63, to the left and to the right.
+void widen(std::vector<uint64_t>& row, Span span, int64_t step) {
+  uint64_t before = 0;
+  for (int64_t w = span.begin; w < span.end; ++w) {
+    const uint64_t here = row[w], after = w + 1 < span.end ? row[w + 1] : 0;
+    row[w] = here | here << step | here >> step | before >> (64 - step) | after << (64 - step);
+    before = here;
   }
 }
 
-// Number of pixels of `from` that have a pixel of `to` within the disk.
-int64_t count_near(const Contour& from, const Contour& to, const std::vector<int64_t>& reach) {
-  const BitMap& map = from.boundary;
+// All pixels within the disk of a boundary pixel; bits behind the last column may be set.
+BitMap dilate(const BitMap& boundary, const std::vector<int64_t>& reach) {
   const auto radius = static_cast<int64_t>(reach.size()) - 1;
-  std::vector<uint64_t> band(static_cast<size_t>(map.words));
-  int64_t total = 0;
-  for (int64_t y = 0; y < map.height; ++y) {
-    if (from.occupied[y] == 0) continue;
-    unite_rows(to, y, radius, band);
-    for (int64_t w = 0; w < map.words; ++w) {
-      const uint64_t pixels = map.bits[y * map.words + w];
-      uint64_t alone = pixels & ~to.boundary.bits[y * map.words + w];
-      total += popcount(pixels) - popcount(alone);
-      for (; alone != 0; alone &= alone - 1) {
-        const int64_t x = 64 * w + std::countr_zero(alone);
-        // Where even the square around the pixel is empty, the disk is too.
-        const bool possible = any_between(band.data(), std::max<int64_t>(x - radius, 0),
-                                          std::min(x + radius, map.width - 1));
-        total += possible && is_near(to, y, x, reach) ? 1 : 0;
+  BitMap result(boundary.height, boundary.width);
+  std::vector<uint64_t> row(static_cast<size_t>(boundary.words));
+  for (int64_t y = 0; y < boundary.height; ++y) {
+    const uint64_t* bits = boundary.bits.data() + y * boundary.words;
+    const Span span = reached_words(bits, boundary.words, radius);
+    if (span.begin == span.end) continue;
+    std::copy(bits + span.begin, bits + span.end, row.begin() + span.begin);
+    int64_t half = 0;
+    // From the disk's narrow ends to its centre, so that the row only ever grows.
+    for (int64_t d = radius; d >= 0; --d) {
+      while (half < reach[d]) {
+        // A longer step would leave gaps.
+        const int64_t step = std::min<int64_t>({reach[d] - half, 2 * half + 1, 63});
+        widen(row, span, step);
+        half += step;
+      }
+      for (const int64_t target : {y - d, y + d}) {
+        if (target < 0 || target >= boundary.height) continue;
+        uint64_t* out = result.bits.data() + target * boundary.words;
+        for (int64_t w = span.begin; w < span.end; ++w) out[w] |= row[w];
       }
     }
   }
-  return total;
+  return result;
 }
 
 }  // namespace
@@ -151,24 +144,21 @@ Region make_region(BitMap mask) {
   return {std::move(mask), area};
 }
 
-Contour make_contour(const BitMap& mask) {
-  Contour contour{BitMap(mask.height, mask.width), 0,
-                  std::vector<uint8_t>(static_cast<size_t>(mask.height))};
+Contour make_contour(const BitMap& mask, const std::vector<int64_t>& reach) {
+  BitMap boundary(mask.height, mask.width);
   for (int64_t y = 0; y < mask.height; ++y) {
     const uint64_t* row = mask.bits.data() + y * mask.words;
     const uint64_t* below = y + 1 < mask.height ? row + mask.words : row;
-    uint64_t any = 0;
     for (int64_t w = 0; w < mask.words; ++w) {
       const uint64_t right = right_neighbours(row, w, mask.words, mask.width);
       const uint64_t diagonal = right_neighbours(below, w, mask.words, mask.width);
-      const uint64_t found = (row[w] ^ right) | (row[w] ^ below[w]) | (row[w] ^ diagonal);
-      contour.boundary.bits[y * mask.words + w] = found;
-      contour.length += popcount(found);
-      any |= found;
+      boundary.bits[y * mask.words + w] =
+          (row[w] ^ right) | (row[w] ^ below[w]) | (row[w] ^ diagonal);
     }
-    contour.occupied[y] = any != 0;
   }
-  return contour;
+  const int64_t length = count(boundary);
+  BitMap surroundings = dilate(boundary, reach);
+  return {std::move(boundary), std::move(surroundings), length};
 }
 
 std::vector<int64_t> disk_reach(int64_t radius) {
@@ -187,15 +177,15 @@ double region_similarity(const Region& prediction, const Region& truth) {
   return together == 0 ? 1.0 : static_cast<double>(common) / static_cast<double>(together);
 }
 
-double contour_accuracy(const Contour& prediction, const Contour& truth,
-                        const std::vector<int64_t>& reach) {
+double contour_accuracy(const Contour& prediction, const Contour& truth) {
   if (prediction.length == 0 || truth.length == 0) {
     return prediction.length == truth.length ? 1.0 : 0.0;
   }
-  const double precision = static_cast<double>(count_near(prediction, truth, reach)) /
-                           static_cast<double>(prediction.length);
-  const double recall =
-      static_cast<double>(count_near(truth, prediction, reach)) / static_cast<double>(truth.length);
+  const auto share_near = [](const Contour& one, const Contour& other) {
+    return static_cast<double>(count_common(one.boundary, other.surroundings)) /
+           static_cast<double>(one.length);
+  };
+  const double precision = share_near(prediction, truth), recall = share_near(truth, prediction);
   const double sum = precision + recall;
   return sum == 0.0 ? 0.0 : 2 * precision * recall / sum;
 }

@@ -28,11 +28,11 @@ struct Region {
   int64_t area;
 };
 
-// The boundary of a mask, the number of its pixels, and which rows have any.
+// The boundary of a mask, everything within the disk of one of its pixels, and its length in
+// pixels.
 struct Contour {
-  BitMap boundary;
+  BitMap boundary, surroundings;
   int64_t length;
-  std::vector<uint8_t> occupied;
 };
 
 // Pixels that equal `value`.
@@ -47,8 +47,8 @@ void clear_where(BitMap& map, const BitMap& other);
 Region make_region(BitMap mask);
 
 // Boundary pixels are unlike their right, lower or lower right neighbour; past the image's edge
-// lies a copy of its last column and row. This is _seg2bmap of davis2017.
-Contour make_contour(const BitMap& mask);
+// lies a copy of its last column and row. This is _seg2bmap of davis2017. `reach` is the disk's.
+Contour make_contour(const BitMap& mask, const std::vector<int64_t>& reach);
 
 // Half widths of the rows 0..radius of the disk x^2 + y^2 <= radius^2.
 std::vector<int64_t> disk_reach(int64_t radius);
@@ -57,7 +57,6 @@ std::vector<int64_t> disk_reach(int64_t radius);
 double region_similarity(const Region& prediction, const Region& truth);
 
 // F: harmonic mean of the shares of boundary pixels that have a partner within the disk.
-double contour_accuracy(const Contour& prediction, const Contour& truth,
-                        const std::vector<int64_t>& reach);
+double contour_accuracy(const Contour& prediction, const Contour& truth);
 
 }  // namespace refsam::metrics

@@ -16,7 +16,7 @@ from refsam.evaluation.clips import Clip, Layout, RunLengths, Truth, find_clips
 from refsam.evaluation.problems import MaskProblemsError, Problem
 from refsam.evaluation.protocols import Protocol, find_protocol
 from refsam.evaluation.results import MaskEvaluation, ObjectScores
-from refsam.metrics import contour_accuracy, label_scores, region_similarity
+from refsam.metrics import label_scores, sequence_scores
 
 VOID = 255
 _NOBODY = -1  # an object number that no pixel holds: the prediction of nothing
@@ -204,12 +204,8 @@ class _PairedScorer:
             )
             if predicted.any():
                 self.seen.add(number)
-            frame.append(
-                (
-                    float(region_similarity(predicted, true)),
-                    float(contour_accuracy(predicted, true)),
-                )
-            )
+            scores = sequence_scores(predicted, true)
+            frame.append((scores.region[0], scores.contour[0]))
         self.pairs.append(frame)
 
     def scores(self) -> list[ObjectScores]:

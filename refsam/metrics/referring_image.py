@@ -79,8 +79,9 @@ def intersection_union(
             raise ValueError(f"{name}: got shape {mask.shape}, want (H, W) equal to {shape}")
         if mask.dtype.kind not in "biu":
             raise ValueError(f"{name}: got dtype {mask.dtype}, want bool or an integer type")
-    predicted, true = masks["prediction"] != 0, masks["truth"] != 0
-    known = masks["ignore"] == 0 if ignore is not None else True
+    # Not "mask != 0", which turns masks of bool into int64 first.
+    predicted, true, *others = (mask.astype(np.bool_, copy=False) for mask in masks.values())
+    known = ~others[0] if others else True
     intersection = np.count_nonzero(predicted & true & known)
     return int(intersection), int(np.count_nonzero((predicted | true) & known))
 

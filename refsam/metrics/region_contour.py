@@ -92,12 +92,13 @@ def sequence_scores(
     void: ArrayLike | None = None,
     bound: float = BOUND,
 ) -> SequenceScores:
-    """J and F of every frame of `(T, H, W)` masks.
+    """J and F of every frame of `(T, H, W)` masks, or of one `(H, W)` frame; sooner than one by one.
 
     Raises ValueError as `contour_accuracy` does.
     """
-    region = np.atleast_1d(region_similarity(prediction, truth, void))
-    return SequenceScores(region, np.atleast_1d(contour_accuracy(prediction, truth, void, bound)))
+    predicted, true, unknown = _checked(prediction, truth, void)
+    region, contour = label_scores(_as_mask(predicted), _as_mask(true), [1], [1], unknown, bound)
+    return SequenceScores(np.atleast_1d(region[0, 0]), np.atleast_1d(contour[0, 0]))
 
 
 def label_scores(
@@ -162,7 +163,7 @@ def boundary(mask: ArrayLike) -> Mask:
     image's own edges.
     Returns `(H, W)` bool. Follows `_seg2bmap` of davis2017.
     """
-    inside = np.asarray(mask) != 0
+    inside = _as_mask(np.asarray(mask))
     result = np.zeros_like(inside)
     here, right, below, diagonal = (
         inside[:-1, :-1],
@@ -247,11 +248,16 @@ def _without(void: Mask | None, mask: Mask) -> Mask:
     return mask if void is None else mask & ~void
 
 
+def _as_mask(values: NDArray) -> Mask:
+    # Not "values != 0", which turns masks of bool into int64 first.
+    return values.astype(np.bool_, copy=False)
+
+
 def _as_frames(mask: NDArray | None) -> NDArray | None:
     """A mask as the compiled module takes it: `(T, H, W)`, bool or uint8, in C order."""
     if mask is None:
         return None
-    small = mask if mask.dtype in (np.uint8, np.bool_) else mask != 0
+    small = mask if mask.dtype in (np.uint8, np.bool_) else _as_mask(mask)
     return np.ascontiguousarray(small if mask.ndim == 3 else small[None])
 
 
@@ -285,7 +291,7 @@ def _per_frame(
     """`score` of every frame, cleared of void: float64 `(T,)`, or a float for a single mask."""
     scores = np.array(
         [
-            score(_without(v, p != 0), _without(v, g != 0))
+            score(_without(v, _as_mask(p)), _without(v, _as_mask(g)))
             for p, g, v in _frames(prediction, truth, void)
         ],
         dtype=np.float64,
@@ -312,4 +318,4 @@ def _checked(
             raise ValueError(f"{name}: got shape {mask.shape}, want {prediction.shape}")
         if mask.dtype.kind not in "biu":
             raise ValueError(f"{name}: got dtype {mask.dtype}, want bool or an integer type")
-    return prediction, truth, None if void is None else masks["void"] != 0
+    return prediction, truth, None if void is None else _as_mask(masks["void"])
