@@ -48,15 +48,18 @@ class SentenceScore:
 
 def benchmark_clip(index: int) -> GeneratedClip:
     """Clip `index` of the benchmark, its sentence about a present object first, the one about an absent object second."""
-    kinds = (KINDS[index % (len(KINDS) - 1)], "absent")
-    return generate_clip(
-        _SEED + index,
-        frames=FRAMES,
-        size=_SIZES[index % len(_SIZES)],
-        kinds=kinds,
-        with_photographs=True,
-        held_out=True,
-    )
+    return generate_clip(**benchmark_arguments(index), with_photographs=True)
+
+
+def benchmark_arguments(index: int) -> dict[str, Any]:
+    """What clip `index` is drawn from: seed, frames, size, kinds of sentence, and that training never sees the like."""
+    return {
+        "seed": _SEED + index,
+        "frames": FRAMES,
+        "size": _SIZES[index % len(_SIZES)],
+        "kinds": (KINDS[index % (len(KINDS) - 1)], "absent"),
+        "held_out": True,
+    }
 
 
 def table(summary: dict[str, Any]) -> str:

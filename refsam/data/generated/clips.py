@@ -93,19 +93,30 @@ def generate_clip(
     ValueError where no scene allows all the kinds.
     """
     images = photographs(held_out) if with_photographs else ()
+    scene, sentences = sample_clip(seed, frames, size, kinds, len(images), held_out)
+    pixels, owner = render([scene], images, torch.Generator().manual_seed(seed))
+    masks = _masks(owner[0], sentences)
+    return GeneratedClip(pixels[0], masks, [s.text for s in sentences], [s.kind for s in sentences])
+
+
+def sample_clip(
+    seed: int,
+    frames: int,
+    size: tuple[int, int],
+    kinds: tuple[str, ...],
+    photographs: int,
+    held_out: bool,
+) -> tuple[Scene, list[Sentence]]:
+    """What `generate_clip` draws, before any pixel; `photographs` is how many backgrounds there are to choose from."""
     for attempt in range(1000):
         random = np.random.default_rng([seed, attempt])
-        scene = sample_scene(random, np.arange(frames), size, len(images), held_out)
+        scene = sample_scene(random, np.arange(frames), size, photographs, held_out)
         grammar = Grammar(random, held_out)
         sentences = [grammar.sentence(scene, kind) for kind in kinds]
         found = [sentence for sentence in sentences if sentence is not None]
         if len(found) == len(kinds) and len({s.targets for s in found}) == len(kinds):
-            break
-    else:
-        raise ValueError(f"kinds: no scene with seed {seed} allows sentences of all of {kinds}")
-    pixels, owner = render([scene], images, torch.Generator().manual_seed(seed))
-    masks = _masks(owner[0], found)
-    return GeneratedClip(pixels[0], masks, [s.text for s in found], [s.kind for s in found])
+            return scene, found
+    raise ValueError(f"kinds: no scene with seed {seed} allows sentences of all of {kinds}")
 
 
 def _times(random: np.random.Generator, frames: int) -> np.ndarray:
