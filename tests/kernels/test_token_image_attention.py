@@ -218,6 +218,17 @@ def test_autocast_keeps_the_residual(inputs: dict[str, Tensor], backend: str) ->
     torch.testing.assert_close(found, normed)
 
 
+def test_autocast_takes_keys_of_another_dtype(inputs: dict[str, Tensor]) -> None:
+    """As layers before it leave them: tokens in float32, image features in bfloat16."""
+    inputs = checks.cast(inputs, torch.float32)
+    inputs["keys"] = inputs["keys"].bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attention(**inputs, backend=None)
+        wanted = attention(**(inputs | {"keys": inputs["keys"].float()}), backend=None)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
 def test_autocast_lowers_the_products(inputs: dict[str, Tensor]) -> None:
     inputs = checks.cast(inputs, torch.float32)
     outputs, gradients = checks.run(attention, inputs, "fallback")

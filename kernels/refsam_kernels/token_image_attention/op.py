@@ -138,11 +138,14 @@ def token_image_attention(
         backend: name of the backend, None for the best that can run.
 
     Returns:
-        (P, Tq, C) in the dtype of the queries. Autocast lowers the dtype of the products only, not of the residual.
+        (P, Tq, C) in the dtype of the queries. Autocast lowers the dtype of the products only, not of the residual; under it the
+        keys may have another dtype.
 
     Raises:
         ValueError: a shape, dtype, device or value does not fit; `BackendError` if the backend cannot run.
     """
+    if torch.is_autocast_enabled(queries.device.type):
+        keys, query_pe, key_pe = (x.to(queries.dtype) for x in (keys, query_pe, key_pe))
     _check_tokens(queries, keys, query_pe, key_pe, key_lengths)
     _check_weights(queries, weights, norm_weight, norm_bias, num_heads)
     tensors = (queries, keys, query_pe, key_pe, *autocast(*weights), norm_weight, norm_bias)
