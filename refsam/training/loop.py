@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from refsam.config import RefSAMConfig, config_from_dict
 from refsam.data.generated import GeneratedBatch, generate_batch
+from refsam.data.generated.clips import COLOUR_CLASSES, SHAPE_CLASSES
 from refsam.errors import UserError
 from refsam.model import RefSAM
-from refsam.training.losses import mask_losses
+from refsam.training.losses import AttributeHead, mask_losses
 from refsam.training.parameters import build_optimiser, learning_rate, update_average
 from refsam.training.settings import StageSettings, TrainingSettings
 
@@ -49,7 +50,11 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = _build_model(settings).to(settings.device)
         self.model.train()
-        self.optimiser = build_optimiser(self.model, settings.optimiser)
+        self.head = AttributeHead(
+            self.model.config.prompt_dim, len(COLOUR_CLASSES), len(SHAPE_CLASSES)
+        ).to(settings.device)
+        trained = nn.ModuleList([self.model, *([self.head] if settings.loss.attributes else [])])
+        self.optimiser = build_optimiser(trained, settings.optimiser)
         self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.step = 0
         self.steps = sum(stage.steps for stage in settings.stages)
@@ -137,7 +142,11 @@ class Trainer:
                         stage.loss_scale,
                     )
                 )
-        return {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
+            losses = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
+            if self.settings.loss.attributes:
+                losses["attributes"] = self.head(image, batch.attributes.flatten(0, 1))
+        weighted = [getattr(self.settings.loss, name) * value for name, value in losses.items()]
+        return losses | {"total": torch.stack(weighted).sum()}
 
     def _autocast(self) -> Any:
         if self.settings.dtype == "float32":
@@ -157,6 +166,7 @@ class Trainer:
         state = {
             "model": self.model.state_dict(),
             "average": self.average,
+            "head": self.head.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
         }
@@ -179,6 +189,7 @@ class Trainer:
                 self._log({"step": self.step, "damaged": f"{path}: {error}"})
                 continue
             self.model.load_state_dict(state["model"])
+            self.head.load_state_dict(state["head"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.average, self.step = state["average"], state["step"]
             return

@@ -40,11 +40,12 @@ class OptimiserSettings:
 
 @dataclass(frozen=True, config=_CLOSED)
 class LossSettings:
-    """Weights of the losses of `refsam.training.losses`."""
+    """Weights of the losses of `refsam.training.losses`; `attributes` needs generated clips."""
 
     focal: NonNegativeFloat = 1.0
     dice: NonNegativeFloat = 1.0
     iou: NonNegativeFloat = 0.0
+    attributes: NonNegativeFloat = 0.0
 
 
 @dataclass(frozen=True, config=_CLOSED)

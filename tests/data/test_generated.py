@@ -6,6 +6,7 @@ import torch
 
 from refsam.data.generated import generate_batch, generate_clip
 from refsam.data.generated.backgrounds import _HELD_OUT, _TRAINED, photographs
+from refsam.data.generated.clips import COLOUR_CLASSES
 from refsam.data.generated.grammar import (
     _TEMPLATES,
     COLOUR_WORDS,
@@ -48,6 +49,24 @@ def test_batch_shapes_and_types():
 )
 def test_hues(name, expected):
     assert np.allclose(to_rgb(float(name.split()[1]), 1.0, 1.0), expected)
+
+
+def test_attributes_are_those_of_the_object_that_is_seen():
+    batch = generate_batch(0, 1, clips=4, frames=2, expressions=6, size=SIZE)
+    assert batch.attributes.shape == (4, 2, *SIZE, 2)
+    checked = 0
+    for clip, sentences in enumerate(batch.sentences):
+        for sentence, mask in zip(sentences, batch.masks[clip], strict=True):
+            words = set(sentence.text.split())
+            names = [name for name, synonyms in COLOUR_WORDS.items() if words & set(synonyms)]
+            if sentence.kind != "colour" or not mask.any():
+                continue
+            checked += 1
+            assert {COLOUR_CLASSES[i] for i in batch.attributes[clip][mask][:, 0].unique()} == set(
+                names
+            )
+    assert checked > 2
+    assert (batch.attributes[..., 0] == 0).equal(batch.attributes[..., 1] == 0)  # the background
 
 
 def test_outlines_have_unit_area():

@@ -7,9 +7,14 @@ import torch
 from torch import Tensor
 
 from refsam.data.generated.backgrounds import photographs
-from refsam.data.generated.grammar import KINDS, Grammar, Sentence
+from refsam.data.generated.grammar import Grammar, Sentence
+from refsam.data.generated.palette import COLOURS
 from refsam.data.generated.render import render
 from refsam.data.generated.scene import Scene, sample_scene
+from refsam.data.generated.shapes import NAMED_SHAPES
+
+COLOUR_CLASSES = ("background", "no name", *(colour.name for colour in COLOURS))
+SHAPE_CLASSES = ("background", "no name", *(shape.name for shape in NAMED_SHAPES))
 
 # How often a training sentence is of each kind.
 _TRAINED_KINDS = {
@@ -29,12 +34,15 @@ _TRAINED_KINDS = {
 class GeneratedBatch:
     """B clips of T frames with E sentences each.
 
-    `frames (B, T, H, W, 3)` uint8 RGB; `masks (B, E, T, H, W)` bool, the visible part; `sentences` B lists of E.
+    `frames (B, T, H, W, 3)` uint8 RGB; `masks (B, E, T, H, W)` bool, the visible part; `sentences` B lists of E;
+    `attributes (B, T, H, W, 2)` uint8, what is seen at each pixel: colour and shape, numbered as in `COLOUR_CLASSES` and
+    `SHAPE_CLASSES`.
     """
 
     frames: Tensor
     masks: Tensor
     sentences: list[list[Sentence]]
+    attributes: Tensor
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,8 @@ def generate_batch(
     )
     pixels, owner = render(scenes, images, generator)
     masks = torch.stack([_masks(owner[b], sentences[b]) for b in range(clips)])
-    return GeneratedBatch(pixels, masks, sentences)
+    attributes = torch.stack([_attributes(owner[b], scenes[b]) for b in range(clips)])
+    return GeneratedBatch(pixels, masks, sentences, attributes)
 
 
 def generate_clip(
@@ -150,4 +159,11 @@ def _masks(owner: Tensor, sentences: list[Sentence]) -> Tensor:
     return masks
 
 
-__all__ = ["KINDS", "GeneratedBatch", "GeneratedClip", "generate_batch", "generate_clip"]
+def _attributes(owner: Tensor, scene: Scene) -> Tensor:
+    """(T, H, W, 2) uint8 from owner (T, H, W): the numbers of colour and shape, 0 the background, 1 without a name."""
+    rows = [(0, 0)]
+    for item in scene.objects:
+        pair = (item.colour_index, item.shape_index)
+        rows.append(tuple(1 if index is None else index + 2 for index in pair))
+    table = torch.tensor(rows, dtype=torch.uint8, device=owner.device)
+    return table[owner.long() + 1]
