@@ -139,6 +139,7 @@ def _check(
     """Raises `ValueError` for what `rel_pos_attention` cannot take."""
     require(qkv.dim() == 4, "qkv", f"shape {tuple(qkv.shape)}", "(B, h, w, 3*D)")
     _, h, w, width = qkv.shape
+    require(h > 0 and w > 0, "qkv", f"shape {tuple(qkv.shape)}", "a grid with tokens")
     require(num_heads > 0, "num_heads", num_heads, "a positive number")
     multiple = f"(B, h, w, 3*D) with D a multiple of num_heads={num_heads}"
     require(
