@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -185,7 +186,7 @@ class Trainer:
                 continue
             try:
                 state = torch.load(path, map_location=self.settings.device, weights_only=True)
-            except (OSError, RuntimeError, EOFError) as error:
+            except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
                 self._log({"step": self.step, "damaged": f"{path}: {error}"})
                 continue
             self.model.load_state_dict(state["model"])
