@@ -88,10 +88,7 @@ class Trainer:
         losses = self._losses(batch, stage)
         values = {name: float(value.detach()) for name, value in losses.items()}
         if not math.isfinite(values["total"]):
-            raise UserError(
-                f"the loss is {values['total']} at step {self.step} (seed {self.settings.seed}); the state of step "
-                f"{self.step - self.step % self.settings.save_every} is kept in {self.output}: lower optimiser.learning_rate"
-            )
+            raise self._stop("loss")
         self.optimiser.zero_grad(set_to_none=True)
         losses["total"].backward()
         norm = torch.nn.utils.clip_grad_norm_(
@@ -132,6 +129,8 @@ class Trainer:
             track, steps = None, []
             for t in range(frames):
                 output = self.model.decode(image, text, clip_index * frames + t, track)
+                if not output.logits.isfinite().all():
+                    raise self._stop("predicted mask")
                 track = output.track_token
                 steps.append(
                     mask_losses(
@@ -148,6 +147,13 @@ class Trainer:
                 losses["attributes"] = self.head(image, batch.attributes.flatten(0, 1))
         weighted = [getattr(self.settings.loss, name) * value for name, value in losses.items()]
         return losses | {"total": torch.stack(weighted).sum()}
+
+    def _stop(self, what: str) -> UserError:
+        saved = self.step - self.step % self.settings.save_every
+        return UserError(
+            f"the {what} is not a number at step {self.step} (seed {self.settings.seed}); the state of step {saved} is kept "
+            f"in {self.output}: lower optimiser.learning_rate"
+        )
 
     def _autocast(self) -> Any:
         if self.settings.dtype == "float32":
