@@ -415,13 +415,14 @@ def test_two_frames_are_too_few_for_the_semi_supervised_protocol(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_score_at_least_1_8_times_as_fast(tmp_path):
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("needs two cores")
+    idle = len(os.sched_getaffinity(0)) - os.getloadavg()[0]
+    if idle < 1.5:
+        pytest.skip(f"needs two idle cores, there are {idle:.1f}")
     random = np.random.default_rng(0)
     maps = [square(*random.integers(0, 300, 2), size=(480, 854), side=150) for _ in range(67)]
     for folder in ("gt", "pred"):
         write_maps(tmp_path / folder / "0", maps)
-        for video in range(1, 30):  # as many frames as the validation set of DAVIS 2017 has
+        for video in range(1, 60):  # twice the frames of the validation set of DAVIS 2017
             (tmp_path / folder / f"{video}").symlink_to(tmp_path / folder / "0")
     seconds = {}
     for processes in (1, 2):
