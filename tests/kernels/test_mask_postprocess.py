@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from refsam_kernels import mask_postprocess, use_backend
-from refsam_kernels.mask_postprocess.resize import resize_matrix
+from refsam_kernels.mask_postprocess.resize import resize_matrix, two_resizes
 
 BACKENDS = ["reference", "fallback"]
 SIZES = {  # logits, image_size, input_size, output_size
@@ -110,6 +110,16 @@ def test_resize_matrix_is_narrow_and_averages(
         (used,) = row.nonzero(as_tuple=True)
         assert len(used) <= 4
         assert used.max() - used.min() <= max(3, 2 * low // image + 1)
+
+
+@pytest.mark.parametrize("name", ["480p", "1080p", "odd"])
+def test_resized_logits_round_positions_as_pytorch(name: str) -> None:
+    """Exact positions instead of PyTorch's float32 ones would be 1e-4 of the largest logit off at 1080p."""
+    shape, image, cropped, output = SIZES[name]
+    logits = make_logits(shape)
+    resizes = two_resizes(shape[1:], image, cropped, output, logits.dtype, logits.device)
+    full = resizes.columns(resizes.rows(logits))
+    assert (full - interpolated(logits, image, cropped, output)).abs().max() < 1e-6 * full.max()
 
 
 def test_low_precision_is_resized_in_float32() -> None:

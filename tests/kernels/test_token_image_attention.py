@@ -110,10 +110,10 @@ class Block(nn.Module):
 def test_equals_segment_anything(backend: str, image_first: bool) -> None:
     """Bit-equal for `reference`, in both memory layouts that the image tokens have in segment-anything."""
     transformer = load_sam_modeling().transformer
-    block = randomise(transformer.TwoWayAttentionBlock(64, 8, mlp_dim=128)).eval()
+    block = randomise(transformer.TwoWayAttentionBlock(96, 4, mlp_dim=128)).eval()
     torch.manual_seed(1)
-    tokens = [torch.randn(2, 9, 64) for _ in range(2)]
-    image = [torch.randn(2, 64, 120).mT for _ in range(2)]
+    tokens = [torch.randn(2, 9, 96) for _ in range(2)]
+    image = [torch.randn(2, 96, 120).mT for _ in range(2)]
     if not image_first:
         image = [x.contiguous() for x in image]
     arguments = (tokens[0], image[0], tokens[1], image[1])
