@@ -19,7 +19,7 @@ from refsam.errors import UserError
 _COMMANDS = "segment demo train evaluate data convert info bench export ui".split()
 _ROOT_OPTIONS = ("install_completion", "show_completion")  # typer gives them to every application
 # typer brings its own copy of click since 0.20, so the exceptions are found from typer's side.
-_CommandLineError = typer.BadParameter.__mro__[2]
+_CommandLineError: Any = typer.BadParameter.__mro__[2]
 
 
 class CommandLine(TyperGroup):

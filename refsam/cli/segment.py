@@ -171,7 +171,9 @@ def load_session(
     for expression, words in zip(expressions, session.unknown_words, strict=True):
         if words:
             named = ", ".join(words)
-            typer.echo(f"refsam: note: the model does not know {named} (in '{expression}')", err=True)
+            typer.echo(
+                f"refsam: note: the model does not know {named} (in '{expression}')", err=True
+            )
     return session, precision
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import queue
+import re
 import shutil
 import threading
 import zlib
@@ -117,8 +118,8 @@ class ResultWriter:
         with _disk_errors(self.out):
             if self._video is not None:
                 self._video.close()
-            text = json.dumps(self._report(facts), indent=1, ensure_ascii=False)
-            (self._staging / "result.json").write_text(text + "\n", encoding="utf-8")
+            text = _to_json(self._report(facts))
+            (self._staging / "result.json").write_text(text, encoding="utf-8")
             _replace(self._staging, self.out)
         return self.out
 
@@ -288,6 +289,12 @@ def _disk_errors(out: Path) -> Iterator[None]:
             f"{out} cannot be written ({error.strerror or error}): nothing was kept;"
             " free some space or give another folder with --out"
         ) from error
+
+
+def _to_json(report: dict[str, Any]) -> str:
+    """Indented JSON with each list of numbers on one line."""
+    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    return re.sub(r"\n *(?=[-\d\]])", " ", text)
 
 
 def _make_folders(out: Path) -> list[Path]:
