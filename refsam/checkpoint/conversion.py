@@ -144,10 +144,10 @@ def convert_official(
     do not tell. The authors' model has no intermediate levels and a fixed scale; their adapters
     were not saved, without `image_encoder_blocks_*` there are none. Raises CheckpointError.
     """
-    files = [Path(file) for file in files]
-    parts = _official_parts(files)
+    paths = [Path(file) for file in files]
+    parts = _official_parts(paths)
     base, sam_report = convert_sam(sam, expected)
-    config = _official_config(base.config, parts, text_encoder or _text_encoder_name(files))
+    config = _official_config(base.config, parts, text_encoder or _text_encoder_name(paths))
     tensors = base.tensors | {key: value for part in parts.values() for key, value in part.items()}
     tensors["dense_attention.level_logits"] = torch.zeros(1)
     tensors["dense_attention.log_scale"] = torch.tensor(config.prompt_dim**-0.5).log()

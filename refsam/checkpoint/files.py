@@ -227,7 +227,7 @@ def file_sha256(path: Path) -> str:
 
 def is_base(name: str) -> bool:
     """Whether a delta leaves this parameter to SAM's file."""
-    is_encoder = name.startswith(("image_encoder.", "prompt_encoder."))
+    is_encoder = name.startswith(("image_encoder.", "prompt_encoder.pe_layer."))
     return is_encoder and "_Adapter." not in name
 
 

@@ -18,6 +18,8 @@ class HierarchicalDenseAttention(nn.Module):
     1/sqrt(dim), as in the paper. A fixed scale is a buffer, a learnable one is kept as its logarithm.
     """
 
+    log_scale: Tensor
+
     def __init__(
         self,
         dim: int,
@@ -46,9 +48,9 @@ class HierarchicalDenseAttention(nn.Module):
         the encoder's maps (B, h, w, D).
         """
         levels = [embedding]
-        for features in intermediates if self.projection is not None else []:
-            mapped = self.projection(features.permute(0, 3, 1, 2))
-            levels.append(F.normalize(mapped.flatten(2).transpose(1, 2), dim=-1))
+        if self.projection is not None:
+            maps = [self.projection(features.permute(0, 3, 1, 2)) for features in intermediates]
+            levels += [F.normalize(x.flatten(2).transpose(1, 2), dim=-1) for x in maps]
         return torch.stack(levels)
 
     def forward(self, levels: Tensor, text: Tensor, lengths: Tensor, image_index: Tensor) -> Tensor:
@@ -56,13 +58,14 @@ class HierarchicalDenseAttention(nn.Module):
 
         levels (L, B, N, C) come from `project`; image_index (P,) int64 names each text's image.
         """
+        weight, bias = self.conv.parameters()
         return dense_attention(
             levels,
             text,
             lengths,
             image_index,
-            self.conv.weight.flatten(1),
-            self.conv.bias,
+            weight.flatten(1),
+            bias,
             self.log_scale.exp(),
             self.level_logits.softmax(0),
         )

@@ -1,5 +1,7 @@
 """SAM's ViT with adapters, channels-last from the patch embedding on."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -7,13 +9,13 @@ from torch.nn import functional as F
 from refsam.model.adapter import Adapter
 from refsam_kernels import adapter_mlp, adapter_projection, rel_pos_attention
 
-VIT_EPS = 1e-6
+VIT_EPS = NORM_2D_EPS = 1e-6
 
 
 class LayerNorm2d(nn.Module):
     """LayerNorm over the channels of (B, C, h, w) (segment-anything, modeling/common.py)."""
 
-    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+    def __init__(self, channels: int, eps: float = NORM_2D_EPS) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -190,11 +192,10 @@ class ImageEncoder(nn.Module):
             )
         x = self.patch_embed(pixels)
         x = x + self.position_table(x.shape[1], x.shape[2])
-        normed = self.blocks[0].norm1(x)
-        intermediates = []
-        for index, block in enumerate(self.blocks):
-            is_last = index + 1 == len(self.blocks)
-            x, normed = block(x, normed, None if is_last else self.blocks[index + 1].norm1)
+        norms: list[Any] = [*(block.norm1 for block in self.blocks), None]
+        normed, intermediates = norms[0](x), []
+        for index, (block, next_norm) in enumerate(zip(self.blocks, norms[1:], strict=True)):
+            x, normed = block(x, normed, next_norm)
             if index in self.intermediate_blocks:
                 intermediates.append(x)
         # Inside segment-anything the tokens lie channels-first in memory; a convolution's bits depend on it.

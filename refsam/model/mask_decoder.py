@@ -7,13 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refsam.model.image_encoder import LayerNorm2d
+from refsam.model.image_encoder import NORM_2D_EPS, LayerNorm2d
 from refsam.model.two_way_transformer import TwoWayTransformer
 from refsam_kernels import mask_upscale
 
 
 class RandomPositionEncoding(nn.Module):
     """Sines and cosines of random frequencies (segment-anything, modeling/prompt_encoder.py)."""
+
+    positional_encoding_gaussian_matrix: Tensor
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -103,16 +105,10 @@ class MaskDecoder(nn.Module):
             mlp(mask_tokens[:, index])
             for index, mlp in enumerate(self.output_hypernetworks_mlps[:num_masks])
         ]
-        conv1, norm, _, conv2, _ = self.output_upscaling
         logits = mask_upscale(
             image.unflatten(1, grid),
             torch.stack(hyper, dim=1),
-            conv1.weight,
-            conv1.bias,
-            norm.weight,
-            norm.bias,
-            conv2.weight,
-            conv2.bias,
-            eps=norm.eps,
+            *self.output_upscaling.parameters(),
+            eps=NORM_2D_EPS,
         )
         return logits, self.iou_prediction_head(tokens[:, 0])[:, :num_masks], mask_tokens

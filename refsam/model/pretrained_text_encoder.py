@@ -30,7 +30,6 @@ class PretrainedTextEncoder(CachedTextEncoder):
         self.name = name
         self.max_tokens = max_tokens
         self.register_buffer("placement", torch.empty(0), persistent=False)
-        self.expected_sha256: str | None = None
         self._loaded: list[Any] = []
 
     def source(self) -> Source:

@@ -21,7 +21,7 @@ from refsam.model import build
 from refsam.model.adapter import Adapter
 from refsam.model.features import FrameSize, ImageFeatures, MaskOutput, TextPrompt
 from refsam.model.preprocessing import preprocess
-from refsam.model.text_encoder import EncodedText
+from refsam.model.text_encoder import CachedTextEncoder, EncodedText
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -53,6 +53,10 @@ class RefSAM(
     tokenizer is the vocabulary of the small text encoder; None gives a short list of common words.
     With `config.frozen` SAM's ViT and positional encoding and the text encoder do not train.
     """
+
+    text_encoder: CachedTextEncoder
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, config: RefSAMConfig, tokenizer: Tokenizer | None = None) -> None:
         super().__init__()
@@ -124,7 +128,7 @@ class RefSAM(
         with torch.device("meta"):
             return cls(config, tokenizer).state_dict()
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self,
         save_directory: str | Path,
         *,

@@ -108,13 +108,14 @@ class CachedTextEncoder(nn.Module):
     """
 
     cache_size = 1024
+    expected_sha256: str | None = None
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
         self._cache: OrderedDict[Hashable, EncodedText] = OrderedDict()
         self._lock = threading.Lock()
-        self.register_load_state_dict_post_hook(lambda module, _: module.clear_cache())
+        self.register_load_state_dict_post_hook(_forget)
 
     def encode(self, expressions: Sequence[str]) -> EncodedText:
         """Encode without looking at the cache."""
@@ -150,17 +151,18 @@ class CachedTextEncoder(nn.Module):
     def _cached(self, expressions: list[str]) -> list[EncodedText]:
         weights = self.weights_key()
         with self._lock:
-            found = {text: self._cache.get((text, weights)) for text in expressions}
-        missing = [text for text, encoded in found.items() if encoded is None]
+            keys = {text: (text, weights) for text in expressions}
+            found = {text: self._cache[key] for text, key in keys.items() if key in self._cache}
+        missing = [text for text in keys if text not in found]
         if missing:
             # Tensors made in inference mode could never be used by a later training step.
             with torch.inference_mode(False), torch.no_grad():
                 encoded = self.encode(missing)
             found |= {text: encoded.select([index]) for index, text in enumerate(missing)}
         with self._lock:
-            for text, encoded in found.items():
-                self._cache[(text, weights)] = encoded
-                self._cache.move_to_end((text, weights))
+            for text, key in keys.items():
+                self._cache[key] = found[text]
+                self._cache.move_to_end(key)
             while len(self._cache) > self.cache_size:
                 self._cache.popitem(last=False)
         return [found[text] for text in expressions]
@@ -174,6 +176,10 @@ class CachedTextEncoder(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._lock, self._cache = threading.Lock(), OrderedDict()
+
+
+def _forget(encoder: CachedTextEncoder, _: object) -> None:
+    encoder.clear_cache()
 
 
 def word_tokenizer(words: Iterable[str]) -> Tokenizer:

@@ -46,7 +46,9 @@ def rows(output: MaskOutput, index: Any) -> MaskOutput:
     return MaskOutput(*(value[index] for value in output))
 
 
-@pytest.mark.parametrize("preset, millions", [("vit_b", 10.17), ("vit_l", 19.30), ("vit_h", 33.02)])
+@pytest.mark.parametrize(
+    ("preset", "millions"), [("vit_b", 10.17), ("vit_l", 19.30), ("vit_h", 33.02)]
+)
 def test_learnable_parameters(preset: str, millions: float) -> None:
     with torch.device("meta"):
         model = RefSAM(RefSAMConfig.preset(preset))

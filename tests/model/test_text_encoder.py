@@ -1,6 +1,7 @@
 """Text encoders: what they refuse, what they remember, and that padding reaches nothing."""
 
 import copy
+import pickle
 import threading
 from pathlib import Path
 
@@ -130,9 +131,9 @@ def test_memory_is_bounded_and_copies_start_empty() -> None:
     for word in ("dog", "cat", "ball", "person", "backpack"):
         encoder([word])
     assert len(encoder._cache) == 3
-    duplicate = copy.deepcopy(encoder)
-    assert len(duplicate._cache) == 0
-    assert torch.equal(duplicate(["dog"]).tokens, encoder(["dog"]).tokens)
+    for duplicate in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        assert len(duplicate._cache) == 0
+        assert torch.equal(duplicate(["dog"]).tokens, encoder(["dog"]).tokens)
 
 
 @torch.no_grad()
