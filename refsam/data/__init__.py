@@ -1,0 +1,1 @@
+"""Data: clips that refsam draws itself."""
