@@ -45,7 +45,8 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast wants for matrix products on the device now, or None outside
     autocast.
     """
-    if not torch.is_autocast_enabled(device.type):
+    available = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    if not available or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 

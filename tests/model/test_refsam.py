@@ -282,3 +282,40 @@ def test_half_precision_stays_close(model: RefSAM) -> None:
     ]
     # bfloat16 keeps 8 bits; a dozen layers lose some more.
     assert (logits[1] - logits[0]).abs().max() <= 0.15 * logits[0].abs().max()
+
+
+def test_every_tensor_follows_the_model_to_its_device() -> None:
+    """The meta device stands for any other: mixing it with the host's tensors is an error."""
+    model = tiny_model().to("meta")
+    pixels, _ = model.preprocess(torch.zeros(2, 40, 64, 3, dtype=torch.uint8))
+    image, text = model.encode_image(pixels), model.encode_text(EXPRESSIONS)
+    index = torch.tensor([0, 1, 1], device="meta")
+    first = model.decode(image, text, index)
+    valid = torch.tensor([True, False, True], device="meta")
+    second = model.decode(image, text, index, first.track_token, valid)
+    assert {value.device.type for value in (*image[:2], text.words, *second)} == {"meta"}
+
+
+@torch.no_grad()
+def test_compiles_into_one_graph(model: RefSAM) -> None:
+    text, index, track = model.encode_text(EXPRESSIONS), torch.tensor([0, 1, 1]), torch.randn(3, 32)
+    valid, pixels = torch.tensor([True, False, True]), torch.randn(2, 3, 64, 64)
+
+    def step(pixels: Tensor, track: Tensor) -> Tensor:
+        return model.decode(model.encode_image(pixels), text, index, track, valid).logits
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(pixels, track), step(pixels, track))
+
+
+def test_autocast_trains(model: RefSAM) -> None:
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        image = model.encode_image(torch.randn(1, 3, 64, 64))
+        text = model.encode_text(["red cup"])
+        first = model.decode(image, text)
+        second = model.decode(image, text, None, first.track_token)
+    second.logits.float().square().mean().backward()
+    gradient = model.image_encoder.blocks[0].attn.qkv.weight.grad
+    assert gradient.dtype == torch.float32 and gradient.isfinite().all() and gradient.any()
+    model.zero_grad()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from refsam_kernels.arguments import (
     autocast,
+    autocast_dtype,
     check_same_device,
     check_same_dtype,
     check_shape,
@@ -144,7 +145,7 @@ def token_image_attention(
     Raises:
         ValueError: a shape, dtype, device or value does not fit; `BackendError` if the backend cannot run.
     """
-    if torch.is_autocast_enabled(queries.device.type):
+    if autocast_dtype(queries.device) is not None:
         keys, query_pe, key_pe = (x.to(queries.dtype) for x in (keys, query_pe, key_pe))
     _check_tokens(queries, keys, query_pe, key_pe, key_lengths)
     _check_weights(queries, weights, norm_weight, norm_bias, num_heads)
@@ -195,7 +196,7 @@ def _check_weights(
         check_shape(name, tensor, (channels,))
         require(tensor.is_floating_point(), name, tensor.dtype, "a floating point dtype")
     check_same_device(queries=queries, norm_weight=norm_weight, norm_bias=norm_bias, **named)
-    if torch.is_autocast_enabled(queries.device.type):
+    if autocast_dtype(queries.device) is not None:
         check_same_dtype(**named)
     else:
         check_same_dtype(queries=queries, **named)
