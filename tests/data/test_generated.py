@@ -115,7 +115,7 @@ def test_sentences_of_colour_and_shape_single_their_target_out():
 )
 def test_positions_hold_in_every_frame(side, axis, sign):
     found = 0
-    for index, scene in enumerate(scenes(150, frames=6)):
+    for index, scene in enumerate(scenes(300, frames=6)):
         sentence = Grammar(np.random.default_rng(index), held_out=False).sentence(scene, "position")
         if sentence is None or side not in sentence.text:
             continue

@@ -8,6 +8,9 @@ from refsam.data.generated import palette
 from refsam.data.generated.shapes import NAMED_SHAPES, UNNAMED_SHAPES, Shape, blob
 
 MAX_OBJECTS = 9
+_ALL = list(range(len(palette.COLOURS)))
+_MUTED = {"brown", "black", "white", "grey"}
+_VIVID = [index for index in _ALL if palette.COLOURS[index].name not in _MUTED]
 _SMALLEST = 100  # pixels; of a smaller object no shape could be seen
 
 
@@ -81,7 +84,10 @@ def sample_scene(
 ) -> Scene:
     """Draw a scene whose objects move over `times (T,)`, in frames; `held_out` makes one object a pair never trained on."""
     background = _sample_background(random, photographs)
-    kinds = _sample_kinds(random, held_out)
+    clutter = int(random.choice([0, 1, 2], p=[0.6, 0.25, 0.15]))
+    # Where photographs or clutter are seen, something of every muted colour is: a sentence with one would be unclear.
+    colours = _VIVID if clutter or background.photograph is not None else _ALL
+    kinds = _sample_kinds(random, colours, held_out) + [(None, None)] * clutter
     placed: list[tuple[float, np.ndarray]] = []
     objects = []
     for index, (shape_index, colour_index) in enumerate(kinds):
@@ -93,21 +99,22 @@ def sample_scene(
         start = _place(random, area, size, placed)
         placed.append((area, start))
         path = start + _motion(random, times, start, leaves=index == 0 and random.random() < 0.2)
-        objects.append(_sample_object(random, shape_index, colour_index, area, path, times))
+        rgb = _sample_rgb(random, colour_index, background)
+        objects.append(_sample_object(random, shape_index, colour_index, rgb, area, path, times))
     order = random.permutation(len(objects))
     objects = [objects[i] for i in order]
     return Scene(tuple(objects), size, _camera(random, times), background)
 
 
 def _sample_kinds(
-    random: np.random.Generator, held_out: bool
+    random: np.random.Generator, colours: list[int], held_out: bool
 ) -> list[tuple[int | None, int | None]]:
     """(shape, colour) of each object: the first is the likeliest to be asked for, others often share its shape or colour."""
     count = int(random.choice([1, 2, 3, 4, 5, 6, 7], p=[0.08, 0.14, 0.2, 0.2, 0.16, 0.12, 0.1]))
-    first = _pair(random, held_out)
+    first = _pair(random, colours, held_out)
     kinds: list[tuple[int | None, int | None]] = [first]
     for _ in range(count - 1):
-        shape_index, colour_index = _pair(random, held_out=False)
+        shape_index, colour_index = _pair(random, colours, held_out=False)
         sharing = random.random()
         if sharing < 0.3:
             colour_index = first[1]
@@ -123,15 +130,16 @@ def _sample_kinds(
         ):
             continue
         kinds.append((shape_index, colour_index))
-    clutter = int(random.choice([0, 1, 2], p=[0.6, 0.25, 0.15]))
-    return kinds + [(None, None)] * clutter
+    return kinds
 
 
-def _pair(random: np.random.Generator, held_out: bool) -> tuple[int | None, int | None]:
+def _pair(
+    random: np.random.Generator, colours: list[int], held_out: bool
+) -> tuple[int | None, int | None]:
     unnamed = random.random() < (0.25 if held_out else 0.4)
     while True:
         shape_index = int(random.integers(len(NAMED_SHAPES)))
-        colour_index = int(random.integers(len(palette.COLOURS)))
+        colour_index = colours[int(random.integers(len(colours)))]
         if unnamed:
             return None, colour_index
         if is_held_out(shape_index, colour_index) == held_out:
@@ -181,6 +189,7 @@ def _sample_object(
     random: np.random.Generator,
     shape_index: int | None,
     colour_index: int | None,
+    rgb: np.ndarray,
     area: float,
     centre: np.ndarray,
     times: np.ndarray,
@@ -191,12 +200,6 @@ def _sample_object(
         shape = UNNAMED_SHAPES[int(random.integers(len(UNNAMED_SHAPES)))]
     else:
         shape = blob(random)
-    if colour_index is None:
-        rgb = palette.to_rgb(
-            random.uniform(10, 45), random.uniform(0.1, 0.4), random.uniform(0.3, 0.9)
-        )
-    else:
-        rgb = palette.sample(palette.COLOURS[colour_index], random)
     spin = random.normal(0, 0.02) * (shape.tilt > 3)
     tilt = random.uniform(-shape.tilt, shape.tilt) * (1 if shape.tilt > 3 else random.random())
     stretch = float(np.exp(random.uniform(-1, 1) * np.log(shape.stretch)))
@@ -227,6 +230,24 @@ def _sample_object(
     )
 
 
+def _sample_rgb(
+    random: np.random.Generator, colour_index: int | None, background: Background
+) -> np.ndarray:
+    """A colour, (3,) in 0..1, that stands out from a patterned background if one is found within some tries."""
+    for _ in range(10):
+        if colour_index is None:
+            rgb = palette.to_rgb(
+                random.uniform(10, 45), random.uniform(0.1, 0.4), random.uniform(0.3, 0.9)
+            )
+        else:
+            rgb = palette.sample(palette.COLOURS[colour_index], random)
+        if background.photograph is not None or all(
+            np.abs(rgb - other).max() > 0.25 for other in background.rgb
+        ):
+            break
+    return rgb
+
+
 def _camera(random: np.random.Generator, times: np.ndarray) -> np.ndarray:
     """(T, 3): shift x and y as shares of the frame, and zoom."""
     moving = random.random() < 0.6
@@ -249,7 +270,7 @@ def _sample_background(random: np.random.Generator, photographs: int) -> Backgro
         else None,
         crop=crop,
         flip=bool(random.random() < 0.5),
-        saturation=1.0 if random.random() < 0.35 else random.uniform(0, 0.6),
+        saturation=1.0 if random.random() < 0.25 else random.uniform(0, 0.6),
         rgb=(first, second),
         grid=(random.uniform(0.03, 0.2), random.uniform(-0.5, 0.5) * (random.random() < 0.2)),
         seed=int(random.integers(2**31)),
