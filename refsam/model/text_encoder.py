@@ -123,7 +123,11 @@ class CachedTextEncoder(nn.Module):
 
     def weights_key(self) -> Hashable:
         """Something that changes whenever the weights do."""
-        return tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in self.parameters())
+        return tuple(
+            # Inference tensors count no versions.
+            (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device)
+            for p in self.parameters()
+        )
 
     def source(self) -> Source | None:
         """The file that the weights come from, for an encoder that no checkpoint holds."""

@@ -124,6 +124,12 @@ def test_training_is_never_served_from_memory() -> None:
     assert not remembered.is_inference() and not remembered.requires_grad
 
 
+def test_works_with_weights_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        encoder = build_encoder()
+        assert encoder(["red dog"]).tokens.shape == (1, 2, 32)
+
+
 @torch.no_grad()
 def test_memory_is_bounded_and_copies_start_empty() -> None:
     encoder = build_encoder()
