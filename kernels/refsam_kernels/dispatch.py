@@ -146,20 +146,20 @@ class Dispatcher:
             return name
         refusals = []
         for candidate in BACKENDS.values():
-            if not candidate.automatic:
+            if not candidate.automatic or not self.exists(candidate.name):
                 continue
             reasons = self.not_supported_reasons(candidate.name, direction, arguments)
             if not reasons:
                 return candidate.name
             refusals.append(f"{candidate.name}: {'; '.join(reasons)}")
             self._log_fall_back(candidate, device_type_of(arguments), reasons)
-        raise BackendError(f"{self.operator}: no backend can run: {'. '.join(refusals)}")
+        explanation = ". ".join(refusals) or "it has none that is chosen automatically"
+        raise BackendError(f"{self.operator}: no backend can run: {explanation}")
 
     def _log_fall_back(self, backend: Backend, device_type: str, reasons: list[str]) -> None:
         """Logs once that a backend for this device was passed over: a warning if only for these arguments."""
         message = "; ".join(reasons)
-        is_candidate = self.exists(backend.name) and backend.serves(device_type)
-        if not is_candidate or (backend.name, message) in self._logged:
+        if not backend.serves(device_type) or (backend.name, message) in self._logged:
             return
         self._logged.add((backend.name, message))
         unavailable = bool(self.environment_reasons(backend.name, device_type))

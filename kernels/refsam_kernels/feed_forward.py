@@ -88,7 +88,7 @@ def perceptron_backward(
     second = linear_backward(grad, activated, fc2_weight, (any(needs[:3]), *needs[3:]))
     on_hidden = second[0]
     if any(needs[:3]):
-        on_hidden = torch.ops.aten.gelu_backward(on_hidden, hidden)
+        torch.ops.aten.gelu_backward.grad_input(on_hidden, hidden, grad_input=on_hidden)
     return [*linear_backward(on_hidden, x, fc1_weight, needs[:3]), *second[1:]]
 
 
