@@ -38,8 +38,9 @@ def test_same_arguments_give_the_same_batch():
     assert not torch.equal(first.frames, other.frames)
 
 
-def test_batch_shapes_and_types():
-    batch = generate_batch(0, 0, clips=2, frames=3, expressions=4, size=SIZE)
+@pytest.mark.parametrize("held_out", [False, True])
+def test_batch_shapes_and_types(held_out):
+    batch = generate_batch(0, 0, clips=2, frames=3, expressions=4, size=SIZE, held_out=held_out)
     assert batch.frames.shape == (2, 3, *SIZE, 3) and batch.frames.dtype == torch.uint8
     assert batch.masks.shape == (2, 4, 3, *SIZE) and batch.masks.dtype == torch.bool
     assert [len(row) for row in batch.sentences] == [4, 4]
