@@ -161,9 +161,9 @@ def _masks(owner: Tensor, sentences: list[Sentence]) -> Tensor:
 
 def _attributes(owner: Tensor, scene: Scene) -> Tensor:
     """(T, H, W, 2) uint8 from owner (T, H, W): the numbers of colour and shape, 0 the background, 1 without a name."""
-    rows = [(0, 0)]
+    rows = [[0, 0]]
     for item in scene.objects:
         pair = (item.colour_index, item.shape_index)
-        rows.append(tuple(1 if index is None else index + 2 for index in pair))
+        rows.append([1 if index is None else index + 2 for index in pair])
     table = torch.tensor(rows, dtype=torch.uint8, device=owner.device)
     return table[owner.long() + 1]
