@@ -16,7 +16,7 @@ demo: libraries
 	$(BIN)/refsam demo --out $(OUT)/demo --overwrite
 
 test: libraries
-	$(PYTEST) -n $(WORKERS) -p no:benchmark $(TESTS)
+	$(PYTEST) -n $(WORKERS) --maxprocesses 8 -p no:benchmark $(TESTS)
 
 # What the default run leaves out for its length: full-size parity, the CUDA build.
 test-slow: libraries
