@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import measure, provenance, run
+from benchmarks import measure, provenance, run, tables
 from benchmarks.__main__ import main
 from benchmarks.ops.mask_postprocess import undecided_only
 from benchmarks.registry import Case, Workload, load_cases
@@ -116,3 +116,13 @@ def test_wrong_result_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("benchmarks.__main__.measure_ceiling", lambda device: CEILING)
     monkeypatch.setattr("benchmarks.__main__.load_cases", lambda names: [case_of(plain=1, other=2)])
     assert main(["--device", "cpu", "--seconds", "0.01", "--out", str(tmp_path)]) == 1
+
+
+def test_tables_of_the_pages_are_those_of_the_committed_results() -> None:
+    assert tables.main(["--check"]) == 0
+
+
+def test_a_stale_table_would_be_found() -> None:
+    text = "<!-- table: nano_targets -->\nold\n<!-- end -->"
+    assert "old" not in tables.fill(text)
+    assert "frames/s" in tables.fill(text)
