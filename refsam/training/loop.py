@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from refsam.config import RefSAMConfig, config_from_dict
 from refsam.data.generated import GeneratedBatch, generate_batch
 from refsam.data.generated.clips import COLOUR_CLASSES, SHAPE_CLASSES
+from refsam.data.generated.grammar import vocabulary
 from refsam.errors import UserError
-from refsam.model import RefSAM
+from refsam.model import RefSAM, word_tokenizer
 from refsam.training.losses import AttributeHead, mask_losses
 from refsam.training.parameters import build_optimiser, learning_rate, update_average
 from refsam.training.settings import StageSettings, TrainingSettings
@@ -32,7 +33,6 @@ _ASPECTS = (
     (1, 1),
     (16, 9),
 )  # height to width of a batch's frames
-_VALIDATION_SEED = 1_000_003
 
 
 class Trainer:
@@ -221,7 +221,4 @@ def _build_model(settings: TrainingSettings) -> RefSAM:
     values = dict(settings.model)
     preset = values.pop("preset", None)
     config = RefSAMConfig.preset(preset) if preset else config_from_dict(RefSAMConfig, values)
-    from refsam.data.generated.grammar import vocabulary
-    from refsam.model.text_encoder import word_tokenizer
-
     return RefSAM(config, tokenizer=word_tokenizer(vocabulary()))

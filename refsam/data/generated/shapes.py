@@ -1,6 +1,5 @@
 """Outlines of the generated objects: star-shaped radial profiles of unit area."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,16 +133,11 @@ _SILHOUETTES = (
 )  # fmt: skip
 
 
-def _silhouettes() -> tuple[Shape, ...]:
-    outlines = [_shape(None, _polygon(v), tilt=0.5, stretch=1.4) for v in _SILHOUETTES]
-    boxes: list[Callable[[], np.ndarray]] = [
-        lambda: _superellipse(1.0, 0.75, 5.0),
-        lambda: _superellipse(1.0, 0.35, 4.0),
-    ]
-    return tuple(outlines + [_shape(None, make(), stretch=1.5) for make in boxes])
-
-
-UNNAMED_SHAPES = _silhouettes()
+UNNAMED_SHAPES = (
+    *(_shape(None, _polygon(outline), tilt=0.5, stretch=1.4) for outline in _SILHOUETTES),
+    _shape(None, _superellipse(1.0, 0.75, 5.0), stretch=1.5),
+    _shape(None, _superellipse(1.0, 0.35, 4.0), stretch=1.5),
+)
 
 
 def blob(random: np.random.Generator) -> Shape:
