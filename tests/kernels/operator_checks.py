@@ -63,7 +63,7 @@ def assert_close(name: str, found: Tensor, wanted: Tensor, tolerance: float) -> 
 
 
 # A few roundings of the dtype, relative to the largest value.
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3}
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 def check_matches_reference(

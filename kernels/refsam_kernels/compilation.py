@@ -1,0 +1,118 @@
+"""Compiles Triton kernels ahead of time, without a GPU, and reads what they need of one.
+
+The `triton.py` of an operator lists every configuration that it ships: `compile_cases() -> list[CompileCase]`, small ones first.
+`python -m benchmarks.compile_gate` compiles them all.
+"""
+
+import contextlib
+import importlib
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 90, 100, 120)
+# Of a CTA, in bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+# Bytes that a thread may spill: a few registers, outside the inner loop.
+SPILL_LIMIT = 64
+
+
+class CompilationError(RuntimeError):
+    """A kernel could not be compiled; the message is the compiler's."""
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """A Triton kernel as one shipped configuration launches it.
+
+    `signature` gives the type of every argument that is not a constant: "*bf16", "*fp32", "i32", "fp32". Pointers count
+    as divisible by 16, as torch's are; "i32:16" says so of an integer, as a launch does of one that is. Values that a
+    launch makes constants (None, and integers that are 1) stand in `constants` beside the constexprs.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    architectures: tuple[int, ...] = ARCHITECTURES  # that it is shipped for
+    spill_limit: int | None = SPILL_LIMIT  # None: spills are listed, not judged
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel needs: registers of a thread, bytes of shared memory of a CTA, bytes that a thread spills."""
+
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+
+
+def compile_ahead(case: CompileCase, architecture: int) -> Resources:
+    """Compiles for sm_<architecture> (80, 90, ...) with the tools in Triton's wheel; nothing is taken from a cache.
+
+    Raises `CompilationError` with the compiler's message, or if the architecture has less shared memory.
+    """
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+
+    target = GPUTarget("cuda", architecture, 32)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    log = io.StringIO()
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True
+        try:
+            compiled = triton.compile(source_of(case), target=target, options=options)
+        except Exception as error:  # each stage of the compiler has exceptions of its own
+            message = str(error).strip() or type(error).__name__
+            raise CompilationError(f"{case.name}, sm_{architecture}: {message}") from error
+    shared = compiled.metadata.shared
+    available = SHARED_MEMORY[architecture]
+    if shared > available:
+        message = f"needs {shared} bytes of shared memory, there are {available}"
+        raise CompilationError(f"{case.name}, sm_{architecture}: {message}")
+    registers, spills = read_ptxas_log(log.getvalue())
+    return Resources(registers, shared, spills)
+
+
+def source_of(case: CompileCase) -> Any:
+    """The case as Triton's compiler takes it."""
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    for index, name in enumerate(case.kernel.arg_names):
+        if name in case.constants:
+            signature[name] = "constexpr"
+            continue
+        kind, _, divisor = case.signature[name].partition(":")
+        signature[name] = kind
+        if divisor == "16" or kind.startswith("*"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(case.kernel, signature, dict(case.constants), attributes)
+
+
+def operators_with_triton() -> list[str]:
+    """Names of the operators that have a Triton backend."""
+    package = Path(__file__).parent
+    modules = (*package.glob("*/triton.py"), *package.glob("*/triton/__init__.py"))
+    return sorted(path.relative_to(package).parts[0] for path in modules)
+
+
+def cases_of(operator: str) -> list[CompileCase]:
+    """The configurations that an operator's Triton backend ships."""
+    return importlib.import_module(f"{__package__}.{operator}.triton").compile_cases()
+
+
+def read_ptxas_log(log: str) -> tuple[int, int]:
+    """Registers and bytes of spill stores of the kernel that `ptxas -v` tells about."""
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.search(r"(\d+) bytes spill stores", log)
+    if registers is None or spills is None:
+        raise CompilationError(f"ptxas said nothing about registers and spills: {log!r}")
+    return int(registers[1]), int(spills[1])

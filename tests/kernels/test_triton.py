@@ -1,0 +1,81 @@
+"""Triton kernels without a GPU: their tests in the interpreter, and ahead-of-time compilation of a few."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import compile_gate
+from refsam_kernels import compilation
+from refsam_kernels.compilation import CompilationError, Resources, cases_of, compile_ahead
+from tests.kernels.interpreter import FOLDER, run_interpreted
+
+pytest.importorskip("triton")
+
+OPERATORS = compilation.operators_with_triton()
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_in_the_interpreter(operator: str) -> None:
+    assert (FOLDER / f"test_{operator}.py").is_file()
+    run_interpreted(operator)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_compiles_ahead_of_time(operator: str) -> None:
+    """Two configurations each; `python -m benchmarks.compile_gate` compiles all."""
+    for case, architecture in zip(cases_of(operator), (80, 90), strict=False):
+        resources = compile_ahead(case, architecture)
+        assert 0 < resources.registers < 256
+        assert resources.spill_bytes <= compilation.SPILL_LIMIT
+
+
+def test_log_of_ptxas_is_read() -> None:
+    log = "0 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads\nUsed 142 registers, used 1 barriers"
+    assert compilation.read_ptxas_log(log) == (142, 12)
+    with pytest.raises(CompilationError, match="ptxas said nothing"):
+        compilation.read_ptxas_log("")
+
+
+def case_named(name: str, **options: Any) -> compilation.CompileCase:
+    return compilation.CompileCase(name, kernel=None, signature={}, **options)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Cases that compile to made-up resources, and where the gate writes its rows."""
+
+    def compiled(case: compilation.CompileCase, architecture: int) -> Resources:
+        if case.name == "broken":
+            raise CompilationError(f"broken, sm_{architecture}: no such thing")
+        return Resources(registers=99, shared_bytes=0, spill_bytes=65)
+
+    monkeypatch.setattr(compile_gate, "compile_ahead", compiled)
+    monkeypatch.setattr(compile_gate, "operators_with_triton", lambda: ["one", "other"])
+    return tmp_path / "gate.json"
+
+
+def run_gate(gate: Path, monkeypatch: pytest.MonkeyPatch, operator: str, *cases: Any) -> int:
+    monkeypatch.setattr(compile_gate, "cases_of", lambda _: list(cases))
+    return compile_gate.main([operator, "--out", str(gate)])
+
+
+def test_gate_fails_for_spills_and_for_what_does_not_compile(
+    gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_gate(gate, monkeypatch, "one", case_named("spills")) == 1
+    assert run_gate(gate, monkeypatch, "one", case_named("broken")) == 1
+    assert run_gate(gate, monkeypatch, "one", case_named("listed", spill_limit=None)) == 0
+    row = json.loads(gate.read_text())["rows"][0]
+    assert (row["case"], row["registers"], row["architecture"]) == ("listed", 99, 80)
+
+
+def test_gate_replaces_the_rows_of_its_operators_only(
+    gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for operator, name in (("other", "kept"), ("one", "old"), ("one", "new")):
+        case = case_named(name, spill_limit=None, architectures=(90,))
+        run_gate(gate, monkeypatch, operator, case)
+    rows = json.loads(gate.read_text())["rows"]
+    assert [row["case"] for row in rows] == ["new", "kept"]
