@@ -12,6 +12,12 @@ from refsam_kernels.dispatch import BackendError, use_backend
 from refsam_kernels.feed_forward import AdapterWeights
 from refsam_kernels.mask_loss.op import mask_loss
 from refsam_kernels.mask_postprocess.op import mask_postprocess
+from refsam_kernels.mask_postprocess.packed import (
+    MaskStatistics,
+    PackedMasks,
+    mask_postprocess_bits,
+    mask_postprocess_rle,
+)
 from refsam_kernels.mask_upscale.op import mask_upscale
 from refsam_kernels.rel_pos_attention.op import rel_pos_attention
 from refsam_kernels.token_image_attention.op import AttentionWeights, token_image_attention
@@ -20,11 +26,15 @@ __all__ = [
     "AdapterWeights",
     "AttentionWeights",
     "BackendError",
+    "MaskStatistics",
+    "PackedMasks",
     "adapter_mlp",
     "adapter_projection",
     "dense_attention",
     "mask_loss",
     "mask_postprocess",
+    "mask_postprocess_bits",
+    "mask_postprocess_rle",
     "mask_upscale",
     "rel_pos_attention",
     "token_image_attention",

@@ -82,6 +82,10 @@ class Operator:
         register_autograd(f"{NAMESPACE}::{self.name}_backward", refuse, lib=LIBRARY)
         return backward
 
+    def further(self, function: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """Registers `refsam_kernels::<name>_<function>`, which backends hold as `function`; without a derivative."""
+        return self._register(f"{self.name}_{function}", function, fake)
+
     def _register(self, name: str, direction: str, fake: Callable[..., Any]) -> Any:
         def implementation(*arguments: Any) -> Any:
             return self.dispatcher.run(direction, arguments[:-1], arguments[-1])

@@ -1,13 +1,16 @@
-"""Mask logits to masks without a full-size map of logits."""
+"""Mask logits to masks without a full-size map of the logits of all masks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from refsam_kernels.chunks import chunks
 from refsam_kernels.mask_postprocess import reference
+from refsam_kernels.mask_postprocess.layout import pairs
 from refsam_kernels.mask_postprocess.resize import two_resizes
+
+runs = reference.runs
 
 
 def forward(
@@ -18,19 +21,53 @@ def forward(
     threshold: float,
 ) -> Tensor:
     """Like `reference.forward`, by matrix products on the CPU; equal except where |logit| < 1e-5 of the scale."""
+    masks = torch.empty(len(logits), *output_size, dtype=torch.bool, device=logits.device)
+    for part, rows, full in _resized(logits, image_size, input_size, output_size):
+        torch.gt(full, threshold, out=masks[part, rows])
+    return masks
+
+
+def bits(
+    logits: Tensor,
+    image_size: int,
+    input_sizes: Sequence[int],
+    output_sizes: Sequence[int],
+    threshold: float,
+    stability_offset: float,
+) -> tuple[Tensor, Tensor]:
+    """Like `reference.bits`: one mask at a time."""
+    words, statistics = [logits.new_empty(0, dtype=torch.int32)], []
+    sizes = zip(logits.split(1), pairs(input_sizes), pairs(output_sizes), strict=True)
+    for mask_logits, input_size, output_size in sizes:
+        mask = torch.empty(output_size, dtype=torch.bool, device=logits.device)
+        counts = torch.zeros(3, dtype=torch.int64, device=logits.device)
+        for _, rows, full in _resized(mask_logits, image_size, input_size, output_size):
+            torch.gt(full[0], threshold, out=mask[rows])
+            certain = torch.gt(full, threshold + stability_offset).sum()
+            possible = torch.gt(full, threshold - stability_offset).sum()
+            counts += torch.stack([certain, possible, full.isnan().sum()])
+        words.append(reference.pack(mask))
+        statistics.append(
+            torch.cat([mask.sum()[None], counts[:2], reference.box(mask), counts[2:]])
+        )
+    joined = torch.stack(statistics) if statistics else reference.no_statistics(logits)
+    return torch.cat(words), joined
+
+
+def _resized(
+    logits: Tensor, image_size: int, input_size: Sequence[int], output_size: Sequence[int]
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Which masks, which rows of them, and their logits at full size, a part at a time."""
     height, width = output_size
-    masks = torch.empty(len(logits), height, width, dtype=torch.bool, device=logits.device)
     if logits.device.type != "cpu":  # PyTorch may round products to TF32 there
         for part in chunks(len(logits), height * width, logits.device):
             full = reference.resize_twice(logits[part], image_size, input_size, output_size)
-            torch.gt(full, threshold, out=masks[part])
-        return masks
-    low = tuple(logits.shape[1:])
-    resizes = two_resizes(
-        low, image_size, tuple(input_size), (height, width), logits.dtype, logits.device
-    )
-    for mask, part in zip(masks, logits.unsqueeze(1), strict=True):
-        resized_rows = resizes.rows(part)
+            yield part, slice(0, height), full
+        return
+    low, cropped = tuple(logits.shape[1:]), tuple(input_size)
+    resizes = two_resizes(low, image_size, cropped, (height, width), logits.dtype, logits.device)
+    for index in range(len(logits)):
+        part = slice(index, index + 1)
+        resized_rows = resizes.rows(logits[part])
         for rows in chunks(height, width, logits.device):
-            torch.gt(resizes.columns(resized_rows[:, rows])[0], threshold, out=mask[rows])
-    return masks
+            yield part, rows, resizes.columns(resized_rows[:, rows])

@@ -1,9 +1,15 @@
-"""Mask logits to masks as segment-anything does it: `Sam.postprocess_masks` of segment_anything/modeling/sam.py."""
+"""Mask logits to masks as segment-anything does it: `Sam.postprocess_masks` of segment_anything/modeling/sam.py.
+
+Packed bits and runs are defined here too: other backends give the same words, statistics and runs for the same logits.
+"""
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from refsam_kernels.mask_postprocess.layout import WORD, pairs, unpack
 
 
 def forward(
@@ -17,6 +23,32 @@ def forward(
     return resize_twice(logits, image_size, input_size, output_size) > threshold
 
 
+def bits(
+    logits: Tensor,
+    image_size: int,
+    input_sizes: Sequence[int],
+    output_sizes: Sequence[int],
+    threshold: float,
+    stability_offset: float,
+) -> tuple[Tensor, Tensor]:
+    """Logits (P, 4h, 4w), and 2 P numbers of each list -> words (n,) int32 and statistics (P, 8) int64; see `layout`."""
+    words, statistics = [logits.new_empty(0, dtype=torch.int32)], []
+    sizes = zip(logits, pairs(input_sizes), pairs(output_sizes), strict=True)
+    for mask_logits, input_size, output_size in sizes:
+        full = resize_twice(mask_logits.unsqueeze(0), image_size, input_size, output_size)[0]
+        words.append(pack(full > threshold))
+        statistics.append(describe(full, threshold, stability_offset))
+    return torch.cat(words), torch.stack(statistics) if statistics else no_statistics(logits)
+
+
+def runs(words: Tensor, output_sizes: Sequence[int], capacity: int) -> tuple[Tensor, Tensor]:
+    """Words of packed masks -> where runs end (capacity,) int32, mask after mask, and how many do (P,) int64."""
+    ends = [run_ends(mask) for mask in unpack(words, pairs(output_sizes))]
+    found = torch.cat([words.new_empty(0), *ends])[:capacity]
+    counts = torch.tensor([len(e) for e in ends], dtype=torch.int64, device=words.device)
+    return F.pad(found, (0, capacity - len(found))), counts
+
+
 def resize_twice(
     logits: Tensor, image_size: int, input_size: Sequence[int], output_size: Sequence[int]
 ) -> Tensor:
@@ -27,3 +59,45 @@ def resize_twice(
     image = image[..., :height, :width]
     output = F.interpolate(image, tuple(output_size), mode="bilinear", align_corners=False)
     return output.squeeze(1)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A mask (H, W) bool as words (W * ceil(H / 32),) int32: columns one after another, the lowest bit on top."""
+    height, width = mask.shape
+    columns = F.pad(mask.T, (0, -height % WORD)).reshape(width, -1, 8)
+    weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=mask.device)
+    packed = (columns * weights).sum(dim=2, dtype=torch.uint8)  # eight pixels: little-endian bytes
+    return packed.view(torch.int32).flatten()
+
+
+def describe(full: Tensor, threshold: float, stability_offset: float) -> Tensor:
+    """The statistics (8,) int64 of logits (H, W) at full size, as `layout.STATISTICS` lists them."""
+    mask = full > threshold
+    counts = [mask, full > threshold + stability_offset, full > threshold - stability_offset]
+    areas = torch.stack([count.sum() for count in counts])
+    return torch.cat([areas, box(mask), full.isnan().sum()[None]])
+
+
+def box(mask: Tensor) -> Tensor:
+    """Left, top, right and bottom (4,) int64 of a mask (H, W) bool, the last two outside it; zeros if it is empty."""
+    left, right = extent(mask.any(dim=0))
+    top, bottom = extent(mask.any(dim=1))
+    return torch.stack([left, top, right, bottom])
+
+
+def extent(used: Tensor) -> tuple[Tensor, Tensor]:
+    """The first entry of (n,) bool that is True and the one behind the last; 0 and 0 if there is none."""
+    position = torch.arange(len(used), device=used.device)
+    first = torch.where(used, position, len(used)).amin() % len(used)
+    return first, torch.where(used, position + 1, 0).amax()
+
+
+def run_ends(mask: Tensor) -> Tensor:
+    """Where a mask (H, W) bool changes its value, in column-major order, beginning with False: (n,) int32."""
+    pixels = F.pad(mask.T.flatten(), (1, 0))
+    return (pixels[1:] != pixels[:-1]).nonzero().flatten().int()
+
+
+def no_statistics(logits: Tensor) -> Tensor:
+    """The statistics of no mask."""
+    return logits.new_empty(0, 8, dtype=torch.int64)
