@@ -11,6 +11,7 @@ documentation, "LibTorch Stable ABI"), so one file serves every torch from 2.10 
 import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -27,6 +28,13 @@ REPORT = "_build.json"
 OLDEST_TORCH = (2, 10)
 TARGET_VERSION = "0x020a000000000000"  # torch 2.10, as torch/csrc/stable/version.h spells it
 DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
+AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split()
+# Of sources in csrc/cpu whose name ends so, on x86-64: the library asks the processor before it calls them.
+INSTRUCTION_SETS = {
+    "_avx2": ["-mavx2", "-mfma"],
+    "_avx512": AVX512,
+    "_avx512bf16": [*AVX512, "-mavx512bf16"],
+}
 
 
 class BuildError(RuntimeError):
@@ -242,7 +250,8 @@ def make_plan(
     for source in sources:
         output, depfile = objects / f"{source.name}.o", objects / f"{source.name}.d"
         files = ["-MD", "-MF", str(depfile), "-c", str(source), "-o", str(output)]
-        compile_steps.append(Step(output, (source,), (*prefix, *files), depfile))
+        command = (*prefix, *instruction_set(source), *files)
+        compile_steps.append(Step(output, (source,), command, depfile))
     outputs = tuple(step.output for step in compile_steps)
     output = objects / f"{library}.so"
     # libtorch.so needs libtorch_cuda.so where torch has CUDA, so a library linked against a torch without it finds
@@ -250,6 +259,13 @@ def make_plan(
     linker = ["-Xlinker", "--no-as-needed", f"-L{torch.root / 'lib'}", "-ltorch", "-ltorch_cpu"]
     link = (compiler, "-shared", *map(str, outputs), *linker, "-o", str(output))
     return Plan(library, tuple(compile_steps), Step(output, outputs, link), toolchain)
+
+
+def instruction_set(source: Path) -> list[str]:
+    """The compiler's arguments for a source that is for one instruction set, by the end of its name."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return []
+    return INSTRUCTION_SETS.get(source.stem[source.stem.rfind("_") :], [])
 
 
 def find_ninja() -> str | None:

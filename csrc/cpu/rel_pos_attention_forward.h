@@ -1,0 +1,188 @@
+// The forward of rel_pos_attention for one instruction set: flash attention (Dao et al. 2022).
+//
+// Keys and values of a window's head are packed once. A group of queries passes over blocks of keys
+// that stay in the second-level cache, kRows queries at a time, whose scores stay in the
+// first-level one: product with the keys, which begins with the relative terms; softmax with a
+// running maximum; product with the values.
+#pragma once
+
+#include "rel_pos_attention_pack.h"
+
+namespace refsam::cpu {
+namespace {
+
+constexpr int64_t kForwardGroup = 16 * kRows;    // queries
+constexpr int64_t kForwardBlock = 512 / kLanes;  // vectors of keys
+constexpr int64_t kScoreRow =
+    kForwardBlock * kLanes + 16;  // rows do not begin at the same cache set
+
+template <class Element, class Operand>
+class Forward {
+ public:
+  using Stored = typename Operand::Stored;
+  static constexpr int64_t kPack = Operand::kPack;
+
+  Forward(const RelPosAttention& call, Arena& arena)
+      : call_(call),
+        sizes_(sizes_of<Operand>(call)),
+        tables_(arena.take<Stored>(sizes_.distances * sizes_.depth * kPack)),
+        keys_(arena.take<Stored>(sizes_.keys * sizes_.depth * kPack)),
+        values_(arena.take<Stored>(sizes_.keys * sizes_.channels)),
+        places_{arena.take<int32_t>(sizes_.keys / kLanes),
+                arena.take<int32_t>(sizes_.keys / kLanes)},
+        queries_(arena.take<Stored>(kForwardGroup * sizes_.depth * kPack)),
+        products_(arena.take<float>(kRows * sizes_.distances)),
+        relative_{arena.take<float>(kForwardGroup * call.window_height),
+                  arena.take<float>(kForwardGroup * sizes_.key_width), call.window_height,
+                  sizes_.key_width},
+        scores_(arena.take<float>(kRows * kScoreRow)),
+        out_(arena.take<float>(kForwardGroup * sizes_.channels)),
+        maximum_(arena.take<float>(kForwardGroup)),
+        sum_(arena.take<float>(kForwardGroup)),
+        exponent_scale_(kLog2E / __builtin_sqrtf(static_cast<float>(call.head_dim))) {}
+
+  void run(int64_t begin, int64_t end) {
+    pack_tables<Operand, Element>(call_, sizes_, tables_);
+    for (int64_t index = begin; index < end; ++index) {
+      const Task task = task_of(call_, index);
+      if (task.first_query < task.last_query) run_task(task);
+    }
+  }
+
+ private:
+  void run_task(const Task& task) {
+    pack_keys(task);
+    for (int64_t first = task.first_query; first < task.last_query; first += kForwardGroup) {
+      const int64_t count = smaller(kForwardGroup, task.last_query - first);
+      begin_queries(task, first, count);
+      for (int64_t vector = 0; vector < task.key_vectors(); vector += kForwardBlock) {
+        const KeyBlock block{vector, smaller(kForwardBlock, task.key_vectors() - vector)};
+        for (int64_t query = 0; query < count; query += kRows) attend(query, block);
+      }
+      end_queries(task, first, count);
+    }
+  }
+
+  void pack_keys(const Task& task) {
+    place_keys(task, places_);
+    memset(keys_, 0, sizeof(Stored) * sizes_.keys * sizes_.depth * kPack);
+    memset(values_, 0, sizeof(Stored) * sizes_.keys * sizes_.channels);
+    for_each_key<Element>(call_, task, 1, [&](const Element* token, int64_t index) {
+      pack_column<Operand>(token, call_, sizes_, index, keys_);
+    });
+    for_each_key<Element>(call_, task, 2, [&](const Element* token, int64_t index) {
+      pack_row<Operand>(token, call_, sizes_, index, values_);
+    });
+  }
+
+  // Queries from `first` on as a left operand, and their relative terms.
+  void begin_queries(const Task& task, int64_t first, int64_t count) {
+    const int64_t row_size = sizes_.depth * kPack;
+    memset(queries_, 0, sizeof(Stored) * round_up(count, kRows) * row_size);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t y = (first + i) / task.width, x = (first + i) % task.width;
+      const Element* const token = token_at<Element>(call_, task, y, x, 0);
+      for (int64_t k = 0; k < call_.head_dim; ++k) {
+        queries_[i * row_size + k] = Operand::pack(token[k]);
+      }
+    }
+    for (int64_t i = 0; i < count; i += kRows) {
+      multiply_tables(queries_ + i * row_size);
+      cut_relative(call_, task, sizes_, products_, first + i, relative_of(i));
+    }
+    memset(out_, 0, sizeof(float) * round_up(count, kRows) * sizes_.channels);
+    for (int64_t i = 0; i < kForwardGroup; ++i) {
+      maximum_[i] = -__builtin_inff();
+      sum_[i] = 0;
+    }
+  }
+
+  void multiply_tables(const Stored* queries) {
+    for (int64_t column = 0; column < sizes_.distances; column += kPanel) {
+      multiply_tile<kVectors, Operand>(
+          {queries, sizes_.depth * kPack, kPack},
+          {tables_ + column * sizes_.depth * kPack, kPanel * kPack}, sizes_.depth,
+          [](int, int) REFSAM_INLINE_LAMBDA { return Vector{}; },
+          [&](int row, int v, Vector sum) REFSAM_INLINE_LAMBDA {
+            store(products_ + row * sizes_.distances + column + v * kLanes, sum);
+          });
+    }
+  }
+
+  Relative relative_of(int64_t query) const {
+    return {relative_.h + query * relative_.h_row, relative_.w + query * relative_.w_row,
+            relative_.h_row, relative_.w_row};
+  }
+
+  // Adds a block of keys to the results of kRows queries of the group.
+  void attend(int64_t query, KeyBlock block) {
+    Vector maxima[kRows];
+    for (int row = 0; row < kRows; ++row) maxima[row] = broadcast(maximum_[query + row]);
+    const Scores<Operand> scores{queries_ + query * sizes_.depth * kPack, keys_, relative_of(query),
+                                 places_, sizes_.depth};
+    scores.compute(block, [&](int row, int64_t vector, Vector value) REFSAM_INLINE_LAMBDA {
+      store(scores_ + row * kScoreRow + vector * kLanes, value);
+      maxima[row] = larger(value, maxima[row]);
+    });
+    Stored* const probabilities = reinterpret_cast<Stored*>(scores_);  // in the scores' place
+    float factor[kRows];
+    for (int row = 0; row < kRows; ++row) {
+      const float maximum = largest_of(maxima[row]);
+      factor[row] = __builtin_exp2f((maximum_[query + row] - maximum) * exponent_scale_);
+      maximum_[query + row] = maximum;
+      const float sum = exponentials(scores_ + row * kScoreRow, maximum, block.count,
+                                     probabilities + row * kScoreRow * kPack);
+      sum_[query + row] = sum_[query + row] * factor[row] + sum;
+    }
+    multiply_add<Operand>(
+        {probabilities, kScoreRow * kPack, kPack},
+        {values_ + block.first * kLanes * sizes_.channels, sizes_.channels * kPack},
+        block.count * kLanes / kPack, sizes_.channels, factor, out_ + query * sizes_.channels,
+        sizes_.channels);
+  }
+
+  // A row of scores to probabilities times a constant; returns their sum.
+  float exponentials(const float* scores, float maximum, int64_t vectors, Stored* to) const {
+    const float shift = maximum * exponent_scale_;
+    Vector sum{};
+    for (int64_t v = 0; v < vectors; ++v) {
+      const Vector value = exp2_of(load(scores + v * kLanes) * exponent_scale_ - shift);
+      sum += value;
+      Operand::pack(value, to + v * kLanes);
+    }
+    return sum_of(sum);
+  }
+
+  void end_queries(const Task& task, int64_t first, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t y = task.top + (first + i) / task.width;
+      const int64_t x = task.left + (first + i) % task.width;
+      const int64_t token = (task.image * call_.height + y) * call_.width + x;
+      Element* const out =
+          static_cast<Element*>(call_.out) + (token * call_.heads + task.head) * call_.head_dim;
+      const float* const from = out_ + i * sizes_.channels;
+      for (int64_t k = 0; k < call_.head_dim; ++k) from_float(from[k] / sum_[i], out[k]);
+      const int64_t place =
+          ((task.image * call_.heads + task.head) * call_.height + y) * call_.width + x;
+      call_.log_sum_exp[place] = maximum_[i] * exponent_scale_ * kLn2 + __builtin_logf(sum_[i]);
+    }
+  }
+
+  const RelPosAttention& call_;
+  const Sizes sizes_;
+  Stored* const tables_;  // panels
+  Stored* const keys_;    // panels
+  Stored* const values_;  // (keys, channels)
+  const KeyPlaces places_;
+  Stored* const queries_;  // (kForwardGroup, depth)
+  float* const products_;  // (kRows, distances)
+  const Relative relative_;
+  float* const scores_;  // (kRows, kScoreRow)
+  float* const out_;     // (kForwardGroup, channels)
+  float* const maximum_;
+  float* const sum_;
+  const float exponent_scale_;  // of what Scores computes, to base 2
+};
+
+}  // namespace
+}  // namespace refsam::cpu

@@ -1,0 +1,39 @@
+// The kernels of rel_pos_attention for the instruction set that the including file is compiled for.
+#pragma once
+
+#include "rel_pos_attention_forward.h"
+
+namespace refsam::cpu {
+namespace {
+
+#ifdef __AVX512BF16__
+using Bfloat16Operand = Pairs;
+#else
+using Bfloat16Operand = Single;
+#endif
+
+template <class Element, class Operand>
+int64_t run_forward(const RelPosAttention& call, int64_t begin, int64_t end, char* scratch) {
+  Arena arena(scratch);
+  Forward<Element, Operand> forward(call, arena);
+  if (scratch) forward.run(begin, end);
+  return arena.used();
+}
+
+int64_t forward_scratch(const RelPosAttention& call) {
+  return call.is_bfloat16 ? run_forward<Bfloat16, Bfloat16Operand>(call, 0, 0, nullptr)
+                          : run_forward<float, Single>(call, 0, 0, nullptr);
+}
+
+void forward(const RelPosAttention& call, int64_t begin, int64_t end, char* scratch) {
+  if (call.is_bfloat16) {
+    run_forward<Bfloat16, Bfloat16Operand>(call, begin, end, scratch);
+  } else {
+    run_forward<float, Single>(call, begin, end, scratch);
+  }
+}
+
+const RelPosAttentionKernels kKernels{forward_scratch, forward, nullptr, nullptr};
+
+}  // namespace
+}  // namespace refsam::cpu

@@ -1,0 +1,152 @@
+// Checks, allocation, division of the work and registration of rel_pos_attention on the CPU.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../rel_pos_attention_check.h"
+#include "rel_pos_attention.h"
+
+namespace refsam::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr std::align_val_t kAlignment{64};
+
+// A thread's scratch.
+struct Release {
+  void operator()(char* memory) const { ::operator delete(memory, kAlignment); }
+};
+using Scratch = std::unique_ptr<char, Release>;
+
+Scratch allocate(int64_t bytes) {
+  return Scratch(static_cast<char*>(::operator new(static_cast<size_t>(bytes), kAlignment)));
+}
+
+struct InstructionSet {
+  const char* name;
+  const RelPosAttentionKernels* kernels;  // null: not in this library
+  bool supported;                         // by this processor and its operating system
+};
+
+// From the most to the least wanted.
+std::vector<InstructionSet> instruction_sets() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  constexpr bool avx2 = false, avx512 = false, avx512bf16 = false;
+#endif
+  return {{"avx512bf16", kAvx512Bf16Kernels, avx512bf16},
+          {"avx512", kAvx512Kernels, avx512},
+          {"avx2", kAvx2Kernels, avx2},
+          {"portable", kPortableKernels, true}};
+}
+
+// The kernels that are named, or the best that can run here if `name` is empty.
+const RelPosAttentionKernels& choose_kernels(const std::string& name) {
+  for (const InstructionSet& set : instruction_sets()) {
+    if (!name.empty() && name != set.name) continue;
+    if (set.kernels && set.supported) return *set.kernels;
+    check(name.empty(), "instruction_set: got ", name, ", which ",
+          set.kernels ? "this processor does not have" : "this library was built without");
+  }
+  check(false, "instruction_set: got ", name, ", wanted avx512bf16, avx512, avx2 or portable");
+  return *kPortableKernels;
+}
+
+const void* data_of(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+RelPosAttention describe(const Tensor& qkv, const Tensor& rel_pos_h, const Tensor& rel_pos_w,
+                         const std::optional<Tensor>& qkv_bias, int64_t num_heads,
+                         int64_t window_size, const std::string& pad_mode) {
+  const RelPosAttentionSizes sizes = check_rel_pos_attention(qkv, rel_pos_h, rel_pos_w, qkv_bias,
+                                                             num_heads, window_size, pad_mode);
+  const ScalarType dtype = qkv.scalar_type();
+  check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "qkv: got dtype ",
+        torch::headeronly::toString(dtype), ", wanted Float or BFloat16");
+  check(qkv.is_cpu(), "qkv: wanted a CPU tensor");
+  check(rel_pos_h.is_cpu(), "rel_pos_h: wanted a CPU tensor");
+  check(rel_pos_w.is_cpu(), "rel_pos_w: wanted a CPU tensor");
+  check(!qkv_bias || qkv_bias->is_cpu(), "qkv_bias: wanted a CPU tensor");
+  RelPosAttention call{};
+  call.is_bfloat16 = dtype == ScalarType::BFloat16;
+  call.qkv = qkv.const_data_ptr();
+  call.image_stride = qkv.stride(0);
+  call.row_stride = qkv.stride(1);
+  call.column_stride = qkv.stride(2);
+  call.rel_pos_h = rel_pos_h.const_data_ptr();
+  call.rel_pos_w = rel_pos_w.const_data_ptr();
+  call.qkv_bias = data_of(qkv_bias);
+  call.images = sizes.images;
+  call.height = sizes.height;
+  call.width = sizes.width;
+  call.heads = sizes.heads;
+  call.head_dim = sizes.head_dim;
+  call.window_height = sizes.window_height;
+  call.window_width = sizes.window_width;
+  call.padding_is_key = sizes.padding_is_key;
+  call.parts = 1;
+  return call;
+}
+
+// Heads of windows.
+int64_t count_heads(const RelPosAttention& call) {
+  const int64_t down = (call.height + call.window_height - 1) / call.window_height;
+  const int64_t across = (call.width + call.window_width - 1) / call.window_width;
+  return call.images * down * across * call.heads;
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& qkv, const Tensor& rel_pos_h,
+                                   const Tensor& rel_pos_w, std::optional<Tensor> qkv_bias,
+                                   int64_t num_heads, int64_t window_size, std::string pad_mode,
+                                   std::string instruction_set) {
+  RelPosAttention call =
+      describe(qkv, rel_pos_h, rel_pos_w, qkv_bias, num_heads, window_size, pad_mode);
+  const RelPosAttentionKernels& kernels = choose_kernels(instruction_set);
+  const std::vector<int64_t> out_shape{call.images, call.height, call.width,
+                                       call.heads * call.head_dim};
+  const std::vector<int64_t> statistic_shape{call.images, call.heads, call.height, call.width};
+  Tensor out = torch::stable::new_empty(qkv, out_shape);
+  Tensor log_sum_exp = torch::stable::new_empty(qkv, statistic_shape, ScalarType::Float);
+  const int64_t heads = count_heads(call);
+  if (heads == 0) return {out, log_sum_exp};
+  call.out = out.mutable_data_ptr();
+  call.log_sum_exp = static_cast<float*>(log_sum_exp.mutable_data_ptr());
+  // A few tasks per thread, where heads are fewer; each packs its head's keys again.
+  const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t queries = call.window_height * call.window_width;
+  call.parts = std::clamp<int64_t>(wanted / heads, 1, (queries + 127) / 128);
+  torch::stable::parallel_for(0, heads * call.parts, 1, [&](int64_t begin, int64_t end) {
+    const Scratch scratch = allocate(kernels.forward_scratch(call));
+    kernels.forward(call, begin, end, scratch.get());
+  });
+  return {out, log_sum_exp};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(refsam_kernels_cpu, m) {
+  m.def(
+      "rel_pos_attention(Tensor qkv, Tensor rel_pos_h, Tensor rel_pos_w, Tensor? qkv_bias, int "
+      "num_heads, int window_size, str pad_mode, str instruction_set) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(refsam_kernels_cpu, CPU, m) {
+  m.impl("rel_pos_attention", TORCH_BOX(&forward));
+}
+
+}  // namespace refsam::cpu

@@ -1,0 +1,51 @@
+"""The compiled CPU implementation, csrc/cpu/rel_pos_attention*: flash attention that makes the relative terms on the fly.
+
+The kernels are compiled for several instruction sets and the library takes the best that the processor has.
+`REFSAM_CPU_INSTRUCTION_SET` names another one: avx512bf16, avx512, avx2 or portable.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from refsam_kernels import libraries
+
+ENVIRONMENT_VARIABLE = "REFSAM_CPU_INSTRUCTION_SET"
+
+_library = libraries.load("cpu")
+
+
+def not_supported_reasons(qkv: Tensor, *others: object) -> list[str]:
+    """Why these arguments cannot be computed here; empty if they can."""
+    if qkv.dtype in (torch.float32, torch.bfloat16):
+        return []
+    return [f"computes in torch.float32 and torch.bfloat16, got {qkv.dtype}"]
+
+
+def forward(
+    qkv: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    qkv_bias: Tensor | None,
+    num_heads: int,
+    window_size: int,
+    pad_mode: str,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, h, w, D) and the logarithm of each softmax's sum (B, heads, h, w), float32."""
+    tensors = compact(qkv, rel_pos_h, rel_pos_w, qkv_bias)
+    return _library.rel_pos_attention(
+        *tensors, num_heads, window_size, pad_mode, os.environ.get(ENVIRONMENT_VARIABLE, "")
+    )
+
+
+def compact(
+    qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, qkv_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The tensors as the library takes them: qkv with any strides but the last, the others contiguous."""
+    return (
+        qkv if qkv.stride(-1) == 1 else qkv.contiguous(),
+        rel_pos_h.contiguous(),
+        rel_pos_w.contiguous(),
+        None if qkv_bias is None else qkv_bias.contiguous(),
+    )
