@@ -25,16 +25,12 @@ class Forward {
   Forward(const RelPosAttention& call, Arena& arena)
       : call_(call),
         sizes_(sizes_of<Operand>(call)),
-        tables_(arena.take<Stored>(sizes_.distances * sizes_.depth * kPack)),
+        relative_(call, sizes_, kForwardGroup, arena),
         keys_(arena.take<Stored>(sizes_.keys * sizes_.depth * kPack)),
         values_(arena.take<Stored>(sizes_.keys * sizes_.channels)),
         places_{arena.take<int32_t>(sizes_.keys / kLanes),
                 arena.take<int32_t>(sizes_.keys / kLanes)},
         queries_(arena.take<Stored>(kForwardGroup * sizes_.depth * kPack)),
-        products_(arena.take<float>(kRows * sizes_.distances)),
-        relative_{arena.take<float>(kForwardGroup * call.window_height),
-                  arena.take<float>(kForwardGroup * sizes_.key_width), call.window_height,
-                  sizes_.key_width},
         scores_(arena.take<float>(kRows * kScoreRow)),
         out_(arena.take<float>(kForwardGroup * sizes_.channels)),
         maximum_(arena.take<float>(kForwardGroup)),
@@ -42,7 +38,7 @@ class Forward {
         exponent_scale_(kLog2E / __builtin_sqrtf(static_cast<float>(call.head_dim))) {}
 
   void run(int64_t begin, int64_t end) {
-    pack_tables<Operand, Element>(call_, sizes_, tables_);
+    relative_.pack();
     for (int64_t index = begin; index < end; ++index) {
       const Task task = task_of(call_, index);
       if (task.first_query < task.last_query) run_task(task);
@@ -75,21 +71,9 @@ class Forward {
     });
   }
 
-  // Queries from `first` on as a left operand, and their relative terms.
   void begin_queries(const Task& task, int64_t first, int64_t count) {
-    const int64_t row_size = sizes_.depth * kPack;
-    memset(queries_, 0, sizeof(Stored) * round_up(count, kRows) * row_size);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t y = (first + i) / task.width, x = (first + i) % task.width;
-      const Element* const token = token_at<Element>(call_, task, y, x, 0);
-      for (int64_t k = 0; k < call_.head_dim; ++k) {
-        queries_[i * row_size + k] = Operand::pack(token[k]);
-      }
-    }
-    for (int64_t i = 0; i < count; i += kRows) {
-      multiply_tables(queries_ + i * row_size);
-      cut_relative(call_, task, sizes_, products_, first + i, relative_of(i));
-    }
+    pack_queries<Operand, Element>(call_, task, sizes_, first, count, queries_);
+    relative_.compute(task, first, count, queries_);
     memset(out_, 0, sizeof(float) * round_up(count, kRows) * sizes_.channels);
     for (int64_t i = 0; i < kForwardGroup; ++i) {
       maximum_[i] = -__builtin_inff();
@@ -97,33 +81,15 @@ class Forward {
     }
   }
 
-  void multiply_tables(const Stored* queries) {
-    for (int64_t column = 0; column < sizes_.distances; column += kPanel) {
-      multiply_tile<kVectors, Operand>(
-          {queries, sizes_.depth * kPack, kPack},
-          {tables_ + column * sizes_.depth * kPack, kPanel * kPack}, sizes_.depth,
-          [](int, int) REFSAM_INLINE_LAMBDA { return Vector{}; },
-          [&](int row, int v, Vector sum) REFSAM_INLINE_LAMBDA {
-            store(products_ + row * sizes_.distances + column + v * kLanes, sum);
-          });
-    }
-  }
-
-  Relative relative_of(int64_t query) const {
-    return {relative_.h + query * relative_.h_row, relative_.w + query * relative_.w_row,
-            relative_.h_row, relative_.w_row};
-  }
-
   // Adds a block of keys to the results of kRows queries of the group.
   void attend(int64_t query, KeyBlock block) {
     Vector maxima[kRows];
     for (int row = 0; row < kRows; ++row) maxima[row] = broadcast(maximum_[query + row]);
-    const Scores<Operand> scores{queries_ + query * sizes_.depth * kPack, keys_, relative_of(query),
-                                 places_, sizes_.depth};
-    scores.compute(block, [&](int row, int64_t vector, Vector value) REFSAM_INLINE_LAMBDA {
-      store(scores_ + row * kScoreRow + vector * kLanes, value);
-      maxima[row] = larger(value, maxima[row]);
-    });
+    compute_scores(queries_, keys_, sizes_, relative_, places_, query, block,
+                   [&](int row, int64_t vector, Vector value) REFSAM_INLINE_LAMBDA {
+                     store(scores_ + row * kScoreRow + vector * kLanes, value);
+                     maxima[row] = larger(value, maxima[row]);
+                   });
     Stored* const probabilities = reinterpret_cast<Stored*>(scores_);  // in the scores' place
     float factor[kRows];
     for (int row = 0; row < kRows; ++row) {
@@ -155,30 +121,25 @@ class Forward {
 
   void end_queries(const Task& task, int64_t first, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t y = task.top + (first + i) / task.width;
-      const int64_t x = task.left + (first + i) % task.width;
-      const int64_t token = (task.image * call_.height + y) * call_.width + x;
+      const int64_t token = token_place(call_, task, first + i);
       Element* const out =
           static_cast<Element*>(call_.out) + (token * call_.heads + task.head) * call_.head_dim;
       const float* const from = out_ + i * sizes_.channels;
       for (int64_t k = 0; k < call_.head_dim; ++k) from_float(from[k] / sum_[i], out[k]);
-      const int64_t place =
-          ((task.image * call_.heads + task.head) * call_.height + y) * call_.width + x;
-      call_.log_sum_exp[place] = maximum_[i] * exponent_scale_ * kLn2 + __builtin_logf(sum_[i]);
+      call_.log_sum_exp[statistic_place(call_, task, first + i)] =
+          maximum_[i] * exponent_scale_ * kLn2 + __builtin_logf(sum_[i]);
     }
   }
 
   const RelPosAttention& call_;
   const Sizes sizes_;
-  Stored* const tables_;  // panels
+  Relative<Element, Operand> relative_;
   Stored* const keys_;    // panels
   Stored* const values_;  // (keys, channels)
   const KeyPlaces places_;
   Stored* const queries_;  // (kForwardGroup, depth)
-  float* const products_;  // (kRows, distances)
-  const Relative relative_;
-  float* const scores_;  // (kRows, kScoreRow)
-  float* const out_;     // (kForwardGroup, channels)
+  float* const scores_;    // (kRows, kScoreRow)
+  float* const out_;       // (kForwardGroup, channels)
   float* const maximum_;
   float* const sum_;
   const float exponent_scale_;  // of what Scores computes, to base 2

@@ -19,6 +19,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr std::align_val_t kAlignment{64};
+// Sums over tasks are taken in so many parts, whatever the number of threads.
+constexpr int64_t kSlots = 240;
 
 // A thread's scratch.
 struct Release {
@@ -103,6 +105,31 @@ RelPosAttention describe(const Tensor& qkv, const Tensor& rel_pos_h, const Tenso
   return call;
 }
 
+// A gradient or saved output (B, h, w, D), contiguous, in qkv's dtype.
+void check_output(const char* name, const Tensor& tensor, const Tensor& qkv,
+                  const RelPosAttention& call) {
+  check(tensor.is_cpu(), name, ": wanted a CPU tensor");
+  check_rank(name, tensor, 4);
+  check_dtype(name, tensor, qkv.scalar_type());
+  check_contiguous(name, tensor);
+  check(tensor.size(0) == call.images && tensor.size(1) == call.height &&
+            tensor.size(2) == call.width && tensor.size(3) == call.heads * call.head_dim,
+        name, ": wanted shape (", call.images, ", ", call.height, ", ", call.width, ", ",
+        call.heads * call.head_dim, ")");
+}
+
+// The saved statistic (B, heads, h, w) float32, contiguous.
+void check_statistic(const char* name, const Tensor& tensor, const RelPosAttention& call) {
+  check(tensor.is_cpu(), name, ": wanted a CPU tensor");
+  check_rank(name, tensor, 4);
+  check_dtype(name, tensor, ScalarType::Float);
+  check_contiguous(name, tensor);
+  check(tensor.size(0) == call.images && tensor.size(1) == call.heads &&
+            tensor.size(2) == call.height && tensor.size(3) == call.width,
+        name, ": wanted shape (", call.images, ", ", call.heads, ", ", call.height, ", ",
+        call.width, ")");
+}
+
 // Heads of windows.
 int64_t count_heads(const RelPosAttention& call) {
   const int64_t down = (call.height + call.window_height - 1) / call.window_height;
@@ -137,16 +164,74 @@ std::tuple<Tensor, Tensor> forward(const Tensor& qkv, const Tensor& rel_pos_h,
   return {out, log_sum_exp};
 }
 
+// The sum over slots (slots, size), in their order, of which `result` takes the first elements.
+void sum_slots(const std::vector<float>& slots, int64_t size, int64_t from, Tensor& result) {
+  const int64_t elements = result.numel();
+  std::vector<float> sums(static_cast<size_t>(elements));
+  for (size_t slot = 0; slot < slots.size(); slot += static_cast<size_t>(size)) {
+    for (int64_t i = 0; i < elements; ++i) sums[i] += slots[slot + from + i];
+  }
+  Tensor float_sums = torch::stable::new_empty(result, {elements}, ScalarType::Float);
+  std::copy(sums.begin(), sums.end(), static_cast<float*>(float_sums.mutable_data_ptr()));
+  torch::stable::copy_(result, float_sums);
+}
+
+// Gradients of qkv, of both tables (without elements unless `needs_tables`) and of what padding
+// tokens have as k and v (2*D,).
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_out, const Tensor& qkv, const Tensor& rel_pos_h, const Tensor& rel_pos_w,
+    std::optional<Tensor> qkv_bias, const Tensor& out, const Tensor& log_sum_exp, int64_t num_heads,
+    int64_t window_size, std::string pad_mode, bool needs_tables, std::string instruction_set) {
+  RelPosAttentionBackward call{};
+  RelPosAttention& shared = call.forward;
+  shared = describe(qkv, rel_pos_h, rel_pos_w, qkv_bias, num_heads, window_size, pad_mode);
+  const RelPosAttentionKernels& kernels = choose_kernels(instruction_set);
+  check_output("grad_out", grad_out, qkv, shared);
+  check_output("out", out, qkv, shared);
+  check_statistic("log_sum_exp", log_sum_exp, shared);
+  const int64_t table_elements = rel_pos_h.numel() + rel_pos_w.numel();
+  const int64_t padding_elements = 2 * shared.heads * shared.head_dim;
+  Tensor grad_qkv =
+      torch::stable::new_empty(qkv, {shared.images, shared.height, shared.width, qkv.size(3)});
+  Tensor grad_h = torch::stable::new_zeros(rel_pos_h, {needs_tables ? rel_pos_h.numel() : 0});
+  Tensor grad_w = torch::stable::new_zeros(rel_pos_w, {needs_tables ? rel_pos_w.numel() : 0});
+  Tensor grad_padding = torch::stable::new_zeros(qkv, {padding_elements});
+  const int64_t heads = count_heads(shared);
+  if (heads == 0) return {grad_qkv, grad_h, grad_w, grad_padding};
+  call.grad_out = grad_out.const_data_ptr();
+  shared.out = const_cast<void*>(out.const_data_ptr());
+  shared.log_sum_exp = static_cast<float*>(const_cast<void*>(log_sum_exp.const_data_ptr()));
+  call.grad_qkv = grad_qkv.mutable_data_ptr();
+  call.slots = std::min(heads, kSlots);
+  std::vector<float> tables(needs_tables ? call.slots * table_elements : 0);
+  std::vector<float> padding(call.slots * padding_elements);
+  call.grad_tables = needs_tables ? tables.data() : nullptr;
+  call.grad_padding = padding.data();
+  torch::stable::parallel_for(0, call.slots, 1, [&](int64_t begin, int64_t end) {
+    const Scratch scratch = allocate(kernels.backward_scratch(call));
+    kernels.backward(call, begin, end, scratch.get());
+  });
+  sum_slots(tables, table_elements, 0, grad_h);
+  sum_slots(tables, table_elements, rel_pos_h.numel(), grad_w);
+  sum_slots(padding, padding_elements, 0, grad_padding);
+  return {grad_qkv, grad_h, grad_w, grad_padding};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(refsam_kernels_cpu, m) {
   m.def(
       "rel_pos_attention(Tensor qkv, Tensor rel_pos_h, Tensor rel_pos_w, Tensor? qkv_bias, int "
       "num_heads, int window_size, str pad_mode, str instruction_set) -> (Tensor, Tensor)");
+  m.def(
+      "rel_pos_attention_backward(Tensor grad_out, Tensor qkv, Tensor rel_pos_h, Tensor rel_pos_w, "
+      "Tensor? qkv_bias, Tensor out, Tensor log_sum_exp, int num_heads, int window_size, str "
+      "pad_mode, bool needs_tables, str instruction_set) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(refsam_kernels_cpu, CPU, m) {
   m.impl("rel_pos_attention", TORCH_BOX(&forward));
+  m.impl("rel_pos_attention_backward", TORCH_BOX(&backward));
 }
 
 }  // namespace refsam::cpu

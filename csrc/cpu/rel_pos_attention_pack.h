@@ -39,6 +39,11 @@ struct Task {
 
 REFSAM_INLINE int64_t count_of(int64_t length, int64_t size) { return (length + size - 1) / size; }
 
+inline int64_t count_tasks(const RelPosAttention& call) {
+  return call.images * count_of(call.height, call.window_height) *
+         count_of(call.width, call.window_width) * call.heads * call.parts;
+}
+
 inline Task task_of(const RelPosAttention& call, int64_t index) {
   const int64_t down = count_of(call.height, call.window_height);
   const int64_t across = count_of(call.width, call.window_width);
@@ -56,7 +61,7 @@ inline Task task_of(const RelPosAttention& call, int64_t index) {
   task.key_height = call.padding_is_key ? call.window_height : task.height;
   task.key_width = call.padding_is_key ? call.window_width : task.width;
   const int64_t queries = task.height * task.width;
-  const int64_t share = round_up(count_of(queries, call.parts), kRows);
+  const int64_t share = count_of(queries, call.parts);
   task.first_query = smaller(part * share, queries);
   task.last_query = smaller(task.first_query + share, queries);
   return task;
@@ -91,6 +96,17 @@ REFSAM_INLINE const Element* token_at(const RelPosAttention& call, const Task& t
   return call.qkv_bias ? static_cast<const Element*>(call.qkv_bias) + channel : nullptr;
 }
 
+// The place of a query's token among all tokens, and of its head's statistic.
+inline int64_t token_place(const RelPosAttention& call, const Task& task, int64_t query) {
+  const int64_t y = task.top + query / task.width, x = task.left + query % task.width;
+  return (task.image * call.height + y) * call.width + x;
+}
+
+inline int64_t statistic_place(const RelPosAttention& call, const Task& task, int64_t query) {
+  const int64_t y = task.top + query / task.width, x = task.left + query % task.width;
+  return ((task.image * call.heads + task.head) * call.height + y) * call.width + x;
+}
+
 // The transpose of a right operand, in panels of kPanel columns: the token becomes a column.
 template <class Operand, class Element>
 REFSAM_INLINE void pack_column(const Element* token, const RelPosAttention& call,
@@ -112,23 +128,6 @@ REFSAM_INLINE void pack_row(const Element* token, const RelPosAttention& call, c
   for (int64_t k = 0; k < call.head_dim; ++k) rows[k * kPack] = Operand::pack(token[k]);
 }
 
-// Both tables as columns, distances descending: the keys of a query then ascend from one offset.
-template <class Operand, class Element>
-void pack_tables(const RelPosAttention& call, const Sizes& sizes,
-                 typename Operand::Stored* panels) {
-  memset(panels, 0, sizeof(*panels) * sizes.distances * sizes.depth * Operand::kPack);
-  const int64_t rows = 2 * call.window_height - 1, columns = 2 * call.window_width - 1;
-  const Element* const rel_pos_h = static_cast<const Element*>(call.rel_pos_h);
-  const Element* const rel_pos_w = static_cast<const Element*>(call.rel_pos_w);
-  for (int64_t i = 0; i < rows; ++i) {
-    pack_column<Operand>(rel_pos_h + (rows - 1 - i) * call.head_dim, call, sizes, i, panels);
-  }
-  for (int64_t i = 0; i < columns; ++i) {
-    pack_column<Operand>(rel_pos_w + (columns - 1 - i) * call.head_dim, call, sizes, rows + i,
-                         panels);
-  }
-}
-
 // Calls body(token, index) for every key (which 1) or value (2) that is not zero.
 template <class Element, class Body>
 REFSAM_INLINE void for_each_key(const RelPosAttention& call, const Task& task, int64_t which,
@@ -141,32 +140,112 @@ REFSAM_INLINE void for_each_key(const RelPosAttention& call, const Task& task, i
   }
 }
 
-// The relative terms of some queries, divided by the scale of q k.
-struct Relative {
-  float* h;  // (queries, key_height)
-  float* w;  // (queries, padded key_width), -infinity where there is no key
-
-  int64_t h_row, w_row;
-};
-
-// The products (kRows, distances) of queries and tables, for queries from `first` of the window on,
-// cut to the terms of their keys.
-inline void cut_relative(const RelPosAttention& call, const Task& task, const Sizes& sizes,
-                         const float* products, int64_t first, const Relative& relative) {
-  const float factor = __builtin_sqrtf(static_cast<float>(call.head_dim));
-  for (int row = 0; row < kRows; ++row) {
-    const int64_t query = smaller(first + row, task.height * task.width - 1);
-    const int64_t y = query / task.width, x = query % task.width;
-    const float* const h = products + row * sizes.distances + call.window_height - 1 - y;
-    const float* const w =
-        products + row * sizes.distances + 2 * call.window_height - 1 + call.window_width - 1 - x;
-    for (int64_t v = 0; v < task.key_height; ++v)
-      relative.h[row * relative.h_row + v] = h[v] * factor;
-    for (int64_t u = 0; u < task.padded_key_width(); ++u) {
-      relative.w[row * relative.w_row + u] = u < task.key_width ? w[u] * factor : -__builtin_inff();
-    }
+// Calls body(row, index) for the rows of both tables, distances descending: the rows for a query's
+// keys then ascend from one offset.
+template <class Element, class Body>
+REFSAM_INLINE void for_each_distance(const RelPosAttention& call, const Body& body) {
+  const int64_t heights = 2 * call.window_height - 1, widths = 2 * call.window_width - 1;
+  const Element* const rel_pos_h = static_cast<const Element*>(call.rel_pos_h);
+  const Element* const rel_pos_w = static_cast<const Element*>(call.rel_pos_w);
+  for (int64_t i = 0; i < heights; ++i) body(rel_pos_h + (heights - 1 - i) * call.head_dim, i);
+  for (int64_t i = 0; i < widths; ++i) {
+    body(rel_pos_w + (widths - 1 - i) * call.head_dim, heights + i);
   }
 }
+
+// Where, among the distances, the rows for a query's first key row and first key column are.
+struct Offsets {
+  int64_t h, w;
+};
+
+inline Offsets offsets_of(const RelPosAttention& call, const Task& task, int64_t query) {
+  const int64_t y = query / task.width, x = query % task.width;
+  return {call.window_height - 1 - y, 2 * call.window_height - 1 + call.window_width - 1 - x};
+}
+
+// Left operands of a task's queries from `first` on, the last kRows filled up with zeros.
+template <class Operand, class Element>
+void pack_queries(const RelPosAttention& call, const Task& task, const Sizes& sizes, int64_t first,
+                  int64_t count, typename Operand::Stored* queries) {
+  const int64_t row = sizes.depth * Operand::kPack;
+  memset(queries, 0, sizeof(*queries) * round_up(count, kRows) * row);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t query = first + i;
+    const Element* const token =
+        token_at<Element>(call, task, query / task.width, query % task.width, 0);
+    for (int64_t k = 0; k < call.head_dim; ++k) queries[i * row + k] = Operand::pack(token[k]);
+  }
+}
+
+// The relative terms of a group of queries, divided by the scale of q k: products of the queries
+// and both tables, of which every query needs a stretch.
+template <class Element, class Operand>
+class Relative {
+ public:
+  using Stored = typename Operand::Stored;
+
+  Relative(const RelPosAttention& call, const Sizes& sizes, int64_t group, Arena& arena)
+      : call_(call),
+        sizes_(sizes),
+        factor_(__builtin_sqrtf(static_cast<float>(call.head_dim))),
+        tables_(arena.take<Stored>(sizes.distances * sizes.depth * Operand::kPack)),
+        products_(arena.take<float>(kRows * sizes.distances)),
+        h_(arena.take<float>(group * call.window_height)),
+        w_(arena.take<float>(group * sizes.key_width)) {}
+
+  // Once for all tasks.
+  void pack() {
+    memset(tables_, 0, sizeof(Stored) * sizes_.distances * sizes_.depth * Operand::kPack);
+    for_each_distance<Element>(call_, [&](const Element* row, int64_t index) {
+      pack_column<Operand>(row, call_, sizes_, index, tables_);
+    });
+  }
+
+  // For `count` queries of a task, from `first` on.
+  void compute(const Task& task, int64_t first, int64_t count, const Stored* queries) {
+    for (int64_t query = 0; query < count; query += kRows) {
+      multiply(queries + query * sizes_.depth * Operand::kPack);
+      for (int64_t i = query; i < query + kRows; ++i) cut(task, first + i, i);
+    }
+  }
+
+  // Of a query of the group: (key_height,), and (padded key_width,) with -infinity where no key is.
+  const float* h(int64_t query) const { return h_ + query * call_.window_height; }
+  const float* w(int64_t query) const { return w_ + query * sizes_.key_width; }
+
+ private:
+  void multiply(const Stored* queries) {
+    constexpr int64_t kPack = Operand::kPack;
+    for (int64_t column = 0; column < sizes_.distances; column += kPanel) {
+      multiply_tile<kVectors, Operand>(
+          {queries, sizes_.depth * kPack, kPack},
+          {tables_ + column * sizes_.depth * kPack, kPanel * kPack}, sizes_.depth,
+          [](int, int) REFSAM_INLINE_LAMBDA { return Vector{}; },
+          [&](int row, int v, Vector sum) REFSAM_INLINE_LAMBDA {
+            store(products_ + row * sizes_.distances + column + v * kLanes, sum * factor_);
+          });
+    }
+  }
+
+  void cut(const Task& task, int64_t query, int64_t place) {
+    query = smaller(query, task.height * task.width - 1);  // rows that fill up are never used
+    const Offsets offsets = offsets_of(call_, task, query);
+    const float* const products = products_ + place % kRows * sizes_.distances;
+    float* const h = h_ + place * call_.window_height;
+    float* const w = w_ + place * sizes_.key_width;
+    memcpy(h, products + offsets.h, sizeof(float) * task.key_height);
+    memcpy(w, products + offsets.w, sizeof(float) * task.key_width);
+    for (int64_t u = task.key_width; u < task.padded_key_width(); ++u) w[u] = -__builtin_inff();
+  }
+
+  const RelPosAttention& call_;
+  const Sizes& sizes_;
+  const float factor_;
+  Stored* const tables_;   // panels
+  float* const products_;  // (kRows, distances)
+  float* const h_;         // (group, window_height)
+  float* const w_;         // (group, key_width)
+};
 
 // Which row of keys, and which column of it, a vector of keys begins at.
 struct KeyPlaces {
@@ -186,32 +265,28 @@ struct KeyBlock {
   int64_t first, count;
 };
 
-// What q k^T of kRows queries and a block of keys needs.
-template <class Operand>
-struct Scores {
-  const typename Operand::Stored* queries;  // (kRows, depth)
-  const typename Operand::Stored* keys;     // panels
-  Relative relative;                        // of the first query
-  KeyPlaces places;
-  int64_t depth;
-
-  // Calls finish(row, vector of the block, scores / scale).
-  template <class Finish>
-  REFSAM_INLINE void compute(KeyBlock block, const Finish& finish) const {
-    constexpr int64_t kPack = Operand::kPack;
-    for (int64_t vector = 0; vector < block.count; vector += kVectors) {
-      const int64_t first = block.first + vector;
-      multiply_panel<Operand>(
-          {queries, depth * kPack, kPack}, {keys + first * kLanes * depth * kPack, kPanel * kPack},
-          depth, smaller(kVectors, block.count - vector),
-          [&](int row, int v) REFSAM_INLINE_LAMBDA {
-            return relative.h[row * relative.h_row + places.row[first + v]] +
-                   load(relative.w + row * relative.w_row + places.column[first + v]);
-          },
-          [&](int row, int v, Vector sum) REFSAM_INLINE_LAMBDA { finish(row, vector + v, sum); });
-    }
+// q k^T with the relative terms, divided by the scale, for kRows queries of a group from `query` on
+// and a block of keys: calls finish(row, vector of the block, scores).
+template <class Element, class Operand, class Finish>
+REFSAM_INLINE void compute_scores(const typename Operand::Stored* queries,
+                                  const typename Operand::Stored* keys, const Sizes& sizes,
+                                  const Relative<Element, Operand>& relative,
+                                  const KeyPlaces& places, int64_t query, KeyBlock block,
+                                  const Finish& finish) {
+  constexpr int64_t kPack = Operand::kPack;
+  for (int64_t vector = 0; vector < block.count; vector += kVectors) {
+    const int64_t first = block.first + vector;
+    multiply_panel<Operand>(
+        {queries + query * sizes.depth * kPack, sizes.depth * kPack, kPack},
+        {keys + first * kLanes * sizes.depth * kPack, kPanel * kPack}, sizes.depth,
+        smaller(kVectors, block.count - vector),
+        [&](int row, int v) REFSAM_INLINE_LAMBDA {
+          return relative.h(query + row)[places.row[first + v]] +
+                 load(relative.w(query + row) + places.column[first + v]);
+        },
+        [&](int row, int v, Vector sum) REFSAM_INLINE_LAMBDA { finish(row, vector + v, sum); });
   }
-};
+}
 
 }  // namespace
 }  // namespace refsam::cpu

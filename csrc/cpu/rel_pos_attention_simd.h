@@ -96,7 +96,8 @@ REFSAM_INLINE void from_float(float value, Bfloat16& result) {
 
 // Operands of a product are kept as they are multiplied: `kPack` neighbours along the summed
 // dimension lie side by side in a lane of four bytes. `dot` adds to `sum` the lane at `left` times
-// every lane at `right`.
+// every lane at `right`. `pack` lays neighbours of one row side by side, `pack_rows` those of kPack
+// rows.
 struct Single {
   using Stored = float;
   static constexpr int kPack = 1;
@@ -106,6 +107,7 @@ struct Single {
     return to_float(value);
   }
   static REFSAM_INLINE void pack(Vector values, Stored* to) { store(to, values); }
+  static REFSAM_INLINE void pack_rows(const Vector* rows, Stored* to) { store(to, rows[0]); }
   static REFSAM_INLINE Vector dot(Vector sum, const Stored* left, Vector right) {
     return sum + *left * right;
   }
@@ -120,6 +122,14 @@ struct Pairs {
   static REFSAM_INLINE void pack(Vector values, Stored* to) {
     const __m256bh rounded = _mm512_cvtneps_pbh((__m512)values);
     memcpy(to, &rounded, sizeof(rounded));
+  }
+  static REFSAM_INLINE void pack_rows(const Vector* rows, Stored* to) {
+    typedef uint16_t Halves __attribute__((vector_size(32)));
+    const auto even =
+        __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)rows[0]), IntVector);
+    const auto odd =
+        __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)rows[1]), IntVector);
+    store(to, (Vector)(even | odd << 16));
   }
   static REFSAM_INLINE Vector dot(Vector sum, const Stored* left, Vector right) {
     int32_t pair;
@@ -188,10 +198,11 @@ REFSAM_INLINE void multiply_panel(Left<Operand> left, Right<Operand> right, int6
   multiply_tile<1>(left, right, depth, start, finish);
 }
 
-// to (kRows, width) = factor[row] * to + left @ right for any width, a multiple of kLanes.
+// to (rows, width) = factor[row] * to + left @ right for rows <= kRows and any multiple of kLanes
+// as width. All of kRows rows are read.
 template <class Operand>
 void multiply_add(Left<Operand> left, Right<Operand> right, int64_t depth, int64_t width,
-                  const float* factor, float* to, int64_t to_row) {
+                  const float* factor, float* to, int64_t to_row, int rows = kRows) {
   for (int64_t column = 0; column < width; column += kPanel) {
     float* const at = to + column;
     const Right<Operand> panel{right.data + column * Operand::kPack, right.depth};
@@ -199,8 +210,9 @@ void multiply_add(Left<Operand> left, Right<Operand> right, int64_t depth, int64
         left, panel, depth, smaller(kVectors, (width - column) / kLanes),
         [&](int row, int v)
             REFSAM_INLINE_LAMBDA { return load(at + row * to_row + v * kLanes) * factor[row]; },
-        [&](int row, int v, Vector sum)
-            REFSAM_INLINE_LAMBDA { store(at + row * to_row + v * kLanes, sum); });
+        [&](int row, int v, Vector sum) REFSAM_INLINE_LAMBDA {
+          if (row < rows) store(at + row * to_row + v * kLanes, sum);
+        });
   }
 }
 

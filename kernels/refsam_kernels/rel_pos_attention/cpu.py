@@ -7,6 +7,7 @@ The kernels are compiled for several instruction sets and the library takes the 
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels import libraries
@@ -34,9 +35,45 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output (B, h, w, D) and the logarithm of each softmax's sum (B, heads, h, w), float32."""
     tensors = compact(qkv, rel_pos_h, rel_pos_w, qkv_bias)
-    return _library.rel_pos_attention(
-        *tensors, num_heads, window_size, pad_mode, os.environ.get(ENVIRONMENT_VARIABLE, "")
+    return _library.rel_pos_attention(*tensors, num_heads, window_size, pad_mode, instruction_set())
+
+
+def backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    qkv_bias: Tensor | None,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    num_heads: int,
+    window_size: int,
+    pad_mode: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients with respect to qkv, both tables and the bias of padding tokens."""
+    tensors = compact(qkv, rel_pos_h, rel_pos_w, qkv_bias)
+    saved = (out.contiguous(), log_sum_exp.contiguous())
+    options = (num_heads, window_size, pad_mode, needs[1] or needs[2], instruction_set())
+    grad_qkv, grad_h, grad_w, grad_padding = _library.rel_pos_attention_backward(
+        grad_out.contiguous(), *tensors, *saved, *options
     )
+    shapes = ((grad_h, rel_pos_h), (grad_w, rel_pos_w))
+    tables = [grad.view(table.shape) if grad.numel() else grad for grad, table in shapes]
+    grad_bias = F.pad(grad_padding, (grad_padding.numel() // 2, 0))  # padding is never a query
+    results = (grad_qkv, *tables, grad_bias)
+    pairs = zip(results, needs, strict=True)
+    return [result if need else qkv.new_empty(0) for result, need in pairs]
+
+
+def instruction_set() -> str:
+    """The instruction set that is asked for by name, or ""."""
+    return os.environ.get(ENVIRONMENT_VARIABLE, "")
+
+
+def backward_not_supported_reasons(grad_out: Tensor, qkv: Tensor, *others: object) -> list[str]:
+    """Likewise for the backward."""
+    return not_supported_reasons(qkv)
 
 
 def compact(
