@@ -13,9 +13,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 ARCHITECTURES = (80, 90, 100, 120)
 # Of a CTA, in bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+POINTER_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
 # Bytes that a thread may spill: a few registers, outside the inner loop.
 SPILL_LIMIT = 64
 
@@ -41,6 +53,38 @@ class CompileCase:
     num_stages: int = 3
     architectures: tuple[int, ...] = ARCHITECTURES  # that it is shipped for
     spill_limit: int | None = SPILL_LIMIT  # None: spills are listed, not judged
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a Triton kernel on a grid of `programs`, to be run, or, with tensors on the meta device, compiled ahead."""
+
+    kernel: Any
+    programs: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def run(self) -> None:
+        """Launches the kernel on the current device and stream."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        self.kernel[self.programs](**self.arguments, **options)
+
+    def compile_case(self, name: str, **options: Any) -> CompileCase:
+        """The launch as a case of the compile gate: what Triton's launcher would specialise on these arguments is so there.
+
+        `options` are further fields of `CompileCase`.
+        """
+        signature, constants = {}, {}
+        for parameter in self.kernel.params:
+            value = self.arguments[parameter.name]
+            kind = None if parameter.is_constexpr else argument_type(value)
+            if kind is None:
+                constants[parameter.name] = value
+            else:
+                signature[parameter.name] = kind
+        warps, stages = self.num_warps, self.num_stages
+        return CompileCase(name, self.kernel, signature, constants, warps, stages, **options)
 
 
 @dataclass(frozen=True)
@@ -79,6 +123,18 @@ def compile_ahead(case: CompileCase, architecture: int) -> Resources:
         raise CompilationError(f"{case.name}, sm_{architecture}: {message}")
     registers, spills = read_ptxas_log(log.getvalue())
     return Resources(registers, shared, spills)
+
+
+def argument_type(value: Any) -> str | None:
+    """The type of a kernel's argument as `CompileCase.signature` has it; None for a value that a launch makes constant."""
+    if isinstance(value, Tensor):
+        return f"*{POINTER_TYPES[value.dtype]}"
+    if value is None or value == 1:
+        return None
+    if isinstance(value, float):
+        return "fp32"
+    kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+    return f"{kind}:16" if value % 16 == 0 else kind
 
 
 def source_of(case: CompileCase) -> Any:

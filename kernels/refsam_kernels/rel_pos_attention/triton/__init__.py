@@ -1,0 +1,159 @@
+"""`rel_pos_attention` in Triton, forward and backward: scores exist a tile at a time only, windows are never padded.
+
+The forward is one launch, the backward two and one per table that is not frozen.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refsam_kernels.rel_pos_attention.triton.cases import compile_cases
+from refsam_kernels.rel_pos_attention.triton.launches import (
+    Operands,
+    Problem,
+    forward_launch,
+    key_gradient_launch,
+    key_tiles,
+    query_gradient_launch,
+    table_gradient_launch,
+    table_parts,
+)
+
+__all__ = [
+    "backward",
+    "backward_not_supported_reasons",
+    "compile_cases",
+    "forward",
+    "not_supported_reasons",
+]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_HEAD = 128
+OLDEST_ARCHITECTURE = 80
+
+
+def not_supported_reasons(
+    qkv: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    qkv_bias: Tensor | None,
+    num_heads: int,
+    window_size: int,
+    pad_mode: str,
+) -> list[str]:
+    """Why it cannot run on these arguments; empty if it can."""
+    reasons = []
+    if qkv.dtype not in DTYPES:
+        reasons.append(f"needs float32, float16 or bfloat16, got {qkv.dtype}")
+    elif qkv.dtype == torch.bfloat16 and not qkv.is_cuda:
+        reasons.append("Triton's interpreter cannot multiply bfloat16")
+    head_dim = qkv.shape[-1] // (3 * num_heads)
+    if head_dim > LARGEST_HEAD:
+        reasons.append(f"needs a head dimension of at most {LARGEST_HEAD}, got {head_dim}")
+    if qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) < (8, 0):
+        reasons.append(
+            f"needs compute capability 8.0, got {torch.cuda.get_device_name(qkv.device)}"
+        )
+    return reasons
+
+
+def backward_not_supported_reasons(grad_out: Tensor, *arguments: Any) -> list[str]:
+    """Likewise for the backward."""
+    qkv, rel_pos_h, rel_pos_w, qkv_bias, _, _, *options, _ = arguments
+    return not_supported_reasons(qkv, rel_pos_h, rel_pos_w, qkv_bias, *options)
+
+
+def forward(
+    qkv: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    qkv_bias: Tensor | None,
+    num_heads: int,
+    window_size: int,
+    pad_mode: str,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, h, w, D) and the logarithm of each softmax's sum (B, heads, h, w), float32."""
+    problem = Problem.of(qkv, num_heads, window_size, pad_mode)
+    operands = make_operands(qkv, rel_pos_h, rel_pos_w, qkv_bias)
+    images, h, w, width = qkv.shape
+    out = qkv.new_empty(images, h, w, width // 3)
+    log_sum_exp = qkv.new_empty(images, num_heads, h, w, dtype=torch.float32)
+    if images:
+        with torch.cuda.device_of(qkv):
+            forward_launch(problem, operands, out, log_sum_exp).run()
+    return out, log_sum_exp
+
+
+def backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    qkv_bias: Tensor | None,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    num_heads: int,
+    window_size: int,
+    pad_mode: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients with respect to qkv, both tables and the bias of padding tokens."""
+    problem = Problem.of(qkv, num_heads, window_size, pad_mode)
+    operands = make_operands(qkv, rel_pos_h, rel_pos_w, qkv_bias)
+    if not len(qkv):
+        inputs = (qkv, rel_pos_h, rel_pos_w, qkv_bias)
+        return [x.new_zeros(x.shape) if x is not None else qkv.new_empty(0) for x in inputs]
+    tensors = {
+        "grad_out": grad_out.contiguous(),
+        "log_sum_exp": log_sum_exp,
+        "grad_qkv": torch.empty_like(qkv, memory_format=torch.contiguous_format),
+        "delta": torch.empty_like(log_sum_exp),
+    }
+    tensors["rel_h"], tensors["rel_w"] = operands.scratch(problem)
+    # What belongs to places without a key is not written.
+    d_rel = operands.scratch(problem, zero=problem.is_cropped)
+    of_queries = {**tensors, "out": out, "d_rel_h": d_rel[0], "d_rel_w": d_rel[1]}
+    with torch.cuda.device_of(qkv):
+        query_gradient_launch(problem, operands, of_queries).run()
+        padding = key_gradients(problem, operands, tensors) if needs[0] or needs[3] else None
+        tables = [
+            table_gradient(problem, qkv, d_rel[axis], of_rows=axis == 0)
+            if needs[1 + axis]
+            else None
+            for axis in (0, 1)
+        ]
+    results = (tensors["grad_qkv"], *tables, padding)
+    return [
+        result.to(qkv.dtype) if need and result is not None else qkv.new_empty(0)
+        for result, need in zip(results, needs, strict=True)
+    ]
+
+
+def key_gradients(problem: Problem, operands: Operands, tensors: dict[str, Tensor]) -> Tensor:
+    """Fills the keys' and values' part of `grad_qkv`; returns the sum over padding tokens (3*D,), float32."""
+    heads, head_dim = problem.heads, problem.head_dim
+    total = operands.qkv.new_zeros(3, heads, head_dim, dtype=torch.float32)
+    parts = None
+    if problem.is_padded:
+        shape = (problem.windows // heads, heads, key_tiles(problem), 2, head_dim)
+        parts = operands.qkv.new_empty(shape, dtype=torch.float32)
+    key_gradient_launch(problem, operands, {**tensors, "grad_padding": parts}).run()
+    if parts is not None:
+        total[1:] = parts.sum((0, 2)).transpose(0, 1)
+    return total.flatten()
+
+
+def table_gradient(problem: Problem, qkv: Tensor, d_rel: Tensor, *, of_rows: bool) -> Tensor:
+    """The gradient of one axis' table (2*size-1, head_dim), float32."""
+    parts = table_parts(problem, qkv, of_rows=of_rows)
+    table_gradient_launch(problem, qkv, d_rel, parts, of_rows=of_rows).run()
+    return parts.sum(0)
+
+
+def make_operands(
+    qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, qkv_bias: Tensor | None
+) -> Operands:
+    """The tensors as the kernels want them."""
+    bias = None if qkv_bias is None else qkv_bias.contiguous()
+    return Operands(qkv, rel_pos_h.contiguous(), rel_pos_w.contiguous(), bias)

@@ -1,0 +1,77 @@
+"""The configurations that `rel_pos_attention` ships in Triton, for the compile gate."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from refsam_kernels.compilation import ARCHITECTURES, SPILL_LIMIT, CompileCase, Launch
+from refsam_kernels.rel_pos_attention.triton.launches import (
+    Operands,
+    Problem,
+    forward_launch,
+    key_gradient_launch,
+    key_tiles,
+    query_gradient_launch,
+    table_gradient_launch,
+    table_parts,
+)
+
+HEADS = 12
+JUDGED = (64, 80)  # head dimensions of SAM: they must not spill, of the others it is only listed
+WINDOWS = ((14, 64), (64, 64), (14, 14), (32, 32), (40, 40), (48, 48), (80, 80))  # window, grid
+SHIPPED = (
+    *((head_dim, torch.bfloat16, window) for head_dim in JUDGED for window in WINDOWS),
+    *((head_dim, torch.float32, window) for head_dim in JUDGED for window in WINDOWS[:2]),
+    *((head_dim, torch.bfloat16, window) for head_dim in (32, 128) for window in WINDOWS[:2]),
+)
+
+
+def compile_cases() -> list[CompileCase]:
+    """The kernels for SAM's windows and grids on every architecture; float16 differs from bfloat16 in no instruction's size."""
+    return [
+        launch.compile_case(
+            f"{name} {head_dim} {str(dtype).removeprefix('torch.')} {window} of {grid}",
+            architectures=(architecture,),
+            spill_limit=SPILL_LIMIT if head_dim in JUDGED else None,
+        )
+        for head_dim, dtype, (window, grid) in SHIPPED
+        for architecture in ARCHITECTURES
+        for name, launch in launches_of(problem_of(grid, window, head_dim, dtype, architecture))
+    ]
+
+
+def problem_of(
+    grid: int, window: int, head_dim: int, dtype: torch.dtype, architecture: int
+) -> Problem:
+    """One image's square grid in square windows with SAM's padding."""
+    sizes = (1, grid, grid, HEADS, head_dim, window, window)
+    return Problem(*sizes, pad_mode="bias", dtype=dtype, architecture=architecture)
+
+
+def launches_of(problem: Problem) -> Iterator[tuple[str, Launch]]:
+    """Every launch of the forward and the backward by name, on the meta device."""
+    grid = (problem.images, problem.h, problem.w)
+    width = problem.heads * problem.head_dim
+
+    def tensor(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    qkv, out = tensor(*grid, 3 * width), tensor(*grid, width)
+    table_h = tensor(2 * problem.window_h - 1, problem.head_dim)
+    table_w = tensor(2 * problem.window_w - 1, problem.head_dim)
+    statistic = tensor(problem.images, problem.heads, *grid[1:], dtype=torch.float32)
+    operands = Operands(qkv, table_h, table_w, tensor(3 * width))
+    yield "forward", forward_launch(problem, operands, out, statistic)
+    rel_h, rel_w = operands.scratch(problem)
+    tensors = {"grad_out": out, "log_sum_exp": statistic, "grad_qkv": qkv, "delta": statistic}
+    tensors |= {"rel_h": rel_h, "rel_w": rel_w}
+    of_queries = {"out": out, "d_rel_h": rel_h, "d_rel_w": rel_w}
+    yield "query gradient", query_gradient_launch(problem, operands, tensors | of_queries)
+    padding = tensor(problem.windows * key_tiles(problem), 2, problem.head_dim, dtype=torch.float32)
+    of_keys = {"grad_padding": padding if problem.is_padded else None}
+    yield "key gradient", key_gradient_launch(problem, operands, tensors | of_keys)
+    for axis, d_rel in (("h", rel_h), ("w", rel_w)):
+        parts = table_parts(problem, qkv, of_rows=axis == "h")
+        launch = table_gradient_launch(problem, qkv, d_rel, parts, of_rows=axis == "h")
+        yield f"table gradient {axis}", launch

@@ -1,0 +1,165 @@
+"""The forward of `rel_pos_attention`: one program per tile of queries of a window and head, online softmax over its keys."""
+
+import triton
+import triton.language as tl
+
+from refsam_kernels.rel_pos_attention.triton.tiles import (
+    LN2,
+    _key_positions,
+    _load,
+    _load_keys,
+    _locate,
+    _query_positions,
+    _scores,
+    _store,
+    _store_relative,
+    _terms_of_columns,
+    _terms_of_rows,
+    _wide,
+)
+
+
+@triton.jit
+def _forward_kernel(
+    qkv,  # (B, h, w, 3*D), any strides
+    qkv_bias,  # (3*D,) or None
+    table_h,
+    table_w,  # (2*WINDOW_H-1, HEAD_DIM), (2*WINDOW_W-1, HEAD_DIM)
+    rel_h,
+    rel_w,  # scratch, float32: (B, heads, WINDOW_H, h*w), (B, heads, h*w, WINDOW_W)
+    out,  # (B, h, w, D)
+    log_sum_exp,  # (B, heads, h, w) float32
+    stride_b,
+    stride_y,
+    stride_x,
+    stride_c,  # of qkv
+    h,
+    w,
+    heads,
+    tiles,
+    scale,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTIAL: tl.constexpr,  # some windows stick out of the grid
+    PADDED: tl.constexpr,  # and are filled up with padding tokens
+    MASKED: tl.constexpr,  # some tiles have positions that are no keys
+    PRECISION: tl.constexpr,
+):
+    # A tile that does not fit the window must not pass for one that does.
+    tl.static_assert(MASKED or (WINDOW_H % ROWS == 0 and WINDOW_W % COLUMNS == 0))
+    tl.static_assert(MASKED or PADDED or not PARTIAL)
+    tile, head, image, top, left, height, width = _locate(tiles, heads, h, w, WINDOW_H, WINDOW_W)
+    if tile * BLOCK >= height * width:
+        return
+    y, x, exists = _query_positions(tile, height, width, BLOCK)
+    token = (top + y) * w + left + x
+    channels = heads * HEAD_DIM
+    q_base = qkv + image * stride_b + head.to(tl.int64) * HEAD_DIM * stride_c
+    k_base = q_base + _wide(channels) * stride_c
+    v_base = k_base + _wide(channels) * stride_c
+    offsets = (top + y).to(tl.int64) * stride_y + (left + x).to(tl.int64) * stride_x
+    q = _load(q_base, offsets, exists, stride_c, HEAD_DIM, 0, HEAD)
+    q_tail = q
+    if TAIL > 0:
+        q_tail = _load(q_base, offsets, exists, stride_c, HEAD_DIM, HEAD, TAIL)
+
+    plane = image * heads + head
+    tokens = h * w
+    rel_h += plane * WINDOW_H * tokens
+    rel_w += plane * tokens * WINDOW_W
+    _store_relative(
+        q,
+        q_tail,
+        table_h,
+        rel_h,
+        y,
+        exists,
+        token,
+        tokens,
+        1,
+        WINDOW_H,
+        HEAD_DIM,
+        HEAD,
+        TAIL,
+        CHUNK,
+        PRECISION,
+    )
+    _store_relative(
+        q,
+        q_tail,
+        table_w,
+        rel_w,
+        x,
+        exists,
+        token,
+        1,
+        WINDOW_W,
+        WINDOW_W,
+        HEAD_DIM,
+        HEAD,
+        TAIL,
+        CHUNK,
+        PRECISION,
+    )
+    tl.debug_barrier()  # other threads of this program read what was stored
+
+    k_bias = qkv_bias
+    v_bias = qkv_bias
+    if qkv_bias is not None:
+        k_bias = qkv_bias + channels + head * HEAD_DIM
+        v_bias = k_bias + channels
+    key_height = height
+    key_width = width
+    if PADDED:
+        key_height = WINDOW_H
+        key_width = WINDOW_W
+    greatest = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    result = tl.zeros([BLOCK, HEAD], tl.float32)
+    result_tail = tl.zeros([BLOCK, TAIL if TAIL > 0 else 1], tl.float32)
+    for column in range(0, key_width, COLUMNS):
+        term_w = _terms_of_columns(rel_w, token, exists, column, WINDOW_W, COLUMNS)
+        for row in range(0, key_height, ROWS):
+            key_y, key_x = _key_positions(row, column, ROWS, COLUMNS)
+            is_real = (key_y < height) & (key_x < width)
+            offsets = (top + key_y).to(tl.int64) * stride_y + (left + key_x).to(tl.int64) * stride_x
+            k = _load_keys(k_base, offsets, is_real, stride_c, k_bias, HEAD_DIM, 0, HEAD, PADDED)
+            k_tail = k
+            if TAIL > 0:
+                k_tail = _load_keys(
+                    k_base, offsets, is_real, stride_c, k_bias, HEAD_DIM, HEAD, TAIL, PADDED
+                )
+            term_h = _terms_of_rows(rel_h, token, exists, tokens, row, WINDOW_H, ROWS)
+            terms = tl.reshape(term_h[:, :, None] + term_w[:, None, :], [BLOCK, ROWS * COLUMNS])
+            scores = _scores(q, q_tail, k, k_tail, terms, scale, TAIL, PRECISION)
+            if MASKED:
+                is_key = (key_y < key_height) & (key_x < key_width)
+                scores = tl.where(is_key[None, :], scores, float("-inf"))
+            new_greatest = tl.maximum(greatest, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_greatest[:, None])
+            shrink = tl.exp2(greatest - new_greatest)
+            greatest = new_greatest
+            total = total * shrink + tl.sum(weights, 1)
+            v = _load_keys(v_base, offsets, is_real, stride_c, v_bias, HEAD_DIM, 0, HEAD, PADDED)
+            weights = weights.to(v.dtype)
+            result = tl.dot(weights, v, result * shrink[:, None], input_precision=PRECISION)
+            if TAIL > 0:
+                v = _load_keys(
+                    v_base, offsets, is_real, stride_c, v_bias, HEAD_DIM, HEAD, TAIL, PADDED
+                )
+                result_tail = tl.dot(
+                    weights, v, result_tail * shrink[:, None], input_precision=PRECISION
+                )
+
+    offsets = (image * tokens + token) * channels + head * HEAD_DIM
+    _store(out, offsets, exists, result / total[:, None], HEAD_DIM, 0, HEAD)
+    if TAIL > 0:
+        _store(out, offsets, exists, result_tail / total[:, None], HEAD_DIM, HEAD, TAIL)
+    tl.store(log_sum_exp + plane * tokens + token, (greatest + tl.log2(total)) * LN2, mask=exists)

@@ -1,0 +1,286 @@
+"""The launches of the Triton kernels of `rel_pos_attention`: grids, tiles and arguments.
+
+Tensors may be on the meta device: then a launch can be compiled ahead, but not run.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from refsam_kernels.compilation import Launch
+from refsam_kernels.rel_pos_attention.triton.backward import (
+    _key_gradient_kernel,
+    _query_gradient_kernel,
+    _table_gradient_kernel,
+)
+from refsam_kernels.rel_pos_attention.triton.forward import _forward_kernel
+
+TUNED = Path(__file__).parent / "tuned.json"
+# Programs that a table's gradient is split over: fixed, so that its sum is the same on every GPU.
+SPLITS = 128
+TABLE_BLOCK = 64  # tokens at a time
+KERNELS = ("forward", "query_gradient", "key_gradient")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel is cut up: `block` queries against `rows` x `columns` keys of a window."""
+
+    block: int
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The sizes of one call; `window_h` x `window_w` is the grid itself for global attention."""
+
+    images: int
+    h: int
+    w: int
+    heads: int
+    head_dim: int
+    window_h: int
+    window_w: int
+    pad_mode: str
+    dtype: torch.dtype
+    architecture: int
+
+    @classmethod
+    def of(cls, qkv: Tensor, num_heads: int, window_size: int, pad_mode: str) -> "Problem":
+        """The problem that the operator's arguments pose on the device of qkv."""
+        images, h, w, width = qkv.shape
+        window = (window_size or h, window_size or w)
+        head_dim = width // (3 * num_heads)
+        architecture = architecture_of(qkv.device)
+        sizes = (images, h, w, num_heads, head_dim, *window)
+        return cls(*sizes, pad_mode, qkv.dtype, architecture)
+
+    @property
+    def windows(self) -> int:
+        """Windows and heads of all images."""
+        across = triton.cdiv(self.h, self.window_h) * triton.cdiv(self.w, self.window_w)
+        return self.images * self.heads * across
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether some windows stick out of the grid."""
+        return bool(self.h % self.window_h or self.w % self.window_w)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether there are padding tokens that are keys."""
+        return self.is_partial and self.pad_mode == "bias"
+
+    @property
+    def is_cropped(self) -> bool:
+        """Whether some windows have fewer keys than others."""
+        return self.is_partial and not self.is_padded
+
+    def tile(self, kernel: str) -> Tile:
+        """The tile of a kernel: the tuned one if there is one, else the default."""
+        name = f"{kernel} {self.head_dim} {self.dtype.itemsize * 8}-bit {self.window_h}x{self.window_w}"
+        entry = tuned().get(f"sm_{self.architecture}", {}).get(name)
+        return Tile(**entry) if entry else default_tile(kernel, self)
+
+
+def architecture_of(device: torch.device) -> int:
+    """90 for sm_90; what needs least where there is no GPU."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def tuned() -> dict[str, dict[str, dict[str, int]]]:
+    """What `python -m benchmarks.tune` found: architecture, then kernel and sizes, then the fields of `Tile`."""
+    return json.loads(TUNED.read_text())
+
+
+def columns_for(width: int) -> int:
+    """The width of a tile of keys that covers a window's rows with least waste, the widest of those."""
+    return min((64, 32, 16), key=lambda columns: triton.cdiv(width, columns) * columns)
+
+
+def default_tile(kernel: str, problem: Problem) -> Tile:
+    """A tile that fits the architecture without spilling."""
+    columns = columns_for(problem.window_w)
+    keys = 64 if problem.dtype.itemsize == 2 else 32
+    return Tile(64, max(1, keys // columns), columns, num_warps=4, num_stages=2)
+
+
+def head_parts(head_dim: int) -> tuple[int, int]:
+    """A head's channels as two powers of two, 80 = 64 + 16; (128, 0) where two would be no less than one."""
+    whole = max(16, triton.next_power_of_2(head_dim))
+    if whole == head_dim or whole == 16:
+        return whole, 0
+    half = whole // 2
+    rest = max(16, triton.next_power_of_2(head_dim - half))
+    return (half, rest) if rest < half else (whole, 0)
+
+
+def precision() -> str:
+    """How float32 is multiplied: as torch is told to."""
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The operator's tensors: qkv with any strides, the others contiguous."""
+
+    qkv: Tensor
+    rel_pos_h: Tensor
+    rel_pos_w: Tensor
+    qkv_bias: Tensor | None
+
+    def scratch(self, problem: Problem, *, zero: bool = False) -> tuple[Tensor, Tensor]:
+        """Room for relative terms, float32: (B, heads, window_h, h*w) and (B, heads, h*w, window_w)."""
+        planes, tokens = (problem.images, problem.heads), problem.h * problem.w
+        create = self.qkv.new_zeros if zero else self.qkv.new_empty
+        rel_h = create(*planes, problem.window_h, tokens, dtype=torch.float32)
+        return rel_h, create(*planes, tokens, problem.window_w, dtype=torch.float32)
+
+
+def forward_launch(
+    problem: Problem, operands: Operands, out: Tensor, log_sum_exp: Tensor
+) -> Launch:
+    """One program per tile of queries of a window and head."""
+    rel_h, rel_w = operands.scratch(problem)
+    tensors = {"rel_h": rel_h, "rel_w": rel_w, "out": out, "log_sum_exp": log_sum_exp}
+    return by_queries("forward", _forward_kernel, problem, operands, tensors)
+
+
+def query_gradient_launch(
+    problem: Problem, operands: Operands, tensors: Mapping[str, Tensor | None]
+) -> Launch:
+    """One program per tile of queries of a window and head; `tensors` by the kernel's names."""
+    return by_queries("query_gradient", _query_gradient_kernel, problem, operands, tensors)
+
+
+def by_queries(
+    name: str,
+    kernel: Any,
+    problem: Problem,
+    operands: Operands,
+    tensors: Mapping[str, Tensor | None],
+) -> Launch:
+    """What the forward and the queries' gradient have in common."""
+    tile = problem.tile(name)
+    tiles = triton.cdiv(problem.window_h * problem.window_w, tile.block)
+    is_whole = problem.window_h % tile.rows == 0 and problem.window_w % tile.columns == 0
+    arguments = {
+        **common_arguments(problem, operands, tile),
+        **tensors,
+        "table_h": operands.rel_pos_h,
+        "table_w": operands.rel_pos_w,
+        "tiles": tiles,
+        "CHUNK": chunk_of(problem),
+        "PARTIAL": problem.is_partial,
+        "MASKED": problem.is_cropped or not is_whole,
+    }
+    programs = (problem.windows * tiles,)
+    return Launch(kernel, programs, arguments, tile.num_warps, tile.num_stages)
+
+
+def key_gradient_launch(
+    problem: Problem, operands: Operands, tensors: Mapping[str, Tensor | None]
+) -> Launch:
+    """One program per tile of keys of a window and head; `tensors` by the kernel's names."""
+    tile = problem.tile("key_gradient")
+    tiles = key_tiles(problem)
+    arguments = {**common_arguments(problem, operands, tile), **tensors, "tiles": tiles}
+    programs = (problem.windows * tiles,)
+    return Launch(_key_gradient_kernel, programs, arguments, tile.num_warps, tile.num_stages)
+
+
+def key_tiles(problem: Problem) -> int:
+    """Tiles of keys in a window, padding tokens included."""
+    tile = problem.tile("key_gradient")
+    return triton.cdiv(problem.window_h, tile.rows) * triton.cdiv(problem.window_w, tile.columns)
+
+
+def table_parts(problem: Problem, qkv: Tensor, *, of_rows: bool) -> Tensor:
+    """Room for the parts that a table's gradient is the sum of: (splits, 2*size-1, head_dim) float32."""
+    tiles = triton.cdiv(problem.h * problem.w, TABLE_BLOCK) * problem.images * problem.heads
+    size = problem.window_h if of_rows else problem.window_w
+    shape = (min(SPLITS, tiles), 2 * size - 1, problem.head_dim)
+    return qkv.new_empty(shape, dtype=torch.float32)
+
+
+def table_gradient_launch(
+    problem: Problem, qkv: Tensor, d_rel: Tensor, parts: Tensor, *, of_rows: bool
+) -> Launch:
+    """One program per part and chunk of the table of one axis."""
+    head, tail = head_parts(problem.head_dim)
+    size, tokens = (problem.window_h if of_rows else problem.window_w), problem.h * problem.w
+    chunk = chunk_of(problem)
+    tiles = triton.cdiv(tokens, TABLE_BLOCK)
+    in_all = tiles * problem.images * problem.heads
+    arguments = {
+        "qkv": qkv,
+        **strides_of(qkv),
+        "d_rel": d_rel,
+        "parts": parts,
+        "key_stride": tokens if of_rows else 1,
+        "token_stride": 1 if of_rows else size,
+        "h": problem.h,
+        "w": problem.w,
+        "heads": problem.heads,
+        "tiles": tiles,
+        "tiles_each": triton.cdiv(in_all, len(parts)),
+        "tiles_in_all": in_all,
+        "SIZE": size,
+        "OF_ROWS": of_rows,
+        "HEAD_DIM": problem.head_dim,
+        "HEAD": head,
+        "TAIL": tail,
+        "BLOCK": TABLE_BLOCK,
+        "CHUNK": chunk,
+        "PRECISION": precision(),
+    }
+    programs = (len(parts), triton.cdiv(2 * size - 1, chunk))
+    return Launch(_table_gradient_kernel, programs, arguments, num_warps=4, num_stages=2)
+
+
+def chunk_of(problem: Problem) -> int:
+    """Rows of a table that are multiplied at a time."""
+    return 32 if problem.dtype.itemsize == 4 or problem.window_h <= 16 else 64
+
+
+def common_arguments(problem: Problem, operands: Operands, tile: Tile) -> dict[str, Any]:
+    """What all kernels over windows take."""
+    head, tail = head_parts(problem.head_dim)
+    return {
+        "qkv": operands.qkv,
+        "qkv_bias": operands.qkv_bias if problem.is_padded else None,
+        **strides_of(operands.qkv),
+        "h": problem.h,
+        "w": problem.w,
+        "heads": problem.heads,
+        "scale": problem.head_dim**-0.5,
+        "WINDOW_H": problem.window_h,
+        "WINDOW_W": problem.window_w,
+        "HEAD_DIM": problem.head_dim,
+        "HEAD": head,
+        "TAIL": tail,
+        "BLOCK": tile.block,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "PADDED": problem.is_padded,
+        "PRECISION": precision(),
+    }
+
+
+def strides_of(qkv: Tensor) -> dict[str, int]:
+    """The strides of qkv by the kernels' names."""
+    return dict(zip(("stride_b", "stride_y", "stride_x", "stride_c"), qkv.stride(), strict=True))
