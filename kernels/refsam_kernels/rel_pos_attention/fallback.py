@@ -2,9 +2,10 @@
 
 Scores exist for a few queries at a time only; the backward computes them again. Padding tokens are
 never queries; as keys they are the bias. The softmax, and whatever is summed over many parts, is at
-least float32.
+least float32. On CUDA devices torch's own attention computes the forward (see `one_hot`).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refsam_kernels.rel_pos_attention import one_hot
 from refsam_kernels.rel_pos_attention.regions import Region, regions
 
-# Scores at a time. On a CPU they stay in a core's second-level cache: 2 MB in float32.
+LOG2_E = math.log2(math.e)
+
+# Scores at a time. On a CPU they stay in the cores' second-level caches: 2 MB in float32.
 SCORES = {"cpu": 2**19}
 SCORES_ELSEWHERE = 2**26
 
@@ -32,11 +36,12 @@ def forward(
     B, h, w, width = qkv.shape
     out = qkv.new_empty(B, h, w, num_heads, width // (3 * num_heads))
     log_sum_exp = qkv.new_empty(B, num_heads, h, w, dtype=accumulation_dtype(qkv))
+    attend = one_hot.attend if one_hot.serves(qkv, num_heads) else Windows.attend
     for region in regions(h, w, window_size, pad_mode):
         windows = Windows(region, qkv, qkv_bias, (rel_pos_h, rel_pos_w), num_heads)
-        attended, statistic = windows.attend()
+        attended, statistic = attend(windows)
         region.write_queries(attended, out)
-        region.write_queries(statistic, log_sum_exp.permute(0, 2, 3, 1)[..., None])
+        region.write_queries(statistic, on_places(log_sum_exp))
     return out.flatten(3), log_sum_exp
 
 
@@ -64,7 +69,8 @@ def backward(
     h, w = qkv.shape[1:3]
     for region in regions(h, w, window_size, pad_mode):
         windows = Windows(region, qkv, qkv_bias, tables, num_heads)
-        gradients = windows.attend_backward(region.queries(grad_out), region.queries(out))
+        grids = (grad_out, out, on_places(log_sum_exp))
+        gradients = windows.attend_backward(*map(region.queries, grids))
         region.write_queries(gradients.q, grad_q)
         grad_padding[1] += region.write_keys(gradients.k, grad_k)
         grad_padding[2] += region.write_keys(gradients.v, grad_v)
@@ -113,7 +119,6 @@ class Windows:
         self.k = region.keys(k, k_padding)
         self.v = region.keys(v, v_padding)
         self.scale = self.q.shape[-1] ** -0.5
-        self.scaled_q = self.q * self.scale
         relative_h, relative_w = (relative(table.to(self.dtype)) for table in tables)
         self.relative_h = relative_h[: region.height, : region.key_height]
         self.relative_w = relative_w[: region.width, : region.key_width]
@@ -139,7 +144,7 @@ class Windows:
     def scores(self, part: tuple[slice, slice]) -> Tensor:
         """Logits (heads, rows, keys) of a part, at least float32."""
         scores = (self.rel_h[part][..., :, None] + self.rel_w[part][..., None, :]).flatten(2)
-        return add_product(scores, self.scaled_q[part], self.k[part[0]].mT)
+        return add_product(scores, self.q[part], self.k[part[0]].mT, self.scale)
 
     def attend(self) -> tuple[Tensor, Tensor]:
         """Output (G, queries, head_dim) and the logarithm of each softmax's sum (G, queries, 1)."""
@@ -147,31 +152,35 @@ class Windows:
         log_sum_exp = self.rel_h.new_empty(*self.q.shape[:2], 1)
         for part in self.parts():
             scores = self.scores(part)
-            probabilities = scores.softmax(-1)
+            largest_score = scores.amax(-1, keepdim=True)
+            probabilities = torch.softmax(scores, -1, out=scores)
             torch.bmm(probabilities.to(self.v.dtype), self.v[part[0]], out=attended[part])
             # The largest probability is exp(largest score - log_sum_exp).
             largest = probabilities.amax(-1, keepdim=True)
-            log_sum_exp[part] = scores.amax(-1, keepdim=True) - largest.log_()
+            log_sum_exp[part] = largest_score - largest.log_()
         return attended, log_sum_exp
 
-    def attend_backward(self, grad: Tensor, attended: Tensor) -> WindowGradients:
+    def attend_backward(
+        self, grad: Tensor, attended: Tensor, log_sum_exp: Tensor
+    ) -> WindowGradients:
         """Gradients for the gradient (G, queries, head_dim) of the output."""
         tensors = (self.q, self.k, self.v, self.rel_h, self.rel_w)
         total = WindowGradients(*(torch.zeros_like(t, dtype=self.dtype) for t in tensors))
         delta = (attended.to(self.dtype) * grad).sum(-1, keepdim=True)
+        self.rel_h -= log_sum_exp  # so that the scores are the probabilities' logarithms
         for part in self.parts():
             heads = part[0]
-            probabilities = self.scores(part).softmax(-1)
+            probabilities = self.scores(part).mul_(LOG2_E).exp2_()  # cheaper than exp
             add_product(total.v[heads], probabilities.to(grad.dtype).mT, grad[part])
             on_scores = torch.bmm(grad[part], self.v[heads].mT).to(self.dtype)
             on_scores.sub_(delta[part]).mul_(probabilities)
             on_keys = on_scores.unflatten(-1, (self.region.key_height, self.region.key_width))
-            total.rel_h[part] = on_keys.sum(-1)
-            total.rel_w[part] = on_keys.sum(-2)
+            torch.sum(on_keys, -1, out=total.rel_h[part])
+            torch.sum(on_keys, -2, out=total.rel_w[part])
             on_scores = on_scores.to(grad.dtype)
-            add_product(total.q[part], on_scores, self.k[heads])
-            add_product(total.k[heads], on_scores.mT, self.scaled_q[part])
-        on_queries = self.on_grid(total.q.mul_(self.scale))  # a view: what follows adds to total.q
+            add_product(total.q[part], on_scores, self.k[heads], self.scale)
+            add_product(total.k[heads], on_scores.mT, self.q[part], self.scale)
+        on_queries = self.on_grid(total.q)  # a view: what follows adds to total.q
         rel_h, rel_w = self.on_grid(total.rel_h), self.on_grid(total.rel_w)
         on_queries += torch.einsum("gyxk,ykd->gyxd", rel_h, self.relative_h)
         on_queries += torch.einsum("gyxk,xkd->gyxd", rel_w, self.relative_w)
@@ -187,11 +196,11 @@ class Windows:
         grad_w[:widths, :key_widths] += torch.einsum("gyxk,gyxd->xkd", rel_w, queries)
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Adds a batched matrix product to `total` in place, in `total`'s dtype."""
+def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """Adds a batched matrix product, times `scale`, to `total` in place, in `total`'s dtype."""
     if left.dtype == total.dtype:
-        return total.baddbmm_(left, right)
-    return total.add_(torch.bmm(left, right).to(total.dtype))
+        return total.baddbmm_(left, right, alpha=scale)
+    return total.add_(torch.bmm(left, right).to(total.dtype), alpha=scale)
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -207,6 +216,11 @@ def split_qkv(tensor: Tensor, num_heads: int) -> Tensor:
 def heads_apart(tensor: Tensor, num_heads: int) -> Tensor:
     """(..., D) as a view (..., heads, head_dim)."""
     return tensor.unflatten(-1, (num_heads, -1))
+
+
+def on_places(log_sum_exp: Tensor) -> Tensor:
+    """(B, heads, h, w) as a view (B, h, w, heads, 1)."""
+    return log_sum_exp.permute(0, 2, 3, 1)[..., None]
 
 
 def relative(table: Tensor) -> Tensor:

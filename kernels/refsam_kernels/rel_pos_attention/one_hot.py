@@ -1,0 +1,57 @@
+"""Attention with decomposed relative positions as plain attention on widened queries and keys.
+
+The bias is an exact product: `[q, rel_h, rel_w]` times `[k, one-hot row, one-hot column]` is the logit
+(rel_h and rel_w over the scale). So a GPU without Triton can use torch's memory-efficient kernel, which
+holds no scores. The products with the tables are rounded to the queries' dtype on the way.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from refsam_kernels.rel_pos_attention.fallback import Windows
+
+# The kernel reads 16 bytes at a time: eight values of two bytes.
+MULTIPLE = 8
+
+
+def serves(qkv: Tensor, num_heads: int) -> bool:
+    """Whether torch has the kernel for such tensors."""
+    head_dim = qkv.shape[-1] // (3 * num_heads)
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    return qkv.is_cuda and qkv.dtype in dtypes and head_dim % MULTIPLE == 0 and qkv.numel() > 0
+
+
+def attend(windows: "Windows") -> tuple[Tensor, Tensor]:
+    """Output (G, queries, head_dim) and the logarithm of each softmax's sum (G, queries, 1)."""
+    queries, keys = factors(windows)
+    attended, log_sum_exp = efficient_attention(queries, keys, windows.v, windows.scale)
+    return attended, log_sum_exp[..., None].to(windows.dtype)
+
+
+def factors(windows: "Windows") -> tuple[Tensor, Tensor]:
+    """Widened queries (G, queries, ·) and keys (G, keys, ·), their width a multiple of `MULTIPLE`."""
+    height, width = windows.region.key_height, windows.region.key_width
+    relative = [(rel / windows.scale).to(windows.q.dtype) for rel in (windows.rel_h, windows.rel_w)]
+    rows, columns = (
+        torch.eye(size, dtype=windows.k.dtype, device=windows.k.device) for size in (height, width)
+    )
+    places = torch.cat([rows.repeat_interleave(width, 0), columns.repeat(height, 1)], -1)
+    queries = torch.cat([windows.q, *relative], -1)
+    keys = torch.cat([windows.k, places.expand(len(windows.k), -1, -1)], -1)
+    missing = -queries.shape[-1] % MULTIPLE
+    return F.pad(queries, (0, missing)), F.pad(keys, (0, missing))
+
+
+def efficient_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of (G, tokens, ·) and its log-sum-exp (G, queries) by torch's kernel for CUDA."""
+    attended, log_sum_exp, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        queries[None], keys[None], values[None], None, compute_log_sumexp=True, scale=scale
+    )
+    # The kernel pads the statistics to whole tiles.
+    return attended[0], log_sum_exp[0, :, : queries.shape[1]]
