@@ -11,28 +11,19 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from refsam.config import RefSAMConfig, config_from_dict
-from refsam.data.generated import GeneratedBatch, generate_batch
-from refsam.data.generated.clips import COLOUR_CLASSES, SHAPE_CLASSES
+from refsam.data.generated import GeneratedBatch
 from refsam.data.generated.grammar import vocabulary
 from refsam.errors import UserError
-from refsam.model import RefSAM, word_tokenizer
-from refsam.training.losses import AttributeHead, mask_losses
-from refsam.training.parameters import build_optimiser, learning_rate, update_average
+from refsam.model import FrameSize, ImageFeatures, RefSAM, word_tokenizer
+from refsam.training.batches import BatchStream, stage_at
+from refsam.training.losses import mask_losses
+from refsam.training.objects import ObjectHead
+from refsam.training.parameters import build_optimisers, learning_rate, update_average
 from refsam.training.settings import StageSettings, TrainingSettings
-
-_ASPECTS = (
-    (9, 16),
-    (9, 16),
-    (9, 16),
-    (3, 4),
-    (1, 1),
-    (16, 9),
-)  # height to width of a batch's frames
 
 
 class Trainer:
@@ -51,11 +42,13 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = _build_model(settings).to(settings.device)
         self.model.train()
-        self.head = AttributeHead(
-            self.model.config.prompt_dim, len(COLOUR_CLASSES), len(SHAPE_CLASSES)
-        ).to(settings.device)
-        trained = nn.ModuleList([self.model, *([self.head] if settings.loss.attributes else [])])
-        self.optimiser = build_optimiser(trained, settings.optimiser)
+        config = self.model.config
+        self.head = ObjectHead(config.prompt_dim, config.image_encoder.patch_size)
+        self.head.to(settings.device)
+        self.optimisers = build_optimisers(
+            nn.ModuleList([self.model, *([self.head] if settings.loss.objects else [])]),
+            settings.optimiser,
+        )
         self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.step = 0
         self.steps = sum(stage.steps for stage in settings.stages)
@@ -65,8 +58,9 @@ class Trainer:
         self.resume()
         sums: dict[str, float] = {}
         begin = time.perf_counter()
-        while self.step < self.steps:
-            losses = self.train_step()
+        stream = BatchStream(self.settings, self.model.image_size)
+        for batch in stream.batches(self.step, self.steps):
+            losses = self.train_step(batch)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value
             if self.step % self.settings.log_every == 0:
@@ -78,75 +72,67 @@ class Trainer:
                 self.save()
         self.averaged_model().save_pretrained(self.output / "model")
 
-    def train_step(self) -> dict[str, float]:
-        """One step on the batch that the step's number names."""
-        stage = _stage_at(self.settings.stages, self.step)
-        batch = self._batch(stage)
+    def train_step(self, batch: GeneratedBatch) -> dict[str, float]:
+        """One step on a batch; returns its losses before the step."""
+        stage = stage_at(self.settings.stages, self.step)
         rate = learning_rate(self.step, self.steps, self.settings.optimiser)
-        for group in self.optimiser.param_groups:
+        for group in (group for each in self.optimisers for group in each.param_groups):
             group["lr"] = rate
         losses = self._losses(batch, stage)
         values = {name: float(value.detach()) for name, value in losses.items()}
         if not math.isfinite(values["total"]):
             raise self._stop("loss")
-        self.optimiser.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
+        self.head.zero_grad(set_to_none=True)
         losses["total"].backward()
         norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.settings.optimiser.clip_norm
         )
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.step()
         update_average(
             self.average, self.model.state_dict(), self.settings.optimiser.average, self.step
         )
         self.step += 1
         return values | {"gradient_norm": float(norm), "learning_rate": rate}
 
-    def _batch(self, stage: StageSettings) -> GeneratedBatch:
-        random = np.random.default_rng([self.settings.seed, self.step])
-        aspect = _ASPECTS[random.integers(len(_ASPECTS))]
-        long_side = stage.image_size or self.model.image_size
-        size = tuple(round(long_side * side / max(aspect)) for side in aspect)
-        return generate_batch(
-            self.settings.seed,
-            self.step,
-            clips=stage.clips,
-            frames=stage.frames,
-            expressions=stage.expressions,
-            size=(size[0], size[1]),
-            device=self.settings.device,
-        )
-
     def _losses(self, batch: GeneratedBatch, stage: StageSettings) -> dict[str, Tensor]:
-        """Mean losses over the frames of a clip; each frame's track tokens go into the next."""
-        clips, frames = batch.frames.shape[:2]
-        masks = batch.masks.flatten(0, 1)
-        clip_index = torch.arange(clips, device=masks.device).repeat_interleave(stage.expressions)
+        """Mean losses over the frames of a clip, and their weighted sum as `total`."""
+        frames, attributes, owner = (
+            tensor.flatten(0, 1).to(self.settings.device, non_blocking=True)
+            for tensor in (batch.frames, batch.attributes, batch.owner)
+        )
+        losses: dict[str, Tensor] = {}
         with self._autocast():
-            image_size = stage.image_size or self.model.image_size
-            pixels, size = self.model.preprocess(batch.frames.flatten(0, 1), image_size)
+            pixels, size = self.model.preprocess(frames, stage.image_size)
             image = self.model.encode_image(pixels)
-            text = self.model.encode_text([s.text for row in batch.sentences for s in row])
-            track, steps = None, []
-            for t in range(frames):
-                output = self.model.decode(image, text, clip_index * frames + t, track)
-                if not output.logits.isfinite().all():
-                    raise self._stop("predicted mask")
-                track = output.track_token
-                steps.append(
-                    mask_losses(
-                        output,
-                        masks[:, t],
-                        size,
-                        image_size,
-                        self.settings.loss,
-                        stage.loss_scale,
-                    )
-                )
-            losses = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
-            if self.settings.loss.attributes:
-                losses["attributes"] = self.head(image, batch.attributes.flatten(0, 1))
-        weighted = [getattr(self.settings.loss, name) * value for name, value in losses.items()]
-        return losses | {"total": torch.stack(weighted).sum()}
+            if stage.expressions:
+                losses = self._mask_losses(image, batch, size, stage)
+            total = [getattr(self.settings.loss, name) * value for name, value in losses.items()]
+            if self.settings.loss.objects:
+                objects = self.head(image, attributes, owner)
+                total.append(self.settings.loss.objects * torch.stack(list(objects.values())).sum())
+                losses |= objects
+        return losses | {"total": torch.stack(total).sum()}
+
+    def _mask_losses(
+        self, image: ImageFeatures, batch: GeneratedBatch, size: FrameSize, stage: StageSettings
+    ) -> dict[str, Tensor]:
+        """Means over a clip's frames; each frame's track tokens go into the next."""
+        clips, frames = batch.frames.shape[:2]
+        masks = batch.masks.flatten(0, 1).to(self.settings.device, non_blocking=True)
+        clip_index = torch.arange(clips, device=masks.device).repeat_interleave(stage.expressions)
+        image_size = stage.image_size or self.model.image_size
+        text = self.model.encode_text([s.text for row in batch.sentences for s in row])
+        track, steps = None, []
+        for t in range(frames):
+            output = self.model.decode(image, text, clip_index * frames + t, track)
+            if not output.logits.isfinite().all():
+                raise self._stop("predicted mask")
+            track = output.track_token
+            loss = self.settings.loss
+            steps.append(mask_losses(output, masks[:, t], size, image_size, loss, stage.loss_scale))
+        return {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
 
     def _stop(self, what: str) -> UserError:
         saved = self.step - self.step % self.settings.save_every
@@ -174,7 +160,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "average": self.average,
             "head": self.head.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "step": self.step,
         }
         path = self.output / "state.pt"
@@ -197,7 +183,8 @@ class Trainer:
                 continue
             self.model.load_state_dict(state["model"])
             self.head.load_state_dict(state["head"])
-            self.optimiser.load_state_dict(state["optimiser"])
+            for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(saved)
             self.average, self.step = state["average"], state["step"]
             return
 
@@ -205,14 +192,6 @@ class Trainer:
         with open(self.output / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         return record
-
-
-def _stage_at(stages: tuple[StageSettings, ...], step: int) -> StageSettings:
-    for stage in stages:
-        if step < stage.steps:
-            return stage
-        step -= stage.steps
-    raise IndexError(f"step {step} lies behind the last stage")
 
 
 def _build_model(settings: TrainingSettings) -> RefSAM:

@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from refsam.model import FrameSize, ImageFeatures, MaskOutput
+from refsam.model import FrameSize, MaskOutput
 from refsam.training.settings import LossSettings
 from refsam_kernels import mask_loss
 
@@ -47,30 +47,3 @@ def actual_iou(logits: Tensor, masks: Tensor, size: FrameSize, image_size: int) 
     overlap = (predicted & truth).sum(dim=(1, 2)).float()
     union = (predicted | truth).sum(dim=(1, 2)).float()
     return torch.where(union > 0, overlap / union.clamp(min=1), 1.0)
-
-
-class AttributeHead(nn.Module):
-    """Reads colour and shape from each image token: help for an encoder that starts from nothing, thrown away afterwards.
-
-    A mask loss alone tells the encoder little about the objects that no sentence of the batch means.
-    """
-
-    def __init__(self, channels: int, colours: int, shapes: int) -> None:
-        super().__init__()
-        self.colour = nn.Linear(channels, colours)
-        self.shape = nn.Linear(channels, shapes)
-
-    def forward(self, image: ImageFeatures, attributes: Tensor) -> Tensor:
-        """Mean cross entropy over the tokens of B frames; attributes (B, H, W, 2) as generated, at the model's scale."""
-        height, width = image.grid
-        stride = max(attributes.shape[1:3]) // max(height, width)
-        seen = attributes[:, stride // 2 :: stride, stride // 2 :: stride].long()
-        features = image.embedding.unflatten(1, (height, width))[
-            :, : seen.shape[1], : seen.shape[2]
-        ]
-        features = features * features.shape[-1] ** 0.5  # unit vectors: of usual size again
-        colour = F.cross_entropy(
-            self.colour(features).flatten(0, 2).float(), seen[..., 0].flatten()
-        )
-        shape = F.cross_entropy(self.shape(features).flatten(0, 2).float(), seen[..., 1].flatten())
-        return colour + shape

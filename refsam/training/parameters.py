@@ -8,19 +8,36 @@ from torch import Tensor, nn
 from refsam.training.settings import OptimiserSettings
 
 
-def build_optimiser(model: nn.Module, settings: OptimiserSettings) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; vectors, tokens and position tables are not decayed."""
+def build_optimisers(model: nn.Module, settings: OptimiserSettings) -> list[torch.optim.Optimizer]:
+    """AdamW over the trainable parameters, and Muon over linear layers' weights where asked.
+
+    Vectors, tokens and position tables are not decayed.
+    """
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
+    orthogonal: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_table = "rel_pos" in name or "pos_embed" in name or "token" in name
-            (free if parameter.ndim <= 1 or is_table else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": free, "weight_decay": 0.0},
+        if not parameter.requires_grad:
+            continue
+        if settings.muon and id(parameter) in linear:
+            orthogonal.append(parameter)
+        elif parameter.ndim <= 1 or any(k in name for k in ("rel_pos", "pos_embed", "token")):
+            free.append(parameter)
+        else:
+            decayed.append(parameter)
+    decay, rate = settings.weight_decay, settings.learning_rate
+    groups = [{"params": decayed, "weight_decay": decay}, {"params": free, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    optimisers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
+    if orthogonal:
+        muon = torch.optim.Muon(
+            orthogonal, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+        )
+        optimisers.append(muon)
+    return optimisers
 
 
 def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:

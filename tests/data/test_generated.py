@@ -69,6 +69,16 @@ def test_attributes_are_those_of_the_object_that_is_seen():
             )
     assert checked > 2
     assert (batch.attributes[..., 0] == 0).equal(batch.attributes[..., 1] == 0)  # the background
+    assert (batch.attributes[..., 0] == 0).equal(batch.owner < 0)
+
+
+def test_a_style_sets_how_many_objects_there_are_and_how_large():
+    arguments = {"clips": 12, "frames": 1, "expressions": 0, "size": SIZE}
+    large = generate_batch(0, 1, style="few and large", **arguments).owner
+    full = generate_batch(0, 1, **arguments).owner
+    assert large.max() <= 2  # three objects at most, no clutter
+    assert full.max() > 2
+    assert (large >= 0).float().mean() > (full >= 0).float().mean()
 
 
 def test_outlines_have_unit_area():

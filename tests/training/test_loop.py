@@ -95,6 +95,31 @@ def test_loss_falls_on_generated_clips(tmp_path):
     assert records[-1]["total"] < 0.8 * records[0]["total"]
 
 
+def test_batches_drawn_ahead_are_the_same(tmp_path):
+    plain = list(Trainer(settings(tmp_path / "plain", steps=2)).run())
+    ahead = list(Trainer(settings(tmp_path / "ahead", steps=2, workers=1)).run())
+    assert [record["total"] for record in ahead] == [record["total"] for record in plain]
+
+
+def test_the_encoder_alone_learns_what_the_objects_are(tmp_path):
+    stage = {"steps": 30, "clips": 8, "expressions": 0, "style": "few and large"}
+    changes = {
+        "stages": [stage],
+        "loss": {"objects": 1.0},
+        "optimiser": {"muon": True, "learning_rate": 3e-3, "warm_up_steps": 3},
+        "log_every": 10,
+        "save_every": 30,
+    }
+    trainer = Trainer(settings(tmp_path, **changes))
+    decoder = {k: v.clone() for k, v in trainer.model.mask_decoder.state_dict().items()}
+    records = list(trainer.run())
+    for name in ("colour", "place", "outline"):
+        assert records[-1][name] < 0.95 * records[0][name], name
+    assert all(
+        torch.equal(v, decoder[k]) for k, v in trainer.model.mask_decoder.state_dict().items()
+    )
+
+
 def test_learning_rate_warms_up_and_decays():
     optimiser = OptimiserSettings(learning_rate=1.0, warm_up_steps=10, final_rate=0.1)
     rates = [learning_rate(step, 110, optimiser) for step in range(111)]

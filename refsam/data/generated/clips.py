@@ -10,7 +10,7 @@ from refsam.data.generated.backgrounds import photographs
 from refsam.data.generated.grammar import Grammar, Sentence
 from refsam.data.generated.palette import COLOURS
 from refsam.data.generated.render import render
-from refsam.data.generated.scene import Scene, sample_scene
+from refsam.data.generated.scene import STYLES, Scene, sample_scene
 from refsam.data.generated.shapes import NAMED_SHAPES
 
 COLOUR_CLASSES = ("background", "no name", *(colour.name for colour in COLOURS))
@@ -36,13 +36,14 @@ class GeneratedBatch:
 
     `frames (B, T, H, W, 3)` uint8 RGB; `masks (B, E, T, H, W)` bool, the visible part; `sentences` B lists of E;
     `attributes (B, T, H, W, 2)` uint8, what is seen at each pixel: colour and shape, numbered as in `COLOUR_CLASSES` and
-    `SHAPE_CLASSES`.
+    `SHAPE_CLASSES`; `owner (B, T, H, W)` int8, which object, -1 for none.
     """
 
     frames: Tensor
     masks: Tensor
     sentences: list[list[Sentence]]
     attributes: Tensor
+    owner: Tensor
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,21 @@ def generate_batch(
     frames: int,
     expressions: int,
     size: tuple[int, int],
+    style: str = "full",
     held_out: bool = False,
     device: str | torch.device = "cpu",
 ) -> GeneratedBatch:
     """Draw batch number `index` of the stream that `seed` names; the same arguments give the same batch on one device.
 
-    `size` is (height, width) in pixels. `held_out` takes backgrounds, templates and pairs of colour and shape that training
-    never sees.
+    `size` is (height, width) in pixels, `style` one of `scene.STYLES`. `held_out` takes backgrounds, templates and pairs of
+    colour and shape that training never sees.
     """
     images = photographs(held_out)
     scenes, sentences = [], []
     for clip in range(clips):
         random = np.random.default_rng([seed, index, clip])
-        scene = sample_scene(random, _times(random, frames), size, len(images), held_out)
+        times = _times(random, frames)
+        scene = sample_scene(random, times, size, len(images), held_out, STYLES[style])
         scenes.append(scene)
         sentences.append(_sample_sentences(random, scene, expressions, held_out))
     generator = torch.Generator(device).manual_seed(
@@ -84,7 +87,7 @@ def generate_batch(
     pixels, owner = render(scenes, images, generator)
     masks = torch.stack([_masks(owner[b], sentences[b]) for b in range(clips)])
     attributes = torch.stack([_attributes(owner[b], scenes[b]) for b in range(clips)])
-    return GeneratedBatch(pixels, masks, sentences, attributes)
+    return GeneratedBatch(pixels, masks, sentences, attributes, owner)
 
 
 def generate_clip(

@@ -15,6 +15,27 @@ _SMALLEST = 100  # pixels; of a smaller object no shape could be seen
 
 
 @dataclass(frozen=True)
+class SceneStyle:
+    """What scenes are drawn from.
+
+    `areas` are the smallest and largest share of the frame that an object covers, `counts` how likely 1, 2, ... objects are,
+    `clutter` how likely 0, 1, ... things without colour and name, `unnamed` how likely an object has a shape without a name.
+    """
+
+    areas: tuple[float, float] = (0.004, 0.13)
+    counts: tuple[float, ...] = (0.08, 0.14, 0.2, 0.2, 0.16, 0.12, 0.1)
+    clutter: tuple[float, ...] = (0.6, 0.25, 0.15)
+    unnamed: float = 0.4
+
+
+STYLES = {
+    "full": SceneStyle(),
+    "larger": SceneStyle(areas=(0.01, 0.2)),
+    "few and large": SceneStyle((0.08, 0.35), (0.5, 0.35, 0.15), (1.0,), 0.15),
+}
+
+
+@dataclass(frozen=True)
 class SceneObject:
     """One object of a scene over T frames.
 
@@ -81,17 +102,18 @@ def sample_scene(
     size: tuple[int, int],
     photographs: int,
     held_out: bool,
+    style: SceneStyle = STYLES["full"],
 ) -> Scene:
     """Draw a scene whose objects move over `times (T,)`, in frames; `held_out` makes one object a pair never trained on."""
     background = _sample_background(random, photographs)
-    clutter = int(random.choice([0, 1, 2], p=[0.6, 0.25, 0.15]))
+    clutter = int(random.choice(len(style.clutter), p=style.clutter))
     # Where photographs or clutter are seen, something of every muted colour is: a sentence with one would be unclear.
     colours = _VIVID if clutter or background.photograph is not None else _ALL
-    kinds = _sample_kinds(random, colours, held_out) + [(None, None)] * clutter
+    kinds = _sample_kinds(random, colours, held_out, style) + [(None, None)] * clutter
     placed: list[tuple[float, np.ndarray]] = []
     objects = []
     for index, (shape_index, colour_index) in enumerate(kinds):
-        low, high = (0.005, 0.1) if held_out and index == 0 else (0.004, 0.13)
+        low, high = (0.005, 0.1) if held_out and index == 0 else style.areas
         low = max(low, _SMALLEST / (size[0] * size[1]))
         area = float(np.exp(random.uniform(np.log(low), np.log(high))))
         if colour_index is None:
@@ -107,14 +129,15 @@ def sample_scene(
 
 
 def _sample_kinds(
-    random: np.random.Generator, colours: list[int], held_out: bool
+    random: np.random.Generator, colours: list[int], held_out: bool, style: SceneStyle
 ) -> list[tuple[int | None, int | None]]:
     """(shape, colour) of each object: the first is the likeliest to be asked for, others often share its shape or colour."""
-    count = int(random.choice([1, 2, 3, 4, 5, 6, 7], p=[0.08, 0.14, 0.2, 0.2, 0.16, 0.12, 0.1]))
-    first = _pair(random, colours, held_out)
+    count = 1 + int(random.choice(len(style.counts), p=style.counts))
+    unnamed = 0.25 if held_out else style.unnamed
+    first = _pair(random, colours, held_out, unnamed)
     kinds: list[tuple[int | None, int | None]] = [first]
     for _ in range(count - 1):
-        shape_index, colour_index = _pair(random, colours, held_out=False)
+        shape_index, colour_index = _pair(random, colours, False, style.unnamed)
         sharing = random.random()
         if sharing < 0.3:
             colour_index = first[1]
@@ -134,13 +157,13 @@ def _sample_kinds(
 
 
 def _pair(
-    random: np.random.Generator, colours: list[int], held_out: bool
+    random: np.random.Generator, colours: list[int], held_out: bool, unnamed: float
 ) -> tuple[int | None, int | None]:
-    unnamed = random.random() < (0.25 if held_out else 0.4)
+    without_name = random.random() < unnamed
     while True:
         shape_index = int(random.integers(len(NAMED_SHAPES)))
         colour_index = colours[int(random.integers(len(colours)))]
-        if unnamed:
+        if without_name:
             return None, colour_index
         if is_held_out(shape_index, colour_index) == held_out:
             return shape_index, colour_index

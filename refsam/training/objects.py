@@ -1,0 +1,113 @@
+"""What an encoder that starts from nothing is taught about every object of a generated frame, named in a sentence or not."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refsam.data.generated.clips import COLOUR_CLASSES, SHAPE_CLASSES
+from refsam.data.generated.scene import MAX_OBJECTS
+from refsam.model import ImageFeatures
+
+_BACKGROUND_WEIGHT = (
+    0.03  # of a token without an object, where one of an object of n tokens has 1 / sqrt(n)
+)
+_NAMELESS_WEIGHT = (
+    0.15  # of "no name" among the shapes: it is by far the most frequent and says the least
+)
+_PLACE_UNIT = 16.0  # pixels
+_WEIGHTS = {"colour": 1.0, "shape": 0.5, "whole_shape": 1.0, "place": 1.0, "outline": 2.0}
+
+
+class ObjectHead(nn.Module):
+    """Linear readers of colour, shape, place and outline of objects from image tokens; thrown away after training.
+
+    A mask loss alone teaches the encoder little about the objects that no sentence of the batch means, and nothing about
+    shape for thousands of steps. `channels` is the width of the image embedding, `stride` the pixels per token.
+    """
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.colour = nn.Linear(channels, len(COLOUR_CLASSES))
+        self.shape = nn.Linear(channels, len(SHAPE_CLASSES))
+        self.whole_shape = nn.Linear(channels, len(SHAPE_CLASSES))
+        self.place = nn.Linear(channels, 3)
+        self.outline = nn.Linear(channels, stride * stride)
+
+    def forward(self, image: ImageFeatures, attributes: Tensor, owner: Tensor) -> dict[str, Tensor]:
+        """Weighted scalar losses over B frames; attributes (B, H, W, 2) and owner (B, H, W) as generated, at the model's scale.
+
+        Colour and shape are cross entropies per token and, `whole_shape`, over the mean of an object's tokens; `place` is the
+        way to the middle of the object that is seen, and its size; `outline` is which pixels of a token show an object.
+        """
+        middle = self.stride // 2
+        seen = attributes[:, middle :: self.stride, middle :: self.stride].long()
+        index = owner[:, middle :: self.stride, middle :: self.stride].long() + 1  # 0: none
+        tokens = image.embedding.unflatten(1, image.grid)[:, : seen.shape[1], : seen.shape[2]]
+        tokens = tokens * tokens.shape[-1] ** 0.5  # unit vectors: of usual size again
+        counts = _sums(index.flatten(1), torch.ones_like(index, dtype=torch.float32).flatten(1))
+        share = counts.gather(1, index.flatten(1)).view(index.shape).rsqrt()
+        on_object = index > 0
+        weight = torch.where(on_object, share, _BACKGROUND_WEIGHT)
+        shape_weight = torch.where(seen[..., 1] == 1, _NAMELESS_WEIGHT, 1.0) * weight
+        place = F.smooth_l1_loss(
+            self.place(tokens).float(), self._places(owner, index), reduction="none"
+        )
+        losses = {
+            "colour": _mean(_cross_entropy(self.colour(tokens), seen[..., 0]), weight),
+            "shape": _mean(_cross_entropy(self.shape(tokens), seen[..., 1]), shape_weight),
+            "whole_shape": self._whole_shape(tokens, index, seen[..., 1], counts),
+            "place": _mean(place.sum(-1), share * on_object),
+            "outline": self._outline(tokens, owner),
+        }
+        return {name: _WEIGHTS[name] * loss for name, loss in losses.items()}
+
+    def _whole_shape(self, tokens: Tensor, index: Tensor, shapes: Tensor, counts: Tensor) -> Tensor:
+        """Cross entropy of the shape that the mean of each object's tokens shows."""
+        members = F.one_hot(index.flatten(1), MAX_OBJECTS + 1).to(tokens.dtype)
+        means = members.transpose(1, 2) @ tokens.flatten(1, 2) / counts.clamp(min=1)[..., None]
+        label = torch.zeros_like(counts, dtype=torch.long)
+        label = label.scatter(1, index.flatten(1), shapes.flatten(1))
+        present = (counts > 0) & (torch.arange(MAX_OBJECTS + 1, device=counts.device) > 0)
+        weight = torch.where(label == 1, _NAMELESS_WEIGHT, 1.0) * present
+        return _mean(_cross_entropy(self.whole_shape(means), label), weight)
+
+    def _places(self, owner: Tensor, index: Tensor) -> Tensor:
+        """(B, h, w, 3): right, down to the middle of the token's object, and log of its side, from what is seen of it."""
+        height, width = owner.shape[1:]
+        y, x = torch.meshgrid(
+            torch.arange(height, device=owner.device) + 0.5,
+            torch.arange(width, device=owner.device) + 0.5,
+            indexing="ij",
+        )
+        flat = owner.flatten(1).long() + 1
+        area = _sums(flat, torch.ones_like(flat, dtype=torch.float32))
+        chosen = index.flatten(1)
+        area_seen = area.gather(1, chosen).view(index.shape).clamp(min=1)
+        middle = self.stride // 2
+        parts = []
+        for axis in (x, y):
+            total = _sums(flat, axis.flatten().expand(flat.shape)).gather(1, chosen)
+            own = axis[middle :: self.stride, middle :: self.stride]
+            parts.append((total.view(index.shape) / area_seen - own) / _PLACE_UNIT)
+        return torch.stack([*parts, area_seen.log() / 2 - 3], dim=-1)
+
+    def _outline(self, tokens: Tensor, owner: Tensor) -> Tensor:
+        height, width = (side * self.stride for side in tokens.shape[1:3])
+        covered = (owner >= 0).float()[:, None]
+        covered = F.pad(covered, (0, width - owner.shape[2], 0, height - owner.shape[1]))
+        pixels = F.pixel_unshuffle(covered, self.stride).movedim(1, -1)
+        return F.binary_cross_entropy_with_logits(self.outline(tokens).float(), pixels)
+
+
+def _sums(index: Tensor, values: Tensor) -> Tensor:
+    """(B, MAX_OBJECTS + 1) sums of values (B, N) by index (B, N)."""
+    return values.new_zeros(len(index), MAX_OBJECTS + 1).scatter_add(1, index, values)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().movedim(-1, 1), labels, reduction="none")
+
+
+def _mean(values: Tensor, weight: Tensor) -> Tensor:
+    return (values * weight).sum() / weight.sum().clamp(min=1e-6)
