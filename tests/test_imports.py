@@ -177,7 +177,7 @@ assert not any("refsam_kernels" in path for path in torch.ops.loaded_libraries),
 
 def is_backend(module: str) -> bool:
     """Whether a module belongs to a backend that may need a library or a package; it is imported on first use only."""
-    return any(part.partition("_")[0] in ("triton", "cuda", "cpu") for part in module.split("."))
+    return bool({"triton", "cuda", "cpu"} & set(module.replace(".", "_").split("_")))
 
 
 def test_refsam_import_is_light_and_silent(tmp_path: Path) -> None:
