@@ -1,0 +1,385 @@
+"""Triton kernels of mask_loss: losses from the low-resolution logits in one pass, their gradient by gathering.
+
+The forward resizes a tile of the target in registers and leaves five sums per tile, which a second kernel adds up in their order.
+The backward has one program per tile of low-resolution logits: it makes the gradient of every target pixel that the tile takes
+part in and brings it together by two small products with the resizes' weights. No addition is atomic, and nothing of the
+target's size is written.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refsam_kernels.compilation import CompileCase, Launch
+from refsam_kernels.mask_postprocess.taps import Places, places_of
+from refsam_kernels.mask_postprocess.triton import resize_arguments, resize_reasons, resized_tile
+
+BLOCK_ROWS, BLOCK_COLUMNS = 8, 128  # of the target, forward
+LOW_ROWS, LOW_COLUMNS = 16, 16  # of the logits, backward,
+PART_ROWS, PART_COLUMNS = 32, 32  # which looks at so much of the target at a time
+BLOCK_TILES = 256
+SUMS = 5
+
+
+@triton.jit
+def probability_and_entropy(x, target):
+    """Of logits and targets: the probability, the probability of being wrong, and the cross entropy."""
+    small = tl.exp(-tl.abs(x))
+    share = 1.0 / (1.0 + small)
+    probability = tl.where(x >= 0, 1.0, small) * share
+    opposite = tl.where(x >= 0, small, 1.0) * share  # 1 - probability, not rounded to 0
+    wrong = probability * (1.0 - target) + opposite * target
+    # log(1 + small) as 2 artanh(s), s at most 1/3: seven terms leave 2e-8, and no logarithm near 1 is taken.
+    s = small / (2.0 + small)
+    s2 = s * s
+    series = 1.0 / 11 + s2 * (1.0 / 13)
+    series = 1.0 / 7 + s2 * (1.0 / 9 + s2 * series)
+    series = 1.0 + s2 * (1.0 / 3 + s2 * (1.0 / 5 + s2 * series))
+    entropy = tl.maximum(x, 0.0) - x * target + 2.0 * s * series
+    return probability, wrong, entropy
+
+
+@triton.jit
+def power(x, EXPONENT: tl.constexpr):
+    """x ** EXPONENT of x >= 0; whole exponents that losses use are products."""
+    if EXPONENT == 0:
+        return x * 0.0 + 1.0
+    elif EXPONENT == 1:
+        return x
+    elif EXPONENT == 2:
+        return x * x
+    else:
+        return tl.exp2(EXPONENT * tl.log2(tl.maximum(x, 1.1754944e-38)))
+
+
+@triton.jit
+def target_tile(targets, ignore, ys, xs, height, width, HAS_IGNORE: tl.constexpr):
+    """Targets (Y, X) of one mask and which of them count; where they do not, the target is 0."""
+    inside = (ys < height)[:, None] & (xs < width)[None, :]
+    offset = ys.to(tl.int64)[:, None] * width + xs[None, :]
+    if HAS_IGNORE:
+        inside = inside & (tl.load(ignore + offset, mask=inside, other=1) == 0)
+    target = tl.load(targets + offset, mask=inside, other=0).to(tl.float32)
+    return target, inside
+
+
+@triton.jit
+def _sums_kernel(
+    logits,  # (P, 4h, 4w) float32
+    targets,  # (P, H, W)
+    ignore,  # (P, H, W) uint8, or anything
+    partial,  # (P, tiles, 5) float32
+    row_start,
+    row_weights,
+    column_start,
+    column_weights,
+    low_height,
+    low_width,
+    height,
+    width,
+    alpha,
+    GAMMA: tl.constexpr,
+    HAS_IGNORE: tl.constexpr,
+    ROW_TAPS: tl.constexpr,
+    COLUMN_TAPS: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    i_mask, i_tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    tiles_x = tl.cdiv(width, BLOCK_X)
+    ys = i_tile // tiles_x * BLOCK_Y + tl.arange(0, BLOCK_Y)
+    xs = i_tile % tiles_x * BLOCK_X + tl.arange(0, BLOCK_X)
+    x = resized_tile(
+        logits + i_mask * low_height * low_width, low_width, row_start, row_weights, height,
+        column_start, column_weights, width, ys, xs, height, width, ROW_TAPS, COLUMN_TAPS,
+    )  # fmt: skip
+    o_mask = i_mask * height * width
+    target, counts = target_tile(
+        targets + o_mask, ignore + o_mask, ys, xs, height, width, HAS_IGNORE
+    )
+    probability, wrong, entropy = probability_and_entropy(x, target)
+    focal = (1.0 - alpha + (2.0 * alpha - 1.0) * target) * power(wrong, GAMMA) * entropy
+    probability = tl.where(counts, probability, 0.0)
+    store = partial + (i_mask * tl.num_programs(0) + i_tile) * 5
+    tl.store(store, tl.sum(tl.sum(tl.where(counts, focal, 0.0), axis=1), axis=0))
+    tl.store(store + 1, tl.sum(tl.sum(probability * target, axis=1), axis=0))
+    tl.store(store + 2, tl.sum(tl.sum(probability, axis=1), axis=0))
+    tl.store(store + 3, tl.sum(tl.sum(target, axis=1), axis=0))
+    tl.store(store + 4, tl.sum(tl.sum(counts.to(tl.float32), axis=1), axis=0))
+
+
+@triton.jit
+def column_sum(partial, tiles, BLOCK: tl.constexpr):
+    """The sum of every fifth of `tiles` numbers, in a fixed order."""
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, tiles, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += tl.load(partial + i.to(tl.int64) * 5, mask=i < tiles, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _losses_kernel(
+    partial,  # (P, tiles, 5) float32
+    focal,  # (P,) float32
+    dice,  # (P,) float32
+    sums,  # (4, P) float32
+    masks,
+    tiles,
+    BLOCK: tl.constexpr,
+):
+    i_mask = tl.program_id(0).to(tl.int64)
+    partial += i_mask * tiles * 5
+    intersection = column_sum(partial + 1, tiles, BLOCK)
+    probabilities = column_sum(partial + 2, tiles, BLOCK)
+    inside = column_sum(partial + 3, tiles, BLOCK)
+    pixels = column_sum(partial + 4, tiles, BLOCK)
+    tl.store(focal + i_mask, column_sum(partial, tiles, BLOCK) / tl.maximum(pixels, 1.0))
+    tl.store(dice + i_mask, 1.0 - (2.0 * intersection + 1.0) / (probabilities + inside + 1.0))
+    tl.store(sums + i_mask, intersection)
+    tl.store(sums + masks + i_mask, probabilities)
+    tl.store(sums + 2 * masks + i_mask, inside)
+    tl.store(sums + 3 * masks + i_mask, pixels)
+
+
+@triton.jit
+def weights_tile(start, weights, stride, outputs, inputs, count, TAPS: tl.constexpr):
+    """The resize's matrix (outputs, inputs) of one axis, a dense part of it."""
+    inside = outputs < count
+    distance = inputs[None, :] - tl.load(start + outputs, mask=inside, other=0)[:, None]
+    matrix = tl.zeros([outputs.shape[0], inputs.shape[0]], dtype=tl.float32)
+    for tap in tl.static_range(TAPS):
+        weight = tl.load(weights + tap * stride + outputs, mask=inside, other=0.0)
+        matrix += tl.where(distance == tap, weight[:, None], 0.0)
+    return matrix
+
+
+@triton.jit
+def _gradient_kernel(
+    grad_focal,  # (P,) float32
+    grad_dice,  # (P,) float32
+    logits,  # (P, 4h, 4w) float32
+    targets,  # (P, H, W)
+    ignore,  # (P, H, W) uint8, or anything
+    sums,  # (4, P) float32
+    grad,  # (P, 4h, 4w) float32
+    row_start,
+    row_weights,
+    row_first,
+    row_behind,
+    column_start,
+    column_weights,
+    column_first,
+    column_behind,
+    masks,
+    low_height,
+    low_width,
+    height,
+    width,
+    alpha,
+    GAMMA: tl.constexpr,
+    HAS_IGNORE: tl.constexpr,
+    ROW_TAPS: tl.constexpr,
+    COLUMN_TAPS: tl.constexpr,
+    LOW_Y: tl.constexpr,
+    LOW_X: tl.constexpr,
+    PART_Y: tl.constexpr,
+    PART_X: tl.constexpr,
+):
+    i_mask, i_tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    tiles_x = tl.cdiv(low_width, LOW_X)
+    top, left = i_tile // tiles_x * LOW_Y, i_tile % tiles_x * LOW_X
+    low_ys, low_xs = top + tl.arange(0, LOW_Y), left + tl.arange(0, LOW_X)
+    intersection = tl.load(sums + i_mask)
+    denominator = tl.load(sums + masks + i_mask) + tl.load(sums + 2 * masks + i_mask) + 1.0
+    of_focal = tl.load(grad_focal + i_mask) / tl.maximum(tl.load(sums + 3 * masks + i_mask), 1.0)
+    of_dice = tl.load(grad_dice + i_mask) / denominator
+    outside = of_dice * (2.0 * intersection + 1.0) / denominator
+
+    logits += i_mask * low_height * low_width
+    targets += i_mask * height * width
+    ignore += i_mask * height * width
+    first_y, first_x = tl.load(row_first + top), tl.load(column_first + left)
+    behind_y = tl.load(row_behind + tl.minimum(top + LOW_Y, low_height) - 1)
+    behind_x = tl.load(column_behind + tl.minimum(left + LOW_X, low_width) - 1)
+    total = tl.zeros([LOW_Y, LOW_X], dtype=tl.float32)
+    for y in range(first_y, behind_y, PART_Y):
+        ys = y + tl.arange(0, PART_Y)
+        gathered = tl.zeros([PART_Y, LOW_X], dtype=tl.float32)
+        for part in range(first_x, behind_x, PART_X):
+            xs = part + tl.arange(0, PART_X)
+            x = resized_tile(
+                logits, low_width, row_start, row_weights, height, column_start, column_weights,
+                width, ys, xs, height, width, ROW_TAPS, COLUMN_TAPS,
+            )  # fmt: skip
+            target, counts = target_tile(targets, ignore, ys, xs, height, width, HAS_IGNORE)
+            probability, wrong, entropy = probability_and_entropy(x, target)
+            slope = probability * (1.0 - probability)
+            focal = wrong * (probability - target)
+            if GAMMA != 0:
+                wrong = tl.maximum(wrong, 1.1754944e-38)
+                focal += GAMMA * (1.0 - 2.0 * target) * slope * entropy
+                focal *= power(wrong, GAMMA - 1.0)
+            else:
+                focal = probability - target
+            focal *= 1.0 - alpha + (2.0 * alpha - 1.0) * target
+            of_x = of_focal * focal + slope * (outside - 2.0 * of_dice * target)
+            of_x = tl.where(counts, of_x, 0.0)
+            matrix = weights_tile(
+                column_start, column_weights, width, xs, low_xs, width, COLUMN_TAPS
+            )
+            gathered = tl.dot(of_x, matrix, gathered, input_precision="ieee")
+        matrix = weights_tile(row_start, row_weights, height, ys, low_ys, height, ROW_TAPS)
+        total = tl.dot(tl.trans(matrix), gathered, total, input_precision="ieee")
+    inside = (low_ys < low_height)[:, None] & (low_xs < low_width)[None, :]
+    offset = i_mask * low_height * low_width + low_ys[:, None] * low_width + low_xs[None, :]
+    tl.store(grad + offset, total, mask=inside)
+
+
+def not_supported_reasons(
+    logits: Tensor,
+    targets: Tensor,
+    ignore: Tensor | None,
+    image_size: int,
+    input_size: Sequence[int],
+    alpha: float,
+    gamma: float,
+) -> list[str]:
+    """Why the losses of these cannot be computed here."""
+    height, width = input_size
+    sizes = ([(height, width)], [(targets.shape[1], targets.shape[2])])
+    return resize_reasons(logits, image_size, *sizes)
+
+
+def backward_not_supported_reasons(
+    grad_focal: Tensor, grad_dice: Tensor, *arguments: Any
+) -> list[str]:
+    """Like `not_supported_reasons`."""
+    logits, targets, ignore, _, *settings = arguments
+    return not_supported_reasons(logits, targets, ignore, *settings)
+
+
+def forward(
+    logits: Tensor,
+    targets: Tensor,
+    ignore: Tensor | None,
+    image_size: int,
+    input_size: Sequence[int],
+    alpha: float,
+    gamma: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Like `reference.forward`."""
+    masks = len(logits)
+    focal, dice, sums = (logits.new_empty(*shape) for shape in ((masks,), (masks,), (4, masks)))
+    if masks:
+        places = _places(logits, targets, image_size, input_size)
+        inputs = (logits, targets, ignore)
+        for launch in _forward_launches(inputs, (focal, dice, sums), places, alpha, gamma):
+            launch.run()
+    return focal, dice, sums
+
+
+def backward(
+    grad_focal: Tensor,
+    grad_dice: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    ignore: Tensor | None,
+    sums: Tensor,
+    image_size: int,
+    input_size: Sequence[int],
+    alpha: float,
+    gamma: float,
+) -> Tensor:
+    """Like `reference.backward`."""
+    grad = logits.new_empty(logits.shape)
+    if len(logits):
+        places = _places(logits, targets, image_size, input_size)
+        grads = {"grad_focal": grad_focal.contiguous(), "grad_dice": grad_dice.contiguous()}
+        outputs = grads | {"sums": sums.contiguous(), "grad": grad}
+        _gradient_launch((logits, targets, ignore), outputs, places, alpha, gamma).run()
+    return grad
+
+
+def _places(logits: Tensor, targets: Tensor, image_size: int, input_size: Sequence[int]) -> Places:
+    height, width = input_size
+    sizes = (((height, width),), ((targets.shape[1], targets.shape[2]),))
+    return places_of(tuple(logits.shape[1:]), image_size, *sizes, logits.device)
+
+
+def _arguments(
+    inputs: tuple[Tensor, Tensor, Tensor | None], places: Places, alpha: float, gamma: float
+) -> dict[str, Any]:
+    """What the kernels of forward and backward have in common."""
+    logits, targets, ignore = inputs
+    targets = targets.contiguous()
+    targets = targets.view(torch.uint8) if targets.dtype == torch.bool else targets
+    return resize_arguments(logits.contiguous(), places) | {
+        "targets": targets,
+        "ignore": targets if ignore is None else ignore.contiguous().view(torch.uint8),
+        "HAS_IGNORE": ignore is not None,
+        "height": targets.shape[1],
+        "width": targets.shape[2],
+        "alpha": alpha,
+        "GAMMA": gamma,
+    }
+
+
+def _forward_launches(
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    outputs: tuple[Tensor, Tensor, Tensor],
+    places: Places,
+    alpha: float,
+    gamma: float,
+) -> Iterator[Launch]:
+    logits, targets, _ = inputs
+    masks, height, width = targets.shape
+    tiles = triton.cdiv(height, BLOCK_ROWS) * triton.cdiv(width, BLOCK_COLUMNS)
+    partial = logits.new_empty(masks, tiles, SUMS)
+    arguments = _arguments(inputs, places, alpha, gamma)
+    arguments |= {"partial": partial, "BLOCK_Y": BLOCK_ROWS, "BLOCK_X": BLOCK_COLUMNS}
+    yield Launch(_sums_kernel, (tiles, masks), arguments)
+    named = dict(zip(("focal", "dice", "sums"), outputs, strict=True))
+    arguments = {"partial": partial, **named, "masks": masks, "tiles": tiles, "BLOCK": BLOCK_TILES}
+    yield Launch(_losses_kernel, (masks,), arguments)
+
+
+def _gradient_launch(
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    outputs: dict[str, Tensor],
+    places: Places,
+    alpha: float,
+    gamma: float,
+) -> Launch:
+    masks, low_height, low_width = inputs[0].shape
+    programs = triton.cdiv(low_height, LOW_ROWS) * triton.cdiv(low_width, LOW_COLUMNS)
+    arguments = _arguments(inputs, places, alpha, gamma) | outputs | {"masks": masks}
+    for name, taps in (("row", places.rows), ("column", places.columns)):
+        arguments |= {f"{name}_first": taps.first, f"{name}_behind": taps.behind}
+    arguments |= {"LOW_Y": LOW_ROWS, "LOW_X": LOW_COLUMNS}
+    arguments |= {"PART_Y": PART_ROWS, "PART_X": PART_COLUMNS}
+    # With four warps the products' operands do not fit the registers.
+    return Launch(_gradient_kernel, (programs, masks), arguments, num_warps=8, num_stages=1)
+
+
+def compile_cases() -> list[CompileCase]:
+    """SAM's sizes with every kind of target, with and without pixels to ignore."""
+    logits = torch.empty(8, 256, 256, device="meta")
+    cases = []
+    for dtype in (torch.bool, torch.float32, torch.bfloat16):
+        targets = torch.empty(8, 480, 854, dtype=dtype, device="meta")
+        ignore = None if dtype == torch.bool else torch.empty_like(targets, dtype=torch.bool)
+        inputs = (logits, targets, ignore)
+        places = _places(logits, targets, 1024, (576, 1024))
+        name = f"{str(dtype).removeprefix('torch.')} targets{'' if ignore is None else ', ignore'}"
+        losses = (logits.new_empty(8), logits.new_empty(8), logits.new_empty(4, 8))
+        sums, totals = _forward_launches(inputs, losses, places, 0.25, 2.0)
+        outputs = dict(zip(("grad_focal", "grad_dice", "sums"), losses, strict=True))
+        outputs["grad"] = logits
+        gradient = _gradient_launch(inputs, outputs, places, 0.25, 2.0)
+        cases += [sums.compile_case(f"sums, {name}"), gradient.compile_case(f"gradient, {name}")]
+    return [*cases, totals.compile_case("losses")]
