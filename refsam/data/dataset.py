@@ -1,0 +1,132 @@
+"""What every dataset of videos and referring expressions looks like from outside, whatever its files are."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from refsam.errors import UserError
+
+# What Pillow raises for a file that is cut off, damaged or no image.
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, UnidentifiedImageError)
+
+
+class DataError(UserError):
+    """A dataset that is not where it should be, or not in its format; the message says where it is to be had."""
+
+
+class UnreadableError(DataError):
+    """One file of a dataset that cannot be decoded; training may skip the samples that need it."""
+
+
+@dataclass(frozen=True)
+class VideoRecord:
+    """A video, or an image as a video of one frame.
+
+    `frame_names` in order of time; `annotated` those that have a true mask (the same for most datasets, empty where the truth is
+    not public).
+    """
+
+    name: str
+    frame_names: tuple[str, ...]
+    annotated: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A sentence about a video.
+
+    `expression_id` is unique within the video, as the dataset spells it; `object_ids` says which of the truth's objects are meant
+    (none: nothing in the video; None: the dataset does not tell); `annotator` counts the persons of Ref-DAVIS17, 0 to 3.
+    """
+
+    video: str
+    expression_id: str
+    text: str
+    object_ids: tuple[int, ...] | None
+    annotator: int | None = None
+
+
+# (expression, frame name, (height, width) of the frame) -> mask (H, W) bool
+MaskSource = Callable[[Expression, str, tuple[int, int]], NDArray[np.bool_]]
+
+
+@dataclass(frozen=True)
+class ReferringDataset:
+    """One split of a dataset. It holds the lists and the names of the files; pixels are read when they are asked for.
+
+    `videos` in the order of the dataset's protocol, `sentences` by name of the video, in file order. `frame_file(video, frame)`
+    and `mask_source` are the two things in which the datasets differ; `mask_source` is None where the truth is not there.
+    `truth` is the file or folder of the truth as `refsam.evaluation.masks` reads it, `listing` the file of the expressions.
+    `notes` say what a reader of results must know: what was left out, and why. Instances can be pickled.
+    """
+
+    name: str
+    split: str
+    root: Path
+    videos: tuple[VideoRecord, ...]
+    sentences: Mapping[str, tuple[Expression, ...]]
+    frame_file: Callable[[str, str], Path]
+    mask_source: MaskSource | None
+    truth: Path | None = None
+    listing: Path | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def video(self, name: str) -> VideoRecord:
+        """The video of that name; raises KeyError if there is none."""
+        return {video.name: video for video in self.videos}[name]
+
+    def expressions(self, video: str) -> tuple[Expression, ...]:
+        """All that is said about a video, in file order."""
+        return self.sentences[video]
+
+    def frame(self, video: str, frame: str) -> NDArray[np.uint8]:
+        """A frame (H, W, 3) uint8 RGB, grey images included; raises UnreadableError."""
+        return np.asarray(read_image(self.frame_file(video, frame)))
+
+    def mask(
+        self, expression: Expression, frame: str, size: tuple[int, int] | None = None
+    ) -> NDArray[np.bool_] | None:
+        """The true mask (H, W) bool of all that an expression means in a frame; None where the truth is not there.
+
+        `size` (height, width) is the frame's, read from its file if it is not given. Raises UnreadableError for a file that
+        cannot be decoded, DataError for a mask of another size than its frame or an expression whose objects are not told.
+        """
+        if self.mask_source is None or expression.object_ids is None:
+            return None
+        if size is None:
+            size = image_size(self.frame_file(expression.video, frame))
+        mask = self.mask_source(expression, frame, size)
+        if mask.shape != size:
+            raise DataError(
+                f"{self.name}: the mask of {expression.video}/{frame} is {mask.shape[1]}x{mask.shape[0]}, "
+                f"its frame {size[1]}x{size[0]} (width x height)"
+            )
+        return mask
+
+
+def read_image(path: Path, at_least: tuple[int, int] | None = None) -> Image.Image:
+    """An image file as RGB; raises UnreadableError.
+
+    With `at_least` (height, width) a JPEG may come at a half, a quarter or an eighth of its size, never smaller than that:
+    it is decoded so, which is quicker.
+    """
+    try:
+        with Image.open(path) as image:
+            if at_least is not None:
+                image.draft("RGB", at_least[::-1])
+            return image.convert("RGB")
+    except IMAGE_ERRORS as error:
+        raise UnreadableError(f"{path}: cannot be read as an image: {error}") from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) from an image's header; raises UnreadableError."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except IMAGE_ERRORS as error:
+        raise UnreadableError(f"{path}: cannot be read as an image: {error}") from error
