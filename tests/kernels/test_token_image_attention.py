@@ -1,5 +1,8 @@
 """token_image_attention: equal to segment-anything's attention blocks, padding, gradients, and its place among torch's tools."""
 
+import gc
+import weakref
+from itertools import product
 from typing import Any
 
 import pytest
@@ -7,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from refsam_kernels import AttentionWeights, token_image_attention
+from refsam_kernels.token_image_attention.positions import project_positions
 from tests.kernels import operator_checks as checks
 from tests.sam_modeling import load_sam_modeling, randomise
 
@@ -191,7 +195,7 @@ def test_repeats_bitwise(inputs: dict[str, Tensor], backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     inputs = checks.cast(make_inputs(2, 3, 4, 6, 4, 1), torch.float32)
-    arguments = (*inputs.values(), torch.tensor([4, 2]), 2, 1e-5, backend)
+    arguments = (*inputs.values(), torch.tensor([4, 2]), 2, 1e-5, True, backend)
     operator = torch.ops.refsam_kernels.token_image_attention.default
     checks.check_schema_and_fakes(operator, arguments)
 
@@ -244,9 +248,59 @@ def test_no_expressions_below_the_public_function(inputs: dict[str, Tensor]) -> 
     """The operator itself takes an empty batch: a compiled graph may meet one."""
     for name in ("queries", "keys", "query_pe", "key_pe", "key_lengths"):
         inputs[name] = inputs[name][:0]
-    for backend in BACKENDS:
-        arguments = (*inputs.values(), 4, 1e-5, backend)
-        assert torch.ops.refsam_kernels.token_image_attention(*arguments).shape == (0, 11, 32)
+    for backend, keep in product(BACKENDS, (False, True)):
+        arguments = (*inputs.values(), 4, 1e-5, keep, backend)
+        assert torch.ops.refsam_kernels.token_image_attention(*arguments)[0].shape == (0, 11, 32)
+
+
+def test_backends_keep_the_same(inputs: dict[str, Tensor]) -> None:
+    """The backward may run in another backend than the forward."""
+    tensors = tuple(inputs.values())
+    operators = torch.ops.refsam_kernels
+    kept = {b: operators.token_image_attention(*tensors, 4, 1e-5, True, b) for b in BACKENDS}
+    names = ("out", "x", "statistics", "q", "k", "v", "attended", "log_sum_exp")
+    for name, first, second in zip(names, *kept.values(), strict=True):
+        torch.testing.assert_close(first, second, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_shared_positions_are_projected_once(inputs: dict[str, Tensor]) -> None:
+    positions, weight, bias = (inputs[name] for name in ("key_pe", "k_weight", "k_bias"))
+    positions = positions[:1].clone()
+    first = project_positions(positions, weight, bias, remember=True)
+    assert project_positions(positions, weight, bias, remember=True) is first
+    assert project_positions(positions, weight, None, remember=True) is not first
+    for changed in (positions, weight, bias):
+        changed.mul_(2)
+        found = project_positions(positions, weight, bias, remember=True)
+        expected = torch.nn.functional.linear(positions, weight, bias).mT
+        torch.testing.assert_close(found, expected)
+    assert project_positions(positions, weight, bias, remember=False) is not found
+    with torch.inference_mode():  # its tensors have no versions
+        made = [positions * 2, weight * 1]
+        twice = [project_positions(*made, None, remember=True) for _ in range(2)]
+    assert twice[0] is not twice[1]
+
+
+def test_remembered_positions_go_with_their_tensors(inputs: dict[str, Tensor]) -> None:
+    positions = inputs["key_pe"][:1].clone()
+    product = weakref.ref(
+        project_positions(positions, inputs["k_weight"], inputs["k_bias"], remember=True)
+    )
+    gc.collect()
+    assert product() is not None
+    del positions
+    gc.collect()
+    assert product() is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_that_change_in_place_are_seen(inputs: dict[str, Tensor], backend: str) -> None:
+    inputs["key_pe"] = inputs["key_pe"][:1].clone()
+    del inputs["key_lengths"]  # padding would make new positions
+    attention(**inputs, backend=backend)
+    inputs["k_weight"].mul_(3)
+    found = attention(**inputs, backend=backend)
+    torch.testing.assert_close(found, attention(**inputs, backend="reference"))
 
 
 def double(*shape: int) -> Tensor:

@@ -1,52 +1,28 @@
-"""Attention, residual and LayerNorm around PyTorch's fused attention, which never stores the scores.
+"""Attention, residual and LayerNorm with channels first in the heads, and the explicit gradient.
 
-The backward computes the scores by plain products instead: PyTorch's own backward is not deterministic on every device.
+Queries, keys and values are projected to (P, I, T): heads are then views, not copies, and of the two sequences the longer one is
+innermost in every product and every softmax, so that those run over whole vectors. A few expressions at a time keep in a CPU's
+cache what lies between.
+
+Two biases need no pass over the keys: that of k adds the same to all logits of a query, which changes nothing, and the softmax's
+weights sum to one, so that of v moves behind the attention and into the output projection's.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.chunks import chunked_gradients, chunks, map_chunks
+from refsam_kernels.chunks import chunks
+from refsam_kernels.token_image_attention.projection import (
+    Projection,
+    ProjectionGradient,
+    for_each,
+)
 from refsam_kernels.values import valid_positions
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
-
-def forward(*arguments: Any) -> Tensor:
-    """Like `reference.forward`: products in the dtype of the weights, sum and LayerNorm in float32 at least."""
-    *tensors, num_heads, eps = arguments
-    formula = partial(_formula, F.scaled_dot_product_attention, num_heads=num_heads, eps=eps)
-    return map_chunks(formula, tensors, _per_expression(tensors), _slices(tensors))
-
-
-def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Like `reference.backward`; everything is computed again."""
-    *tensors, num_heads, eps, needs = arguments
-    formula = partial(_formula, _attend_by_products, num_heads=num_heads, eps=eps)
-    split, slices = _per_expression(tensors), _slices(tensors)
-    return chunked_gradients(formula, tensors, split, slices, [*needs, False], grad)[:-1]
-
-
-def _per_expression(tensors: Sequence[Tensor]) -> list[bool]:
-    """Queries, keys and lengths are the expressions' own, positions may be shared, weights always are."""
-    queries, _, query_pe, key_pe = tensors[:4]
-    own = [len(positions) == len(queries) for positions in (query_pe, key_pe)]
-    return [True, True, *own, *[False] * 10, True]
-
-
-def _slices(tensors: Sequence[Tensor]) -> list[slice]:
-    queries, keys = tensors[:2]
-    elements = max(queries.shape[1], keys.shape[1]) * queries.shape[2]
-    return list(chunks(len(queries), elements, queries.device))
-
-
-def _formula(
-    attend: Attention,
+def forward(
     queries: Tensor,
     keys: Tensor,
     query_pe: Tensor,
@@ -64,29 +40,207 @@ def _formula(
     key_lengths: Tensor | None,
     num_heads: int,
     eps: float,
-) -> Tensor:
-    mask = None
-    if key_lengths is not None:
-        valid = valid_positions(key_lengths, keys.shape[1])
-        keys = torch.where(valid.unsqueeze(-1), keys, 0.0)
-        key_pe = torch.where(valid.unsqueeze(-1), key_pe, 0.0)
-        mask = valid[:, None, None]
-    q = F.linear((queries + query_pe).to(q_weight.dtype), q_weight, q_bias)
-    k = F.linear((keys + key_pe).to(k_weight.dtype), k_weight, k_bias)
-    v = F.linear(keys.to(v_weight.dtype), v_weight, v_bias)
-    q, k, v = (x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-    attended = attend(q, k, v, mask).transpose(1, 2).flatten(2)
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    """Like `reference.forward`: products in the dtype of the weights, sum, softmax and LayerNorm in float32 at least."""
+    keys, key_pe, padding = _without_padding(keys, key_pe, key_lengths)
+    content = keys.to(k_weight.dtype)
+    to_q = Projection(queries, query_pe, q_weight, q_bias, remember=not keep)
+    to_k = Projection(content, key_pe, k_weight, None, remember=not keep)
+    to_v = Projection(content, None, v_weight, None)
+    added = torch.addmv(out_bias, out_weight, v_bias)
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    norm = (norm_weight.to(wide), norm_bias.to(wide))
+    parts = []
+    for part in [slice(len(queries))] if keep else _slices(queries, keys, len(q_weight)):
+        q, k, v = to_q(part), to_k(part), to_v(part)
+        attended, log_sum_exp = _attend(q, k, v, _part(padding, part), num_heads)
+        update = torch.baddbmm(added, attended.mT, for_each(out_weight.mT, attended))
+        x = update.to(wide).add_(queries[part])
+        out, *statistics = torch.native_layer_norm(x, x.shape[-1:], *norm, eps)
+        kept = (x, torch.cat(statistics, dim=-1), q, k, v, attended, log_sum_exp)
+        parts.append((out.to(queries.dtype), *(kept if keep else ())))
+    outputs = parts[0] if len(parts) == 1 else [torch.cat([part[0] for part in parts])]
+    return (*outputs, *(queries.new_empty(0) for _ in range(8 - len(outputs))))
 
-    dtype = torch.promote_types(queries.dtype, torch.float32)
-    x = queries.to(dtype) + F.linear(attended, out_weight, out_bias)
-    return F.layer_norm(x, x.shape[-1:], norm_weight.to(dtype), norm_bias.to(dtype), eps).to(
-        queries.dtype
+
+def backward(
+    grad: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    query_pe: Tensor,
+    key_pe: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    key_lengths: Tensor | None,
+    x: Tensor,
+    statistics: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attended: Tensor,
+    log_sum_exp: Tensor,
+    num_heads: int,
+    eps: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Like `reference.backward`; of the forward only the softmax is computed again."""
+    keys, key_pe, padding = _without_padding(keys, key_pe, key_lengths)
+    content = keys.to(k_weight.dtype)
+    to_q = ProjectionGradient(
+        queries, query_pe, q_weight, needs_positions=needs[2], needs_bias=needs[5]
     )
+    to_k = ProjectionGradient(content, key_pe, k_weight, needs_positions=needs[3])
+    to_v = ProjectionGradient(content, None, v_weight)
+    norm = (norm_weight.to(x.dtype), norm_bias.to(x.dtype))
+    on_out = [x.new_zeros(t.shape) for t in (out_weight, out_bias, *norm)]
+    on_queries, on_keys = torch.empty_like(queries), torch.empty_like(keys)
+    for part in _slices(queries, keys, len(q_weight)):
+        on_x, on_update, *parameters = _output_backward(
+            grad[part], x[part], statistics[part], attended[part], norm, out_weight.dtype
+        )
+        for total, share in zip(on_out, parameters, strict=True):
+            total += share
+        on_attended = for_each(out_weight.mT, on_x) @ on_update.mT
+        on_q, on_k, on_v = _attend_backward(
+            on_attended, q[part], k[part], v[part], _part(padding, part), num_heads
+        )
+        torch.add(on_x, to_q(on_q, part), out=on_queries[part])
+        torch.add(to_k(on_k, part), to_v(on_v, part), out=on_keys[part])
+    on_query_pe, on_q_weight, on_q_bias = to_q.totals()
+    on_key_pe, on_k_weight, _ = to_k.totals()
+    _, on_v_weight, _ = to_v.totals()
+    on_out_weight, on_out_bias, *on_norm = on_out
+    on_out_weight.addr_(on_out_bias, v_bias.to(x.dtype))
+    on_v_bias = out_weight.T.to(x.dtype) @ on_out_bias
+    of_inputs = (on_queries, on_keys, on_query_pe, on_key_pe)
+    of_heads = (
+        on_q_weight,
+        on_q_bias,
+        on_k_weight,
+        torch.zeros_like(k_bias),
+        on_v_weight,
+        on_v_bias,
+    )
+    gradients = (*of_inputs, *of_heads, on_out_weight, on_out_bias, *on_norm)
+    inputs = (queries, keys, query_pe, key_pe, q_weight, q_bias, k_weight, k_bias)
+    tensors = (*inputs, v_weight, v_bias, out_weight, out_bias, norm_weight, norm_bias)
+    return [
+        t.new_empty(0) if gradient is None or not need else gradient.to(t.dtype).contiguous()
+        for gradient, t, need in zip(gradients, tensors, needs, strict=True)
+    ]
 
 
-def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v with q, k, v (P, heads, T, d) and mask (P, 1, 1, Tk)."""
-    logits = q * q.shape[-1] ** -0.5 @ k.mT
-    if mask is not None:
-        logits = torch.where(mask, logits, float("-inf"))
-    return logits.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
+def _output_backward(
+    grad: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    attended: Tensor,
+    norm: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """Gradients to x (P, T, C), to the output projection's result in `dtype`, its weight and bias, and the norm's."""
+    mean_deviation = (t.contiguous() for t in statistics.split(1, dim=-1))
+    on_x, *on_norm = torch.ops.aten.native_layer_norm_backward(
+        grad.to(x.dtype), x, x.shape[-1:], *mean_deviation, *norm, [True, True, True]
+    )
+    on_update = on_x.to(dtype)
+    on_weight = (attended @ on_update).sum(0, dtype=x.dtype).T
+    return on_x, on_update, on_weight, on_x.sum((0, 1)), *on_norm
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, num_heads: int
+) -> tuple[Tensor, Tensor]:
+    """softmax(q^T k / sqrt(d)) v^T of q (P, I, Tq), k and v (P, I, Tk): (P, I, Tq), and log-sum-exps (P, heads, Tq)."""
+    qs, ks, vs = (_heads(t, num_heads) for t in (q, k, v))
+    logits = _logits(qs, ks, padding, num_heads)
+    weights = _softmax(logits)
+    attended = _product(vs, weights.to(v.dtype).mT).reshape(q.shape)
+    # The largest weight is exp(largest logit - log-sum-exp).
+    log_sum_exp = logits.amax(dim=-1).sub_(weights.amax(dim=-1).log_())
+    return attended, log_sum_exp.view(len(q), num_heads, q.shape[2])
+
+
+def _attend_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    padding: Tensor | None,
+    num_heads: int,
+) -> Iterator[Tensor]:
+    """Gradients to q, k and v for `grad`, that to what `_attend` returns first, (P, I, Tq)."""
+    grads, qs, ks, vs = (_heads(t, num_heads) for t in (grad, q, k, v))
+    weights = _softmax(_logits(qs, ks, padding, num_heads))
+    on_v = _product(grads, weights.to(v.dtype))
+    weighted = _outer(grads, vs).to(weights.dtype).mul_(weights)
+    on_logits = weighted.addcmul_(weights, weighted.sum(dim=-1, keepdim=True), value=-1)
+    on_logits = on_logits.mul_(qs.shape[1] ** -0.5).to(q.dtype)
+    on_q, on_k = _product(ks, on_logits.mT), _product(qs, on_logits)
+    return (t.reshape(own.shape) for t, own in ((on_q, q), (on_k, k), (on_v, v)))
+
+
+def _heads(tokens: Tensor, num_heads: int) -> Tensor:
+    """(P, I, T) -> (P * heads, d, T), without a copy."""
+    expressions, width, count = tokens.shape
+    return tokens.view(expressions * num_heads, width // num_heads, count)
+
+
+def _logits(q: Tensor, k: Tensor, padding: Tensor | None, num_heads: int) -> Tensor:
+    """q^T k / sqrt(d) of (P * heads, d, T), in float32 at least; -inf for keys that are padding, (P, Tk)."""
+    logits = _outer(q, k).to(torch.promote_types(q.dtype, torch.float32))
+    logits.mul_(q.shape[1] ** -0.5)
+    if padding is not None:
+        of_expressions = logits.unflatten(0, (len(padding), num_heads))
+        of_expressions.masked_fill_(padding[:, None, None], float("-inf"))
+    return logits
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension, in the memory layout of the logits: torch would copy them."""
+    return logits.softmax(-1) if logits.is_contiguous() else logits.mT.softmax(-2).mT
+
+
+def _outer(x: Tensor, y: Tensor) -> Tensor:
+    """x^T y of (P * heads, d, T) each; of the result's last two dimensions the longer one is innermost in memory."""
+    if x.shape[2] <= y.shape[2]:
+        return torch.bmm(x.mT, y)
+    return torch.bmm(y.mT, x).mT
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """x y of (P * heads, d, T) and (P * heads, T, S), in the order of the operands that is faster."""
+    return torch.bmm(y.mT, x.mT).mT if y.shape[1] > y.shape[2] else torch.bmm(x, y)
+
+
+def _without_padding(
+    keys: Tensor, key_pe: Tensor, key_lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and positions with zeros for padding, and which keys are padding, (P, Tk), None if all are valid.
+
+    Positions that all expressions share are those of a key as long as any expression has it.
+    """
+    if key_lengths is None:
+        return keys, key_pe, None
+    padding = ~valid_positions(key_lengths, keys.shape[1])
+    unused = padding if len(key_pe) == len(keys) else padding.all(dim=0, keepdim=True)
+    keys = keys.masked_fill(padding.unsqueeze(-1), 0.0)
+    return keys, key_pe.masked_fill(unused.unsqueeze(-1), 0.0), padding
+
+
+def _slices(queries: Tensor, keys: Tensor, width: int) -> list[slice]:
+    elements = max(queries.shape[1], keys.shape[1]) * width
+    return list(chunks(len(queries), elements, queries.device)) or [slice(0)]
+
+
+def _part(padding: Tensor | None, part: slice) -> Tensor | None:
+    return None if padding is None else padding[part]

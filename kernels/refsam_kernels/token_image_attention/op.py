@@ -13,7 +13,7 @@ from refsam_kernels.arguments import (
     check_shape,
     require,
 )
-from refsam_kernels.registration import Operator, drop_skipped, empty_gradients
+from refsam_kernels.registration import Operator, drop_skipped, empty_gradients, needs_gradient
 from refsam_kernels.values import check_range
 
 operator = Operator("token_image_attention")
@@ -51,9 +51,26 @@ def _forward(
     key_lengths: Tensor | None,
     num_heads: int,
     eps: float,
+    keep: bool,
     backend: str,
-) -> Tensor:
-    return queries.new_empty(queries.shape)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The result; for the backward the sum before the LayerNorm (P, Tq, C), its means and reciprocal deviations (P, Tq, 2),
+    queries, keys, values and what is attended to in the heads (P, I, T), and the logarithm of each softmax's sum (P, heads, Tq).
+
+    Those for the backward have no elements without `keep`. Keys, values and what follows from them are without k's and v's
+    bias: the first changes no softmax, the second can be added behind it. Sum, statistics and logarithms are float32 at least.
+    """
+    out = queries.new_empty(queries.shape)
+    if not keep:
+        return (out, *(queries.new_empty(0) for _ in range(7)))  # type: ignore[return-value]
+    expressions, tokens, _ = queries.shape
+    internal, wide = q_weight.shape[0], torch.promote_types(q_weight.dtype, torch.float32)
+    x = queries.new_empty(queries.shape, dtype=torch.promote_types(queries.dtype, torch.float32))
+    statistics = x.new_empty(expressions, tokens, 2)
+    q, attended = (q_weight.new_empty(expressions, internal, tokens) for _ in range(2))
+    k, v = (q_weight.new_empty(expressions, internal, keys.shape[1]) for _ in range(2))
+    log_sum_exp = q_weight.new_empty(expressions, num_heads, tokens, dtype=wide)
+    return out, x, statistics, q, k, v, attended, log_sum_exp
 
 
 @operator.backward
@@ -74,11 +91,19 @@ def _backward(
     norm_weight: Tensor,
     norm_bias: Tensor,
     key_lengths: Tensor | None,
+    x: Tensor,
+    statistics: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attended: Tensor,
+    log_sum_exp: Tensor,
     num_heads: int,
     eps: float,
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
+    """One gradient for each tensor from `queries` to `norm_bias`."""
     tensors = (
         queries,
         keys,
@@ -94,15 +119,16 @@ def _backward(
     return list(empty_gradients((*tensors, out_weight, out_bias, norm_weight, norm_bias), needs))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.num_heads, ctx.eps, _ = inputs
-    ctx.save_for_backward(*tensors)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.num_heads, ctx.eps, _, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:14])
     gradients = _backward(grad, *ctx.saved_tensors, ctx.num_heads, ctx.eps, needs, ctx.backend)
-    return *drop_skipped(gradients, needs), None, None, None, None
+    return *drop_skipped(gradients, needs), None, None, None, None, None
 
 
 operator.differentiate(_save, _gradients)
@@ -150,7 +176,8 @@ def token_image_attention(
     _check_tokens(queries, keys, query_pe, key_pe, key_lengths)
     _check_weights(queries, weights, norm_weight, norm_bias, num_heads)
     tensors = (queries, keys, query_pe, key_pe, *autocast(*weights), norm_weight, norm_bias)
-    return _forward(*tensors, key_lengths, num_heads, eps, backend or "")
+    keep = needs_gradient(*tensors)
+    return _forward(*tensors, key_lengths, num_heads, eps, keep, backend or "")[0]
 
 
 def _check_tokens(

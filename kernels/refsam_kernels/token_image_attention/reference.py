@@ -34,10 +34,12 @@ def forward(
     key_lengths: Tensor | None,
     num_heads: int,
     eps: float,
-) -> Tensor:
+    keep: bool,
+) -> tuple[Tensor, ...]:
     """layer_norm(queries + out(attention(q(queries + query_pe), k(keys + key_pe), v(keys)))), in float32 at least.
 
-    queries (P, Tq, C), keys (P, Tk, C), *_pe (P or 1, T, C), key_lengths (P,) or None -> (P, Tq, C) like queries.
+    queries (P, Tq, C), keys (P, Tk, C), *_pe (P or 1, T, C), key_lengths (P,) or None -> (P, Tq, C) like queries, then with
+    `keep` what a backward wants to know: see the custom operator.
     """
     dtype = torch.promote_types(queries.dtype, torch.float32)
     valid = None
@@ -57,9 +59,21 @@ def forward(
         logits = torch.where(valid[:, None, None], logits, float("-inf"))
     attended = (torch.softmax(logits, dim=-1) @ v).transpose(1, 2).flatten(2)
     x = residual + F.linear(attended, out_weight.to(dtype), out_bias.to(dtype))
-    return F.layer_norm(x, x.shape[-1:], norm_weight.to(dtype), norm_bias.to(dtype), eps).to(
-        queries.dtype
+    out = F.layer_norm(x, x.shape[-1:], norm_weight.to(dtype), norm_bias.to(dtype), eps)
+    if not keep:
+        return (out.to(queries.dtype), *(out.new_empty(0, dtype=queries.dtype) for _ in range(7)))
+    variance, mean = torch.var_mean(x, dim=-1, correction=0)
+    statistics = torch.stack([mean, torch.rsqrt(variance + eps)], dim=-1)
+    constant = (q * k_bias.to(dtype).view(num_heads, 1, -1)).sum(-1) / math.sqrt(q.shape[-1])
+    heads = (
+        q.transpose(1, 2).flatten(2),
+        F.linear(keys + key_pe.to(dtype), k_weight.to(dtype)),
+        F.linear(keys, v_weight.to(dtype)),
+        attended - v_bias.to(dtype),
     )
+    channels_first = (t.mT.contiguous().to(q_weight.dtype) for t in heads)
+    log_sum_exp = logits.logsumexp(dim=-1) - constant
+    return out.to(queries.dtype), x.contiguous(), statistics, *channels_first, log_sum_exp
 
 
 def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -67,6 +81,7 @@ def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
     The arguments are those of `forward`, then which of the tensors want a gradient.
     """
-    *inputs, key_lengths, num_heads, eps, needs = arguments
-    formula = partial(forward, key_lengths=key_lengths, num_heads=num_heads, eps=eps)
+    *inputs, key_lengths = arguments[:15]
+    num_heads, eps, needs = arguments[-3:]  # what the forward kept is not used
+    formula = partial(forward, key_lengths=key_lengths, num_heads=num_heads, eps=eps, keep=False)
     return gradients_by_vjp(formula, inputs, needs, (grad,))
