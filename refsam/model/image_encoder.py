@@ -1,15 +1,18 @@
 """SAM's ViT with adapters, channels-last from the patch embedding on."""
 
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from refsam.model.adapter import Adapter
-from refsam_kernels import adapter_mlp, adapter_projection, rel_pos_attention
+from refsam.model.block import Block
+from refsam.model.packing import Packing, RunBlock
 
-VIT_EPS = NORM_2D_EPS = 1e-6
+NORM_2D_EPS = 1e-6
 
 
 class LayerNorm2d(nn.Module):
@@ -41,100 +44,17 @@ class PatchEmbedding(nn.Module):
         return self.proj(pixels).permute(0, 2, 3, 1)
 
 
-class AttentionWeights(nn.Module):
-    """Parameters of one attention with decomposed relative positions, named as in SAM."""
-
-    def __init__(self, dim: int, num_heads: int, size: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.rel_pos_h = nn.Parameter(torch.zeros(2 * size - 1, dim // num_heads))
-        self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, dim // num_heads))
-
-
-class MLP(nn.Module):
-    """Parameters of a transformer's MLP, named as in SAM."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.lin1 = nn.Linear(dim, hidden_dim)
-        self.lin2 = nn.Linear(hidden_dim, dim)
-
-
-class Block(nn.Module):
-    """One ViT block, with a space adapter and an MLP adapter where adapter_dim is not 0.
-
-    window_size 0 attends globally; grid_size is the side of the token grid that the position
-    tables of a global block are made for.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_dim: int,
-        window_size: int,
-        grid_size: int,
-        adapter_dim: int = 0,
-    ) -> None:
-        super().__init__()
-        self.window_size = window_size
-        self.norm1 = nn.LayerNorm(dim, eps=VIT_EPS)
-        self.attn = AttentionWeights(dim, num_heads, window_size or grid_size)
-        self.norm2 = nn.LayerNorm(dim, eps=VIT_EPS)
-        self.mlp = MLP(dim, mlp_dim)
-        self.Space_Adapter = Adapter(dim, adapter_dim) if adapter_dim else None
-        self.MLP_Adapter = Adapter(dim, adapter_dim) if adapter_dim else None
-
-    def forward(
-        self, x: Tensor, normed: Tensor, next_norm: nn.LayerNorm | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Tokens and their norm1, both (B, h, w, D), to the next block's pair (paper, figure 3).
-
-        The norm that follows is folded into the MLP's operator, so each block is handed the norm
-        of the next one; after the last there is none.
-        """
-        attn, mlp = self.attn, self.mlp
-        attention = rel_pos_attention(
-            attn.qkv(normed),
-            attn.rel_pos_h,
-            attn.rel_pos_w,
-            num_heads=attn.num_heads,
-            window_size=self.window_size,
-            qkv_bias=attn.qkv.bias,
-        )
-        x, normed = adapter_projection(
-            attention,
-            x,
-            attn.proj.weight,
-            attn.proj.bias,
-            self.Space_Adapter.weights if self.Space_Adapter is not None else None,
-            self.norm2.weight,
-            self.norm2.bias,
-            eps=VIT_EPS,
-        )
-        return adapter_mlp(
-            normed,
-            x,
-            mlp.lin1.weight,
-            mlp.lin1.bias,
-            mlp.lin2.weight,
-            mlp.lin2.bias,
-            self.MLP_Adapter.weights if self.MLP_Adapter is not None else None,
-            next_norm.weight if next_norm is not None else None,
-            next_norm.bias if next_norm is not None else None,
-            eps=VIT_EPS,
-        )
-
-
 class ImageEncoder(nn.Module):
     """SAM's image encoder (segment-anything, modeling/image_encoder.py) with adapters.
 
     Adapters stand in the second half of the blocks (paper, section 3.2). Parameter names are
     SAM's, the adapters' the authors'. Nothing is recorded for backward before the first
-    parameter that is trained, so a frozen first half costs what it costs under `no_grad`.
+    parameter that is trained, so a frozen first half costs what it costs under `no_grad`. With
+    `recompute` a block keeps only its input for the backward, which then computes it again.
     """
+
+    recompute = False
+    packing: Packing | None = None
 
     def __init__(
         self,
@@ -193,9 +113,10 @@ class ImageEncoder(nn.Module):
         x = self.patch_embed(pixels)
         x = x + self.position_table(x.shape[1], x.shape[2])
         norms: list[Any] = [*(block.norm1 for block in self.blocks), None]
-        normed, intermediates = norms[0](x), []
-        for index, (block, next_norm) in enumerate(zip(self.blocks, norms[1:], strict=True)):
-            x, normed = block(x, normed, next_norm)
+        blocks, dtype = self._runners(x)
+        normed, intermediates = norms[0](x).to(dtype), []
+        for index, (run, next_norm) in enumerate(zip(blocks, norms[1:], strict=True)):
+            x, normed = run(x, normed, next_norm)
             if index in self.intermediate_blocks:
                 intermediates.append(x)
         # Inside segment-anything the tokens lie channels-first in memory; a convolution's bits depend on it.
@@ -210,3 +131,46 @@ class ImageEncoder(nn.Module):
             self.pos_embed.permute(0, 3, 1, 2).float(), size=(height, width), mode="bicubic"
         )
         return table.permute(0, 2, 3, 1).to(self.pos_embed.dtype)
+
+    def optimize(self, dtype: torch.dtype | None = None) -> Self:
+        """Compute with packed weights from now on, wherever autograd is off; returns the encoder.
+
+        dtype: of the matrix products; None means bfloat16 for wide encoders on CPUs that multiply it
+        themselves, else the parameters' own; inside autocast it is autocast's. Sums, softmax and norms
+        stay in float32. See `refsam.model.packing`. The parameters and the state dict stay as they
+        are, and changes to them are heeded. Raises ValueError in training mode or for another dtype.
+        """
+        if self.training:
+            raise ValueError("optimize: got an encoder in training mode, wanted eval() before it")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype: got {dtype}, wanted a floating-point type or None")
+        if self.packing is None or self.packing.dtype != dtype:
+            self.packing = Packing(dtype)
+        return self
+
+    def deoptimize(self) -> Self:
+        """Undo `optimize`: the packed weights are dropped, results are those from before, bit by bit."""
+        self.packing = None
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, which undoes `optimize`."""
+        if mode:
+            self.deoptimize()
+        return super().train(mode)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What the blocks' matrix products are computed in where autograd is off."""
+        return self.packing.dtype_of(self.pos_embed) if self.packing else self.pos_embed.dtype
+
+    def _runners(self, x: Tensor) -> tuple[Sequence[RunBlock], torch.dtype]:
+        """What computes the blocks, and the dtype that they want their input's norm in."""
+        blocks, recording = [*self.blocks], torch.is_grad_enabled()
+        if self.packing and not recording and not torch.compiler.is_compiling():
+            dtype = self.packing.dtype_of(self.pos_embed)
+            return self.packing.blocks(blocks, dtype), dtype
+        if self.recompute and recording:
+            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            return [partial(again, block) for block in blocks], x.dtype
+        return blocks, x.dtype

@@ -220,6 +220,28 @@ class RefSAM(
             module.training = False
         return self
 
+    def optimize(self, dtype: torch.dtype | None = None) -> RefSAM:
+        """Compute with packed weights from now on, wherever autograd is off; returns the model.
+
+        dtype: of the image encoder's matrix products, None for the fastest exact enough: see
+        `ImageEncoder.optimize`. Done again it changes nothing; `train()` and `deoptimize()` undo it.
+        Raises ValueError in training mode.
+        """
+        if self.training:
+            raise ValueError("optimize: got a model in training mode, wanted eval() before it")
+        self.image_encoder.optimize(dtype)
+        return self
+
+    def deoptimize(self) -> RefSAM:
+        """Undo `optimize`: results are those from before, bit by bit; returns the model."""
+        self.image_encoder.deoptimize()
+        return self
+
+    @property
+    def is_optimized(self) -> bool:
+        """Whether `optimize` was called and not undone."""
+        return self.image_encoder.packing is not None
+
     def preprocess(self, frames: Tensor, image_size: int | None = None) -> tuple[Tensor, FrameSize]:
         """Frames (B, H, W, 3) uint8 RGB to normalised pixels (B, 3, S, S) and their sizes.
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from refsam.checkpoint import Source
 from refsam.errors import ExpressionError
+from refsam.model.weights import weights_key
 
 UNKNOWN = "[UNK]"
 PADDING = "[PAD]"
@@ -123,11 +124,7 @@ class CachedTextEncoder(nn.Module):
 
     def weights_key(self) -> Hashable:
         """Something that changes whenever the weights do."""
-        return tuple(
-            # Inference tensors count no versions.
-            (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device)
-            for p in self.parameters()
-        )
+        return weights_key(self.parameters())
 
     def source(self) -> Source | None:
         """The file that the weights come from, for an encoder that no checkpoint holds."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refsam.model.image_encoder import MLP
+from refsam.model.block import MLP
 from refsam_kernels import AttentionWeights, token_image_attention
 
 

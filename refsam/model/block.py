@@ -1,0 +1,149 @@
+"""One block of SAM's ViT with adapters: its parameters, and what it computes with any weights."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from refsam.model.adapter import Adapter
+from refsam_kernels import AdapterWeights, adapter_mlp, adapter_projection, rel_pos_attention
+
+VIT_EPS = 1e-6
+ADAPTER_SCALE = 0.5
+
+
+class BlockWeights(NamedTuple):
+    """What one block computes with: tensors as the operators of refsam_kernels take them.
+
+    `mlp` has the fields of an adapter's weights; window_size 0 attends globally.
+    """
+
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    rel_pos_h: Tensor
+    rel_pos_w: Tensor
+    proj_weight: Tensor
+    proj_bias: Tensor
+    space_adapter: AdapterWeights | None
+    norm_weight: Tensor
+    norm_bias: Tensor
+    mlp: AdapterWeights
+    mlp_adapter: AdapterWeights | None
+    num_heads: int
+    window_size: int
+
+
+class AttentionWeights(nn.Module):
+    """Parameters of one attention with decomposed relative positions, named as in SAM."""
+
+    def __init__(self, dim: int, num_heads: int, size: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * size - 1, dim // num_heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, dim // num_heads))
+
+
+class MLP(nn.Module):
+    """Parameters of a transformer's MLP, named as in SAM."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.lin1 = nn.Linear(dim, hidden_dim)
+        self.lin2 = nn.Linear(hidden_dim, dim)
+
+
+class Block(nn.Module):
+    """One ViT block, with a space adapter and an MLP adapter where adapter_dim is not 0.
+
+    window_size 0 attends globally; grid_size is the side of the token grid that the position
+    tables of a global block are made for.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        window_size: int,
+        grid_size: int,
+        adapter_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.norm1 = nn.LayerNorm(dim, eps=VIT_EPS)
+        self.attn = AttentionWeights(dim, num_heads, window_size or grid_size)
+        self.norm2 = nn.LayerNorm(dim, eps=VIT_EPS)
+        self.mlp = MLP(dim, mlp_dim)
+        self.Space_Adapter = Adapter(dim, adapter_dim) if adapter_dim else None
+        self.MLP_Adapter = Adapter(dim, adapter_dim) if adapter_dim else None
+
+    def weights(self) -> BlockWeights:
+        """The parameters as they are."""
+        attn, mlp = self.attn, self.mlp
+        return BlockWeights(
+            attn.qkv.weight,
+            attn.qkv.bias,
+            attn.rel_pos_h,
+            attn.rel_pos_w,
+            attn.proj.weight,
+            attn.proj.bias,
+            self.Space_Adapter.weights if self.Space_Adapter is not None else None,
+            self.norm2.weight,
+            self.norm2.bias,
+            AdapterWeights(mlp.lin1.weight, mlp.lin1.bias, mlp.lin2.weight, mlp.lin2.bias),
+            self.MLP_Adapter.weights if self.MLP_Adapter is not None else None,
+            attn.num_heads,
+            self.window_size,
+        )
+
+    def forward(
+        self, x: Tensor, normed: Tensor, next_norm: nn.LayerNorm | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `run_block`, with the block's own parameters."""
+        return run_block(self.weights(), x, normed, next_norm)
+
+
+def run_block(
+    weights: BlockWeights, x: Tensor, normed: Tensor, next_norm: nn.LayerNorm | None
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens and their norm1, both (B, h, w, D), to the next block's pair (paper, figure 3).
+
+    The norm that follows is folded into the MLP's operator, so each block is handed the norm of the
+    next one; after the last there is none.
+    """
+    attention = attend(weights, F.linear(normed, weights.qkv_weight, weights.qkv_bias))
+    x, normed = adapter_projection(
+        attention,
+        x,
+        weights.proj_weight,
+        weights.proj_bias,
+        weights.space_adapter,
+        weights.norm_weight,
+        weights.norm_bias,
+        eps=VIT_EPS,
+    )
+    return adapter_mlp(
+        normed,
+        x,
+        *weights.mlp,
+        weights.mlp_adapter,
+        next_norm.weight if next_norm is not None else None,
+        next_norm.bias if next_norm is not None else None,
+        scale=ADAPTER_SCALE,
+        eps=VIT_EPS,
+    )
+
+
+def attend(weights: BlockWeights, qkv: Tensor) -> Tensor:
+    """The block's attention on its qkv product (B, h, w, 3*D)."""
+    return rel_pos_attention(
+        qkv,
+        weights.rel_pos_h,
+        weights.rel_pos_w,
+        num_heads=weights.num_heads,
+        window_size=weights.window_size,
+        qkv_bias=weights.qkv_bias,
+    )

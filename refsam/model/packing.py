@@ -1,0 +1,180 @@
+"""The ViT's blocks arranged for inference, next to their parameters, which stay as they are.
+
+Every tensor is in the dtype of the products. A block's MLP and its adapter are one perceptron, exactly:
+`[W2 | s A2] gelu([W1; A1] n + [b1; a1]) + (b2 + s a2)`. On a CPU linear layers hold their weights in
+oneDNN's own layout, and the GELU is computed where the product is. torch has public functions for that
+layout only as modules that copy their input; so this calls the operators that torch.compile calls
+(`torch.ops.mkldnn`), if they are there.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from refsam.model.block import ADAPTER_SCALE, VIT_EPS, Block, BlockWeights, attend, run_block
+from refsam.model.weights import weights_key
+from refsam_kernels import AdapterWeights
+
+RunBlock = Callable[[Tensor, Tensor, nn.LayerNorm | None], tuple[Tensor, Tensor | None]]
+
+# Narrower encoders lose more to conversions than bfloat16 gains.
+LEAST_WIDTH_OF_BFLOAT16 = 256
+# Tokens that an MLP computes at a time on a CPU: what lies between its layers stays in the cache.
+ROWS = 1024
+
+
+class Packing:
+    """Blocks arranged for inference, made anew when weights, device or dtype have changed.
+
+    dtype is that of the products; None leaves it to `automatic_dtype`, autocast goes before both.
+    """
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+        self._made: tuple[Hashable, list[RunBlock]] | None = None
+
+    def dtype_of(self, weight: Tensor) -> torch.dtype:
+        """What products are computed in where such a weight (..., D) is one of the parameters."""
+        device_type = weight.device.type
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return self.dtype or automatic_dtype(weight)
+
+    def blocks(self, modules: Sequence[Block], dtype: torch.dtype) -> list[RunBlock]:
+        """The blocks as functions of x, normed and the norm that follows (see `run_block`)."""
+        parameters = (parameter for module in modules for parameter in module.parameters())
+        key = (dtype, weights_key(parameters))
+        made = self._made
+        if made is None or made[0] != key:
+            # Tensors made in inference mode could not be used outside it.
+            with torch.inference_mode(False), torch.no_grad():
+                made = key, [pack(module.weights(), dtype) for module in modules]
+            self._made = made
+        return made[1]
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles leave the blocks behind: tensors in oneDNN's layout have no storage."""
+        return {"dtype": self.dtype, "_made": None}
+
+
+def automatic_dtype(weight: Tensor) -> torch.dtype:
+    """bfloat16 for float32 weights of a wide encoder on a CPU with instructions for it, else the weights'."""
+    is_wide = weight.shape[-1] >= LEAST_WIDTH_OF_BFLOAT16
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and is_wide and has_bfloat16():
+        return torch.bfloat16
+    return weight.dtype
+
+
+def has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself (AMX or AVX-512), as far as torch can say."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def pack(weights: BlockWeights, dtype: torch.dtype) -> RunBlock:
+    """A block arranged for inference with products in this dtype."""
+    weights = fuse(weights, dtype)
+    if serves(weights.qkv_weight):
+        return PackedBlock(weights)
+    return partial(run_block, weights)
+
+
+def fuse(weights: BlockWeights, dtype: torch.dtype) -> BlockWeights:
+    """The same block with one perceptron, and everything but the norm in this dtype."""
+    mlp, adapter = weights.mlp, weights.mlp_adapter
+    if adapter is not None:
+        mlp = AdapterWeights(
+            torch.cat([mlp.fc1_weight, adapter.fc1_weight]),
+            torch.cat([mlp.fc1_bias, adapter.fc1_bias]),
+            torch.cat([mlp.fc2_weight, ADAPTER_SCALE * adapter.fc2_weight], 1),
+            mlp.fc2_bias + ADAPTER_SCALE * adapter.fc2_bias,
+        )
+    space = weights.space_adapter
+    return weights._replace(
+        qkv_weight=weights.qkv_weight.to(dtype),
+        qkv_bias=weights.qkv_bias.to(dtype),
+        rel_pos_h=weights.rel_pos_h.to(dtype),
+        rel_pos_w=weights.rel_pos_w.to(dtype),
+        proj_weight=weights.proj_weight.to(dtype),
+        proj_bias=weights.proj_bias.to(dtype),
+        space_adapter=None if space is None else AdapterWeights(*(t.to(dtype) for t in space)),
+        mlp=AdapterWeights(*(tensor.to(dtype) for tensor in mlp)),
+        mlp_adapter=None,
+    )
+
+
+def serves(weight: Tensor) -> bool:
+    """Whether this torch packs such weights."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    )
+
+
+class PackedLinear:
+    """A linear layer (out, in), (out,) in oneDNN's layout, with an exact GELU behind it or not."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        self.bias = bias
+        self.activation = "gelu" if gelu else "none"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), both in the weights' dtype."""
+        return torch.ops.mkldnn._linear_pointwise(
+            x, self.weight, self.bias, self.activation, [], "none"
+        )
+
+
+class PackedPerceptron:
+    """Two linear layers with an exact GELU between them."""
+
+    def __init__(self, weights: AdapterWeights) -> None:
+        self.fc1 = PackedLinear(weights.fc1_weight, weights.fc1_bias, gelu=True)
+        self.fc2 = PackedLinear(weights.fc2_weight, weights.fc2_bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        return self.fc2(self.fc1(x))
+
+
+class PackedBlock:
+    """`run_block` on a CPU, for fused weights and without autograd."""
+
+    def __init__(self, weights: BlockWeights) -> None:
+        self.qkv = PackedLinear(weights.qkv_weight, weights.qkv_bias)
+        self.proj = PackedLinear(weights.proj_weight, weights.proj_bias)
+        space = weights.space_adapter
+        self.space_adapter = None if space is None else PackedPerceptron(space)
+        self.mlp = PackedPerceptron(weights.mlp)
+        # The packed copies take the place of the large tensors.
+        empty = weights.qkv_weight.new_empty(0)
+        self.rest = weights._replace(
+            qkv_weight=empty,
+            proj_weight=empty,
+            space_adapter=None,
+            mlp=AdapterWeights(empty, empty, empty, empty),
+        )
+
+    def __call__(
+        self, x: Tensor, normed: Tensor, next_norm: nn.LayerNorm | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `run_block`."""
+        with torch.autocast("cpu", enabled=False):
+            projected = self.proj(attend(self.rest, self.qkv(normed)))
+            if self.space_adapter is not None:
+                projected += self.space_adapter(projected)
+            x = x + projected
+            norm = (self.rest.norm_weight, self.rest.norm_bias, VIT_EPS)
+            normed = F.layer_norm(x, x.shape[-1:], *norm).to(projected.dtype)
+            x_rows, normed_rows = x.flatten(0, -2), normed.flatten(0, -2)
+            for x_part, part in zip(x_rows.split(ROWS), normed_rows.split(ROWS), strict=True):
+                x_part += self.mlp(part)
+            return x, None if next_norm is None else next_norm(x).to(normed.dtype)
