@@ -51,6 +51,16 @@ def masks(
     plots: Annotated[
         Path | None, typer.Option(help="Folder for curves of J and F over time, one PNG per video.")
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Folder for report.html (one file, no network) and report.md."),
+    ] = None,
+    frames: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of pictures <video>/<frame>.jpg or .png for the report to draw on."
+        ),
+    ] = None,
     missing: Annotated[
         str,
         typer.Option(
@@ -64,9 +74,17 @@ def masks(
     """Score any model's masks: J, F and J&F with mean, recall and decay, per object and overall."""
     from refsam.evaluation.clips import find_clips
     from refsam.evaluation.masks import score_layout
+    from refsam.evaluation.mask_report import (
+        Scored,
+        folder_frames,
+        mask_sections,
+        provenance_section,
+    )
     from refsam.evaluation.plots import check_plots, write_plots
     from refsam.evaluation.problems import MaskProblemsError, describe
     from refsam.evaluation.protocols import find_protocol
+    from refsam.evaluation.provenance import provenance
+    from refsam.evaluation.reports import write_report
     from refsam.evaluation.results import as_json, check_writable, write_whole
 
     rules = find_protocol(protocol)
@@ -74,6 +92,7 @@ def masks(
         check_writable(path)
     if plots is not None:
         check_plots()
+    pictures = None if frames is None else folder_frames(frames)
     layout = find_clips(pred, gt, rules, videos=_listed(videos), expressions=expressions)
     try:
         with progress("scoring", len(layout.clips), "clips") as advance:
@@ -92,6 +111,11 @@ def masks(
         write_whole(csv, result.as_csv())
     if plots is not None:
         write_plots(result.scores, plots)
+    if report is not None:
+        sections = mask_sections([Scored("", result, layout.clips)], pictures)
+        facts = provenance_section(provenance())
+        page, _ = write_report(report, f"Masks scored by {rules.name}", [*sections, facts])
+        typer.echo(f"report: {page}")
 
 
 @app.command()

@@ -105,10 +105,18 @@ def score_clip(
     def worth_scoring() -> bool:
         return scored and not any(problem.in_truth or not lenient for problem in reader.problems)
 
-    for prediction, truth in reader:
+    for _, prediction, truth in reader.frames():
         if worth_scoring():
             scorer.add(prediction, truth)
     return ClipResult(scorer.scores() if worth_scoring() else [], reader.problems)
+
+
+def read_maps(clip: Clip, protocol: Protocol) -> Iterator[tuple[str, Map, Map]]:
+    """The frames of a clip with their predictions and truths `(H, W)` uint8, as they are scored.
+
+    What cannot be used of the predictions is empty; frames whose truth cannot be used are left out.
+    """
+    yield from _ClipReader(clip, protocol).frames()
 
 
 class _UnusableError(Exception):
@@ -129,7 +137,7 @@ class _ClipReader:
         self.problems: list[Problem] = []
         self.true_objects = 0 if protocol.per_expression else self._count_objects()
 
-    def __iter__(self) -> Iterator[tuple[Map, Map]]:
+    def frames(self) -> Iterator[tuple[str, Map, Map]]:
         clip = self.clip
         for frame, path, source in zip(clip.frames, clip.predictions, clip.truths, strict=True):
             truth = self._truth(frame, source)
@@ -141,7 +149,7 @@ class _ClipReader:
                     prediction = self._usable(read_mask(path), truth, frame)
             except _UnusableError as unusable:
                 self._note(unusable.kind, f"{frame}{unusable.detail}")
-            yield prediction, truth
+            yield frame, prediction, truth
 
     def _count_objects(self) -> int:
         first = self._truth("first frame", self.clip.first_truth)

@@ -1,0 +1,36 @@
+"""Where the numbers of an evaluation come from: command, versions, hardware."""
+
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+
+from refsam import __version__
+
+_PACKAGES = ("torch", "triton", "numpy", "scipy", "pillow", "transformers", "pycocotools")
+
+
+def provenance() -> dict[str, str]:
+    """The exact command, when it ran, and versions; nothing is imported for it."""
+    versions = {name: found for name in _PACKAGES if (found := _version(name))}
+    return {
+        "command": command(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "refsam": __version__,
+        "python": platform.python_version(),
+        **versions,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def command() -> str:
+    """The command line as it can be pasted into a shell."""
+    return shlex.join(["refsam", *sys.argv[1:]])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
