@@ -21,8 +21,8 @@ DATASETS = {
 def open_dataset(name: str, root: str | Path, split: str, **options: Any) -> ReferringDataset:
     """One split of a dataset that lies under `root`, laid out as docs/data.md says.
 
-    `name` is one of `DATASETS`. The RefCOCO family takes `split_by` (unc, umd, google) and `exclude_shared`. Raises DataError where
-    the name or the split is not one, or where files are missing or not in their format.
+    `name` is one of `DATASETS`. The RefCOCO family takes `split_by` (unc, umd, google) and `exclude_shared`. Raises DataError
+    where the name or the split is not one, or where files are missing or not in their format.
     """
     if name not in DATASETS:
         raise DataError(f"dataset: got {name!r}, want one of {', '.join(DATASETS)}")

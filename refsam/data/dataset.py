@@ -1,8 +1,9 @@
 """What every dataset of videos and referring expressions looks like from outside, whatever its files are."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,8 +51,17 @@ class Expression:
     annotator: int | None = None
 
 
-# (expression, frame name, (height, width) of the frame) -> mask (H, W) bool
-MaskSource = Callable[[Expression, str, tuple[int, int]], NDArray[np.bool_]]
+Mask = NDArray[np.bool_]
+
+
+class MaskSource(Protocol):
+    """Where the masks of a dataset come from: see `refsam.data.masks`."""
+
+    def __call__(self, expression: Expression, frame: str, size: tuple[int, int]) -> Mask | None:
+        """The mask (H, W) bool of an expression in a frame of `size` (height, width)."""
+
+    def has(self, expression: Expression, frame: str) -> bool:
+        """Whether the mask is there, without decoding it."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,7 @@ class ReferringDataset:
     mask_source: MaskSource | None
     truth: Path | None = None
     listing: Path | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def video(self, name: str) -> VideoRecord:
         """The video of that name; raises KeyError if there is none."""
@@ -89,18 +99,18 @@ class ReferringDataset:
 
     def mask(
         self, expression: Expression, frame: str, size: tuple[int, int] | None = None
-    ) -> NDArray[np.bool_] | None:
+    ) -> Mask | None:
         """The true mask (H, W) bool of all that an expression means in a frame; None where the truth is not there.
 
         `size` (height, width) is the frame's, read from its file if it is not given. Raises UnreadableError for a file that
-        cannot be decoded, DataError for a mask of another size than its frame or an expression whose objects are not told.
+        cannot be decoded, DataError for a mask of another size than its frame.
         """
-        if self.mask_source is None or expression.object_ids is None:
+        if self.mask_source is None:
             return None
         if size is None:
             size = image_size(self.frame_file(expression.video, frame))
         mask = self.mask_source(expression, frame, size)
-        if mask.shape != size:
+        if mask is not None and mask.shape != size:
             raise DataError(
                 f"{self.name}: the mask of {expression.video}/{frame} is {mask.shape[1]}x{mask.shape[0]}, "
                 f"its frame {size[1]}x{size[0]} (width x height)"

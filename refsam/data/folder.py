@@ -1,0 +1,110 @@
+"""Your own videos: folders of frames and masks, and a table of sentences."""
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from refsam.data.dataset import DataError, Expression, ReferringDataset, VideoRecord
+from refsam.data.listings import demand
+from refsam.data.masks import NumberedMasks
+
+_FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
+_COLUMNS = ("video", "objects", "text")
+_OWN = "you: see docs/data.md"
+SOURCES = {"expressions": _OWN, "frames": _OWN, "masks": _OWN}
+
+
+@dataclass(frozen=True)
+class ListedFrames:
+    """Files of frames by video and frame, which may be JPEG or PNG."""
+
+    files: Mapping[str, Mapping[str, Path]]
+
+    def __call__(self, video: str, frame: str) -> Path:
+        """The file of a frame."""
+        return self.files[video][frame]
+
+
+def splits(root: Path) -> tuple[str, ...]:
+    """The folders below `root` that hold a table of sentences."""
+    return tuple(sorted(path.parent.name for path in root.glob("*/expressions.csv")))
+
+
+def parts(root: Path, split: str) -> dict[str, Path]:
+    """What a split is made of."""
+    return {
+        "expressions": root / split / "expressions.csv",
+        "frames": root / split / "frames",
+        "masks": root / split / "masks",
+    }
+
+
+def open_split(name: str, root: Path, split: str) -> ReferringDataset:
+    """One split: `frames/<video>/<frame>.jpg` or `.png`, `masks/<video>/<frame>.png`, and `expressions.csv`.
+
+    Frames without a mask are seen by evaluation and left out of training.
+    """
+    places = parts(root, split)
+    for part in ("expressions", "frames"):
+        demand(name, places[part], SOURCES[part])
+    sentences = _read_table(places["expressions"])
+    files = {video: _frames(places["frames"] / video) for video in sentences}
+    masks = places["masks"]
+    videos = tuple(
+        VideoRecord(
+            video,
+            tuple(names),
+            tuple(frame for frame in names if (masks / video / f"{frame}.png").is_file()),
+        )
+        for video, names in files.items()
+    )
+    return ReferringDataset(
+        name,
+        split,
+        root,
+        videos,
+        sentences,
+        ListedFrames(files),
+        NumberedMasks(masks) if masks.is_dir() else None,
+        truth=masks if masks.is_dir() else None,
+    )
+
+
+def _read_table(path: Path) -> dict[str, tuple[Expression, ...]]:
+    """Expressions by video, numbered from 0 within each."""
+    found: dict[str, list[Expression]] = {}
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        table = csv.DictReader(file, skipinitialspace=True)
+        if tuple(table.fieldnames or ()) != _COLUMNS:
+            raise DataError(
+                f"{path}: got the columns {table.fieldnames}, want {', '.join(_COLUMNS)}"
+            )
+        for row in table:
+            try:
+                objects = tuple(int(number) for number in row["objects"].split())
+                video, text = row["video"].strip(), row["text"].strip()
+            except (AttributeError, ValueError) as error:
+                raise DataError(
+                    f'{path}, line {table.line_num}: {error}; want VIDEO,"1 2",SENTENCE'
+                ) from error
+            if not video or not text or None in row:
+                raise DataError(
+                    f"{path}, line {table.line_num}: want a video, numbers of objects and a sentence (quoted if it has commas)"
+                )
+            expressions = found.setdefault(video, [])
+            expressions.append(Expression(video, str(len(expressions)), text, objects))
+    return {video: tuple(expressions) for video, expressions in found.items()}
+
+
+def _frames(folder: Path) -> dict[str, Path]:
+    """Frames by name, in order; raises DataError where there are none or two of one name."""
+    if not folder.is_dir():
+        raise DataError(f"folder: no frames {folder}")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _FRAME_SUFFIXES)
+    files = {path.stem: path for path in paths}
+    if not files or len(files) < len(paths):
+        raise DataError(
+            f"{folder}: {len(paths)} frames of {len(files)} names, want one or more, each once"
+        )
+    return files

@@ -1,0 +1,78 @@
+"""Reading the JSON files that list videos, frames and expressions."""
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refsam.data.dataset import DataError, Expression, VideoRecord
+
+
+@dataclass(frozen=True)
+class FrameFolder:
+    """Frames `<folder>/<video>/<frame><suffix>`."""
+
+    folder: Path
+    suffix: str = ".jpg"
+
+    def __call__(self, video: str, frame: str) -> Path:
+        """The file of a frame."""
+        return self.folder / video / f"{frame}{self.suffix}"
+
+
+def check_split(name: str, split: str, splits: Collection[str]) -> None:
+    """Raise DataError for a split that a dataset does not have."""
+    if split not in splits:
+        raise DataError(f"{name}: got split {split!r}, want one of {', '.join(splits)}")
+
+
+def demand(name: str, path: Path, source: str) -> Path:
+    """The path itself; raises DataError with the place where it is to be had if there is nothing."""
+    if not path.exists():
+        raise DataError(f"{name}: no {path}; it comes from {source}")
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; raises DataError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def read_videos(path: Path) -> Mapping[str, Mapping[str, Any]]:
+    """The entry `videos` of a `meta_expressions.json`; raises DataError for anything else."""
+    content = read_json(path)
+    videos = content.get("videos") if isinstance(content, dict) else None
+    if not isinstance(videos, dict):
+        raise DataError(f"{path}: no meta_expressions.json, want an object with the entry 'videos'")
+    return videos
+
+
+def records(
+    path: Path,
+    videos: Mapping[str, Mapping[str, Any]],
+    names: Collection[str],
+    annotated: bool,
+    objects: Callable[[Mapping[str, Any]], tuple[int, ...] | None],
+) -> tuple[tuple[VideoRecord, ...], dict[str, tuple[Expression, ...]]]:
+    """Videos and expressions of the entries `names` of a `meta_expressions.json`, frames sorted, expressions in file order.
+
+    `objects` reads the objects out of an expression's entry. Raises DataError for an entry that does not follow the format.
+    """
+    found, sentences = [], {}
+    for name in names:
+        try:
+            frames = tuple(sorted(videos[name]["frames"]))
+            sentences[name] = tuple(
+                Expression(name, number, " ".join(entry["exp"].split()), objects(entry))
+                for number, entry in videos[name]["expressions"].items()
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{path}: the entry of {name} is not in the format: {error!r}"
+            ) from error
+        found.append(VideoRecord(name, frames, frames if annotated else ()))
+    return tuple(found), sentences

@@ -1,0 +1,143 @@
+"""Ref-DAVIS17: its text annotations and DAVIS 2017 made into the layout of Ref-YouTube-VOS, and that layout read."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from refsam.data import ref_youtube_vos
+from refsam.data.dataset import DataError, Expression, ReferringDataset
+from refsam.data.listings import check_split, demand
+
+SPLITS = ("train", "valid")
+ANNOTATORS = 4
+# The order of the four annotators; the second person's files are not UTF-8.
+_TEXT_FILES = (
+    ("Davis17_annot1.txt", "utf-8"),
+    ("Davis17_annot1_full_video.txt", "utf-8"),
+    ("Davis17_annot2.txt", "latin-1"),
+    ("Davis17_annot2_full_video.txt", "latin-1"),
+)
+# Names that the text annotations spell otherwise than DAVIS.
+_NAMES = {"clasic-car": "classic-car", "dog-scale": "dogs-scale", "motor-bike": "motorbike"}
+_DAVIS = (
+    "https://davischallenge.org/davis2017/code.html (DAVIS-2017-Unsupervised-trainval-480p.zip)"
+)
+_TEXTS = (
+    "https://www.mpi-inf.mpg.de/departments/computer-vision-and-machine-learning/research/video-segmentation/"
+    "video-object-segmentation-with-language-referring-expressions (davis_text_annotations.zip)"
+)
+SOURCES = {
+    "expressions": f"refsam data prepare-davis17, from {_TEXTS}",
+    "frames": f"refsam data prepare-davis17, from {_DAVIS}",
+    "masks": f"refsam data prepare-davis17, from {_DAVIS}",
+}
+
+parts = ref_youtube_vos.parts
+
+
+def open_split(name: str, root: Path, split: str) -> ReferringDataset:
+    """One split; each expression knows its annotator, and those of one object follow each other."""
+    check_split(name, split, SPLITS)
+    dataset = ref_youtube_vos.open_layout(name, root, split, SOURCES)
+    sentences = {
+        video: tuple(_with_annotators(video, expressions))
+        for video, expressions in dataset.sentences.items()
+    }
+    return replace(dataset, sentences=sentences)
+
+
+def _with_annotators(video: str, expressions: tuple[Expression, ...]) -> Iterable[Expression]:
+    """Expression 4 * object + annotator is annotator's sentence about that object."""
+    ordered = sorted(expressions, key=lambda expression: int(expression.expression_id))
+    for index, expression in enumerate(ordered):
+        first = ordered[index - index % ANNOTATORS]
+        if len(ordered) % ANNOTATORS or expression.object_ids != first.object_ids:
+            raise DataError(
+                f"ref-davis17: {video} does not have {ANNOTATORS} consecutive expressions for each object"
+            )
+        yield replace(expression, annotator=index % ANNOTATORS)
+
+
+def prepare(davis: Path, texts: Path, out: Path, *, copy: bool = False) -> dict[str, int]:
+    """Write the layout of Ref-YouTube-VOS into the new folder `out`; returns the number of expressions of each split.
+
+    `davis` is the folder with JPEGImages, Annotations_unsupervised and ImageSets, `texts` the one with the four text files.
+    Frames and masks become symbolic links, or copies with `copy`; DAVIS itself stays as it is. Raises DataError where files
+    are missing or disagree, and where `out` exists.
+    """
+    if out.exists():
+        raise DataError(f"out: {out} exists, want a new folder")
+    for part in ("JPEGImages/480p", "Annotations_unsupervised/480p", "ImageSets/2017"):
+        demand("DAVIS 2017", davis / part, _DAVIS)
+    annotations = [_read_texts(texts / name, encoding) for name, encoding in _TEXT_FILES]
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    counts = {}
+    for split, listed in (("train", "train"), ("valid", "val")):
+        names = demand("DAVIS 2017", davis / "ImageSets/2017" / f"{listed}.txt", _DAVIS)
+        videos = {
+            video: _video(davis, video, annotations) for video in sorted(names.read_text().split())
+        }
+        for video in videos:
+            _place(davis / "JPEGImages/480p" / video, partial / split / "JPEGImages", copy)
+            _place(
+                davis / "Annotations_unsupervised/480p" / video,
+                partial / split / "Annotations",
+                copy,
+            )
+        listing = parts(partial, split)["expressions"]
+        listing.parent.mkdir(parents=True)
+        listing.write_text(json.dumps({"videos": videos}), encoding="utf-8")
+        counts[split] = sum(len(video["expressions"]) for video in videos.values())
+    os.replace(partial, out)
+    return counts
+
+
+Texts = dict[str, list[tuple[str, str]]]
+
+
+def _read_texts(path: Path, encoding: str) -> Texts:
+    """(object number, sentence) by video, sorted by number as text, which is how the official conversion numbers them."""
+    found: Texts = {}
+    lines = demand("ref-davis17", path, _TEXTS).read_text(encoding=encoding).splitlines()
+    for number, line in enumerate(lines, start=1):
+        words = line.split()
+        if not words:
+            continue
+        if len(words) < 3 or not words[1].isdigit():
+            raise DataError(f'{path}, line {number}: got {line!r}, want VIDEO NUMBER "SENTENCE"')
+        video = _NAMES.get(words[0], words[0])
+        found.setdefault(video, []).append((words[1], " ".join(words[2:])[1:-1]))
+    return {video: sorted(rows, key=lambda row: row[0]) for video, rows in found.items()}
+
+
+def _video(davis: Path, video: str, annotations: list[Texts]) -> dict[str, Any]:
+    """The entry of `meta_expressions.json`: frames, and for each object the sentences of the four annotators."""
+    rows = [texts.get(video, []) for texts in annotations]
+    numbers = [[number for number, _ in row] for row in rows]
+    if not numbers[0] or any(other != numbers[0] for other in numbers):
+        raise DataError(
+            f"ref-davis17: the four text files name other objects for {video}: {numbers}"
+        )
+    sentences = [(number, text) for group in zip(*rows, strict=True) for number, text in group]
+    folder = demand("DAVIS 2017", davis / "JPEGImages/480p" / video, _DAVIS)
+    return {
+        "expressions": {
+            str(index): {"exp": text, "obj_id": number}
+            for index, (number, text) in enumerate(sentences)
+        },
+        "frames": sorted(path.stem for path in folder.glob("*.jpg")),
+    }
+
+
+def _place(source: Path, folder: Path, copy: bool) -> None:
+    demand("DAVIS 2017", source, _DAVIS)
+    folder.mkdir(parents=True, exist_ok=True)
+    if copy:
+        shutil.copytree(source, folder / source.name)
+    else:
+        (folder / source.name).symlink_to(source.resolve(), target_is_directory=True)
