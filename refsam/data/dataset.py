@@ -95,7 +95,7 @@ class ReferringDataset:
 
     def frame(self, video: str, frame: str) -> NDArray[np.uint8]:
         """A frame (H, W, 3) uint8 RGB, grey images included; raises UnreadableError."""
-        return np.asarray(read_image(self.frame_file(video, frame)))
+        return np.asarray(read_image(self.frame_file(video, frame))[0])
 
     def mask(
         self, expression: Expression, frame: str, size: tuple[int, int] | None = None
@@ -118,17 +118,21 @@ class ReferringDataset:
         return mask
 
 
-def read_image(path: Path, at_least: tuple[int, int] | None = None) -> Image.Image:
-    """An image file as RGB; raises UnreadableError.
+def read_image(
+    path: Path, wanted: Callable[[tuple[int, int]], tuple[int, int]] | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """An image file as RGB, and its (height, width) in the file; raises UnreadableError.
 
-    With `at_least` (height, width) a JPEG may come at a half, a quarter or an eighth of its size, never smaller than that:
-    it is decoded so, which is quicker.
+    `wanted` tells from that size what is needed at least: a JPEG may then come at a half, a quarter or an eighth of its size,
+    which is quicker to decode.
     """
     try:
         with Image.open(path) as image:
-            if at_least is not None:
-                image.draft("RGB", at_least[::-1])
-            return image.convert("RGB")
+            size = image.height, image.width
+            if wanted is not None:
+                height, width = wanted(size)
+                image.draft("RGB", (width, height))
+            return image.convert("RGB"), size
     except IMAGE_ERRORS as error:
         raise UnreadableError(f"{path}: cannot be read as an image: {error}") from error
 
