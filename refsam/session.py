@@ -42,14 +42,19 @@ class VideoSession:
     Args:
         model: a `RefSAM` in evaluation mode, on any device.
         expressions: what to segment, for instance ``["the red cup"]``; may be empty at first.
+        optimize: call `model.optimize()` if nobody has; False leaves the model as it is.
 
     Raises:
         UserError: an expression that is empty, too long, or of which the model knows no word.
     """
 
-    def __init__(self, model: "RefSAM", expressions: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: "RefSAM", expressions: Sequence[str] = (), *, optimize: bool = True
+    ) -> None:
         if isinstance(expressions, str):
             raise ValueError(f"expressions: got the string {expressions!r}, want a list of strings")
+        if optimize and not model.is_optimized and not model.training:
+            model.optimize()
         self.model = model
         self._expressions = list(expressions)
         self._unknown = list(self._encode(self._expressions).unknown) if expressions else []
@@ -152,6 +157,8 @@ def segment_video(
     model: "RefSAM",
     source: str | os.PathLike[str] | Iterable[np.ndarray | Tensor],
     expressions: Sequence[str],
+    *,
+    optimize: bool = True,
 ) -> Iterator[FrameResult]:
     """Yield the masks of each frame while the next frames are read in another thread.
 
@@ -160,11 +167,12 @@ def segment_video(
         source: whatever `refsam.video.open_source` takes (video, folder of images, image, camera), or
             any iterable of ``(H, W, 3)`` uint8 RGB frames.
         expressions: what to segment.
+        optimize: as for `VideoSession`.
 
     Raises:
         UserError: an expression or the source cannot be used; `FrameDecodeError` after the last good frame.
     """
-    return _step_through(VideoSession(model, expressions), source)
+    return _step_through(VideoSession(model, expressions, optimize=optimize), source)
 
 
 def _step_through(

@@ -21,9 +21,12 @@ def info() -> None:
     from refsam import __version__
 
     place = choose_device("auto")
+    from refsam.model.packing import has_bfloat16
     from refsam_kernels.info import describe
 
     precision = str(choose_dtype("auto", place)).removeprefix("torch.")
+    if place.type == "cpu" and has_bfloat16():
+        precision += ", bfloat16 in the image encoder"
     typer.echo(f"refsam {__version__}, {os.cpu_count()} CPU cores, {platform.platform()}")
     typer.echo(", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
     typer.echo(f"--device auto is {place}, --dtype auto is {precision}")

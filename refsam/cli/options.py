@@ -27,7 +27,8 @@ DeviceOption = Annotated[
 DtypeOption = Annotated[
     str,
     typer.Option(
-        help="Precision of matrix products: float32, bfloat16 or auto (bfloat16 where the GPU has it).",
+        help="Precision of matrix products: float32, bfloat16 or auto (bfloat16 where the GPU has it; on a CPU that has it, "
+        "in the image encoder).",
         metavar="NAME",
     ),
 ]
@@ -72,7 +73,8 @@ def choose_device(name: str) -> "torch.device":
 def choose_dtype(name: str, device: "torch.device") -> "torch.dtype":
     """Autocast dtype; ``auto`` is bfloat16 on GPUs that compute in it (Ampere and later), else float32.
 
-    CPUs stay at float32: small products there lose more to conversion than bfloat16 gains.
+    CPUs stay at float32: small products there lose more to conversion than bfloat16 gains. The image encoder, which
+    has large ones, is told apart: see `choose_encoder_dtype`.
 
     Raises:
         UserError: bfloat16 on a GPU that lacks it.
@@ -87,3 +89,10 @@ def choose_dtype(name: str, device: "torch.device") -> "torch.dtype":
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and has_bfloat16 else torch.float32
     return torch.float32 if name == "float32" else torch.bfloat16
+
+
+def choose_encoder_dtype(name: str) -> "torch.dtype | None":
+    """What `RefSAM.optimize` is to be told: None, its own choice, for ``auto``."""
+    import torch
+
+    return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -18,6 +18,7 @@ from refsam.cli.options import (
     check_names,
     choose_device,
     choose_dtype,
+    choose_encoder_dtype,
 )
 from refsam.errors import UserError
 
@@ -111,9 +112,13 @@ class Run:
         self, model: str, source: str, session: "VideoSession", precision: "torch.dtype"
     ) -> dict:
         """What ``result.json`` says besides the frames."""
+        import torch
+
         from refsam import __version__
 
         device = session.model.device
+        autocast = precision != torch.float32
+        encoder_dtype = precision if autocast else session.model.image_encoder.product_dtype
         return {
             "refsam": __version__,
             "model": model,
@@ -124,6 +129,7 @@ class Run:
             else str(self.stopped_by) or "interrupted",
             "device": str(device),
             "dtype": str(precision).removeprefix("torch."),
+            "encoder_dtype": str(encoder_dtype).removeprefix("torch."),
             "timings": {
                 "seconds": round(self.seconds, 3),
                 "seconds_to_first_mask": round(self.seconds_to_first_mask or 0.0, 3),
@@ -175,6 +181,7 @@ def load_session(
     from refsam.session import VideoSession
 
     model = RefSAM.from_pretrained(checkpoint).to(place).eval()
+    model.optimize(choose_encoder_dtype(dtype))
     session = VideoSession(model, expressions)
     for expression, words in zip(expressions, session.unknown_words, strict=True):
         if words:

@@ -9,6 +9,7 @@ layout only as modules that copy their input; so this calls the operators that t
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from refsam_kernels import AdapterWeights
 RunBlock = Callable[[Tensor, Tensor, nn.LayerNorm | None], tuple[Tensor, Tensor | None]]
 
 # Narrower encoders lose more to conversions than bfloat16 gains.
-LEAST_WIDTH_OF_BFLOAT16 = 256
+LEAST_WIDTH_OF_BFLOAT16 = 128
 # Tokens that an MLP computes at a time on a CPU: what lies between its layers stays in the cache.
 ROWS = 1024
 
@@ -70,7 +71,7 @@ def automatic_dtype(weight: Tensor) -> torch.dtype:
 
 def has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 itself (AMX or AVX-512), as far as torch can say."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
@@ -112,7 +113,6 @@ def serves(weight: Tensor) -> bool:
         weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     )
@@ -171,7 +171,7 @@ class PackedBlock:
             projected = self.proj(attend(self.rest, self.qkv(normed)))
             if self.space_adapter is not None:
                 projected += self.space_adapter(projected)
-            x = x + projected
+            x = (x + projected).contiguous()  # channels-first in memory behind the patch embedding
             norm = (self.rest.norm_weight, self.rest.norm_bias, VIT_EPS)
             normed = F.layer_norm(x, x.shape[-1:], *norm).to(projected.dtype)
             x_rows, normed_rows = x.flatten(0, -2), normed.flatten(0, -2)
