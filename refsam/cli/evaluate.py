@@ -1,12 +1,15 @@
-"""``refsam evaluate``: score masks against the truth."""
+"""``refsam evaluate``: score masks against the truth; the runs on benchmarks are in `evaluate_runs`."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from refsam import __version__
+from refsam.cli.evaluate_runs import mevis, ref_davis17, ref_youtube_vos, refcoco
 from refsam.cli.progress import progress
 from refsam.errors import UserError
 
@@ -72,16 +75,15 @@ def masks(
     ] = 0,
 ) -> None:
     """Score any model's masks: J, F and J&F with mean, recall and decay, per object and overall."""
-    from refsam.evaluation.clips import find_clips
-    from refsam.evaluation.masks import score_layout
+    from refsam.evaluation.clips import find_clips, read_names
     from refsam.evaluation.mask_report import (
         Scored,
         folder_frames,
         mask_sections,
         provenance_section,
     )
+    from refsam.evaluation.masks import score_layout
     from refsam.evaluation.plots import check_plots, write_plots
-    from refsam.evaluation.problems import MaskProblemsError, describe
     from refsam.evaluation.protocols import find_protocol
     from refsam.evaluation.provenance import provenance
     from refsam.evaluation.reports import write_report
@@ -93,16 +95,11 @@ def masks(
     if plots is not None:
         check_plots()
     pictures = None if frames is None else folder_frames(frames)
-    layout = find_clips(pred, gt, rules, videos=_listed(videos), expressions=expressions)
-    try:
-        with progress("scoring", len(layout.clips), "clips") as advance:
-            result = score_layout(
-                layout, rules, missing=missing, processes=processes or _cores(), advance=advance
-            )
-    except MaskProblemsError as error:
-        for line in describe(error.problems):
-            typer.echo(line, err=True)
-        raise UserError(f"{len(error.problems)} problems, listed above: {error.advice}") from error
+    names = None if videos is None else read_names(videos)
+    layout = find_clips(pred, gt, rules, videos=names, expressions=expressions)
+    cores = processes or available_cores()
+    with listing_problems(), progress("scoring", len(layout.clips), "clips") as advance:
+        result = score_layout(layout, rules, missing=missing, processes=cores, advance=advance)
     typer.echo(result.table())
     if json is not None:
         run = {"refsam": __version__, "prediction": str(pred), "truth": str(gt)}
@@ -146,18 +143,25 @@ def generated(
         write_whole(json, as_json({**run, **result}))
 
 
-def _listed(path: Path | None) -> list[str] | None:
-    if path is None:
-        return None
+for _command in (ref_davis17, ref_youtube_vos, mevis, refcoco):
+    app.command()(_command)
+
+
+@contextmanager
+def listing_problems() -> Iterator[None]:
+    """Print all that is wrong line by line, then raise one line that counts it."""
+    from refsam.evaluation.problems import MaskProblemsError, describe
+
     try:
-        return [
-            line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"videos: {path} cannot be read as text: {error}") from error
+        yield
+    except MaskProblemsError as error:
+        for line in describe(error.problems):
+            typer.echo(line, err=True)
+        raise UserError(f"{len(error.problems)} problems, listed above: {error.advice}") from error
 
 
-def _cores() -> int:
+def available_cores() -> int:
+    """How many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -87,6 +87,15 @@ def find_clips(
     return Layout(paired, tuple(finder.problems), (*notes, *finder.notes))
 
 
+def read_names(path: Path) -> list[str]:
+    """The names that a text file lists, one a line, such as DAVIS' `val.txt`; raises UserError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"videos: {path} cannot be read as text: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
 def _true_clips(
     truth: Path, protocol: Protocol, expressions: Path | None, notes: list[str]
 ) -> list[Clip]:

@@ -53,8 +53,13 @@ def folder_frames(folder: Path) -> FrameReader:
     return read
 
 
-def mask_sections(scored: Sequence[Scored], frame: FrameReader | None = None) -> list[Section]:
-    """Sections of a report on one or more evaluations; `frame(video, frame)` gives the pictures to draw on."""
+def mask_sections(
+    scored: Sequence[Scored], frame: FrameReader | None = None, pictures: str = ""
+) -> list[Section]:
+    """Sections of a report on one or more evaluations; `frame(video, frame)` gives the pictures to draw on.
+
+    `pictures` begins the names of the report's own, so that several such sets of sections can stand in one report.
+    """
     rules = dict.fromkeys(scores.result.protocol for scores in scored)
     remarks = [
         f"{scores.name}: {remark}" if scores.name else remark
@@ -65,9 +70,9 @@ def mask_sections(scored: Sequence[Scored], frame: FrameReader | None = None) ->
         Section("Scores", (overall_table(scored),)),
         Section("Protocol", tuple(Text((p.name, *p.rules), listed=True) for p in rules)),
         Section("Remarks", (Text(tuple(remarks), listed=True),)),
-        Section("Best and worst clips", tuple(_clip_pictures(scored, frame))),
+        Section("Best and worst clips", tuple(_clip_pictures(scored, frame, pictures))),
         Section("Every video", tuple(_video_tables(scored))),
-        Section("Over time", tuple(_charts(scored))),
+        Section("Over time", tuple(_charts(scored, pictures))),
     ]
     return [section for section in sections if section.title != "Remarks" or remarks]
 
@@ -111,7 +116,7 @@ def _video_tables(scored: Sequence[Scored]) -> Iterable[Table]:
         yield Table((unit, *MEASURES), objects, f"Every {unit}{of}", folded=True)
 
 
-def _charts(scored: Sequence[Scored]) -> Iterable[Picture]:
+def _charts(scored: Sequence[Scored], pictures: str) -> Iterable[Picture]:
     for scores in scored:
         ordered = sorted(scores.result.scores, key=lambda score: score.video)
         for video, group in groupby(ordered, key=lambda score: score.video):
@@ -122,7 +127,7 @@ def _charts(scored: Sequence[Scored]) -> Iterable[Picture]:
             drawn = "J (solid) and F (dashed)" if both else "J&F"
             caption = f"{name}: {drawn} of each frame"
             content = chart(curves, objects[0].frames)
-            yield Picture(f"curves {name}", "image/svg+xml", content, caption)
+            yield Picture(f"{pictures} curves {name}".strip(), "image/svg+xml", content, caption)
 
 
 def _curves(index: int, score: ObjectScores, both: bool) -> list[Curve]:
@@ -136,7 +141,9 @@ def _curves(index: int, score: ObjectScores, both: bool) -> list[Curve]:
     ]
 
 
-def _clip_pictures(scored: Sequence[Scored], frame: FrameReader | None) -> Iterable[Picture | Text]:
+def _clip_pictures(
+    scored: Sequence[Scored], frame: FrameReader | None, pictures: str
+) -> Iterable[Picture | Text]:
     """The clips with the highest and the lowest J&F of all evaluations, worst first last."""
     ranked = sorted(
         ((scores, score) for scores in scored for score in scores.result.scores),
@@ -151,7 +158,7 @@ def _clip_pictures(scored: Sequence[Scored], frame: FrameReader | None) -> Itera
         title = " ".join(filter(None, (scores.name, _title(scores, score))))
         caption = f"{rank}: {title}, J&F {100 * score.measures['J&F-Mean']:.1f}"
         content = _overlay(_clip_of(scores.clips, score), scores.result.protocol, score, frame)
-        yield Picture(f"{index:02d} {rank}", "image/jpeg", content, caption)
+        yield Picture(f"{pictures} {index:02d} {rank}".strip(), "image/jpeg", content, caption)
 
 
 def _title(scores: Scored, score: ObjectScores) -> str:

@@ -16,7 +16,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 # readers who do not see red and green as different.
 _AGREED, _MISSED, _WRONG = (0, 114, 178), (230, 159, 0), (204, 0, 153)
 LEGEND = "blue: right, orange: missed, magenta: marked wrongly"
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 620, 190, 38, 28, 10
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 620, 200, 38, 32, 10
 _TILE_WIDTH = 300
 _MOST_LABELS = 8
 
@@ -41,8 +41,8 @@ def chart(curves: Sequence[Curve], frames: Sequence[str]) -> bytes:
         f'<rect width="{_WIDTH}" height="{height}" fill="#fff"/>',
         *(_grid_line(level) for level in (0, 0.25, 0.5, 0.75, 1)),
         *(_line(curve) for curve in curves),
-        _label(_LEFT, _HEIGHT - 10, frames[0]),
-        _label(_WIDTH - 8, _HEIGHT - 10, frames[-1], "end"),
+        _label(_LEFT, _HEIGHT - 14, frames[0]),
+        _label(_WIDTH - 8, _HEIGHT - 14, frames[-1], "end"),
     ]
     for index, curve in enumerate(shown):
         left, top = _LEFT + 290 * (index % 2), _HEIGHT + 17 * (index // 2)

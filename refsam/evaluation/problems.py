@@ -11,6 +11,10 @@ _KINDS = {
     "video extra": ("video not in the truth", "videos not in the truth"),
     "expression missing": ("expression missing", "expressions missing"),
     "expression extra": ("expression not in the truth", "expressions not in the truth"),
+    "expression refused": (
+        "expression that the model cannot take",
+        "expressions that the model cannot take",
+    ),
     "frame missing": ("frame missing", "frames missing"),
     "frame extra": ("frame not in the truth", "frames not in the truth"),
     "unreadable": ("unreadable PNG", "unreadable PNGs"),
@@ -39,9 +43,11 @@ class Problem:
 class MaskProblemsError(UserError):
     """Masks that cannot be scored as they are; `problems` holds every reason, `advice` says what to do."""
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    def __init__(self, problems: Sequence[Problem], advice: str = "") -> None:
         self.problems = tuple(problems)
-        self.advice = "put them right, or score what cannot be used as empty with --missing zero"
+        self.advice = (
+            advice or "put them right, or score what cannot be used as empty with --missing zero"
+        )
         if any(problem.in_truth for problem in problems):
             self.advice = "those of the truth must be put right"
         super().__init__(f"{'; '.join(describe(problems))}; {self.advice}")
