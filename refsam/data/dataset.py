@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -87,7 +88,11 @@ class ReferringDataset:
 
     def video(self, name: str) -> VideoRecord:
         """The video of that name; raises KeyError if there is none."""
-        return {video.name: video for video in self.videos}[name]
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, VideoRecord]:
+        return {video.name: video for video in self.videos}
 
     def expressions(self, video: str) -> tuple[Expression, ...]:
         """All that is said about a video, in file order."""

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refsam.data.dataset import DataError, Expression, ReferringDataset, VideoRecord
-from refsam.data.listings import demand
+from refsam.data.listings import Part, demand_parts
 from refsam.data.masks import NumberedMasks
 
 _FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 _COLUMNS = ("video", "objects", "text")
-_OWN = "you: see docs/data.md"
-SOURCES = {"expressions": _OWN, "frames": _OWN, "masks": _OWN}
+_OWN = "you: docs/data.md says how"
 
 
 @dataclass(frozen=True)
@@ -26,17 +25,17 @@ class ListedFrames:
         return self.files[video][frame]
 
 
-def splits(root: Path) -> tuple[str, ...]:
-    """The folders below `root` that hold a table of sentences."""
-    return tuple(sorted(path.parent.name for path in root.glob("*/expressions.csv")))
+def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
+    """The arguments that `open_dataset` takes for each split: every folder below `root` that holds a table of sentences."""
+    return tuple({"split": path.parent.name} for path in sorted(root.glob("*/expressions.csv")))
 
 
-def parts(root: Path, split: str) -> dict[str, Path]:
+def parts(name: str, root: Path, split: str) -> dict[str, Part]:
     """What a split is made of."""
     return {
-        "expressions": root / split / "expressions.csv",
-        "frames": root / split / "frames",
-        "masks": root / split / "masks",
+        "expressions": Part(root / split / "expressions.csv", _OWN),
+        "frames": Part(root / split / "frames", _OWN),
+        "masks": Part(root / split / "masks", _OWN, needed=False),
     }
 
 
@@ -45,9 +44,7 @@ def open_split(name: str, root: Path, split: str) -> ReferringDataset:
 
     Frames without a mask are seen by evaluation and left out of training.
     """
-    places = parts(root, split)
-    for part in ("expressions", "frames"):
-        demand(name, places[part], SOURCES[part])
+    places = demand_parts(name, parts(name, root, split))
     sentences = _read_table(places["expressions"])
     files = {video: _frames(places["frames"] / video) for video in sentences}
     masks = places["masks"]

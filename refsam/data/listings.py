@@ -21,6 +21,15 @@ class FrameFolder:
         return self.folder / video / f"{frame}{self.suffix}"
 
 
+@dataclass(frozen=True)
+class Part:
+    """A file or folder that a split is made of, and where it is to be had; not all of them are needed to open the split."""
+
+    path: Path
+    source: str
+    needed: bool = True
+
+
 def check_split(name: str, split: str, splits: Collection[str]) -> None:
     """Raise DataError for a split that a dataset does not have."""
     if split not in splits:
@@ -32,6 +41,14 @@ def demand(name: str, path: Path, source: str) -> Path:
     if not path.exists():
         raise DataError(f"{name}: no {path}; it comes from {source}")
     return path
+
+
+def demand_parts(name: str, parts: Mapping[str, Part]) -> dict[str, Path]:
+    """The paths of all parts; raises DataError if one that is needed is not there."""
+    for part in parts.values():
+        if part.needed:
+            demand(name, part.path, part.source)
+    return {kind: part.path for kind, part in parts.items()}
 
 
 def read_json(path: Path) -> Any:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from refsam.data.dataset import DataError, Expression, Mask, ReferringDataset
 from refsam.data.listings import (
     FrameFolder,
+    Part,
     check_split,
-    demand,
+    demand_parts,
     read_json,
     read_videos,
     records,
@@ -24,29 +25,31 @@ from refsam.data.masks import coco_masks
 
 SPLITS = ("train", "valid_u", "valid", "test")
 _SITE = "https://github.com/henghuiding/MeViS"
-SOURCES = {
-    "expressions": f"{_SITE} (meta_expressions.json)",
-    "frames": f"{_SITE} (JPEGImages)",
-    "masks": f"{_SITE} (mask_dict.json; that of valid and test is not public)",
-}
+OFFICIAL_VIDEOS = {"train": 1662, "valid_u": 50, "valid": 140, "test": 154}
 _LOG = logging.getLogger(__name__)
 
 
-def parts(root: Path, split: str) -> dict[str, Path]:
-    """What a split is made of, by the names of `SOURCES`."""
+def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
+    """The arguments that `open_dataset` takes for each split."""
+    return tuple({"split": split} for split in SPLITS)
+
+
+def parts(name: str, root: Path, split: str) -> dict[str, Part]:
+    """What a split is made of; the truth of valid and test is not public."""
+    public = split in ("train", "valid_u")
     return {
-        "expressions": root / split / "meta_expressions.json",
-        "frames": root / split / "JPEGImages",
-        "masks": root / split / "mask_dict.json",
+        "expressions": Part(root / split / "meta_expressions.json", _SITE),
+        "frames": Part(root / split / "JPEGImages", _SITE),
+        "masks": Part(
+            root / split / "mask_dict.json", _SITE if public else "nowhere: not public", public
+        ),
     }
 
 
 def open_split(name: str, root: Path, split: str) -> ReferringDataset:
     """One split. An expression's `object_ids` are its `anno_id`s, any number of them, none in sentences about nothing."""
     check_split(name, split, SPLITS)
-    places = parts(root, split)
-    for part in ("expressions", "frames"):
-        demand(name, places[part], SOURCES[part])
+    places = demand_parts(name, parts(name, root, split))
     listed = read_videos(places["expressions"])
     has_truth = places["masks"].is_file()
     videos, sentences = records(places["expressions"], listed, list(listed), has_truth, _objects)

@@ -10,7 +10,7 @@ from typing import Any
 
 from refsam.data import ref_youtube_vos
 from refsam.data.dataset import DataError, Expression, ReferringDataset
-from refsam.data.listings import check_split, demand
+from refsam.data.listings import Part, check_split, demand
 
 SPLITS = ("train", "valid")
 ANNOTATORS = 4
@@ -30,24 +30,31 @@ _TEXTS = (
     "https://www.mpi-inf.mpg.de/departments/computer-vision-and-machine-learning/research/video-segmentation/"
     "video-object-segmentation-with-language-referring-expressions (davis_text_annotations.zip)"
 )
-SOURCES = {
-    "expressions": f"refsam data prepare-davis17, from {_TEXTS}",
-    "frames": f"refsam data prepare-davis17, from {_DAVIS}",
-    "masks": f"refsam data prepare-davis17, from {_DAVIS}",
-}
-
-parts = ref_youtube_vos.parts
+_PREPARE = "refsam data prepare-davis17, from "
+OFFICIAL_VIDEOS = {"train": 60, "valid": 30}
 
 
 def open_split(name: str, root: Path, split: str) -> ReferringDataset:
     """One split; each expression knows its annotator, and those of one object follow each other."""
     check_split(name, split, SPLITS)
-    dataset = ref_youtube_vos.open_layout(name, root, split, SOURCES)
+    dataset = ref_youtube_vos.open_layout(name, root, split, parts(name, root, split))
     sentences = {
         video: tuple(_with_annotators(video, expressions))
         for video, expressions in dataset.sentences.items()
     }
     return replace(dataset, sentences=sentences)
+
+
+def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
+    """The arguments that `open_dataset` takes for each split."""
+    return tuple({"split": split} for split in SPLITS)
+
+
+def parts(name: str, root: Path, split: str) -> dict[str, Part]:
+    """What a split is made of."""
+    return ref_youtube_vos.layout(
+        root, split, _PREPARE + _TEXTS, _PREPARE + _DAVIS, _PREPARE + _DAVIS
+    )
 
 
 def _with_annotators(video: str, expressions: tuple[Expression, ...]) -> Iterable[Expression]:
@@ -89,7 +96,7 @@ def prepare(davis: Path, texts: Path, out: Path, *, copy: bool = False) -> dict[
                 partial / split / "Annotations",
                 copy,
             )
-        listing = parts(partial, split)["expressions"]
+        listing = parts("ref-davis17", partial, split)["expressions"].path
         listing.parent.mkdir(parents=True)
         listing.write_text(json.dumps({"videos": videos}), encoding="utf-8")
         counts[split] = sum(len(video["expressions"]) for video in videos.values())

@@ -5,40 +5,54 @@ from pathlib import Path
 from typing import Any
 
 from refsam.data.dataset import MaskSource, ReferringDataset
-from refsam.data.listings import FrameFolder, check_split, demand, read_videos, records
+from refsam.data.listings import (
+    FrameFolder,
+    Part,
+    check_split,
+    demand_parts,
+    read_videos,
+    records,
+)
 from refsam.data.masks import BinaryMasks, NumberedMasks
 
 SPLITS = ("train", "valid", "test")
-SOURCES = {
-    "expressions": "https://youtube-vos.org/dataset/rvos/ (meta_expressions; the test list is no longer offered)",
-    "frames": "https://youtube-vos.org/dataset/rvos/ (train.zip is YouTube-VOS 2019's own)",
-    "masks": "https://youtube-vos.org/dataset/rvos/ (train.zip); of valid: "
-    "https://github.com/skynbe/Refer-Youtube-VOS/issues/8 (Google Drive)",
-}
-# How many videos of the validation list are the validation set; the others are the test set's.
-_VALID_VIDEOS = 202
+OFFICIAL_VIDEOS = {"train": 3471, "valid": 202, "test": 305}
+_SITE = "https://youtube-vos.org/dataset/rvos/"
+_VALID_TRUTH = "https://github.com/skynbe/Refer-Youtube-VOS/issues/8 (its author's Google Drive)"
 
 
 def open_split(name: str, root: Path, split: str) -> ReferringDataset:
     """One split; `train/meta.json`, which holds categories only, is not needed."""
     check_split(name, split, SPLITS)
-    return open_layout(name, root, split, SOURCES)
+    return open_layout(name, root, split, parts(name, root, split))
 
 
-def parts(root: Path, split: str) -> dict[str, Path]:
-    """What a split is made of, by the names of `SOURCES`."""
+def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
+    """The arguments that `open_dataset` takes for each split."""
+    return tuple({"split": split} for split in SPLITS)
+
+
+def parts(name: str, root: Path, split: str) -> dict[str, Part]:
+    """What a split is made of."""
+    videos = f"{_SITE} ({split}.zip{', as of YouTube-VOS 2019' if split == 'train' else ''})"
+    masks = {"train": videos, "valid": _VALID_TRUTH}.get(split, "nowhere: not public")
+    return layout(root, split, f"{_SITE} (meta_expressions)", videos, masks)
+
+
+def layout(root: Path, split: str, expressions: str, frames: str, masks: str) -> dict[str, Part]:
+    """The parts of a split in this layout, from three sources."""
     return {
-        "expressions": root / "meta_expressions" / split / "meta_expressions.json",
-        "frames": root / split / "JPEGImages",
-        "masks": root / split / "Annotations",
+        "expressions": Part(
+            root / "meta_expressions" / split / "meta_expressions.json", expressions
+        ),
+        "frames": Part(root / split / "JPEGImages", frames),
+        "masks": Part(root / split / "Annotations", masks, needed=split == "train"),
     }
 
 
-def open_layout(name: str, root: Path, split: str, sources: Mapping[str, str]) -> ReferringDataset:
+def open_layout(name: str, root: Path, split: str, parts: Mapping[str, Part]) -> ReferringDataset:
     """A split in the layout of Ref-YouTube-VOS."""
-    places = parts(root, split)
-    for part in ("expressions", "frames"):
-        demand(name, places[part], sources[part])
+    places = demand_parts(name, parts)
     listed = read_videos(places["expressions"])
     names: list[str] = list(listed)
     notes: tuple[str, ...] = ()
@@ -46,7 +60,7 @@ def open_layout(name: str, root: Path, split: str, sources: Mapping[str, str]) -
         names, notes = _validation_videos(root, listed)
     source = _mask_source(places["masks"], listed, names)
     if source is None:
-        notes += (f"{split}: no truth in {places['masks']}; it comes from {sources['masks']}",)
+        notes += (f"{split}: no truth in {places['masks']}; it comes from {parts['masks'].source}",)
     videos, sentences = records(places["expressions"], listed, names, source is not None, _objects)
     return ReferringDataset(
         name,
@@ -68,18 +82,18 @@ def _objects(entry: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 def _validation_videos(root: Path, listed: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:
     """The validation list names the test videos too: those of the test list, or those without frames, are not valid's."""
-    test_list = parts(root, "test")["expressions"]
+    test_list = parts("ref-youtube-vos", root, "test")["expressions"].path
     if test_list.is_file():
         names = sorted(set(listed) - set(read_videos(test_list)))
         rule = f"listed but not in {test_list}"
     else:
-        frames = parts(root, "valid")["frames"]
+        frames = root / "valid/JPEGImages"
         names = sorted(video for video in listed if (frames / video).is_dir())
         rule = f"listed and with frames in {frames}"
-    notes = f"valid: {len(names)} of {len(listed)} listed videos, those {rule}"
-    if len(names) != _VALID_VIDEOS:
-        notes += f"; the official set has {_VALID_VIDEOS}"
-    return names, (notes,)
+    note = f"valid: {len(names)} of {len(listed)} listed videos, those {rule}"
+    if len(names) != OFFICIAL_VIDEOS["valid"]:
+        note += f"; the official set has {OFFICIAL_VIDEOS['valid']}"
+    return names, (note,)
 
 
 def _mask_source(folder: Path, listed: Mapping[str, Any], names: list[str]) -> MaskSource | None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from refsam.data.dataset import DataError, Expression, ReferringDataset, VideoRecord
-from refsam.data.listings import check_split, demand, read_json
+from refsam.data.listings import Part, check_split, demand_parts, read_json
 from refsam.data.masks import PolygonMasks
 
 # What a damaged pickle may raise.
@@ -47,17 +47,20 @@ _IMAGE_FOLDERS = (
 )
 
 
-def source(name: str) -> str:
-    """Where the annotations are to be had, now that the official links are dead."""
-    return f"https://web.archive.org/web/{_ARCHIVES[name]}"
+def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
+    """The arguments that `open_dataset` takes for each split, of the usual makers and of those whose files are there."""
+    makers = [by for by in SPLITS_BY[name] if _refs_file(root, name, by).is_file()]
+    makers = makers or [next(iter(SPLITS_BY[name]))]
+    return tuple({"split_by": by, "split": split} for by in makers for split in SPLITS_BY[name][by])
 
 
-def parts(name: str, root: Path, split_by: str) -> dict[str, tuple[Path, str]]:
-    """Files and folders of a dataset, and where each is to be had."""
+def parts(name: str, root: Path, split: str, split_by: str) -> dict[str, Part]:
+    """What a split is made of; the official links of the annotations are dead."""
+    archive = f"https://web.archive.org/web/{_ARCHIVES[name]}"
     return {
-        "expressions": (_refs_file(root, name, split_by), source(name)),
-        "masks": (root / name / "instances.json", source(name)),
-        "frames": (_image_folder(root), _IMAGES),
+        "expressions": Part(_refs_file(root, name, split_by), archive),
+        "frames": Part(_image_folder(root), _IMAGES),
+        "masks": Part(root / name / "instances.json", archive),
     }
 
 
@@ -79,7 +82,7 @@ def open_split(
     if split_by not in usual:
         raise DataError(f"{name}: got split_by {split_by!r}, want one of {', '.join(usual)}")
     check_split(f"{name} ({split_by})", split, usual[split_by])
-    places = {part: demand(name, *where) for part, where in parts(name, root, split_by).items()}
+    places = demand_parts(name, parts(name, root, split, split_by))
     refs = [ref for ref in read_refs(places["expressions"]) if _belongs(ref["split"], split)]
     excluded, notes = _shared_images(name, root, split_by) if split == "train" else (set(), ())
     if exclude_shared and split == "train":

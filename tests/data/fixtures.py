@@ -199,7 +199,7 @@ def write_refcoco(root: Path) -> Path:
     """
     for image in range(1, 6):
         path = root / "train2014" / f"COCO_train2014_{image:012d}.jpg"
-        write_image(path, picture(numbers_at(image % 2, 2)))
+        write_image(path, picture(numbers_at(2 * (image % 2), 2)))
     splits = {
         ("refcoco", "unc"): {1: "train", 2: "train", 3: "val", 4: "testA"},
         ("refcoco+", "unc"): {1: "train", 2: "testB", 3: "val", 4: "testA"},
@@ -240,10 +240,10 @@ def _instances() -> dict[str, Any]:
     for image in range(1, 6):
         name = f"COCO_train2014_{image:012d}.jpg"
         images.append({"id": image, "file_name": name, "height": SIZE[0], "width": SIZE[1]})
-        top, left, bottom, right = box_of(1, image % 2)
+        top, left, bottom, right = box_of(1, 2 * (image % 2))
         halves = [(left, left + 10), (left + 6, right)]
         polygons = [[a, top, b, top, b, bottom, a, bottom] for a, b in halves]
-        mask = numbers_at(image % 2, 2) == 2
+        mask = numbers_at(2 * (image % 2), 2) == 2
         runs = np.flatnonzero(np.diff(np.concatenate([[False], mask.ravel("F"), [False]])))
         counts = np.diff(np.concatenate([[0], runs, [mask.size]])).tolist()
         for number, segmentation in ((1, polygons), (2, {"size": list(SIZE), "counts": counts})):

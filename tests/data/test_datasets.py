@@ -170,9 +170,9 @@ def test_refcoco_reads_python_2_pickles_and_takes_names_from_the_instances(tmp_p
     assert video.name == "COCO_train2014_000000000003" and video.frame_names == (video.name,)
     expressions = dataset.expressions(video.name)
     assert [e.text for e in expressions] == [SENTENCES[1], "box 1", SENTENCES[2], "box 2"]
-    assert np.array_equal(dataset.mask(expressions[2], video.name), numbers_at(1, 2) == 2)
+    assert np.array_equal(dataset.mask(expressions[2], video.name), numbers_at(2, 2) == 2)
     # The polygons overlap: a union, not a sum; object 2 lies on top of them in the picture only.
-    top, left, bottom, right = fixtures.box_of(1, 1)
+    top, left, bottom, right = fixtures.box_of(1, 2)
     want = np.zeros(SIZE, bool)
     want[top:bottom, left:right] = True
     assert np.array_equal(dataset.mask(expressions[0], video.name), want)

@@ -1,0 +1,171 @@
+"""What is there of a dataset, what is missing, what is broken, and where it is to be had."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from refsam.data.catalogue import DATASETS, open_dataset
+from refsam.data.dataset import DataError, ReferringDataset, VideoRecord
+from refsam.data.listings import Part, read_videos
+
+State = Literal["ok", "missing", "broken", "not there"]
+Contents = tuple[str, list[str]]  # what was counted, and every problem
+# How many wrong files are named.
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the report: a part of a split, its state, what was found, and where it is to be had unless it is ok.
+
+    "not there" is what the split can be used without.
+    """
+
+    dataset: str
+    split: str
+    part: str
+    state: State
+    detail: str
+    source: str
+
+
+def recognise(root: Path) -> tuple[str, ...]:
+    """Names of the datasets whose files lie under `root`; raises DataError where there are none."""
+    if not root.is_dir():
+        raise DataError(f"root: no folder {root}")
+    family = tuple(name for name in ("refcoco", "refcoco+", "refcocog") if (root / name).is_dir())
+    if family:
+        return family
+    listings = sorted(root.glob("meta_expressions/*/meta_expressions.json"))
+    if listings:
+        videos = read_videos(listings[0])
+        is_youtube = all(re.fullmatch("[0-9a-f]{10}", video) for video in videos)
+        return ("ref-youtube-vos" if is_youtube else "ref-davis17",)
+    if any(root.glob("*/meta_expressions.json")):
+        return ("mevis",)
+    if any(root.glob("*/expressions.csv")):
+        return ("folder",)
+    raise DataError(
+        f"root: no dataset is recognised in {root}; say which it should be with --dataset: {', '.join(DATASETS)}"
+    )
+
+
+def check(
+    name: str,
+    root: Path,
+    *,
+    decode: bool = False,
+    advance: Callable[[], None] = lambda: None,
+) -> Iterator[Finding]:
+    """Look at every split of a dataset; with `decode` also into every image and mask.
+
+    `advance` is called after every video.
+    """
+    if name not in DATASETS:
+        raise DataError(f"dataset: got {name!r}, want one of {', '.join(DATASETS)}")
+    module = import_module(f"refsam.data.{DATASETS[name]}")
+    official = getattr(module, "OFFICIAL_VIDEOS", {})
+    for arguments in module.variants(name, root):
+        split = " ".join(arguments.values())
+        parts: dict[str, Part] = module.parts(name, root, **arguments)
+        missing = {kind for kind, part in parts.items() if part.needed and not part.path.exists()}
+        found: dict[str, Contents] = {}
+        if not missing:
+            try:
+                dataset = open_dataset(name, root, **arguments, **_whole(name))
+                found = _contents(dataset, decode, advance)
+            except DataError as error:
+                found = _culprit(parts, str(error))
+        for kind, part in parts.items():
+            state, detail = _state(part, found.get(kind))
+            if kind == "expressions" and state == "ok" and split in official:
+                detail += f" (official: {official[split]} videos)"
+            yield Finding(name, split, kind, state, detail, part.source)
+
+
+def _whole(name: str) -> dict[str, Any]:
+    return {"exclude_shared": False} if DATASETS[name] == "refcoco" else {}
+
+
+def _culprit(parts: dict[str, Part], error: str) -> dict[str, Contents]:
+    """What could not be opened, at the part that the message names; the list of expressions is what refers to all others."""
+    named = [kind for kind, part in parts.items() if str(part.path) in error]
+    return {(named or ["expressions"])[0]: ("", [error])}
+
+
+def _state(part: Part, found: Contents | None) -> tuple[State, str]:
+    if not part.path.exists():
+        return ("missing" if part.needed else "not there"), str(part.path)
+    counted, problems = found or ("is there", [])
+    if not problems:
+        return "ok", counted
+    more = f" and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+    return "broken", "; ".join([*filter(None, [counted]), *problems[:_NAMED]]) + more
+
+
+def _contents(
+    dataset: ReferringDataset, decode: bool, advance: Callable[[], None]
+) -> dict[str, Contents]:
+    """Counts and problems of each kind of part."""
+    problems: dict[str, list[str]] = {"expressions": [], "frames": [], "masks": []}
+    expressions = frames = masks = 0
+    for video in dataset.videos:
+        spoken = dataset.expressions(video.name)
+        expressions += len(spoken)
+        frames += len(video.frame_names)
+        masks += len(video.annotated)
+        absent = [
+            frame
+            for frame in video.frame_names
+            if not dataset.frame_file(video.name, frame).is_file()
+        ]
+        problems["frames"] += [f"no {video.name}/{frame}" for frame in absent]
+        if not spoken:
+            problems["expressions"].append(f"{video.name} has none")
+        if not video.frame_names:
+            problems["frames"].append(f"{video.name} has none")
+        problems["masks"] += dict.fromkeys(_missing_masks(dataset, video))
+        if decode and not absent:
+            for kind, problem in _undecodable(dataset, video):
+                if problem not in problems[kind]:
+                    problems[kind].append(problem)
+        advance()
+    return {
+        "expressions": (
+            f"{len(dataset.videos)} videos, {expressions} expressions",
+            problems["expressions"],
+        ),
+        "frames": (f"{frames} frames", problems["frames"]),
+        "masks": (f"{masks} frames with masks", problems["masks"]),
+    }
+
+
+def _missing_masks(dataset: ReferringDataset, video: VideoRecord) -> Iterator[str]:
+    if dataset.mask_source is None:
+        return
+    for expression in dataset.expressions(video.name):
+        for frame in video.annotated:
+            if not dataset.mask_source.has(expression, frame):
+                yield f"no mask of {video.name}/{frame} for objects {expression.object_ids}"
+
+
+def _undecodable(dataset: ReferringDataset, video: VideoRecord) -> Iterator[tuple[str, str]]:
+    """(part, problem) of frames and masks that cannot be decoded, sizes that differ, and objects that no frame shows."""
+    for frame in video.frame_names:
+        try:
+            dataset.frame(video.name, frame)
+        except DataError as error:
+            yield "frames", str(error)
+    for expression in dataset.expressions(video.name):
+        seen = not video.annotated or expression.object_ids == ()
+        for frame in video.annotated:
+            try:
+                mask = dataset.mask(expression, frame)
+                seen = seen or mask is None or bool(mask.any())
+            except DataError as error:
+                yield "masks", str(error)
+        if not seen:
+            yield "masks", f"no frame of {video.name} shows object {expression.object_ids}"
