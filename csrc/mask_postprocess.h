@@ -62,4 +62,24 @@ struct MaskPostprocessSizes {
   ResizeAxis rows, columns;
 };
 
+// Packed masks: columns one after another, of each ceil(height / kWordBits) words, the lowest bit
+// on top, bits below the last row 0.
+constexpr int64_t kWordBits = 32;
+// area, certain, possible, left, top, right, bottom, nan: refsam_kernels/mask_postprocess/layout.py
+// says what they are.
+constexpr int64_t kStatistics = 8;
+
+struct MaskSize {
+  int64_t height, width;
+
+  int64_t column_words() const { return (height + kWordBits - 1) / kWordBits; }
+  int64_t words() const { return width * column_words(); }
+};
+
+struct MaskAxes {
+  ResizeAxis rows, columns;
+
+  MaskSize size() const { return {rows.output, columns.output}; }
+};
+
 }  // namespace refsam

@@ -167,6 +167,47 @@ def test_library_names_the_argument_that_fails(
         built(backend).mask_postprocess(*arguments.values())
 
 
+BAD_BITS = {
+    "dtype": ({"logits": torch.zeros(1, 8, 8).double()}, "logits: got dtype Double, wanted Float"),
+    "inputs": ({"input_sizes": [8, 8, 8]}, "input_sizes: got 3 numbers, wanted 2"),
+    "outputs": ({"output_sizes": []}, "output_sizes: got 0 numbers, wanted 2"),
+    "crop": ({"input_sizes": [8, 9]}, "input_size's width: got 9, wanted 1 to 8"),
+    "empty": ({"output_sizes": [0, 4]}, "output_size's height: got 0, wanted 1 to"),
+    "overflow": ({"output_sizes": [2**20, 2**20]}, "output_size's pixels: got 1099511627776"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_BITS.values(), ids=BAD_BITS)
+def test_bits_name_the_argument_that_fails(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "logits": torch.zeros(1, 8, 8),
+        "image_size": 8,
+        "input_sizes": [8, 8],
+        "output_sizes": [8, 8],
+        "threshold": 0.0,
+        "stability_offset": 1.0,
+    }
+    with pytest.raises(RuntimeError, match=message):
+        built("cpu").mask_postprocess_bits(*(arguments | change).values())
+
+
+BAD_RUNS = {
+    "rank": ({"words": torch.zeros(8, 1).int()}, "words: got 2 dimensions, wanted 1"),
+    "dtype": ({"words": torch.zeros(8)}, "words: got dtype Float, wanted Int"),
+    "strides": ({"words": torch.zeros(16).int()[::2]}, "words: got strides of a view"),
+    "number": ({"words": torch.zeros(7).int()}, "words: got 7 words, wanted 8"),
+    "odd": ({"output_sizes": [8]}, "output_sizes: got 1 numbers, wanted"),
+    "capacity": ({"capacity": -1}, "capacity: got -1, wanted at least 0"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_RUNS.values(), ids=BAD_RUNS)
+def test_runs_name_the_argument_that_fails(change: dict[str, Any], message: str) -> None:
+    arguments = {"words": torch.zeros(8).int(), "output_sizes": [8, 8], "capacity": 1}
+    with pytest.raises(RuntimeError, match=message):
+        built("cpu").mask_postprocess_runs(*(arguments | change).values())
+
+
 def to_device(logits: Any, device: str) -> Tensor:
     """Like `Tensor.to`, which would make a view contiguous."""
     moved = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=device)

@@ -37,18 +37,22 @@ def bits(
 ) -> tuple[Tensor, Tensor]:
     """Like `reference.bits`: one mask at a time."""
     words, statistics = [logits.new_empty(0, dtype=torch.int32)], []
-    sizes = zip(logits.split(1), pairs(input_sizes), pairs(output_sizes), strict=True)
-    for mask_logits, input_size, output_size in sizes:
+    sizes = zip(pairs(input_sizes), pairs(output_sizes), strict=True)
+    for index, (input_size, output_size) in enumerate(sizes):
         mask = torch.empty(output_size, dtype=torch.bool, device=logits.device)
         counts = torch.zeros(3, dtype=torch.int64, device=logits.device)
-        for _, rows, full in _resized(mask_logits, image_size, input_size, output_size):
+        for _, rows, full in _resized(
+            logits[index : index + 1], image_size, input_size, output_size
+        ):
             torch.gt(full[0], threshold, out=mask[rows])
-            certain = torch.gt(full, threshold + stability_offset).sum()
-            possible = torch.gt(full, threshold - stability_offset).sum()
-            counts += torch.stack([certain, possible, full.isnan().sum()])
+            certain, possible = (
+                full > threshold + stability_offset,
+                full > threshold - stability_offset,
+            )
+            counts += torch.stack([*map(reference.count, (certain, possible, full.isnan()))])
         words.append(reference.pack(mask))
         statistics.append(
-            torch.cat([mask.sum()[None], counts[:2], reference.box(mask), counts[2:]])
+            torch.cat([reference.count(mask)[None], counts[:2], reference.box(mask), counts[2:]])
         )
     joined = torch.stack(statistics) if statistics else reference.no_statistics(logits)
     return torch.cat(words), joined

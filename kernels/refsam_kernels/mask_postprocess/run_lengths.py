@@ -34,10 +34,10 @@ def compress(lengths: Tensor) -> bytes:
     values[3:] -= lengths[1:-2]
     groups = values.unsqueeze(1) >> torch.arange(0, 5 * CHARACTERS, 5)
     characters = groups & 31
-    # What follows a group's last bit is its sign once the number has ended.
+    # What follows a group's last bit repeats that bit, the sign, once the number has ended.
     more = (groups >> 5) != -(characters >> 4)
     characters += 48 + 32 * more
     begun = torch.ones_like(more)
-    begun[:, 1:] = more[:, :-1].cumprod(dim=1).bool()
+    begun[:, 1:] = more[:, :-1]
     text = characters[begun].to(torch.uint8)
     return ctypes.string_at(text.data_ptr(), text.numel())
