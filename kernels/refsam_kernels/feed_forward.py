@@ -1,10 +1,10 @@
-"""What `adapter_mlp` and `adapter_projection` share: adapters, two-layer perceptrons, layer norms.
+"""What `adapter_mlp` and `adapter_projection` share: adapters, two-layer perceptrons, sums with a layer norm.
 
-Token tensors are rows (·, D) here. The backwards are explicit: they compute the GELU again instead
-of keeping its result, and skip what is not needed.
+The backwards are explicit, on rows (·, D) of tokens: they skip what is not needed, and compute the GELU again instead of keeping
+its result where that is large. The matrix products are torch's in every backend; what lies between them is its `Steps`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.arguments import check_shape, require
-from refsam_kernels.registration import empty_gradients
 
 
 class AdapterWeights(NamedTuple):
@@ -25,6 +24,9 @@ class AdapterWeights(NamedTuple):
 
 
 NO_ADAPTER = (None, None, None, None)
+# Elements of a GELU's result that is kept for the backward: to compute it again takes up to 4 % of a small perceptron's
+# time, to keep it doubles what a large one keeps.
+MOST_KEPT = 2**22
 
 
 def check_perceptron(weights: Mapping[str, Tensor], width: int) -> None:
@@ -58,47 +60,203 @@ def sum_dtype(residual: Tensor, operand: Tensor) -> torch.dtype:
     return torch.promote_types(residual.dtype, operand.dtype)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """The layer norm over the last dimension; x and the parameters may differ in dtype."""
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer norm over the last dimension, and torch's mean and inverse deviation (..., 1) of each row.
+
+    x and the parameters may differ in dtype; all results have the wider one.
+    """
     dtype = torch.promote_types(x.dtype, weight.dtype)
-    return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps)
+    return torch.native_layer_norm(x.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps)
 
 
-def perceptron(x: Tensor, weights: Sequence[Any], *, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """`fc2(gelu(fc1(x)))`, and with `keep` what the backward needs: the values before the GELU."""
+def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and inverse deviation (..., 1) over the last dimension, at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).square().mean(-1, keepdim=True)
+    return mean, (variance + eps).rsqrt()
+
+
+def empty_statistics(x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """Memory for `row_statistics` of x; without elements where they are not kept."""
+    shape = (*x.shape[:-1], 1) if keep else (0,)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
+class Normed(NamedTuple):
+    """A sum x, its layer norm or None, and `row_statistics`, without elements where they are not kept."""
+
+    x: Tensor
+    normed: Tensor | None
+    mean: Tensor
+    rstd: Tensor
+
+
+class OnSum(NamedTuple):
+    """Gradients of `add_and_norm`, None where not needed.
+
+    Of the sum: `total` (rows, D) in x's dtype and `operand` (rows, D) in that of the products, maybe the same tensor, and
+    `column_sum` (D,), the gradient of a bias within the sum. Of the layer norm: its parameters'.
+    """
+
+    total: Tensor
+    operand: Tensor
+    column_sum: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+
+
+class Steps(NamedTuple):
+    """What lies between the matrix products, each as the function of this module that has its name."""
+
+    add_and_norm: Callable[..., Normed]
+    add_and_norm_backward: Callable[..., OnSum]
+    gelu_backward: Callable[..., tuple[Tensor | None, Tensor | None]]
+
+
+def add_and_norm(
+    residual: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    scale: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    keep: bool,
+) -> Normed:
+    """`x = residual + first + scale * second` and its layer norm in first's dtype, (..., D) all.
+
+    `first` may be overwritten. A `second` of zeros changes no bit. `keep` asks for the statistics.
+    """
+    # Converted before it is added: a sum of two dtypes takes a CPU several times as long.
+    x = first.to(sum_dtype(residual, first)).contiguous().add_(residual)
+    if second is not None:
+        x.add_(second, alpha=scale)
+    if norm_weight is None or norm_bias is None:
+        return Normed(x, None, *empty_statistics(x, False))
+    normed, mean, rstd = layer_norm(x, norm_weight, norm_bias, eps)
+    normed = normed.to(first.dtype)
+    if not keep:
+        return Normed(x, normed, *empty_statistics(x, False))
+    if mean.dtype.itemsize < 4:  # as on a CPU if all is bfloat16
+        mean, rstd = row_statistics(x, eps)
+    return Normed(x, normed, mean, rstd)
+
+
+def add_and_norm_backward(
+    grad_x: Tensor,
+    grad_normed: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    dtype: torch.dtype,
+    needs_column_sum: bool,
+    needs_norm: Sequence[bool],
+) -> OnSum:
+    """Gradients of `add_and_norm`, in new memory; `dtype` is that of the products."""
+    on_norm: Sequence[Tensor | None] = (None, None)
+    if norm_weight is None or norm_bias is None:
+        total = grad_x.clone(memory_format=torch.contiguous_format)
+    else:
+        wide = mean.dtype
+        grad, values, weight, bias = (
+            tensor.to(wide) for tensor in (grad_normed, x, norm_weight, norm_bias)
+        )
+        total, *on_norm = torch.ops.aten.native_layer_norm_backward(
+            grad, values, weight.shape, mean, rstd, weight, bias, [True, *needs_norm]
+        )
+        total = total.add_(grad_x).to(x.dtype)
+    total = rows(total)
+    operand = total.to(dtype)
+    column_sum = operand.sum(0) if needs_column_sum else None
+    return OnSum(total, operand, column_sum, *on_norm)
+
+
+def gelu_backward(
+    grad: Tensor, hidden: Tensor, needs_activated: bool, needs_column_sum: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Turns the gradient (rows, H) of `gelu(hidden)` into that of hidden, in place.
+
+    Returns gelu(hidden) and the sum (H,) of the new gradient over the rows, None where not needed.
+    """
+    activated = F.gelu(hidden) if needs_activated else None
+    torch.ops.aten.gelu_backward.grad_input(grad, hidden, grad_input=grad)
+    return activated, grad.sum(0) if needs_column_sum else None
+
+
+TORCH_STEPS = Steps(add_and_norm, add_and_norm_backward, gelu_backward)
+
+
+def empty_kept(x: Tensor, fc1_weight: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+    """Memory for what `perceptron` keeps."""
+    if not keep or fc1_weight is None:
+        return x.new_empty(0), x.new_empty(0)
+    hidden = x.new_empty(*x.shape[:-1], fc1_weight.shape[0])
+    return hidden, x.new_empty(hidden.shape if hidden.numel() <= MOST_KEPT else 0)
+
+
+def kept_of(hidden: Tensor, activated: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """What `perceptron` keeps of its values before and after the GELU."""
+    nothing = hidden.new_empty(0)
+    return (
+        hidden if keep else nothing,
+        activated if keep and hidden.numel() <= MOST_KEPT else nothing,
+    )
+
+
+def perceptron(x: Tensor, weights: Sequence[Any], *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`fc2(gelu(fc1(x)))`, and what the backward needs: the values (..., H) before and, where they are few, after the GELU.
+
+    What is not kept has no elements.
+    """
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
     hidden = F.linear(x, fc1_weight, fc1_bias)
     activated = F.gelu(hidden) if keep else torch.ops.aten.gelu_(hidden)
-    return F.linear(activated, fc2_weight, fc2_bias), hidden if keep else None
+    return F.linear(activated, fc2_weight, fc2_bias), *kept_of(hidden, activated, keep)
 
 
 def perceptron_backward(
+    steps: Steps,
     grad: Tensor,
     x: Tensor,
-    hidden: Tensor,
+    kept: tuple[Tensor, Tensor],
     fc1_weight: Tensor,
     fc2_weight: Tensor,
     needs: Sequence[bool],
-) -> list[Tensor]:
-    """Gradients of `perceptron` for the gradient (rows, D) of its result.
+    *,
+    scale: float = 1.0,
+    addend: Tensor | None = None,
+) -> list[Tensor | None]:
+    """Gradients of `scale * perceptron(x)` for the gradient (rows, D) of its result, None where `needs` is False.
 
-    In the order x, fc1_weight, fc1_bias, fc2_weight, fc2_bias; no elements where `needs` is False.
+    In the order x, fc1_weight, fc1_bias, fc2_weight; fc2_bias has the column sum of `scale * grad`. To the gradient of x
+    `addend` is added. `kept` is what `perceptron` keeps.
     """
-    activated = F.gelu(hidden) if needs[3] else hidden  # only the weight's gradient reads it
-    second = linear_backward(grad, activated, fc2_weight, (any(needs[:3]), *needs[3:]))
-    on_hidden = second[0]
+    on_x = on_fc1_weight = on_fc1_bias = on_fc2_weight = None
+    hidden, activated = map(rows, kept) if kept[1].numel() else (rows(kept[0]), None)
     if any(needs[:3]):
-        torch.ops.aten.gelu_backward.grad_input(on_hidden, hidden, grad_input=on_hidden)
-    return [*linear_backward(on_hidden, x, fc1_weight, needs[:3]), *second[1:]]
+        on_hidden = grad @ scaled(fc2_weight, scale)
+        again = needs[3] and activated is None
+        recomputed, on_fc1_bias = steps.gelu_backward(on_hidden, hidden, again, needs[2])
+        activated = recomputed if again else activated
+        on_fc1_weight = on_hidden.T @ x if needs[1] else None
+    if needs[0]:
+        product = (on_hidden, fc1_weight)
+        on_x = torch.mm(*product) if addend is None else torch.addmm(addend, *product)
+    if needs[3]:
+        activated = F.gelu(hidden) if activated is None else activated
+        on_fc2_weight = scaled(grad.T @ activated, scale)
+    return [on_x, on_fc1_weight, on_fc1_bias, on_fc2_weight]
 
 
-def linear_backward(grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
-    """Gradients of `x @ weight.T + bias` with respect to x, weight, bias; no elements where not needed."""
-    return [
-        grad @ weight if needs[0] else grad.new_empty(0),
-        grad.T @ x if needs[1] else grad.new_empty(0),
-        grad.sum(0) if needs[2] else grad.new_empty(0),
-    ]
+def scaled(tensor: Tensor, scale: float) -> Tensor:
+    """scale * tensor."""
+    return tensor if scale == 1 else tensor * scale
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -107,49 +265,18 @@ def rows(tensor: Tensor) -> Tensor:
 
 
 def shaped(
-    gradients: Sequence[Tensor], tensors: Sequence[Tensor | None], needs: Sequence[bool]
+    gradients: Sequence[Tensor | None], tensors: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor]:
     """The gradients in the tensors' shapes and dtypes, without elements where `needs` is False."""
-    results = list(empty_gradients(tensors, [False] * len(needs)))
-    for i, (gradient, tensor) in enumerate(zip(gradients, tensors, strict=True)):
-        if tensor is not None and needs[i]:
-            results[i] = gradient.view(tensor.shape).to(tensor.dtype)
-    return results
+    like = next(tensor for tensor in tensors if tensor is not None)
+    return [
+        gradient.view(tensor.shape).to(tensor.dtype)
+        if need and gradient is not None and tensor is not None
+        else like.new_empty(0)
+        for gradient, tensor, need in zip(gradients, tensors, needs, strict=True)
+    ]
 
 
-def norm_and_sum_backward(
-    grad_x: Tensor,
-    grad_normed: Tensor,
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    """Gradients with respect to x, a result and (if there is one) a layer norm's input, and the norm's parameters.
-
-    x's is new memory, at least float32. The others have no elements where `needs` is False.
-    """
-    if norm_weight is None or norm_bias is None:
-        total = grad_x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
-        return [total.contiguous(), x.new_empty(0), x.new_empty(0)]
-    on_x, *on_norm = layer_norm_backward(
-        grad_normed, x, norm_weight, norm_bias, eps, (True, *needs)
-    )
-    return [on_x.add_(grad_x), *on_norm]
-
-
-def layer_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, needs: Sequence[bool]
-) -> list[Tensor]:
-    """Gradients of `layer_norm` with respect to x, weight, bias; no elements where not needed.
-
-    The statistics are computed again, at least in float32; so is the gradient of x returned.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x, grad, weight, bias = (tensor.to(dtype) for tensor in (x, grad, weight, bias))
-    _, mean, deviation = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
-    gradients = torch.ops.aten.native_layer_norm_backward(
-        grad, x, weight.shape, mean, deviation, weight, bias, list(needs)
-    )
-    return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
+def or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
+    """The gradient that autograd gives for an output, or, where it gives none, zeros of the shape and dtype of `like`."""
+    return torch.zeros_like(like) if grad is None else grad

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from refsam_kernels import AdapterWeights, adapter_mlp
+from refsam_kernels import AdapterWeights, adapter_mlp, feed_forward
 from tests.kernels import operator_checks as checks
 
 BACKENDS = ["reference", "fallback"]
@@ -148,12 +148,32 @@ def test_each_gradient_alone(inputs: dict[str, Tensor]) -> None:
     checks.check_single_gradients(operator, inputs, "fallback")
 
 
-@pytest.mark.parametrize("trained", [True, False])
-def test_nothing_is_kept_without_a_backward(trained: bool, inputs: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("most", [30 * 96, 30 * 96 - 1], ids=["small", "large"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_kept_for_the_backward(
+    backend: str, most: int, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing without one; of a large MLP not the GELU's result, which changes no gradient."""
+    monkeypatch.setattr(feed_forward, "MOST_KEPT", most)
     run = torch.ops.refsam_kernels.adapter_mlp
-    *_, hidden, adapter_hidden = run(*inputs.values(), 0.5, 1e-6, trained, "fallback")
-    assert hidden.shape == ((2, 5, 3, 96) if trained else (0,))
-    assert adapter_hidden.shape == ((2, 5, 3, 6) if trained else (0,))
+    kept = run(*inputs.values(), 0.5, 1e-6, False, backend)[2:]
+    assert [x.shape for x in kept] == [(0,)] * 6
+    kept = run(*inputs.values(), 0.5, 1e-6, True, backend)[2:]
+    activated = (2, 5, 3, 96) if most == 30 * 96 else (0,)
+    by_adapter = [(2, 5, 3, 6)] * 2
+    row = (2, 5, 3, 1)
+    assert [x.shape for x in kept] == [row, row, (2, 5, 3, 96), activated, *by_adapter]
+    checks.check_matches_reference(operator, inputs, backend, torch.float64)
+    checks.check_single_gradients(operator, inputs, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("output", [0, 1], ids=["x", "normed"])
+def test_one_output_may_be_unused(output: int, backend: str, inputs: dict[str, Tensor]) -> None:
+    def one_output(**arguments: Any) -> Tensor:
+        return operator(**arguments)[output]
+
+    checks.check_matches_reference(one_output, inputs, backend, torch.float64)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from refsam_kernels import AdapterWeights, adapter_projection
+from refsam_kernels import AdapterWeights, adapter_projection, feed_forward
 from tests.kernels import operator_checks as checks
 
 BACKENDS = ["reference", "fallback"]
@@ -135,12 +135,30 @@ def test_each_gradient_alone(inputs: dict[str, Tensor]) -> None:
     checks.check_single_gradients(operator, inputs, "fallback")
 
 
-@pytest.mark.parametrize("trained", [True, False])
-def test_nothing_is_kept_without_a_backward(trained: bool, inputs: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("most", [30 * 6, 30 * 6 - 1], ids=["small", "large"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_kept_for_the_backward(
+    backend: str, most: int, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing without one; of a large adapter not the GELU's result, which changes no gradient."""
+    monkeypatch.setattr(feed_forward, "MOST_KEPT", most)
     run = torch.ops.refsam_kernels.adapter_projection
-    *_, projected, hidden = run(*inputs.values(), 1e-6, trained, "fallback")
-    assert projected.shape == ((2, 5, 3, 24) if trained else (0,))
-    assert hidden.shape == ((2, 5, 3, 6) if trained else (0,))
+    kept = run(*inputs.values(), 1e-6, False, backend)[2:]
+    assert [x.shape for x in kept] == [(0,)] * 5
+    kept = run(*inputs.values(), 1e-6, True, backend)[2:]
+    row, activated = (2, 5, 3, 1), (2, 5, 3, 6) if most == 30 * 6 else (0,)
+    assert [x.shape for x in kept] == [row, row, (2, 5, 3, 24), (2, 5, 3, 6), activated]
+    checks.check_matches_reference(operator, inputs, backend, torch.float64)
+    checks.check_single_gradients(operator, inputs, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("output", [0, 1], ids=["x", "normed"])
+def test_one_output_may_be_unused(output: int, backend: str, inputs: dict[str, Tensor]) -> None:
+    def one_output(**arguments: Any) -> Tensor:
+        return operator(**arguments)[output]
+
+    checks.check_matches_reference(one_output, inputs, backend, torch.float64)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

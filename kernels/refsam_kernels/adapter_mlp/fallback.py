@@ -1,13 +1,17 @@
 """`adapter_mlp` in plain PyTorch: sums in place, an explicit backward that skips what is frozen."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from refsam_kernels.feed_forward import (
-    layer_norm,
-    norm_and_sum_backward,
+    TORCH_STEPS,
+    Steps,
+    empty_kept,
     perceptron,
     perceptron_backward,
     rows,
+    scaled,
     shaped,
 )
 from refsam_kernels.registration import or_empty
@@ -29,19 +33,21 @@ def forward(
     scale: float,
     eps: float,
     keep: bool,
+    steps: Steps = TORCH_STEPS,
 ) -> tuple[Tensor, ...]:
-    """x and its layer norm; for the backward, the MLP's and the adapter's values before the GELU."""
-    normed_next = adapter_hidden = None
+    """x and its layer norm; for the backward, the norm's statistics and what each perceptron keeps."""
+    adapted = None
+    kept_by_adapter: Sequence[Tensor] = empty_kept(normed, None, keep)
     mlp = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    result, hidden = perceptron(normed, mlp, keep=keep)
-    x = (residual + result).contiguous()
+    result, *kept = perceptron(normed, mlp, keep=keep)
     if adapter_fc1_weight is not None:
         adapter = (adapter_fc1_weight, adapter_fc1_bias, adapter_fc2_weight, adapter_fc2_bias)
-        adapted, adapter_hidden = perceptron(normed, adapter, keep=keep)
-        x.add_(adapted, alpha=scale)
-    if norm_weight is not None and norm_bias is not None:
-        normed_next = layer_norm(x, norm_weight, norm_bias, eps).to(normed.dtype)
-    return x, *(or_empty(tensor, normed) for tensor in (normed_next, hidden, adapter_hidden))
+        adapted, *kept_by_adapter = perceptron(normed, adapter, keep=keep)
+    norm = (norm_weight, norm_bias)
+    x, normed_next, *statistics = steps.add_and_norm(
+        residual, result, adapted, scale, *norm, eps, keep
+    )
+    return x, or_empty(normed_next, normed), *statistics, *kept, *kept_by_adapter
 
 
 def backward(
@@ -60,32 +66,40 @@ def backward(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
     hidden: Tensor,
+    activated: Tensor,
     adapter_hidden: Tensor,
+    adapter_activated: Tensor,
     scale: float,
     eps: float,
     needs: list[bool],
+    steps: Steps = TORCH_STEPS,
 ) -> list[Tensor]:
     """One gradient for each of the forward's tensors."""
     mlp = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     adapter = (adapter_fc1_weight, adapter_fc1_bias, adapter_fc2_weight, adapter_fc2_bias)
-    total, *on_norm = norm_and_sum_backward(
-        grad_x, grad_normed, x, norm_weight, norm_bias, eps, needs[10:]
+    norm = (norm_weight, norm_bias)
+    needs_sum = needs[5] or needs[9]
+    total, grad, column_sum, *on_norm = steps.add_and_norm_backward(
+        grad_x, grad_normed, x, mean, rstd, *norm, normed.dtype, needs_sum, needs[10:]
     )
-    grad = rows(total.to(normed.dtype))
+    tokens = rows(normed)
+    kept = (hidden, activated)
     on_normed, *on_mlp = perceptron_backward(
-        grad, rows(normed), rows(hidden), fc1_weight, fc2_weight, (needs[0], *needs[2:6])
+        steps, grad, tokens, kept, fc1_weight, fc2_weight, (needs[0], *needs[2:5])
     )
-    on_adapter = [grad.new_empty(0)] * 4
+    on_adapter: list[Tensor | None] = [None] * 3
+    on_adapter_bias = None
     if adapter_fc1_weight is not None and adapter_fc2_weight is not None:
-        on_branch, *on_adapter = perceptron_backward(
-            grad * scale,
-            rows(normed),
-            rows(adapter_hidden),
-            adapter_fc1_weight,
-            adapter_fc2_weight,
-            (needs[0], *needs[6:10]),
+        kept = (adapter_hidden, adapter_activated)
+        on_normed, *on_adapter = perceptron_backward(
+            *(steps, grad, tokens, kept, adapter_fc1_weight, adapter_fc2_weight),
+            (needs[0], *needs[6:9]),
+            scale=scale,
+            addend=on_normed,
         )
-        on_normed.add_(on_branch)
-    gradients = (on_normed, total, *on_mlp, *on_adapter, *on_norm)
-    return shaped(gradients, (normed, residual, *mlp, *adapter, norm_weight, norm_bias), needs)
+        on_adapter_bias = scaled(column_sum, scale) if column_sum is not None else None
+    gradients = (on_normed, total, *on_mlp, column_sum, *on_adapter, on_adapter_bias, *on_norm)
+    return shaped(gradients, (normed, residual, *mlp, *adapter, *norm), needs)

@@ -17,7 +17,10 @@ from refsam_kernels.feed_forward import (
     AdapterWeights,
     check_norm,
     check_perceptron,
+    empty_kept,
+    empty_statistics,
     named_adapter,
+    or_zeros,
     sum_dtype,
 )
 from refsam_kernels.registration import Operator, drop_skipped, empty_gradients, needs_gradient
@@ -43,20 +46,16 @@ def _forward(
     eps: float,
     keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x and its layer norm; for the backward, the MLP's and the adapter's values before the GELU.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x and its layer norm; for the backward, the norm's statistics and what each perceptron keeps.
 
     What is not asked for (no norm, no `keep`, no adapter) has no elements.
     """
     x = residual.new_empty(residual.shape, dtype=sum_dtype(residual, normed))
     normed_next = normed.new_empty(normed.shape if norm_weight is not None else 0)
-    hidden, adapter_hidden = (
-        normed.new_empty(*normed.shape[:-1], weight.shape[0])
-        if keep and weight is not None
-        else normed.new_empty(0)
-        for weight in (fc1_weight, adapter_fc1_weight)
-    )
-    return x, normed_next, hidden, adapter_hidden
+    statistics = empty_statistics(x, keep and norm_weight is not None)
+    kept = empty_kept(normed, fc1_weight, keep)
+    return x, normed_next, *statistics, *kept, *empty_kept(normed, adapter_fc1_weight, keep)
 
 
 @operator.backward
@@ -76,8 +75,12 @@ def _backward(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
     hidden: Tensor,
+    activated: Tensor,
     adapter_hidden: Tensor,
+    adapter_activated: Tensor,
     scale: float,
     eps: float,
     needs: list[bool],
@@ -92,15 +95,21 @@ def _backward(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.scale, ctx.eps, _, _ = inputs
-    x, _, hidden, adapter_hidden = output
-    ctx.save_for_backward(*tensors, x, hidden, adapter_hidden)
-    ctx.mark_non_differentiable(hidden, adapter_hidden)
+    x, _, *saved = output
+    ctx.save_for_backward(*tensors, x, *saved)
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)  # else it makes zeros for all that is saved
 
 
-def _gradients(ctx: Any, grad_x: Tensor, grad_normed: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _gradients(
+    ctx: Any, grad_x: Tensor | None, grad_normed: Tensor | None, *_: None
+) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    normed, norm_weight, x = saved[0], saved[10], saved[12]
+    normed_next = normed if norm_weight is not None else normed.new_empty(0)
+    grads = (or_zeros(grad_x, x), or_zeros(grad_normed, normed_next))
     needs = list(ctx.needs_input_grad[:12])
-    options = (ctx.scale, ctx.eps, needs, ctx.backend)
-    gradients = _backward(grad_x, grad_normed, *ctx.saved_tensors, *options)
+    gradients = _backward(*grads, *saved, ctx.scale, ctx.eps, needs, ctx.backend)
     return *drop_skipped(gradients, needs), None, None, None, None
 
 
@@ -157,7 +166,7 @@ def adapter_mlp(
     _check(normed, residual, weights[:4], adapter, norm_weight, norm_bias)
     tensors = (normed, residual, *weights, norm_weight, norm_bias)
     keep = needs_gradient(*tensors)
-    x, normed_next, _, _ = _forward(*tensors, scale, eps, keep, backend or "")
+    x, normed_next, *_ = _forward(*tensors, scale, eps, keep, backend or "")
     return x, normed_next if norm_weight is not None else None
 
 

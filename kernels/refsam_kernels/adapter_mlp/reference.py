@@ -6,7 +6,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.feed_forward import layer_norm
+from refsam_kernels.feed_forward import (
+    empty_kept,
+    empty_statistics,
+    kept_of,
+    layer_norm,
+    row_statistics,
+)
 from refsam_kernels.registration import gradients_by_vjp, or_empty
 
 
@@ -27,22 +33,28 @@ def forward(
     eps: float,
     keep: bool,
 ) -> tuple[Tensor, ...]:
-    """x and its layer norm; for the backward, the MLP's and the adapter's values before the GELU."""
-    normed_next = adapter_hidden = None
+    """x and its layer norm; for the backward, the norm's statistics and what each perceptron keeps."""
+    normed_next = None
     hidden = F.linear(normed, fc1_weight, fc1_bias)
-    x = residual + F.linear(F.gelu(hidden), fc2_weight, fc2_bias)
+    activated = F.gelu(hidden)
+    x = residual + F.linear(activated, fc2_weight, fc2_bias)
+    kept = kept_of(hidden, activated, keep)
+    kept_by_adapter = empty_kept(normed, None, keep)
     if adapter_fc1_weight is not None and adapter_fc2_weight is not None:
-        adapter_hidden = F.linear(normed, adapter_fc1_weight, adapter_fc1_bias)
-        adapted = F.linear(F.gelu(adapter_hidden), adapter_fc2_weight, adapter_fc2_bias)
-        x = x + scale * adapted
+        hidden = F.linear(normed, adapter_fc1_weight, adapter_fc1_bias)
+        activated = F.gelu(hidden)
+        x = x + scale * F.linear(activated, adapter_fc2_weight, adapter_fc2_bias)
+        kept_by_adapter = kept_of(hidden, activated, keep)
+    statistics = empty_statistics(x, False)
     if norm_weight is not None and norm_bias is not None:
-        normed_next = layer_norm(x, norm_weight, norm_bias, eps).to(normed.dtype)
-    saved = (hidden, adapter_hidden) if keep else (None, None)
-    return x.contiguous(), *(or_empty(tensor, normed) for tensor in (normed_next, *saved))
+        normed_next = layer_norm(x, norm_weight, norm_bias, eps)[0].to(normed.dtype)
+        statistics = row_statistics(x, eps) if keep else statistics
+    return x.contiguous(), or_empty(normed_next, normed), *statistics, *kept, *kept_by_adapter
 
 
 def backward(grad_x: Tensor, grad_normed: Tensor, *arguments: Any) -> list[Tensor]:
     """One gradient for each of the forward's tensors."""
-    *tensors, _x, _hidden, _adapter_hidden, scale, eps, needs = arguments
+    *inputs, scale, eps, needs = arguments
+    tensors = inputs[:12]
     formula = partial(forward, scale=scale, eps=eps, keep=False)
     return list(gradients_by_vjp(formula, tensors, needs, (grad_x, grad_normed)))

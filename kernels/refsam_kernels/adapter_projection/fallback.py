@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.feed_forward import (
-    layer_norm,
-    linear_backward,
-    norm_and_sum_backward,
+    TORCH_STEPS,
+    Steps,
+    empty_kept,
     perceptron,
     perceptron_backward,
     rows,
@@ -28,19 +28,23 @@ def forward(
     norm_bias: Tensor,
     eps: float,
     keep: bool,
+    steps: Steps = TORCH_STEPS,
 ) -> tuple[Tensor, ...]:
-    """x and its layer norm; for an adapter's backward, the projection and its hidden values."""
+    """x and its layer norm; for the backward, the norm's statistics, and with an adapter the projection and what it keeps."""
+    terms: tuple[Tensor, Tensor | None]
     projected = F.linear(attention, weight, bias)
-    adapted = projected
-    saved: tuple[Tensor | None, ...] = (None, None)
-    if adapter_fc1_weight is not None:
+    saved: tuple[Tensor, ...] = (attention.new_empty(0), *empty_kept(projected, None, keep))
+    if adapter_fc1_weight is None:
+        terms = (projected, None)
+    else:
         adapter = (adapter_fc1_weight, adapter_fc1_bias, adapter_fc2_weight, adapter_fc2_bias)
-        adapted, hidden = perceptron(projected, adapter, keep=keep)
-        adapted.add_(projected)
-        saved = (projected, hidden) if keep else saved
-    x = (residual + adapted).contiguous()
-    normed = layer_norm(x, norm_weight, norm_bias, eps).to(attention.dtype)
-    return x, normed, *(or_empty(tensor, attention) for tensor in saved)
+        adapted, *kept = perceptron(projected, adapter, keep=keep)
+        terms = (adapted, projected)  # in this order, since the first may be overwritten
+        saved = (projected, *kept) if keep else saved
+    x, normed, *statistics = steps.add_and_norm(
+        residual, *terms, 1.0, norm_weight, norm_bias, eps, keep
+    )
+    return x, or_empty(normed, attention), *statistics, *saved
 
 
 def backward(
@@ -57,31 +61,37 @@ def backward(
     norm_weight: Tensor,
     norm_bias: Tensor,
     x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
     projected: Tensor,
     hidden: Tensor,
+    activated: Tensor,
     eps: float,
     needs: list[bool],
+    steps: Steps = TORCH_STEPS,
 ) -> list[Tensor]:
     """One gradient for each of the forward's tensors."""
     adapter = (adapter_fc1_weight, adapter_fc1_bias, adapter_fc2_weight, adapter_fc2_bias)
-    total, *on_norm = norm_and_sum_backward(
-        grad_x, grad_normed, x, norm_weight, norm_bias, eps, needs[8:]
+    norm = (norm_weight, norm_bias)
+    has_adapter = adapter_fc1_weight is not None
+    needs_linear = any((needs[0], *needs[2:4]))
+    needs_sum = needs[7] if has_adapter else needs[3]
+    total, grad, column_sum, *on_norm = steps.add_and_norm_backward(
+        grad_x, grad_normed, x, mean, rstd, *norm, attention.dtype, needs_sum, needs[8:]
     )
-    needs_linear = (needs[0], *needs[2:4])
-    grad = rows(total.to(attention.dtype))
-    on_adapter = [grad.new_empty(0)] * 4
+    on_adapter: list[Tensor | None] = [None] * 4
+    on_bias = column_sum
     if adapter_fc1_weight is not None and adapter_fc2_weight is not None:
-        needs_adapter = (any(needs_linear), *needs[4:8])
-        on_projected, *on_adapter = perceptron_backward(
-            grad,
-            rows(projected),
-            rows(hidden),
-            adapter_fc1_weight,
-            adapter_fc2_weight,
-            needs_adapter,
+        on_projected, *on_weights = perceptron_backward(
+            *(steps, grad, rows(projected), (hidden, activated)),
+            *(adapter_fc1_weight, adapter_fc2_weight, (needs_linear, *needs[4:7])),
+            addend=grad,
         )
-        grad = grad + on_projected if any(needs_linear) else grad
-    on_attention, *on_linear = linear_backward(grad, rows(attention), weight, needs_linear)
-    gradients = (on_attention, total, *on_linear, *on_adapter, *on_norm)
-    tensors = (attention, residual, weight, bias, *adapter, norm_weight, norm_bias)
-    return shaped(gradients, tensors, needs)
+        on_adapter = [*on_weights, column_sum]
+        if on_projected is not None:
+            grad = on_projected
+            on_bias = grad.sum(0) if needs[3] else None
+    on_attention = grad @ weight if needs[0] else None
+    on_weight = grad.T @ rows(attention) if needs[2] else None
+    gradients = (on_attention, total, on_weight, on_bias, *on_adapter, *on_norm)
+    return shaped(gradients, (attention, residual, weight, bias, *adapter, *norm), needs)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from refsam_kernels.arguments import (
@@ -17,7 +16,10 @@ from refsam_kernels.feed_forward import (
     AdapterWeights,
     check_norm,
     check_perceptron,
+    empty_kept,
+    empty_statistics,
     named_adapter,
+    or_zeros,
     sum_dtype,
 )
 from refsam_kernels.registration import Operator, drop_skipped, empty_gradients, needs_gradient
@@ -40,17 +42,17 @@ def _forward(
     eps: float,
     keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x and its layer norm; for an adapter's backward, the projection and its hidden values.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x and its layer norm; for the backward, the norm's statistics, and with an adapter the projection and what it keeps.
 
-    The last two have no elements without `keep` or without an adapter.
+    What is not kept has no elements.
     """
     x = residual.new_empty(residual.shape, dtype=sum_dtype(residual, attention))
     normed = attention.new_empty(attention.shape)
-    if not keep or adapter_fc1_weight is None:
-        return x, normed, attention.new_empty(0), attention.new_empty(0)
-    hidden = attention.new_empty(*attention.shape[:-1], adapter_fc1_weight.shape[0])
-    return x, normed, torch.empty_like(normed), hidden
+    has_projected = keep and adapter_fc1_weight is not None
+    projected = attention.new_empty(attention.shape if has_projected else 0)
+    kept = empty_kept(attention, adapter_fc1_weight, keep)
+    return x, normed, *empty_statistics(x, keep), projected, *kept
 
 
 @operator.backward
@@ -68,8 +70,11 @@ def _backward(
     norm_weight: Tensor,
     norm_bias: Tensor,
     x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
     projected: Tensor,
     hidden: Tensor,
+    activated: Tensor,
     eps: float,
     needs: list[bool],
     backend: str,
@@ -82,14 +87,20 @@ def _backward(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.eps, _, _ = inputs
-    x, _, projected, hidden = output
-    ctx.save_for_backward(*tensors, x, projected, hidden)
-    ctx.mark_non_differentiable(projected, hidden)
+    x, _, *saved = output
+    ctx.save_for_backward(*tensors, x, *saved)
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)  # else it makes zeros for all that is saved
 
 
-def _gradients(ctx: Any, grad_x: Tensor, grad_normed: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _gradients(
+    ctx: Any, grad_x: Tensor | None, grad_normed: Tensor | None, *_: None
+) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    attention, x = saved[0], saved[10]
+    grads = (or_zeros(grad_x, x), or_zeros(grad_normed, attention))
     needs = list(ctx.needs_input_grad[:10])
-    gradients = _backward(grad_x, grad_normed, *ctx.saved_tensors, ctx.eps, needs, ctx.backend)
+    gradients = _backward(*grads, *saved, ctx.eps, needs, ctx.backend)
     return *drop_skipped(gradients, needs), None, None, None
 
 

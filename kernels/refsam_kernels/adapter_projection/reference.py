@@ -6,8 +6,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.feed_forward import layer_norm
-from refsam_kernels.registration import gradients_by_vjp, or_empty
+from refsam_kernels.feed_forward import (
+    empty_kept,
+    empty_statistics,
+    kept_of,
+    layer_norm,
+    row_statistics,
+)
+from refsam_kernels.registration import gradients_by_vjp
 
 
 def forward(
@@ -24,21 +30,24 @@ def forward(
     eps: float,
     keep: bool,
 ) -> tuple[Tensor, ...]:
-    """x and its layer norm; for an adapter's backward, the projection and its hidden values."""
+    """x and its layer norm; for the backward, the norm's statistics, and with an adapter the projection and what it keeps."""
     projected = F.linear(attention, weight, bias)
     adapted = projected
-    saved: tuple[Tensor | None, ...] = (None, None)
+    saved: tuple[Tensor, ...] = (attention.new_empty(0), *empty_kept(projected, None, keep))
     if adapter_fc1_weight is not None and adapter_fc2_weight is not None:
         hidden = F.linear(projected, adapter_fc1_weight, adapter_fc1_bias)
-        adapted = projected + F.linear(F.gelu(hidden), adapter_fc2_weight, adapter_fc2_bias)
-        saved = (projected, hidden) if keep else saved
+        activated = F.gelu(hidden)
+        adapted = projected + F.linear(activated, adapter_fc2_weight, adapter_fc2_bias)
+        saved = (projected, *kept_of(hidden, activated, keep)) if keep else saved
     x = residual + adapted
-    normed = layer_norm(x, norm_weight, norm_bias, eps).to(attention.dtype)
-    return x.contiguous(), normed, *(or_empty(tensor, attention) for tensor in saved)
+    normed = layer_norm(x, norm_weight, norm_bias, eps)[0].to(attention.dtype)
+    statistics = row_statistics(x, eps) if keep else empty_statistics(x, False)
+    return x.contiguous(), normed, *statistics, *saved
 
 
 def backward(grad_x: Tensor, grad_normed: Tensor, *arguments: Any) -> list[Tensor]:
     """One gradient for each of the forward's tensors."""
-    *tensors, _x, _projected, _hidden, eps, needs = arguments
+    *inputs, eps, needs = arguments
+    tensors = inputs[:10]
     formula = partial(forward, eps=eps, keep=False)
     return list(gradients_by_vjp(formula, tensors, needs, (grad_x, grad_normed)))

@@ -1,0 +1,30 @@
+"""`adapter_mlp` with the steps between torch's matrix products in Triton; see feed_forward_triton.py."""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from refsam_kernels.adapter_mlp import fallback
+from refsam_kernels.compilation import CompileCase
+from refsam_kernels.feed_forward_triton import TRITON_STEPS, gelu_cases, reasons_against, row_cases
+
+forward = partial(fallback.forward, steps=TRITON_STEPS)
+backward = partial(fallback.backward, steps=TRITON_STEPS)
+
+
+def not_supported_reasons(normed: Tensor, residual: Tensor, *_: Any) -> list[str]:
+    """Why these cannot be computed here."""
+    return reasons_against(normed, residual)
+
+
+def backward_not_supported_reasons(
+    grad_x: Tensor, grad_normed: Tensor, normed: Tensor, residual: Tensor, *_: Any
+) -> list[str]:
+    """Like `not_supported_reasons`."""
+    return reasons_against(normed, residual)
+
+
+def compile_cases() -> list[CompileCase]:
+    """What `adapter_projection` does not launch, too."""
+    return gelu_cases() + row_cases(has_norm=False)

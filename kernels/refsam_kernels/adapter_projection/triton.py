@@ -1,0 +1,30 @@
+"""`adapter_projection` with the steps between torch's matrix products in Triton; see feed_forward_triton.py."""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from refsam_kernels.adapter_projection import fallback
+from refsam_kernels.compilation import CompileCase
+from refsam_kernels.feed_forward_triton import TRITON_STEPS, reasons_against, row_cases
+
+forward = partial(fallback.forward, steps=TRITON_STEPS)
+backward = partial(fallback.backward, steps=TRITON_STEPS)
+
+
+def not_supported_reasons(attention: Tensor, residual: Tensor, *_: Any) -> list[str]:
+    """Why these cannot be computed here."""
+    return reasons_against(attention, residual)
+
+
+def backward_not_supported_reasons(
+    grad_x: Tensor, grad_normed: Tensor, attention: Tensor, residual: Tensor, *_: Any
+) -> list[str]:
+    """Like `not_supported_reasons`."""
+    return reasons_against(attention, residual)
+
+
+def compile_cases() -> list[CompileCase]:
+    """The kernels on rows; `adapter_mlp` lists the others."""
+    return row_cases(has_norm=True)

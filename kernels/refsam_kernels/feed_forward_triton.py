@@ -1,0 +1,374 @@
+"""What lies between the matrix products of `adapter_mlp` and `adapter_projection`, in Triton.
+
+Three kernels: a sum with its layer norm; the backward of that, with the sums over all rows that biases and the norm want; the
+GELU's backward, which gives the GELU again and a bias's sum in the same pass. Sums over all rows are partial sums of fixed rows,
+added in a fixed order: no atomics. Tensors are contiguous, statistics and sums float32, offsets 64 bits.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refsam_kernels import feed_forward
+from refsam_kernels.compilation import CompileCase, Launch
+from refsam_kernels.feed_forward import Normed, OnSum, Steps, empty_statistics, rows, sum_dtype
+from refsam_kernels.triton_functions import gelu, gelu_derivative, row_statistics
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# A tile of whole rows has 16 elements of each tensor per thread, or one row.
+TILE_ELEMENTS = 2048
+WIDEST_ROW = 8192
+# Tiles whose sums one program of the backward keeps in registers.
+TILES_PER_PROGRAM = 8
+GELU_ROWS, GELU_COLUMNS = 16, 128
+
+
+@triton.jit
+def _add_and_norm_kernel(
+    residual_ptr,  # (rows, width)
+    first_ptr,  # (rows, width)
+    second_ptr,  # (second_rows, width)
+    norm_weight_ptr,  # (width,)
+    norm_bias_ptr,  # (width,)
+    x_ptr,  # (rows, width)
+    normed_ptr,  # (rows, width)
+    mean_ptr,  # (rows,) float32
+    rstd_ptr,  # (rows,) float32
+    row_count,
+    second_rows,  # row_count or 0
+    width,
+    scale,
+    eps,
+    HAS_NORM: tl.constexpr,
+    KEEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A tile of ROWS whole rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    is_row, is_column = row < row_count, column < width
+    inside = is_row[:, None] & is_column[None, :]
+    offset = row[:, None] * width + column[None, :]
+    x = tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(first_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    # With and without a second term the same instructions run, so one of zeros changes no bit.
+    has_second = (row < second_rows)[:, None] & is_column[None, :]
+    second = tl.load(second_ptr + offset, mask=has_second, other=0.0).to(tl.float32)
+    rounded = (x + scale * second).to(x_ptr.dtype.element_ty)
+    tl.store(x_ptr + offset, rounded, mask=inside)
+    if HAS_NORM:
+        x = rounded.to(tl.float32)
+        mean, rstd = row_statistics(x, inside, width, eps)
+        weight = tl.load(norm_weight_ptr + column, mask=is_column, other=0.0).to(tl.float32)
+        bias = tl.load(norm_bias_ptr + column, mask=is_column, other=0.0).to(tl.float32)
+        normed = (x - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+        tl.store(normed_ptr + offset, normed.to(normed_ptr.dtype.element_ty), mask=inside)
+        if KEEP:
+            tl.store(mean_ptr + row, mean, mask=is_row)
+            tl.store(rstd_ptr + row, rstd, mask=is_row)
+
+
+@triton.jit
+def _add_and_norm_backward_kernel(
+    grad_x_ptr,  # (rows, width)
+    grad_normed_ptr,  # (rows, width)
+    x_ptr,  # (rows, width)
+    mean_ptr,  # (rows,) float32
+    rstd_ptr,  # (rows,) float32
+    norm_weight_ptr,  # (width,)
+    total_ptr,  # (rows, width)
+    operand_ptr,  # (rows, width), None where total has its dtype
+    column_sums_ptr,  # (programs, width) float32 partial sums over rows of total, or None
+    weight_sums_ptr,  # likewise of the norm's weight
+    bias_sums_ptr,  # likewise of the norm's bias
+    row_count,
+    width,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """TILES tiles of ROWS whole rows, one after the other, and their sums."""
+    column = tl.arange(0, COLUMNS)
+    is_column = column < width
+    weight = tl.load(norm_weight_ptr + column, mask=is_column, other=0.0).to(tl.float32)
+    column_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    weight_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    bias_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    first_row = tl.program_id(0).to(tl.int64) * (TILES * ROWS)
+    for tile in range(TILES):
+        row = first_row + tile * ROWS + tl.arange(0, ROWS)
+        is_row = row < row_count
+        inside = is_row[:, None] & is_column[None, :]
+        offset = row[:, None] * width + column[None, :]
+        mean = tl.load(mean_ptr + row, mask=is_row, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + row, mask=is_row, other=0.0)[:, None]
+        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        grad_normed = tl.load(grad_normed_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        standard = (x - mean) * rstd
+        scaled = grad_normed * weight[None, :]
+        along = tl.sum(scaled * standard, 1)[:, None] / width
+        level = tl.sum(scaled, 1)[:, None] / width
+        total = rstd * (scaled - standard * along - level)
+        total += tl.load(grad_x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        tl.store(total_ptr + offset, total.to(total_ptr.dtype.element_ty), mask=inside)
+        if operand_ptr is not None:
+            tl.store(operand_ptr + offset, total.to(operand_ptr.dtype.element_ty), mask=inside)
+        if column_sums_ptr is not None:
+            column_sum += tl.where(inside, total, 0.0)
+        weight_sum += grad_normed * standard
+        bias_sum += grad_normed
+    partial = tl.program_id(0).to(tl.int64) * width + column
+    if column_sums_ptr is not None:
+        tl.store(column_sums_ptr + partial, tl.sum(column_sum, 0), mask=is_column)
+    if weight_sums_ptr is not None:
+        tl.store(weight_sums_ptr + partial, tl.sum(weight_sum, 0), mask=is_column)
+    if bias_sums_ptr is not None:
+        tl.store(bias_sums_ptr + partial, tl.sum(bias_sum, 0), mask=is_column)
+
+
+@triton.jit
+def _gelu_backward_kernel(
+    grad_ptr,  # (rows, width): the gradient of gelu(hidden), overwritten by hidden's
+    hidden_ptr,  # (rows, width)
+    activated_ptr,  # (rows, width) for gelu(hidden), or None
+    column_sums_ptr,  # (row tiles, width) float32 partial sums over rows of hidden's gradient, or None
+    row_count,
+    width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A tile of ROWS rows and COLUMNS columns."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < row_count)[:, None] & (column < width)[None, :]
+    offset = row[:, None] * width + column[None, :]
+    hidden = tl.load(hidden_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    grad *= gelu_derivative(hidden)
+    tl.store(grad_ptr + offset, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+    if activated_ptr is not None:
+        activated = gelu(hidden).to(activated_ptr.dtype.element_ty)
+        tl.store(activated_ptr + offset, activated, mask=inside)
+    if column_sums_ptr is not None:
+        partial = tl.program_id(0).to(tl.int64) * width + column
+        tl.store(column_sums_ptr + partial, tl.sum(grad, 0), mask=column < width)
+
+
+def row_tile(width: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile of whole rows, and the number of warps for it."""
+    columns = triton.next_power_of_2(width)
+    count = max(1, TILE_ELEMENTS // columns)
+    return count, columns, max(4, count * columns // 512)
+
+
+def add_and_norm_launch(
+    residual: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    scale: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[Launch, Normed]:
+    """The launch that computes `feed_forward.add_and_norm`, and its results, still empty."""
+    residual, first = residual.contiguous(), first.contiguous()
+    x = residual.new_empty(residual.shape, dtype=sum_dtype(residual, first))
+    normed = None if norm_weight is None else torch.empty_like(first)
+    mean, rstd = empty_statistics(x, keep and normed is not None)
+    count, width = rows(x).shape
+    tile_rows, columns, num_warps = row_tile(width)
+    arguments = {
+        "residual_ptr": residual,
+        "first_ptr": first,
+        "second_ptr": first if second is None else second.contiguous(),
+        "norm_weight_ptr": norm_weight,
+        "norm_bias_ptr": norm_bias,
+        "x_ptr": x,
+        "normed_ptr": normed,
+        "mean_ptr": mean,
+        "rstd_ptr": rstd,
+        "row_count": count,
+        "second_rows": 0 if second is None else count,
+        "width": width,
+        "scale": scale,
+        "eps": eps,
+        "HAS_NORM": normed is not None,
+        "KEEP": keep,
+        "ROWS": tile_rows,
+        "COLUMNS": columns,
+    }
+    programs = (triton.cdiv(count, tile_rows),)
+    return Launch(_add_and_norm_kernel, programs, arguments, num_warps), Normed(
+        x, normed, mean, rstd
+    )
+
+
+def add_and_norm(residual: Tensor, *arguments: Any) -> Normed:
+    """`feed_forward.add_and_norm` in one pass over the rows."""
+    launch, results = add_and_norm_launch(residual, *arguments)
+    if residual.numel():
+        launch.run()
+    return results
+
+
+def add_and_norm_backward_launch(
+    grad_x: Tensor,
+    grad_normed: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor,
+    dtype: torch.dtype,
+    needs_sums: Sequence[bool],
+) -> tuple[Launch, Tensor, Tensor, list[Tensor | None]]:
+    """The launch of the backward, and still empty: the sum's gradient in both dtypes, partial sums (programs, width)."""
+    total = torch.empty_like(rows(x))
+    operand = total if dtype == x.dtype else torch.empty_like(total, dtype=dtype)
+    count, width = total.shape
+    tile_rows, columns, num_warps = row_tile(width)
+    programs = triton.cdiv(count, tile_rows * TILES_PER_PROGRAM)
+    sums = [
+        x.new_empty((programs, width), dtype=torch.float32) if needed else None
+        for needed in needs_sums
+    ]
+    arguments = {
+        "grad_x_ptr": grad_x.contiguous(),
+        "grad_normed_ptr": grad_normed.contiguous(),
+        "x_ptr": x,
+        "mean_ptr": mean,
+        "rstd_ptr": rstd,
+        "norm_weight_ptr": norm_weight,
+        "total_ptr": total,
+        "operand_ptr": None if operand is total else operand,
+        "column_sums_ptr": sums[0],
+        "weight_sums_ptr": sums[1],
+        "bias_sums_ptr": sums[2],
+        "row_count": count,
+        "width": width,
+        "TILES": TILES_PER_PROGRAM,
+        "ROWS": tile_rows,
+        "COLUMNS": columns,
+    }
+    launch = Launch(_add_and_norm_backward_kernel, (programs,), arguments, num_warps)
+    return launch, total, operand, sums
+
+
+def add_and_norm_backward(
+    grad_x: Tensor,
+    grad_normed: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    dtype: torch.dtype,
+    needs_column_sum: bool,
+    needs_norm: Sequence[bool],
+) -> OnSum:
+    """`feed_forward.add_and_norm_backward` in one pass over the rows, and one over partial sums."""
+    statistics = (grad_x, grad_normed, x, mean, rstd)
+    if norm_weight is None:
+        return feed_forward.add_and_norm_backward(
+            *statistics, None, None, dtype, needs_column_sum, needs_norm
+        )
+    launch, total, operand, sums = add_and_norm_backward_launch(
+        *statistics, norm_weight, dtype, (needs_column_sum, *needs_norm)
+    )
+    if x.numel():
+        launch.run()
+    return OnSum(total, operand, *map(added, sums))
+
+
+def gelu_backward_launch(
+    grad: Tensor, hidden: Tensor, needs_activated: bool, needs_column_sum: bool
+) -> tuple[Launch, Tensor | None, Tensor | None]:
+    """The launch of the backward in place of `grad`, and still empty: gelu(hidden), partial sums (programs, width)."""
+    count, width = hidden.shape
+    programs = (triton.cdiv(count, GELU_ROWS), triton.cdiv(width, GELU_COLUMNS))
+    activated = torch.empty_like(hidden) if needs_activated else None
+    shape = (programs[0], width)
+    sums = hidden.new_empty(shape, dtype=torch.float32) if needs_column_sum else None
+    arguments = {
+        "grad_ptr": grad,
+        "hidden_ptr": hidden,
+        "activated_ptr": activated,
+        "column_sums_ptr": sums,
+        "row_count": count,
+        "width": width,
+        "ROWS": GELU_ROWS,
+        "COLUMNS": GELU_COLUMNS,
+    }
+    return Launch(_gelu_backward_kernel, programs, arguments), activated, sums
+
+
+def gelu_backward(
+    grad: Tensor, hidden: Tensor, needs_activated: bool, needs_column_sum: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """`feed_forward.gelu_backward` in one pass."""
+    launch, activated, sums = gelu_backward_launch(grad, hidden, needs_activated, needs_column_sum)
+    if hidden.numel():
+        launch.run()
+    return activated, added(sums)
+
+
+def added(sums: Tensor | None) -> Tensor | None:
+    """Partial sums (programs, width) added up, in an order that depends on their number only."""
+    return None if sums is None else sums.sum(0)
+
+
+TRITON_STEPS = Steps(add_and_norm, add_and_norm_backward, gelu_backward)
+
+
+def reasons_against(tokens: Tensor, residual: Tensor) -> list[str]:
+    """Why these cannot be computed here: their dtype, or rows too wide for the registers."""
+    reasons = [
+        f"computes {', '.join(map(short, DTYPES))}, got {short(dtype)}"
+        for dtype in sorted({tokens.dtype, residual.dtype} - set(DTYPES), key=str)
+    ]
+    if tokens.shape[-1] > WIDEST_ROW:
+        reasons.append(f"takes rows of at most {WIDEST_ROW} channels, got {tokens.shape[-1]}")
+    return reasons
+
+
+def row_cases(*, has_norm: bool) -> list[CompileCase]:
+    """The kernels on whole rows, one width for each tile: nano's, ViT-B's (and L's), ViT-H's; training, as it does most."""
+    cases = []
+    dtypes = [(torch.float32, torch.bfloat16), *((dtype, dtype) for dtype in DTYPES)]
+    for width, (stream, dtype) in itertools.product((128, 768, 1280), dtypes):
+        name = f"{width} channels, {short(dtype)} in {short(stream)}"
+        residual, tokens = (
+            torch.empty(4096, width, dtype=each, device="meta") for each in (stream, dtype)
+        )
+        weight = torch.empty(width, dtype=stream, device="meta") if has_norm else None
+        launch, (x, _, mean, rstd) = add_and_norm_launch(
+            residual, tokens, tokens, 0.5, weight, weight, 1e-6, True
+        )
+        cases.append(launch.compile_case(f"forward, {name}"))
+        if weight is not None:
+            launch, *_ = add_and_norm_backward_launch(
+                residual, tokens, x, mean, rstd, weight, dtype, (True, True, True)
+            )
+            cases.append(launch.compile_case(f"backward, {name}"))
+    return cases
+
+
+def gelu_cases() -> list[CompileCase]:
+    """The GELU's backward in every dtype; its tile is the same for every width."""
+    cases = []
+    for dtype in DTYPES:
+        hidden = torch.empty(4096, 3072, dtype=dtype, device="meta")
+        launch, *_ = gelu_backward_launch(hidden, hidden, True, True)
+        cases.append(launch.compile_case(f"GELU, backward, {short(dtype)}"))
+    return cases
+
+
+def short(dtype: torch.dtype) -> str:
+    """The dtype's name without "torch."."""
+    return str(dtype).removeprefix("torch.")
