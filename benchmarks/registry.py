@@ -6,11 +6,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from refsam_kernels.dispatch import BACKENDS, Dispatcher
 
-Provider = Callable[[], Tensor]
+Provider = Callable[[], Any]  # one tensor, or several
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Workload:
     """
 
     providers: dict[str, Provider]
-    wrong: Callable[[Tensor], str | None]
+    wrong: Callable[[Any], str | None]
     moved_bytes: int
     flops: int
     shapes: dict[str, Any]
