@@ -1,0 +1,456 @@
+"""Hierarchical dense attention in Triton, folded as in `fallback.py`: one launch for all levels and expressions.
+
+A program holds a tile of pixels: it mixes the levels' features and their attention in registers and multiplies each once, with W1
+and with the folded text T W2^T. The backward has two kernels: one per expression, whose sums over pixels are partial sums per
+tile, and one per image, which adds up its expressions in their order. No atomics: two runs agree bit by bit.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refsam_kernels.compilation import CompileCase, Launch
+from refsam_kernels.values import valid_positions
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WIDEST_CHANNELS = 512
+MOST_WORDS = 128
+
+
+@triton.jit
+def _load_rows(pointer, first_row, row_count, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of a contiguous matrix (..., width) from `first_row` on, (ROWS, WIDTH): zeros from `row_count` rows on."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    inside = (row < row_count)[:, None] & (column < width)[None, :]
+    offset = (first_row + row)[:, None] * width + column[None, :]
+    return tl.load(pointer + offset, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_rows(
+    pointer, rows, first_row, row_count, width, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """The opposite of `_load_rows`."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    inside = (row < row_count)[:, None] & (column < width)[None, :]
+    offset = (first_row + row)[:, None] * width + column[None, :]
+    tl.store(pointer + offset, rows.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _attend(pixels, words, scale, length, WORDS: tl.constexpr):
+    """Similarity of pixels (M, C) and words (WORDS, C), and the softmax over the first `length` words, float32 (M, WORDS)."""
+    similarity = tl.dot(pixels, tl.trans(words), input_precision="ieee")
+    is_word = (tl.arange(0, WORDS) < length)[None, :]
+    logits = tl.where(is_word, similarity * scale, float("-inf"))
+    weights = tl.exp(logits - tl.max(logits, 1)[:, None])
+    return similarity, weights / tl.sum(weights, 1)[:, None]
+
+
+@triton.jit
+def _forward_kernel(
+    features_ptr,  # (levels, images, pixels, channels)
+    text_ptr,  # (expressions, words, channels)
+    folded_ptr,  # (expressions, words, channels), text W2^T
+    lengths_ptr,  # (expressions,) int64
+    image_index_ptr,  # (expressions,) int64
+    weight_ptr,  # (channels, 2 * channels)
+    bias_ptr,  # (channels,)
+    scale_ptr,  # ()
+    level_weights_ptr,  # (levels,)
+    dense_ptr,  # (expressions, pixels, channels)
+    levels,
+    images,
+    pixels,
+    words,
+    channels,
+    PIXELS: tl.constexpr,
+    WORDS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """PIXELS pixels of one expression."""
+    i_pixel = tl.program_id(0).to(tl.int64) * PIXELS
+    i_expression = tl.program_id(1).to(tl.int64)
+    length = tl.load(lengths_ptr + i_expression)
+    image = tl.load(image_index_ptr + i_expression)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    left = pixels - i_pixel
+    b_text = _load_rows(text_ptr, i_expression * words, length, channels, WORDS, CHANNELS)
+    b_mixed = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    b_attention = tl.zeros((PIXELS, WORDS), tl.float32)
+    total_share = 0.0
+    for level in range(levels):
+        share = tl.load(level_weights_ptr + level).to(tl.float32)
+        first = (level * images + image) * pixels + i_pixel
+        b_own = _load_rows(features_ptr, first, left, channels, PIXELS, CHANNELS)
+        _, b_weights = _attend(b_own, b_text, scale, length, WORDS)
+        b_attention += share * b_weights
+        b_mixed += share * b_own.to(tl.float32)
+        total_share += share
+    b_mixed = b_mixed.to(text_ptr.dtype.element_ty)
+    b_attention = b_attention.to(text_ptr.dtype.element_ty)
+    channel, word = tl.arange(0, CHANNELS), tl.arange(0, WORDS)
+    for start in range(0, CHANNELS, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        is_column = column < channels
+        m_own = (channel < channels)[:, None] & is_column[None, :]
+        p_own = weight_ptr + column[None, :] * (2 * channels) + channel[:, None]
+        b_own = tl.load(p_own, mask=m_own, other=0.0)  # W1 transposed
+        m_folded = (word < length)[:, None] & is_column[None, :]
+        p_folded = folded_ptr + (i_expression * words + word)[:, None] * channels + column[None, :]
+        b_folded = tl.load(p_folded, mask=m_folded, other=0.0)
+        b_bias = tl.load(bias_ptr + column, mask=is_column, other=0.0).to(tl.float32)
+        b_dense = tl.dot(b_mixed, b_own, input_precision="ieee")
+        b_dense += tl.dot(b_attention, b_folded, input_precision="ieee")
+        b_dense += (total_share * b_bias)[None, :]
+        row = tl.arange(0, PIXELS)
+        offset = (i_expression * pixels + i_pixel + row)[:, None] * channels + column[None, :]
+        inside = (row < left)[:, None] & is_column[None, :]
+        tl.store(dense_ptr + offset, b_dense.to(dense_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _text_backward_kernel(
+    grad_ptr,  # (expressions, pixels, channels)
+    features_ptr,  # (levels, images, pixels, channels)
+    text_ptr,  # (expressions, words, channels)
+    folded_ptr,  # (expressions, words, channels)
+    lengths_ptr,  # (expressions,) int64
+    image_index_ptr,  # (expressions,) int64
+    scale_ptr,  # ()
+    level_weights_ptr,  # (levels,)
+    on_similarity_ptr,  # (levels, expressions, pixels, WORDS), the gradient to F T^T
+    on_text_ptr,  # (tiles, expressions, words, channels) float32, through the similarity
+    on_folded_ptr,  # (tiles, expressions, words, channels) float32
+    on_scale_ptr,  # (tiles, expressions, levels) float32
+    on_share_ptr,  # (tiles, expressions, levels) float32, through the attention
+    levels,
+    images,
+    expressions,
+    pixels,
+    words,
+    channels,
+    PIXELS: tl.constexpr,
+    WORDS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """PIXELS pixels of one expression: gradients to the similarities, and sums over the pixels."""
+    i_tile = tl.program_id(0).to(tl.int64)
+    i_pixel = i_tile * PIXELS
+    i_expression = tl.program_id(1).to(tl.int64)
+    length = tl.load(lengths_ptr + i_expression)
+    image = tl.load(image_index_ptr + i_expression)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    left = pixels - i_pixel
+    is_pixel = (tl.arange(0, PIXELS) < left)[:, None]
+    b_text = _load_rows(text_ptr, i_expression * words, length, channels, WORDS, CHANNELS)
+    b_folded = _load_rows(folded_ptr, i_expression * words, length, channels, WORDS, CHANNELS)
+    first = i_expression * pixels + i_pixel
+    b_grad = _load_rows(grad_ptr, first, left, channels, PIXELS, CHANNELS)
+    b_on_attention = tl.dot(b_grad, tl.trans(b_folded), input_precision="ieee")
+    b_attention = tl.zeros((PIXELS, WORDS), tl.float32)
+    b_on_text = tl.zeros((WORDS, CHANNELS), tl.float32)
+    i_sums = (i_tile * expressions + i_expression) * levels
+    for level in range(levels):
+        share = tl.load(level_weights_ptr + level).to(tl.float32)
+        first = (level * images + image) * pixels + i_pixel
+        b_own = _load_rows(features_ptr, first, left, channels, PIXELS, CHANNELS)
+        b_similarity, b_weights = _attend(b_own, b_text, scale, length, WORDS)
+        b_weights = tl.where(is_pixel, b_weights, 0.0)
+        b_attention += share * b_weights
+        b_weighted = b_weights * b_on_attention
+        b_on_logits = share * (b_weighted - b_weights * tl.sum(b_weighted, 1)[:, None])
+        tl.store(on_share_ptr + i_sums + level, tl.sum(b_weighted))
+        tl.store(on_scale_ptr + i_sums + level, tl.sum(b_on_logits * b_similarity))
+        b_on_similarity = (b_on_logits * scale).to(text_ptr.dtype.element_ty)
+        b_on_text += tl.dot(tl.trans(b_on_similarity), b_own, input_precision="ieee")
+        first = (level * expressions + i_expression) * pixels + i_pixel
+        _store_rows(on_similarity_ptr, b_on_similarity, first, left, WORDS, PIXELS, WORDS)
+    b_attention = b_attention.to(text_ptr.dtype.element_ty)
+    b_on_folded = tl.dot(tl.trans(b_attention), b_grad, input_precision="ieee")
+    i_rows = (i_tile * expressions + i_expression) * words
+    _store_rows(on_text_ptr, b_on_text, i_rows, words, channels, WORDS, CHANNELS)
+    _store_rows(on_folded_ptr, b_on_folded, i_rows, words, channels, WORDS, CHANNELS)
+
+
+@triton.jit
+def _image_backward_kernel(
+    grad_ptr,  # (expressions, pixels, channels)
+    features_ptr,  # (levels, images, pixels, channels)
+    text_ptr,  # (expressions, words, channels)
+    lengths_ptr,  # (expressions,) int64
+    image_index_ptr,  # (expressions,) int64
+    weight_ptr,  # (channels, 2 * channels)
+    level_weights_ptr,  # (levels,)
+    on_similarity_ptr,  # (levels, expressions, pixels, WORDS)
+    on_features_ptr,  # (levels, images, pixels, channels), or None where it is not wanted
+    grad_image_ptr,  # (images, pixels, channels), grad summed over the expressions of an image
+    mixed_ptr,  # (images, pixels, channels), the levels' mixture
+    on_share_ptr,  # (tiles, images, levels) float32, through the mixture
+    levels,
+    images,
+    expressions,
+    pixels,
+    words,
+    channels,
+    PIXELS: tl.constexpr,
+    WORDS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LEVELS: tl.constexpr,
+):
+    """PIXELS pixels of one image."""
+    i_tile = tl.program_id(0).to(tl.int64)
+    i_pixel = i_tile * PIXELS
+    image = tl.program_id(1).to(tl.int64)
+    left = pixels - i_pixel
+    b_grad = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    for expression in range(expressions):
+        if tl.load(image_index_ptr + expression) == image:
+            first = i_pixel + expression * pixels
+            b_own = _load_rows(grad_ptr, first, left, channels, PIXELS, CHANNELS)
+            b_grad += b_own.to(tl.float32)
+    i_rows = image * pixels + i_pixel
+    _store_rows(grad_image_ptr, b_grad, i_rows, left, channels, PIXELS, CHANNELS)
+    b_grad = b_grad.to(grad_ptr.dtype.element_ty)
+    row, channel, word = tl.arange(0, PIXELS), tl.arange(0, CHANNELS), tl.arange(0, WORDS)
+    b_on_share = tl.zeros((LEVELS,), tl.float32)
+    for start in range(0, CHANNELS, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        is_column = column < channels
+        inside = (row < left)[:, None] & is_column[None, :]
+        p_weight = weight_ptr + channel[:, None] * (2 * channels) + column[None, :]
+        m_weight = (channel < channels)[:, None] & is_column[None, :]
+        b_weight = tl.load(p_weight, mask=m_weight, other=0.0)
+        b_on_mixed = tl.dot(b_grad, b_weight, input_precision="ieee")
+        b_mixed = tl.zeros((PIXELS, COLUMNS), tl.float32)
+        for level in range(levels):
+            share = tl.load(level_weights_ptr + level).to(tl.float32)
+            first = (level * images + image) * pixels + i_pixel
+            offset = (first + row)[:, None] * channels + column[None, :]
+            b_own = tl.load(features_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+            b_mixed += share * b_own
+            sum_of_level = tl.sum(b_own * b_on_mixed)
+            b_on_share += tl.where(tl.arange(0, LEVELS) == level, sum_of_level, 0.0)
+            if on_features_ptr is not None:
+                b_on_own = share * b_on_mixed
+                for expression in range(expressions):
+                    if tl.load(image_index_ptr + expression) == image:
+                        first = i_pixel + (level * expressions + expression) * pixels
+                        b_on_similarity = _load_rows(
+                            on_similarity_ptr, first, left, WORDS, PIXELS, WORDS
+                        )
+                        length = tl.load(lengths_ptr + expression)
+                        p_text = text_ptr + column[None, :]
+                        p_text += (expression * words + word)[:, None] * channels
+                        m_text = (word < length)[:, None] & is_column[None, :]
+                        b_text = tl.load(p_text, mask=m_text, other=0.0)
+                        b_on_own += tl.dot(b_on_similarity, b_text, input_precision="ieee")
+                b_on_own = b_on_own.to(on_features_ptr.dtype.element_ty)
+                tl.store(on_features_ptr + offset, b_on_own, mask=inside)
+        offset = (i_rows + row)[:, None] * channels + column[None, :]
+        tl.store(mixed_ptr + offset, b_mixed.to(mixed_ptr.dtype.element_ty), mask=inside)
+    level = tl.arange(0, LEVELS)
+    p_share = on_share_ptr + (i_tile * images + image) * levels + level
+    tl.store(p_share, b_on_share, mask=level < levels)
+
+
+def not_supported_reasons(features: Tensor, text: Tensor, *arguments: Any) -> list[str]:
+    """Why the kernels cannot take these."""
+    channels, words = features.shape[3], text.shape[1]
+    reasons = []
+    if features.dtype not in DTYPES:
+        reasons.append(f"computes float32, float16 and bfloat16, got {features.dtype}")
+    if channels > WIDEST_CHANNELS:
+        reasons.append(f"takes at most {WIDEST_CHANNELS} channels, got {channels}")
+    if words > MOST_WORDS:
+        reasons.append(f"takes at most {MOST_WORDS} words, got {words}")
+    return reasons
+
+
+def backward_not_supported_reasons(grad: Tensor, *arguments: Any) -> list[str]:
+    """Like `not_supported_reasons`."""
+    return not_supported_reasons(*arguments)
+
+
+def forward(
+    features: Tensor,
+    text: Tensor,
+    lengths: Tensor,
+    image_index: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    level_weights: Tensor,
+) -> Tensor:
+    """Like `reference.forward`: products in the dtype of the features, sums and softmax in float32."""
+    dense = features.new_empty(len(text), *features.shape[2:])
+    if len(text):
+        weight = weight.contiguous()
+        inputs = _inputs(features, text, lengths, image_index, scale, level_weights)
+        inputs["folded"] = F.linear(text, weight.chunk(2, dim=1)[1])
+        _forward_launch(inputs, weight, bias, dense).run()
+    return dense
+
+
+def backward(
+    grad: Tensor,
+    features: Tensor,
+    text: Tensor,
+    lengths: Tensor,
+    image_index: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    level_weights: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Like `reference.backward`; the attention is computed again."""
+    weight = weight.contiguous()
+    attended = weight.chunk(2, dim=1)[1]
+    is_word = valid_positions(lengths, text.shape[1]).unsqueeze(-1)
+    text = torch.where(is_word, text, 0.0)
+    inputs = _inputs(features, text, lengths, image_index, scale, level_weights)
+    inputs |= {"folded": F.linear(text, attended), "grad": grad.contiguous()}
+    on_text, on_images = _text_outputs(inputs), _image_outputs(inputs, needs[0])
+    if len(text):
+        _text_launch(inputs, on_text).run()
+    _image_launch(inputs, on_text["on_similarity"], on_images, weight).run()
+    bias, shares = bias.float(), level_weights.float()
+    on_folded = on_text["on_folded"].sum(0).to(text.dtype)
+    of_own = on_images["grad_image"].flatten(0, 1).T @ on_images["mixed"].flatten(0, 1)
+    of_attended = on_folded.flatten(0, 1).T @ text.flatten(0, 1)
+    of_bias = grad.sum((0, 1), dtype=torch.float32)
+    of_shares = on_text["on_share"].sum((0, 1)) + on_images["on_share"].sum((0, 1))
+    gradients = (
+        on_images["on_features"],
+        on_text["on_text"].sum(0).add_(on_folded @ attended).to(text.dtype),
+        torch.cat([of_own, of_attended], dim=1),
+        (of_bias * shares.sum()).to(weight.dtype),
+        on_text["on_scale"].sum().to(scale.dtype),
+        (of_shares + of_bias @ bias).to(level_weights.dtype),
+    )
+    pairs = zip(gradients, needs, strict=True)
+    return tuple(gradient if need else grad.new_empty(0) for gradient, need in pairs)
+
+
+def _inputs(
+    features: Tensor,
+    text: Tensor,
+    lengths: Tensor,
+    image_index: Tensor,
+    scale: Tensor,
+    level_weights: Tensor,
+) -> dict[str, Tensor]:
+    named = {"features": features, "text": text, "lengths": lengths, "image_index": image_index}
+    named |= {"scale": scale, "level_weights": level_weights}
+    return {name: tensor.contiguous() for name, tensor in named.items()}
+
+
+def _tile(inputs: dict[str, Tensor]) -> tuple[int, dict[str, int]]:
+    """The number of tiles of an image, and sizes and blocks that all kernels take; blocks are powers of two."""
+    (levels, images, pixels, channels), (expressions, words, _) = (
+        inputs[name].shape for name in ("features", "text")
+    )
+    blocks = {"WORDS": max(16, triton.next_power_of_2(words))}
+    blocks["CHANNELS"] = max(16, triton.next_power_of_2(channels))
+    # Single precision has no tensor cores to multiply on: its operands lie in registers, which hold less.
+    is_single = inputs["features"].element_size() == 4
+    crowded = blocks["CHANNELS"] > 256 or blocks["WORDS"] > 64
+    blocks["PIXELS"] = 16 if is_single or crowded else 32
+    blocks["COLUMNS"] = min(16 if is_single else 64, blocks["CHANNELS"])
+    blocks["LEVELS"] = triton.next_power_of_2(inputs["features"].shape[0])
+    sizes = {"levels": levels, "images": images, "expressions": expressions, "pixels": pixels}
+    tiles = triton.cdiv(pixels, blocks["PIXELS"])
+    return tiles, sizes | {"words": words, "channels": channels} | blocks
+
+
+def _launch(kernel: Any, programs: tuple[int, int], tensors: dict[str, Any], sizes: Any) -> Launch:
+    """The kernel with those of the arguments that it takes."""
+    arguments = {f"{name}_ptr": tensor for name, tensor in tensors.items()} | sizes
+    taken = {name: arguments[name] for name in kernel.arg_names}
+    return Launch(kernel, programs, taken, num_warps=8, num_stages=1)
+
+
+def _forward_launch(
+    inputs: dict[str, Tensor], weight: Tensor, bias: Tensor, dense: Tensor
+) -> Launch:
+    tiles, sizes = _tile(inputs)
+    tensors = inputs | {"weight": weight, "bias": bias.contiguous(), "dense": dense}
+    return _launch(_forward_kernel, (tiles, sizes["expressions"]), tensors, sizes)
+
+
+def _text_outputs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `_text_backward_kernel` writes."""
+    tiles, sizes = _tile(inputs)
+    text, (levels, _, pixels, _) = inputs["text"], inputs["features"].shape
+    rows = (tiles, *text.shape)
+    sums = (tiles, len(text), levels)
+    shapes = {"on_text": rows, "on_folded": rows, "on_scale": sums, "on_share": sums}
+    outputs = {name: text.new_empty(x, dtype=torch.float32) for name, x in shapes.items()}
+    outputs["on_similarity"] = text.new_empty(levels, len(text), pixels, sizes["WORDS"])
+    return outputs
+
+
+def _text_launch(inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Launch:
+    tiles, sizes = _tile(inputs)
+    return _launch(_text_backward_kernel, (tiles, sizes["expressions"]), inputs | outputs, sizes)
+
+
+def _image_outputs(inputs: dict[str, Tensor], needs_features: bool) -> dict[str, Any]:
+    """What `_image_backward_kernel` writes."""
+    tiles, _ = _tile(inputs)
+    features = inputs["features"]
+    levels, images = features.shape[:2]
+    return {
+        "on_features": torch.empty_like(features) if needs_features else None,
+        "grad_image": torch.empty_like(features[0]),
+        "mixed": torch.empty_like(features[0]),
+        "on_share": features.new_empty(tiles, images, levels, dtype=torch.float32),
+    }
+
+
+def _image_launch(
+    inputs: dict[str, Tensor],
+    on_similarity: Tensor,
+    outputs: dict[str, Any],
+    weight: Tensor,
+) -> Launch:
+    tiles, sizes = _tile(inputs)
+    tensors = inputs | outputs | {"on_similarity": on_similarity, "weight": weight}
+    return _launch(_image_backward_kernel, (tiles, sizes["images"]), tensors, sizes)
+
+
+def compile_cases() -> list[CompileCase]:
+    """SAM's prompt width and nano's, words of short and long sentences, in half and single precision."""
+    cases = []
+    for dtype, channels, words in (
+        (torch.bfloat16, 128, 16),
+        (torch.bfloat16, 256, 16),
+        (torch.bfloat16, 256, 64),
+        (torch.float16, 256, 32),
+        (torch.float32, 256, 32),
+    ):
+        features = torch.empty(4, 1, 4096, channels, dtype=dtype, device="meta")
+        text = features.new_empty(8, words, channels)
+        lengths = torch.empty(8, dtype=torch.int64, device="meta")
+        weight, scale = features.new_empty(channels, 2 * channels), features.new_empty(())
+        level_weights = features.new_empty(4, dtype=torch.float32)
+        inputs = _inputs(features, text, lengths, lengths, scale.float(), level_weights)
+        inputs |= {"folded": text, "grad": features.new_empty(8, 4096, channels)}
+        on_text = _text_outputs(inputs)
+        similarity, on_images = on_text["on_similarity"], _image_outputs(inputs, True)
+        launches = {
+            "forward": _forward_launch(inputs, weight, weight[0, :channels], inputs["grad"]),
+            "text backward": _text_launch(inputs, on_text),
+            "image backward": _image_launch(inputs, similarity, on_images, weight),
+        }
+        name = f"{str(dtype).removeprefix('torch.')}, {channels} channels, {words} words"
+        cases += [launch.compile_case(f"{kind}, {name}") for kind, launch in launches.items()]
+    return cases
