@@ -15,19 +15,44 @@ from torch import Tensor
 from refsam_kernels.chunks import chunked_gradients, chunks, map_chunks
 
 PER_EXPRESSION = (True, True) + (False,) * 6
+# Where the convolutions' weights stand among the tensors, each followed by its bias.
+CONV1, CONV2 = 2, 6
 
 
 def forward(*arguments: Any) -> Tensor:
     """Like `reference.forward`: products in the dtype of the features, LayerNorm in float32 at least."""
     *tensors, eps = arguments
-    return map_chunks(partial(_formula, eps=eps), tensors, PER_EXPRESSION, _slices(tensors))
+    packed = _pack(tensors)
+    return map_chunks(partial(_formula, eps=eps), packed, PER_EXPRESSION, _slices(packed))
 
 
 def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Like `reference.backward`; the upscaled features are computed again."""
     *tensors, eps, needs = arguments
-    formula = partial(_formula, eps=eps)
-    return chunked_gradients(formula, tensors, PER_EXPRESSION, _slices(tensors), needs, grad)
+    packed, formula = _pack(tensors), partial(_formula, eps=eps)
+    gradients = list(
+        chunked_gradients(formula, packed, PER_EXPRESSION, _slices(packed), needs, grad)
+    )
+    for index in (CONV1, CONV2):
+        if needs[index]:
+            gradients[index] = _unpack(gradients[index])
+        if needs[index + 1]:
+            gradients[index + 1] = gradients[index + 1].view(4, -1).sum(dim=0)
+    return tuple(gradients)
+
+
+def _pack(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The convolutions' weights as (2 * 2 * out, in), their biases as (2 * 2 * out,), the others as they are."""
+    packed = list(tensors)
+    for index in (CONV1, CONV2):
+        packed[index] = tensors[index].permute(2, 3, 1, 0).flatten(0, 2).contiguous()
+        packed[index + 1] = tensors[index + 1].repeat(4)
+    return packed
+
+
+def _unpack(weight: Tensor) -> Tensor:
+    """(2 * 2 * out, in) -> (in, out, 2, 2), as nn.ConvTranspose2d holds it."""
+    return weight.unflatten(0, (2, 2, -1)).permute(3, 2, 0, 1).contiguous()
 
 
 def _slices(tensors: Sequence[Tensor]) -> list[slice]:
@@ -57,7 +82,6 @@ def _formula(
     return masks.reshape(expressions, hyper.shape[1], 4 * height, 4 * width)
 
 
-def _quadruple(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _quadruple(x: Tensor, columns: Tensor, bias: Tensor) -> Tensor:
     """A transposed convolution, kernel 2, stride 2: (P, n, C) -> (P, 4n, out), the 2 x 2 results of a pixel together."""
-    columns = weight.permute(2, 3, 1, 0).flatten(0, 2)  # (2 * 2 * out, C)
-    return F.linear(x, columns, bias.repeat(4)).unflatten(2, (4, -1)).flatten(1, 2)
+    return F.linear(x, columns, bias).unflatten(2, (4, -1)).flatten(1, 2)
