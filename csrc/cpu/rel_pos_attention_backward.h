@@ -30,8 +30,6 @@ class Backward {
         sizes_(sizes_of<Operand>(call.forward)),
         scale_(1 / __builtin_sqrtf(static_cast<float>(call.forward.head_dim))),
         relative_(call.forward, sizes_, kBackwardGroup, arena),
-        places_{arena.take<int32_t>(sizes_.keys / kLanes),
-                arena.take<int32_t>(sizes_.keys / kLanes)},
         key_columns_(arena.take<Stored>(sizes_.keys * sizes_.depth * kPack)),
         value_columns_(arena.take<Stored>(sizes_.keys * sizes_.depth * kPack)),
         key_rows_(arena.take<Stored>(sizes_.keys * sizes_.channels)),
@@ -89,7 +87,7 @@ class Backward {
   }
 
   void begin_keys(const Task& task) {
-    place_keys(task, places_);
+    relative_.begin_task(task);
     memset(key_columns_, 0, sizeof(Stored) * sizes_.keys * sizes_.depth * kPack);
     memset(value_columns_, 0, sizeof(Stored) * sizes_.keys * sizes_.depth * kPack);
     memset(key_rows_, 0, sizeof(Stored) * sizes_.keys * sizes_.channels);
@@ -144,10 +142,11 @@ class Backward {
 
   // For kRows queries of the group and a block of keys: p and ds, dq, dh and dw.
   void attend(int64_t query, KeyBlock block) {
-    compute_scores(queries_, key_columns_, sizes_, relative_, places_, query, block,
-                   [&](int row, int64_t vector, Vector value) REFSAM_INLINE_LAMBDA {
-                     store(scores_ + row * kBlockRow + vector * kLanes, value);
-                   });
+    compute_scores<Operand>(
+        queries_ + query * sizes_.depth * kPack, key_columns_, sizes_.depth, relative_.terms(query),
+        block, [scores = scores_](int row, int64_t vector, Vector value) REFSAM_INLINE_LAMBDA {
+          store(scores + row * kBlockRow + vector * kLanes, value);
+        });
     multiply_grads(query, block);
     for (int row = 0; row < kRows; row += kPack) differentiate(query, row, block);
     float one[kRows];
@@ -166,10 +165,8 @@ class Backward {
           {grads_ + query * sizes_.depth * kPack, sizes_.depth * kPack, kPack},
           {value_columns_ + (block.first + vector) * kLanes * sizes_.depth * kPack, kPanel * kPack},
           sizes_.depth, smaller(kVectors, block.count - vector),
-          [&](int row, int) REFSAM_INLINE_LAMBDA { return broadcast(-delta_[query + row]); },
-          [&](int row, int v, Vector sum) REFSAM_INLINE_LAMBDA {
-            store(grad_scores_ + row * kBlockRow + (vector + v) * kLanes, sum);
-          });
+          [to = grad_scores_ + vector * kLanes, delta = delta_ + query](int row, int v, Vector sum)
+              REFSAM_INLINE_LAMBDA { store(to + row * kBlockRow + v * kLanes, sum - delta[row]); });
     }
   }
 
@@ -181,13 +178,13 @@ class Backward {
     Stored* const differences = differences_ + (query + first_row) * kBlockRow;
     Vector sum_h[kPack]{};
     for (int64_t v = 0; v < block.count; ++v) {
-      const int64_t row_of_keys = places_.row[block.first + v];
+      const int64_t row_of_keys = relative_.row_of(block.first + v);
       Vector p[kPack], ds[kPack];
       for (int i = 0; i < kPack; ++i) {
         const int64_t row = first_row + i;
         float* const in_place = grad_scores_ + row * kBlockRow;
         float* const w =
-            grad_w_ + (query + row) * sizes_.key_width + places_.column[block.first + v];
+            grad_w_ + (query + row) * sizes_.key_width + relative_.column_of(block.first + v);
         const Vector score = load(scores_ + row * kBlockRow + v * kLanes);
         p[i] = exp2_of(score * exponent_scale - shift_[query + row]);
         ds[i] = p[i] * load(in_place + v * kLanes);
@@ -197,7 +194,7 @@ class Backward {
       }
       Operand::pack_rows(p, probabilities + v * kLanes * kPack);
       Operand::pack_rows(ds, differences + v * kLanes * kPack);
-      if (v + 1 == block.count || places_.row[block.first + v + 1] != row_of_keys) {
+      if (v + 1 == block.count || relative_.row_of(block.first + v + 1) != row_of_keys) {
         for (int i = 0; i < kPack; ++i) {
           grad_h_[(query + first_row + i) * forward_.window_height + row_of_keys] +=
               sum_of(sum_h[i]);
@@ -280,7 +277,7 @@ class Backward {
     const int64_t token = token_place(forward_, task, y * task.width + x);
     Element* const to = static_cast<Element*>(call_.grad_qkv) +
                         ((token * 3 + which) * forward_.heads + task.head) * forward_.head_dim;
-    for (int64_t k = 0; k < forward_.head_dim; ++k) from_float(from[k] * factor, to[k]);
+    store_row(to, from, factor, forward_.head_dim);
   }
 
   void add_to_padding(const Task& task, int64_t slot, int64_t which, const float* from,
@@ -306,7 +303,6 @@ class Backward {
   const Sizes sizes_;
   const float scale_;
   Relative<Element, Operand> relative_;
-  const KeyPlaces places_;
   // Of a task
   Stored *const key_columns_, *const value_columns_;  // panels
   Stored* const key_rows_;                            // (keys, channels)

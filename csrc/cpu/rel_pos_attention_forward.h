@@ -2,7 +2,7 @@
 //
 // Keys and values of a window's head are packed once. A group of queries passes over blocks of keys
 // that stay in the second-level cache, kRows queries at a time, whose scores stay in the
-// first-level one: product with the keys, which begins with the relative terms; softmax with a
+// first-level one: product with the keys plus the relative terms; softmax with a
 // running maximum; product with the values.
 #pragma once
 
@@ -28,8 +28,6 @@ class Forward {
         relative_(call, sizes_, kForwardGroup, arena),
         keys_(arena.take<Stored>(sizes_.keys * sizes_.depth * kPack)),
         values_(arena.take<Stored>(sizes_.keys * sizes_.channels)),
-        places_{arena.take<int32_t>(sizes_.keys / kLanes),
-                arena.take<int32_t>(sizes_.keys / kLanes)},
         queries_(arena.take<Stored>(kForwardGroup * sizes_.depth * kPack)),
         scores_(arena.take<float>(kRows * kScoreRow)),
         out_(arena.take<float>(kForwardGroup * sizes_.channels)),
@@ -60,7 +58,7 @@ class Forward {
   }
 
   void pack_keys(const Task& task) {
-    place_keys(task, places_);
+    relative_.begin_task(task);
     memset(keys_, 0, sizeof(Stored) * sizes_.keys * sizes_.depth * kPack);
     memset(values_, 0, sizeof(Stored) * sizes_.keys * sizes_.channels);
     for_each_key<Element>(call_, task, 1, [&](const Element* token, int64_t index) {
@@ -85,11 +83,13 @@ class Forward {
   void attend(int64_t query, KeyBlock block) {
     Vector maxima[kRows];
     for (int row = 0; row < kRows; ++row) maxima[row] = broadcast(maximum_[query + row]);
-    compute_scores(queries_, keys_, sizes_, relative_, places_, query, block,
-                   [&](int row, int64_t vector, Vector value) REFSAM_INLINE_LAMBDA {
-                     store(scores_ + row * kScoreRow + vector * kLanes, value);
-                     maxima[row] = larger(value, maxima[row]);
-                   });
+    compute_scores<Operand>(
+        queries_ + query * sizes_.depth * kPack, keys_, sizes_.depth, relative_.terms(query), block,
+        [scores = scores_, maxima = &maxima[0]](int row, int64_t vector, Vector value)
+            REFSAM_INLINE_LAMBDA {
+              store(scores + row * kScoreRow + vector * kLanes, value);
+              maxima[row] = larger(value, maxima[row]);
+            });
     Stored* const probabilities = reinterpret_cast<Stored*>(scores_);  // in the scores' place
     float factor[kRows];
     for (int row = 0; row < kRows; ++row) {
@@ -124,8 +124,7 @@ class Forward {
       const int64_t token = token_place(call_, task, first + i);
       Element* const out =
           static_cast<Element*>(call_.out) + (token * call_.heads + task.head) * call_.head_dim;
-      const float* const from = out_ + i * sizes_.channels;
-      for (int64_t k = 0; k < call_.head_dim; ++k) from_float(from[k] / sum_[i], out[k]);
+      store_row(out, out_ + i * sizes_.channels, 1 / sum_[i], call_.head_dim);
       call_.log_sum_exp[statistic_place(call_, task, first + i)] =
           maximum_[i] * exponent_scale_ * kLn2 + __builtin_logf(sum_[i]);
     }
@@ -134,9 +133,8 @@ class Forward {
   const RelPosAttention& call_;
   const Sizes sizes_;
   Relative<Element, Operand> relative_;
-  Stored* const keys_;    // panels
-  Stored* const values_;  // (keys, channels)
-  const KeyPlaces places_;
+  Stored* const keys_;     // panels
+  Stored* const values_;   // (keys, channels)
   Stored* const queries_;  // (kForwardGroup, depth)
   float* const scores_;    // (kRows, kScoreRow)
   float* const out_;       // (kForwardGroup, channels)

@@ -164,16 +164,18 @@ std::tuple<Tensor, Tensor> forward(const Tensor& qkv, const Tensor& rel_pos_h,
   return {out, log_sum_exp};
 }
 
-// The sum over slots (slots, size), in their order, of which `result` takes the first elements.
-void sum_slots(const std::vector<float>& slots, int64_t size, int64_t from, Tensor& result) {
+// Adds up slots (count, size) in their order; `result` takes its elements from `offset` on.
+void sum_slots(const std::vector<float>& slots, int64_t count, int64_t offset, Tensor& result) {
   const int64_t elements = result.numel();
-  std::vector<float> sums(static_cast<size_t>(elements));
-  for (size_t slot = 0; slot < slots.size(); slot += static_cast<size_t>(size)) {
-    for (int64_t i = 0; i < elements; ++i) sums[i] += slots[slot + from + i];
+  if (elements == 0) return;
+  const int64_t size = static_cast<int64_t>(slots.size()) / count;
+  Tensor sums = torch::stable::new_zeros(result, {elements}, ScalarType::Float);
+  float* const to = static_cast<float*>(sums.mutable_data_ptr());
+  for (int64_t slot = 0; slot < count; ++slot) {
+    const float* const from = slots.data() + slot * size + offset;
+    for (int64_t i = 0; i < elements; ++i) to[i] += from[i];
   }
-  Tensor float_sums = torch::stable::new_empty(result, {elements}, ScalarType::Float);
-  std::copy(sums.begin(), sums.end(), static_cast<float*>(float_sums.mutable_data_ptr()));
-  torch::stable::copy_(result, float_sums);
+  torch::stable::copy_(result, sums);
 }
 
 // Gradients of qkv, of both tables (without elements unless `needs_tables`) and of what padding
@@ -211,9 +213,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Scratch scratch = allocate(kernels.backward_scratch(call));
     kernels.backward(call, begin, end, scratch.get());
   });
-  sum_slots(tables, table_elements, 0, grad_h);
-  sum_slots(tables, table_elements, rel_pos_h.numel(), grad_w);
-  sum_slots(padding, padding_elements, 0, grad_padding);
+  sum_slots(tables, call.slots, 0, grad_h);
+  sum_slots(tables, call.slots, rel_pos_h.numel(), grad_w);
+  sum_slots(padding, call.slots, 0, grad_padding);
   return {grad_qkv, grad_h, grad_w, grad_padding};
 }
 

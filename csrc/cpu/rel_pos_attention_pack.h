@@ -114,9 +114,11 @@ REFSAM_INLINE void pack_column(const Element* token, const RelPosAttention& call
                                typename Operand::Stored* panels) {
   constexpr int64_t kPack = Operand::kPack;
   panels += (column / kPanel * sizes.depth * kPanel + column % kPanel) * kPack;
-  for (int64_t k = 0; k < call.head_dim; ++k) {
-    panels[k / kPack * kPanel * kPack + k % kPack] = Operand::pack(token[k]);
+  const int64_t whole = call.head_dim / kPack * kPack;
+  for (int64_t k = 0; k < whole; k += kPack) {
+    for (int64_t i = 0; i < kPack; ++i) panels[k * kPanel + i] = Operand::pack(token[k + i]);
   }
+  if (whole < call.head_dim) panels[whole * kPanel] = Operand::pack(token[whole]);
 }
 
 // A right operand: the token becomes a row.
@@ -128,15 +130,29 @@ REFSAM_INLINE void pack_row(const Element* token, const RelPosAttention& call, c
   for (int64_t k = 0; k < call.head_dim; ++k) rows[k * kPack] = Operand::pack(token[k]);
 }
 
+// Asks for a token that is read soon: a head's part of neighbouring tokens is too far apart for the
+// processor to guess it.
+template <class Element>
+REFSAM_INLINE void prefetch(const Element* token, int64_t head_dim) {
+  const char* const bytes = reinterpret_cast<const char*>(token);
+  const int64_t size = head_dim * static_cast<int64_t>(sizeof(Element));
+  for (int64_t line = 0; line < size; line += 64) __builtin_prefetch(bytes + line);
+}
+constexpr int64_t kTokensAhead = 8;
+
 // Calls body(token, index) for every key (which 1) or value (2) that is not zero.
 template <class Element, class Body>
 REFSAM_INLINE void for_each_key(const RelPosAttention& call, const Task& task, int64_t which,
                                 const Body& body) {
-  for (int64_t y = 0; y < task.key_height; ++y) {
-    for (int64_t x = 0; x < task.key_width; ++x) {
-      const Element* const token = token_at<Element>(call, task, y, x, which);
-      if (token) body(token, y * task.padded_key_width() + x);
-    }
+  const int64_t count = task.key_height * task.key_width;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t y = i / task.key_width, x = i % task.key_width;
+    const int64_t ahead = smaller(i + kTokensAhead, count - 1);
+    const Element* const next =
+        token_at<Element>(call, task, ahead / task.key_width, ahead % task.key_width, which);
+    if (next) prefetch(next, call.head_dim);
+    const Element* const token = token_at<Element>(call, task, y, x, which);
+    if (token) body(token, y * task.padded_key_width() + x);
   }
 }
 
@@ -177,6 +193,17 @@ void pack_queries(const RelPosAttention& call, const Task& task, const Sizes& si
   }
 }
 
+// The relative terms of kRows queries, divided by the scale of q k.
+struct RelativeTerms {
+  const float *h, *w;             // (kRows, h_row), (kRows, w_row)
+  int64_t h_row, w_row;           // -infinity in w where no key is
+  const int32_t *rows, *columns;  // where a vector of keys begins
+
+  REFSAM_INLINE Vector at(int row, int64_t vector) const {
+    return h[row * h_row + rows[vector]] + load(w + row * w_row + columns[vector]);
+  }
+};
+
 // The relative terms of a group of queries, divided by the scale of q k: products of the queries
 // and both tables, of which every query needs a stretch.
 template <class Element, class Operand>
@@ -187,11 +214,12 @@ class Relative {
   Relative(const RelPosAttention& call, const Sizes& sizes, int64_t group, Arena& arena)
       : call_(call),
         sizes_(sizes),
-        factor_(__builtin_sqrtf(static_cast<float>(call.head_dim))),
         tables_(arena.take<Stored>(sizes.distances * sizes.depth * Operand::kPack)),
         products_(arena.take<float>(kRows * sizes.distances)),
         h_(arena.take<float>(group * call.window_height)),
-        w_(arena.take<float>(group * sizes.key_width)) {}
+        w_(arena.take<float>(group * sizes.key_width)),
+        rows_(arena.take<int32_t>(sizes.keys / kLanes)),
+        columns_(arena.take<int32_t>(sizes.keys / kLanes)) {}
 
   // Once for all tasks.
   void pack() {
@@ -199,6 +227,14 @@ class Relative {
     for_each_distance<Element>(call_, [&](const Element* row, int64_t index) {
       pack_column<Operand>(row, call_, sizes_, index, tables_);
     });
+  }
+
+  void begin_task(const Task& task) {
+    const int64_t across = task.padded_key_width() / kLanes;
+    for (int64_t vector = 0; vector < task.key_vectors(); ++vector) {
+      rows_[vector] = static_cast<int32_t>(vector / across);
+      columns_[vector] = static_cast<int32_t>(vector % across * kLanes);
+    }
   }
 
   // For `count` queries of a task, from `first` on.
@@ -209,9 +245,18 @@ class Relative {
     }
   }
 
-  // Of a query of the group: (key_height,), and (padded key_width,) with -infinity where no key is.
-  const float* h(int64_t query) const { return h_ + query * call_.window_height; }
-  const float* w(int64_t query) const { return w_ + query * sizes_.key_width; }
+  // Of queries of the group from `query` on.
+  RelativeTerms terms(int64_t query) const {
+    return {h_ + query * call_.window_height,
+            w_ + query * sizes_.key_width,
+            call_.window_height,
+            sizes_.key_width,
+            rows_,
+            columns_};
+  }
+  // Where a vector of keys begins.
+  int64_t row_of(int64_t vector) const { return rows_[vector]; }
+  int64_t column_of(int64_t vector) const { return columns_[vector]; }
 
  private:
   void multiply(const Stored* queries) {
@@ -220,10 +265,8 @@ class Relative {
       multiply_tile<kVectors, Operand>(
           {queries, sizes_.depth * kPack, kPack},
           {tables_ + column * sizes_.depth * kPack, kPanel * kPack}, sizes_.depth,
-          [](int, int) REFSAM_INLINE_LAMBDA { return Vector{}; },
-          [&](int row, int v, Vector sum) REFSAM_INLINE_LAMBDA {
-            store(products_ + row * sizes_.distances + column + v * kLanes, sum * factor_);
-          });
+          [to = products_ + column, to_row = sizes_.distances](int row, int v, Vector sum)
+              REFSAM_INLINE_LAMBDA { store(to + row * to_row + v * kLanes, sum); });
     }
   }
 
@@ -233,58 +276,41 @@ class Relative {
     const float* const products = products_ + place % kRows * sizes_.distances;
     float* const h = h_ + place * call_.window_height;
     float* const w = w_ + place * sizes_.key_width;
-    memcpy(h, products + offsets.h, sizeof(float) * task.key_height);
-    memcpy(w, products + offsets.w, sizeof(float) * task.key_width);
+    const float factor = __builtin_sqrtf(static_cast<float>(call_.head_dim));
+    for (int64_t v = 0; v < task.key_height; ++v) h[v] = products[offsets.h + v] * factor;
+    for (int64_t u = 0; u < task.key_width; ++u) w[u] = products[offsets.w + u] * factor;
     for (int64_t u = task.key_width; u < task.padded_key_width(); ++u) w[u] = -__builtin_inff();
   }
 
   const RelPosAttention& call_;
   const Sizes& sizes_;
-  const float factor_;
   Stored* const tables_;   // panels
   float* const products_;  // (kRows, distances)
   float* const h_;         // (group, window_height)
-  float* const w_;         // (group, key_width)
+  float* const w_;         // (group, key_width), rows padded to vectors
+  int32_t *const rows_, *const columns_;
 };
-
-// Which row of keys, and which column of it, a vector of keys begins at.
-struct KeyPlaces {
-  int32_t *row, *column;
-};
-
-inline void place_keys(const Task& task, const KeyPlaces& places) {
-  const int64_t across = task.padded_key_width() / kLanes;
-  for (int64_t vector = 0; vector < task.key_vectors(); ++vector) {
-    places.row[vector] = static_cast<int32_t>(vector / across);
-    places.column[vector] = static_cast<int32_t>(vector % across * kLanes);
-  }
-}
 
 // A stretch of key vectors, at most as many as a block.
 struct KeyBlock {
   int64_t first, count;
 };
 
-// q k^T with the relative terms, divided by the scale, for kRows queries of a group from `query` on
-// and a block of keys: calls finish(row, vector of the block, scores).
-template <class Element, class Operand, class Finish>
+// q k^T plus the relative terms, all divided by the scale, for kRows queries and a block of keys:
+// calls finish(row, vector of the block, scores).
+template <class Operand, class Finish>
 REFSAM_INLINE void compute_scores(const typename Operand::Stored* queries,
-                                  const typename Operand::Stored* keys, const Sizes& sizes,
-                                  const Relative<Element, Operand>& relative,
-                                  const KeyPlaces& places, int64_t query, KeyBlock block,
-                                  const Finish& finish) {
+                                  const typename Operand::Stored* keys, int64_t depth,
+                                  const RelativeTerms& terms, KeyBlock block, Finish finish) {
   constexpr int64_t kPack = Operand::kPack;
   for (int64_t vector = 0; vector < block.count; vector += kVectors) {
-    const int64_t first = block.first + vector;
     multiply_panel<Operand>(
-        {queries + query * sizes.depth * kPack, sizes.depth * kPack, kPack},
-        {keys + first * kLanes * sizes.depth * kPack, kPanel * kPack}, sizes.depth,
+        {queries, depth * kPack, kPack},
+        {keys + (block.first + vector) * kLanes * depth * kPack, kPanel * kPack}, depth,
         smaller(kVectors, block.count - vector),
-        [&](int row, int v) REFSAM_INLINE_LAMBDA {
-          return relative.h(query + row)[places.row[first + v]] +
-                 load(relative.w(query + row) + places.column[first + v]);
-        },
-        [&](int row, int v, Vector sum) REFSAM_INLINE_LAMBDA { finish(row, vector + v, sum); });
+        [=](int row, int v, Vector sum) REFSAM_INLINE_LAMBDA {
+          finish(row, vector + v, sum + terms.at(row, block.first + vector + v));
+        });
   }
 }
 

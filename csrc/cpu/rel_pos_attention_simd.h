@@ -85,13 +85,28 @@ REFSAM_INLINE float to_float(Bfloat16 value) {
   return result;
 }
 
-REFSAM_INLINE void from_float(float value, float& result) { result = value; }
-REFSAM_INLINE void from_float(float value, Bfloat16& result) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof(bits));
-  // Round to nearest, ties to even; a NaN stays one.
-  result.bits = static_cast<uint16_t>(value == value ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16
-                                                     : bits >> 16 | 0x40);
+typedef uint32_t BitVector __attribute__((vector_size(kLanes * 4), may_alias));
+typedef uint16_t HalfVector __attribute__((vector_size(kLanes * 2), may_alias));
+
+REFSAM_INLINE void store_elements(float* to, Vector values) { store(to, values); }
+REFSAM_INLINE void store_elements(Bfloat16* to, Vector values) {
+  const BitVector bits = (BitVector)values;
+  // To nearest, ties to even; a NaN stays one.
+  const BitVector rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const BitVector kept = values == values ? rounded : bits >> 16 | 0x40;
+  const HalfVector halves = __builtin_convertvector(kept, HalfVector);
+  memcpy(to, &halves, sizeof(halves));
+}
+
+// to (count,) = factor * from, of which whole vectors are read.
+template <class Element>
+REFSAM_INLINE void store_row(Element* to, const float* from, float factor, int64_t count) {
+  int64_t k = 0;
+  for (; k + kLanes <= count; k += kLanes) store_elements(to + k, load(from + k) * factor);
+  if (k == count) return;
+  Element rest[kLanes];
+  store_elements(rest, load(from + k) * factor);
+  memcpy(to + k, rest, sizeof(Element) * static_cast<size_t>(count - k));
 }
 
 // Operands of a product are kept as they are multiplied: `kPack` neighbours along the summed
@@ -124,11 +139,10 @@ struct Pairs {
     memcpy(to, &rounded, sizeof(rounded));
   }
   static REFSAM_INLINE void pack_rows(const Vector* rows, Stored* to) {
-    typedef uint16_t Halves __attribute__((vector_size(32)));
     const auto even =
-        __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)rows[0]), IntVector);
+        __builtin_convertvector((HalfVector)_mm512_cvtneps_pbh((__m512)rows[0]), BitVector);
     const auto odd =
-        __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)rows[1]), IntVector);
+        __builtin_convertvector((HalfVector)_mm512_cvtneps_pbh((__m512)rows[1]), BitVector);
     store(to, (Vector)(even | odd << 16));
   }
   static REFSAM_INLINE Vector dot(Vector sum, const Stored* left, Vector right) {
@@ -154,17 +168,13 @@ struct Right {
   int64_t depth;
 };
 
-// A tile of kRows x V vectors of a product over `depth` lanes: begins with start(row, vector), ends
-// in finish(row, vector, sum).
-template <int V, class Operand, class Start, class Finish>
-REFSAM_INLINE void multiply_tile(Left<Operand> left, Right<Operand> right, int64_t depth,
-                                 const Start& start, const Finish& finish) {
-  Vector sum[kRows][V];
-#pragma GCC unroll 6
-  for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[row][v] = start(row, v);
-  }
+// A tile of kRows x V vectors of a product over `depth` lanes; each sum ends in
+// finish(row, vector, sum). A function of its own, with what `finish` needs by value: the addresses
+// of the loop then stay in registers.
+template <int V, class Operand, class Finish>
+__attribute__((noinline)) void multiply_tile(Left<Operand> left, Right<Operand> right,
+                                             int64_t depth, Finish finish) {
+  Vector sum[kRows][V]{};
   for (int64_t k = 0; k < depth; ++k) {
     Vector column[V];
 #pragma GCC unroll 4
@@ -187,32 +197,30 @@ REFSAM_INLINE void multiply_tile(Left<Operand> left, Right<Operand> right, int64
 }
 
 // The same for `vectors` <= kVectors, known at run time.
-template <class Operand, class Start, class Finish>
+template <class Operand, class Finish>
 REFSAM_INLINE void multiply_panel(Left<Operand> left, Right<Operand> right, int64_t depth,
-                                  int64_t vectors, const Start& start, const Finish& finish) {
+                                  int64_t vectors, Finish finish) {
   if constexpr (kVectors == 4) {
-    if (vectors == 4) return multiply_tile<4>(left, right, depth, start, finish);
-    if (vectors == 3) return multiply_tile<3>(left, right, depth, start, finish);
+    if (vectors == 4) return multiply_tile<4>(left, right, depth, finish);
+    if (vectors == 3) return multiply_tile<3>(left, right, depth, finish);
   }
-  if (vectors == 2) return multiply_tile<2>(left, right, depth, start, finish);
-  multiply_tile<1>(left, right, depth, start, finish);
+  if (vectors == 2) return multiply_tile<2>(left, right, depth, finish);
+  multiply_tile<1>(left, right, depth, finish);
 }
 
 // to (rows, width) = factor[row] * to + left @ right for rows <= kRows and any multiple of kLanes
-// as width. All of kRows rows are read.
+// as width. kRows rows of the left operand are read.
 template <class Operand>
 void multiply_add(Left<Operand> left, Right<Operand> right, int64_t depth, int64_t width,
                   const float* factor, float* to, int64_t to_row, int rows = kRows) {
   for (int64_t column = 0; column < width; column += kPanel) {
-    float* const at = to + column;
-    const Right<Operand> panel{right.data + column * Operand::kPack, right.depth};
-    multiply_panel<Operand>(
-        left, panel, depth, smaller(kVectors, (width - column) / kLanes),
-        [&](int row, int v)
-            REFSAM_INLINE_LAMBDA { return load(at + row * to_row + v * kLanes) * factor[row]; },
-        [&](int row, int v, Vector sum) REFSAM_INLINE_LAMBDA {
-          if (row < rows) store(at + row * to_row + v * kLanes, sum);
-        });
+    multiply_panel<Operand>(left, {right.data + column * Operand::kPack, right.depth}, depth,
+                            smaller(kVectors, (width - column) / kLanes),
+                            [=](int row, int v, Vector sum) REFSAM_INLINE_LAMBDA {
+                              if (row >= rows) return;
+                              float* const at = to + row * to_row + column + v * kLanes;
+                              store(at, load(at) * factor[row] + sum);
+                            });
   }
 }
 

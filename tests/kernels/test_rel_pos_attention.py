@@ -1,4 +1,4 @@
-"""rel_pos_attention: the fallback against the formula, the formula against segment-anything and the one-hot form."""
+"""rel_pos_attention: every backend against the formula, the formula against segment-anything and the one-hot form."""
 
 from functools import partial
 from typing import Any
@@ -11,13 +11,37 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from refsam_kernels import rel_pos_attention
+from refsam_kernels import libraries, rel_pos_attention
 from refsam_kernels.rel_pos_attention import fallback, reference
 from refsam_kernels.rel_pos_attention.regions import regions
 from tests.kernels import operator_checks as checks
 from tests.sam_modeling import load_sam_modeling, randomise
 
-BACKENDS = ["reference", "fallback"]
+
+def why_not_compiled() -> str:
+    """Why the compiled backend cannot be tested here, or ""."""
+    try:
+        libraries.load("cpu")
+    except ImportError as reason:
+        return str(reason)
+    return ""
+
+
+COMPILED = pytest.param(
+    "cpu", marks=pytest.mark.skipif(bool(why_not_compiled()), reason=why_not_compiled())
+)
+ARRANGED = ["fallback", COMPILED]
+DTYPES = [
+    *(pytest.param("fallback", dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)),
+    *(
+        pytest.param("cpu", dtype, marks=COMPILED.marks)
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
+]
+BACKENDS = ["reference", *ARRANGED]
+# What a backend is compared in where nothing is to be seen but a mistake, and its roundings in it.
+EXACT = {"reference": torch.float64, "fallback": torch.float64, "cpu": torch.float32}
+ROUNDING = {torch.float64: 1e-12, torch.float32: 5e-6}
 CASES = {  # images, height, width, heads, head dim, window
     "window4-of-13x9": (2, 13, 9, 3, 16, 4),
     "window4-of-10x10": (1, 10, 10, 2, 64, 4),
@@ -27,18 +51,26 @@ CASES = {  # images, height, width, heads, head dim, window
     "window14-of-5x6": (2, 5, 6, 2, 16, 14),
     "global-7x13": (1, 7, 13, 2, 80, 0),
     "global-10x10": (3, 10, 10, 1, 64, 0),
+    "global-24x21": (1, 24, 21, 1, 8, 0),
+    "global-3x20": (1, 3, 20, 1, 128, 0),
     "one-token": (1, 1, 1, 2, 20, 0),
 }
 
 
 def make_inputs(
-    images: int, height: int, width: int, heads: int, head_dim: int, window: int
+    images: int,
+    height: int,
+    width: int,
+    heads: int,
+    head_dim: int,
+    window: int,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
     """Tensors by name, of the size that they have in SAM's checkpoints."""
     generator = torch.Generator().manual_seed(42)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     return {
         "qkv": normal(images, height, width, 3 * heads * head_dim),
@@ -54,14 +86,14 @@ def operator_of(case: tuple[int, ...], pad_mode: str = "bias") -> checks.Operato
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("pad_mode", ["bias", "mask"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_fallback_matches_reference(
-    case: tuple[int, ...], pad_mode: str, dtype: torch.dtype
+@pytest.mark.parametrize(("backend", "dtype"), DTYPES)
+def test_matches_reference(
+    case: tuple[int, ...], pad_mode: str, backend: str, dtype: torch.dtype
 ) -> None:
     # One key has the probability 1, whatever the tables say.
     zero = {"rel_pos_h": "qkv", "rel_pos_w": "qkv"} if case[1:3] == (1, 1) else {}
     operator = operator_of(case, pad_mode)
-    checks.check_matches_reference(operator, make_inputs(*case), "fallback", dtype, zero=zero)
+    checks.check_matches_reference(operator, make_inputs(*case), backend, dtype, zero=zero)
 
 
 def test_float16() -> None:
@@ -79,10 +111,17 @@ def test_float16() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_hot_form_agrees(case: str, backend: str) -> None:
     """The decomposed bias is an exact factorisation: q' = [q*scale, q Rh, q Rw], k' = [k, one-hots]."""
-    inputs = make_inputs(*CASES[case])
-    wanted = checks.run(partial(one_hot_attention, case=CASES[case]), inputs, "")
+    dtype = EXACT[backend]
+    inputs = make_inputs(*CASES[case], dtype=dtype)
+    wanted = checks.run(partial(one_hot_attention, case=CASES[case]), cast_up(inputs), "")
     found = checks.run(operator_of(CASES[case]), inputs, backend)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    checks.assert_close("output", found[0][0], wanted[0][0], ROUNDING[dtype])
+    for name, gradient in found[1].items():
+        checks.assert_close(name, gradient, wanted[1][name], ROUNDING[dtype])
+
+
+def cast_up(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return checks.cast(inputs, torch.float64)
 
 
 def one_hot_attention(
@@ -155,7 +194,7 @@ def test_masked_padding_is_attention_within_the_crop() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_missing_bias_is_zero(backend: str) -> None:
     case = CASES["window4-of-13x9"]
-    inputs = make_inputs(*case)
+    inputs = make_inputs(*case, dtype=EXACT[backend])
     bias = inputs.pop("qkv_bias")
     found = checks.run(operator_of(case), inputs, backend)
     zero = checks.run(operator_of(case), {**inputs, "qkv_bias": torch.zeros_like(bias)}, backend)
@@ -167,7 +206,7 @@ def test_missing_bias_is_zero(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_whole_windows_are_the_same_in_every_pad_mode(backend: str) -> None:
     case = CASES["window4-of-8x12"]
-    inputs = make_inputs(*case)
+    inputs = make_inputs(*case, dtype=EXACT[backend])
     bias, mask, none = (
         checks.run(operator_of(case, mode), inputs, backend) for mode in ("bias", "mask", "none")
     )
@@ -180,23 +219,25 @@ def test_whole_windows_are_the_same_in_every_pad_mode(backend: str) -> None:
 def test_frozen_tables_change_no_other_gradient(backend: str) -> None:
     """dq has the relative part all the same: without it, it would be wrong by its own size."""
     case = CASES["window4-of-13x9"]
-    inputs = make_inputs(*case)
+    inputs = make_inputs(*case, dtype=EXACT[backend])
     _, every = checks.run(operator_of(case), inputs, backend)
     _, found = checks.run(operator_of(case), inputs, backend, frozen=("rel_pos_h", "rel_pos_w"))
     assert found.keys() == {"qkv", "qkv_bias"}
     assert all(torch.equal(found[name], every[name]) for name in found)
 
 
-def test_each_gradient_alone() -> None:
+@pytest.mark.parametrize("backend", ARRANGED)
+def test_each_gradient_alone(backend: str) -> None:
     case = CASES["window4-of-13x9"]
-    checks.check_single_gradients(operator_of(case), make_inputs(*case), "fallback")
+    inputs = make_inputs(*case, dtype=EXACT[backend])
+    checks.check_single_gradients(operator_of(case), inputs, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tables_of_another_length_are_interpolated(backend: str) -> None:
     case = CASES["global-7x13"]
-    inputs = make_inputs(*case)
-    table = torch.randn(27, 80, dtype=torch.float64)
+    inputs = make_inputs(*case, dtype=EXACT[backend])
+    table = torch.randn(27, 80, dtype=EXACT[backend])
 
     def resized_outside(rel_pos_h: Tensor, **others: Any) -> Tensor:
         resized = F.interpolate(rel_pos_h.T[None], size=13, mode="linear")[0].T
@@ -212,7 +253,7 @@ def test_tables_of_another_length_are_interpolated(backend: str) -> None:
 @pytest.mark.parametrize("layout", ["slice", "permuted", "every-second-image", "expanded"])
 def test_layout_of_qkv_does_not_matter(backend: str, layout: str) -> None:
     case = (2, 10, 7, 2, 16, 4)
-    inputs = make_inputs(*case)
+    inputs = make_inputs(*case, dtype=EXACT[backend])
     qkv = inputs["qkv"]
     if layout == "slice":
         qkv = F.pad(qkv, (5, 2, 1, 0), value=float("nan"))[:, :, 1:, 5:-2]
@@ -230,11 +271,13 @@ def test_layout_of_qkv_does_not_matter(backend: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("size", [0.0, 5.0], ids=["equal", "up-to-80"])
-def test_extreme_logits(size: float) -> None:
-    case = CASES["window4-of-10x10"]
-    inputs = make_inputs(*case)
-    inputs["qkv"][..., : 2 * 64] *= size
-    checks.check_matches_reference(operator_of(case), inputs, "fallback", torch.float32)
+@pytest.mark.parametrize("case", ["window4-of-10x10", "global-24x21"])
+@pytest.mark.parametrize("backend", ARRANGED)
+def test_extreme_logits(size: float, case: str, backend: str) -> None:
+    inputs = make_inputs(*CASES[case])
+    width = inputs["qkv"].shape[-1]
+    inputs["qkv"][..., : 2 * width // 3] *= size
+    checks.check_matches_reference(operator_of(CASES[case]), inputs, backend, torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -323,7 +366,7 @@ def test_repeats_bitwise_also_within_a_batch(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend: str) -> None:
-    inputs = make_inputs(0, 5, 6, 2, 4, 4)
+    inputs = make_inputs(0, 5, 6, 2, 4, 4, EXACT[backend])
     out = rel_pos_attention(**inputs, num_heads=2, window_size=4, backend=backend)
     assert out.shape == (0, 5, 6, 8)
 

@@ -1,0 +1,214 @@
+"""The compiled CPU backend of rel_pos_attention: every instruction set, threads, and the checks that stand in C++."""
+
+import re
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from refsam_kernels import libraries, rel_pos_attention
+from refsam_kernels.rel_pos_attention import reference
+from tests.kernels import operator_checks as checks
+
+INSTRUCTION_SETS = ["portable", "avx2", "avx512", "avx512bf16"]
+Sizes = tuple[int, int, int, int, int, int]  # images, height, width, heads, head dim, window
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library() -> Any:
+    """The library's operators; the tests are skipped with the reason if it was not built."""
+    try:
+        return libraries.load("cpu")
+    except ImportError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(
+    request: pytest.FixtureRequest, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """An instruction set that this processor has, which the backend is made to use."""
+    try:
+        library.rel_pos_attention(
+            *arguments_of(make_inputs((0, 1, 1, 1, 1, 0)), 1, 0, request.param)
+        )
+    except RuntimeError as reason:
+        pytest.skip(str(reason).splitlines()[0])
+    monkeypatch.setenv("REFSAM_CPU_INSTRUCTION_SET", request.param)
+    return request.param
+
+
+def make_inputs(sizes: Sizes, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    images, height, width, heads, head_dim, window = sizes
+    generator = torch.Generator().manual_seed(42)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return {
+        "qkv": normal(images, height, width, 3 * heads * head_dim),
+        "rel_pos_h": 0.3 * normal(2 * (window or height) - 1, head_dim),
+        "rel_pos_w": 0.3 * normal(2 * (window or width) - 1, head_dim),
+        "qkv_bias": normal(3 * heads * head_dim),
+    }
+
+
+def arguments_of(
+    inputs: dict[str, Tensor], heads: int, window: int, instruction_set: str = ""
+) -> list[Any]:
+    """The arguments of the library's forward."""
+    return [*inputs.values(), heads, window, "bias", instruction_set]
+
+
+def operator_of(sizes: Sizes, pad_mode: str = "bias") -> checks.Operator:
+    return partial(rel_pos_attention, num_heads=sizes[3], window_size=sizes[5], pad_mode=pad_mode)
+
+
+SIZES: dict[str, Sizes] = {
+    "windows-with-padding": (1, 16, 15, 2, 16, 14),
+    "several-blocks-of-keys": (1, 24, 22, 1, 40, 0),
+    "odd-head-dim": (1, 5, 7, 2, 13, 0),
+    "rows-longer-than-a-block": (1, 2, 540, 1, 8, 0),
+    "head-dim-128": (1, 9, 8, 1, 128, 0),
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_instruction_set_matches_reference(
+    instruction_set: str, sizes: Sizes, dtype: torch.dtype
+) -> None:
+    inputs = make_inputs(sizes, torch.float64)
+    checks.check_matches_reference(operator_of(sizes), inputs, "cpu", dtype)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_matches_reference_at_any_size(data: st.DataObject) -> None:
+    side = st.integers(1, 12)
+    sizes = (
+        data.draw(st.integers(1, 2)),
+        data.draw(side),
+        data.draw(side),
+        data.draw(st.integers(1, 3)),
+        data.draw(st.integers(1, 20)),
+        data.draw(st.integers(0, 7)),
+    )
+    inputs = make_inputs(sizes)
+    options = (sizes[3], sizes[5], data.draw(st.sampled_from(["bias", "mask"])))
+    found = libraries.load("cpu").rel_pos_attention(*inputs.values(), *options, "")
+    wanted = reference.forward(*(tensor.double() for tensor in inputs.values()), *options)
+    for name, got, exact in zip(("output", "log_sum_exp"), found, wanted, strict=True):
+        checks.assert_close(name, got, exact, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 20, 20, 1, 8, 0), (2, 9, 9, 3, 16, 4)], ids=str)
+def test_result_does_not_depend_on_the_number_of_threads(sizes: Sizes, dtype: torch.dtype) -> None:
+    """Few heads are cut into parts for many threads, so that the first case runs differently."""
+    inputs = make_inputs(sizes, dtype)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            results.append(checks.run(operator_of(sizes), inputs, "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0][0][0], results[1][0][0])
+    assert all(torch.equal(results[1][1][name], value) for name, value in results[0][1].items())
+
+
+def test_nan_stays_visible(instruction_set: str) -> None:
+    """A query that is NaN spoils its own output, in every head channel, and no other query's."""
+    sizes = (1, 4, 5, 1, 8, 0)
+    inputs = make_inputs(sizes)
+    inputs["qkv"][0, 1, 2, :8] = float("nan")
+    out = operator_of(sizes)(**inputs, backend="cpu")
+    assert out[0, 1, 2].isnan().all()
+    assert out.isnan().sum() == 8
+
+
+@pytest.mark.slow  # asks for 9 GB of memory, of which it touches a few pages
+def test_large_strides_are_read_without_overflow() -> None:
+    """Rows so far apart that their distance in elements does not fit 32 bits."""
+    stride = 2**31 + 7
+    storage = torch.empty(2 * stride + 64, dtype=torch.bfloat16)
+    qkv = storage.as_strided((1, 3, 2, 24), (0, stride, 24, 1))
+    dense = torch.randn(1, 3, 2, 24).bfloat16()
+    qkv.copy_(dense)
+    tables = (torch.randn(5, 8).bfloat16(), torch.randn(3, 8).bfloat16())
+    out, far = (rel_pos_attention(x, *tables, num_heads=1, backend="cpu") for x in (dense, qkv))
+    assert torch.equal(out, far)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"qkv": torch.zeros(9, 9, 48)}, "qkv: got 3 dimensions, wanted 4"),
+    "dtype": ({"qkv": torch.zeros(1, 9, 9, 48).half()}, "rel_pos_h: got dtype Float, wanted Half"),
+    "no-rows": ({"qkv": torch.zeros(1, 0, 9, 48)}, "qkv's height: got 0, wanted 1 to"),
+    "strides": ({"qkv": torch.zeros(1, 9, 9, 96)[..., ::2]}, "qkv: got stride 2 of the last dimension, wanted 1"),
+    "channels": ({"qkv": torch.zeros(1, 9, 9, 50)}, "qkv: got 50 channels, wanted a multiple of 3 * num_heads = 6"),
+    "heads": ({"num_heads": 0}, "num_heads: got 0, wanted 1 to 48"),
+    "table": ({"rel_pos_h": torch.zeros(9, 8)}, "rel_pos_h: got 9 x 8, wanted 7 x 8"),
+    "table-dtype": ({"rel_pos_w": torch.zeros(7, 8).double()}, "rel_pos_w: got dtype Double, wanted Float"),
+    "table-strides": ({"rel_pos_w": torch.zeros(8, 7).T}, "rel_pos_w: got strides of a view"),
+    "bias": ({"qkv_bias": torch.zeros(47)}, "qkv_bias: got 47 numbers, wanted 48"),
+    "window": ({"window_size": 2**40}, "window_size: got 1099511627776, wanted 0 to"),
+    "pad-mode": ({"pad_mode": "zero"}, "pad_mode: got 'zero', wanted bias, mask or none"),
+    "does-not-fit": ({"pad_mode": "none"}, "window_size: got 4, wanted a divisor of the grid"),
+    "instruction-set": ({"instruction_set": "sse"}, "instruction_set: got sse, wanted avx512bf16, avx512, avx2 or portable"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+def test_library_names_the_argument_that_fails(
+    library: Any, change: dict[str, Any], message: str
+) -> None:
+    """Straight into C++, past the checks of the public function."""
+    arguments: dict[str, Any] = {
+        "qkv": torch.zeros(1, 9, 9, 48),
+        "rel_pos_h": torch.zeros(7, 8),
+        "rel_pos_w": torch.zeros(7, 8),
+        "qkv_bias": None,
+        "num_heads": 2,
+        "window_size": 4,
+        "pad_mode": "bias",
+        "instruction_set": "",
+    }
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        library.rel_pos_attention(*(arguments | change).values())
+
+
+BAD_BACKWARD: dict[str, tuple[dict[str, Any], str]] = {
+    "grad-shape": ({"grad_out": torch.zeros(1, 9, 9, 15)}, "grad_out: wanted shape (1, 9, 9, 16)"),
+    "grad-dtype": ({"grad_out": torch.zeros(1, 9, 9, 16).double()}, "grad_out: got dtype Double, wanted Float"),
+    "out-strides": ({"out": torch.zeros(1, 9, 9, 32)[..., ::2]}, "out: got strides of a view"),
+    "statistic": ({"log_sum_exp": torch.zeros(1, 9, 9, 2)}, "log_sum_exp: wanted shape (1, 2, 9, 9)"),
+    "statistic-rank": ({"log_sum_exp": torch.zeros(1, 9, 9)}, "log_sum_exp: got 3 dimensions, wanted 4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_BACKWARD.values(), ids=BAD_BACKWARD)
+def test_library_names_the_argument_of_the_backward_that_fails(
+    library: Any, change: dict[str, Any], message: str
+) -> None:
+    arguments: dict[str, Any] = {
+        "grad_out": torch.zeros(1, 9, 9, 16),
+        "qkv": torch.zeros(1, 9, 9, 48),
+        "rel_pos_h": torch.zeros(7, 8),
+        "rel_pos_w": torch.zeros(7, 8),
+        "qkv_bias": None,
+        "out": torch.zeros(1, 9, 9, 16),
+        "log_sum_exp": torch.zeros(1, 2, 9, 9),
+        "num_heads": 2,
+        "window_size": 4,
+        "pad_mode": "bias",
+        "needs_tables": True,
+        "instruction_set": "",
+    }
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        library.rel_pos_attention_backward(*(arguments | change).values())
