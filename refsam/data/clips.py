@@ -56,16 +56,17 @@ class Clip:
 class ClipBatch:
     """B clips: `frames (B, T, H, W, 3)` uint8 RGB and `masks (B, E, T, H, W)` bool, zeros right and below each clip's own size.
 
-    `sizes` (height, width), E `texts` and the `name` of each clip; `colour (B, 4)`; `skipped` what could not be read.
+    `sizes` (height, width), E `texts` and the `name` of each clip; `colour (B, 4)` as `adjust_colour` takes it, None for no
+    change; `skipped` what could not be read.
     """
 
     frames: Tensor
     masks: Tensor
     sizes: tuple[tuple[int, int], ...]
     texts: tuple[tuple[str, ...], ...]
-    colour: Tensor
+    colour: Tensor | None
     names: tuple[str, ...]
-    skipped: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
 
     @staticmethod
     def of(clips: Sequence[Clip]) -> "ClipBatch":

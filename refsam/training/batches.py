@@ -1,32 +1,48 @@
-"""The stream of generated batches, drawn ahead in other processes where asked."""
+"""The stream of training batches, drawn ahead in other processes where asked: generated clips, or those of datasets."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from refsam.data.generated import GeneratedBatch, generate_batch
+from refsam.data import DataError, ReferringDataset, open_dataset
+from refsam.data.clips import ClipBatch, ClipMixture, ClipSampler
+from refsam.data.generated import generate_batch
 from refsam.training.settings import StageSettings, TrainingSettings
 
-# Height to width of a batch's frames.
+# Height to width of a generated batch's frames.
 _ASPECTS = ((9, 16), (9, 16), (9, 16), (3, 4), (1, 1), (16, 9))
 
 
-class BatchStream(Dataset[GeneratedBatch]):
+@dataclass(frozen=True)
+class TrainingBatch:
+    """What one step trains on: clips, and for generated ones what is seen at each pixel.
+
+    `attributes (B, T, H, W, 2)` uint8 and `owner (B, T, H, W)` int8 as in `GeneratedBatch`; None for clips of datasets.
+    """
+
+    clips: ClipBatch
+    attributes: Tensor | None = None
+    owner: Tensor | None = None
+
+
+class GeneratedStream(Dataset[TrainingBatch]):
     """Batch number `step` of a run is drawn from (seed, step) alone; `image_size` is the model's, in pixels."""
 
     def __init__(self, settings: TrainingSettings, image_size: int) -> None:
         self.settings = settings
         self.image_size = image_size
 
-    def __getitem__(self, step: int) -> GeneratedBatch:
+    def __getitem__(self, step: int) -> TrainingBatch:
         stage = stage_at(self.settings.stages, step)
         random = np.random.default_rng([self.settings.seed, step])
         aspect = _ASPECTS[random.integers(len(_ASPECTS))]
         long_side = stage.image_size or self.image_size
         height, width = (round(long_side * side / max(aspect)) for side in aspect)
-        return generate_batch(
+        batch = generate_batch(
             self.settings.seed,
             step,
             clips=stage.clips,
@@ -36,17 +52,74 @@ class BatchStream(Dataset[GeneratedBatch]):
             style=stage.style,
             device="cpu" if self.settings.workers else self.settings.device,
         )
-
-    def batches(self, begin: int, end: int) -> Iterator[GeneratedBatch]:
-        """Those of steps `begin` to `end`, the end not included, in order."""
-        loader: DataLoader[GeneratedBatch] = DataLoader(
-            self,
-            batch_size=None,
-            sampler=range(begin, end),
-            num_workers=self.settings.workers,
-            worker_init_fn=_use_one_thread,
+        clips = ClipBatch(
+            batch.frames,
+            batch.masks,
+            ((height, width),) * stage.clips,
+            tuple(tuple(sentence.text for sentence in row) for row in batch.sentences),
+            colour=None,
+            names=tuple(f"generated clip {index} of step {step}" for index in range(stage.clips)),
         )
-        return iter(loader)
+        return TrainingBatch(clips, batch.attributes, batch.owner)
+
+
+class DatasetStream(Dataset[TrainingBatch | DataError]):
+    """Batch number `step` takes the clips that follow those of the steps before it in an endless mixture of the datasets.
+
+    A DataError is handed over, not raised: on its way out of another process a raised one would lose its one line.
+    """
+
+    def __init__(self, settings: TrainingSettings, datasets: Sequence[ReferringDataset]) -> None:
+        self.settings = settings
+        data = settings.data
+        self.mixtures = {
+            (stage.frames, stage.expressions): ClipMixture(
+                [
+                    ClipSampler(
+                        dataset, stage.frames, stage.expressions, data.augmentation, data.unreadable
+                    )
+                    for dataset in datasets
+                ],
+                [entry.weight for entry in data.datasets],
+                settings.seed,
+            )
+            for stage in settings.stages
+        }
+
+    def __getitem__(self, step: int) -> TrainingBatch | DataError:
+        stage = stage_at(self.settings.stages, step)
+        mixture = self.mixtures[stage.frames, stage.expressions]
+        position = _clips_before(self.settings.stages, step)
+        try:
+            clips = [mixture.clip(position + index) for index in range(stage.clips)]
+        except DataError as error:
+            return error
+        return TrainingBatch(ClipBatch.of(clips))
+
+
+def open_datasets(settings: TrainingSettings) -> list[ReferringDataset]:
+    """The datasets that a run trains on, none if it draws its own clips; raises DataError."""
+    return [
+        open_dataset(entry.name, entry.root, entry.split, **entry.options)
+        for entry in settings.data.datasets
+    ]
+
+
+def batches(
+    stream: GeneratedStream | DatasetStream, begin: int, end: int, workers: int
+) -> Iterator[TrainingBatch]:
+    """Those of steps `begin` to `end`, the end not included, in order, drawn ahead by that many processes; raises DataError."""
+    loader: DataLoader[TrainingBatch | DataError] = DataLoader(
+        stream,
+        batch_size=None,
+        sampler=range(begin, end),
+        num_workers=workers,
+        worker_init_fn=_use_one_thread,
+    )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
 def stage_at(stages: tuple[StageSettings, ...], step: int) -> StageSettings:
@@ -56,6 +129,15 @@ def stage_at(stages: tuple[StageSettings, ...], step: int) -> StageSettings:
             return stage
         step -= stage.steps
     raise IndexError(f"step {step} lies behind the last stage")
+
+
+def _clips_before(stages: tuple[StageSettings, ...], step: int) -> int:
+    """How many clips the steps before this one take."""
+    clips = 0
+    for stage in stages:
+        clips += stage.clips * min(step, stage.steps)
+        step -= min(step, stage.steps)
+    return clips
 
 
 def _use_one_thread(_: int) -> None:

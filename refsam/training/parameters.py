@@ -5,38 +5,48 @@ import math
 import torch
 from torch import Tensor, nn
 
+from refsam.errors import UserError
 from refsam.training.settings import OptimiserSettings
 
 
 def build_optimisers(model: nn.Module, settings: OptimiserSettings) -> list[torch.optim.Optimizer]:
     """AdamW over the trainable parameters, and Muon over linear layers' weights where asked.
 
-    Vectors, tokens and position tables are not decayed.
+    Vectors, tokens and position tables are not decayed. The `scale` of a group is its learning rate as a multiple of the
+    settings'. Raises UserError for a rate of a part that the model does not have or that is frozen.
     """
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    orthogonal: list[nn.Parameter] = []
+    adamw: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    muon: dict[float, list[nn.Parameter]] = {}
+    trained = set()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        part = next(word for word in name.split(".") if not word.isdigit())
+        trained.add(part)
+        scale = settings.rates.get(part, settings.learning_rate) / settings.learning_rate
         if settings.muon and id(parameter) in linear:
-            orthogonal.append(parameter)
-        elif parameter.ndim <= 1 or any(k in name for k in ("rel_pos", "pos_embed", "token")):
-            free.append(parameter)
-        else:
-            decayed.append(parameter)
+            muon.setdefault(scale, []).append(parameter)
+            continue
+        free = parameter.ndim <= 1 or any(k in name for k in ("rel_pos", "pos_embed", "token"))
+        adamw.setdefault((scale, free), []).append(parameter)
+    if unknown := sorted(set(settings.rates) - trained):
+        raise UserError(
+            f"optimiser.rates: nothing to train in {', '.join(unknown)}, want some of {', '.join(sorted(trained))}"
+        )
     decay, rate = settings.weight_decay, settings.learning_rate
-    groups = [{"params": decayed, "weight_decay": decay}, {"params": free, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    groups = [
+        {"params": adamw[scale, free], "weight_decay": 0.0 if free else decay, "scale": scale}
+        for scale, free in sorted(adamw)
+    ]
     optimisers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
     ]
-    if orthogonal:
-        muon = torch.optim.Muon(
-            orthogonal, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+    if muon:
+        groups = [{"params": muon[scale], "scale": scale} for scale in sorted(muon)]
+        optimisers.append(
+            torch.optim.Muon(groups, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         )
-        optimisers.append(muon)
     return optimisers
 
 

@@ -304,7 +304,8 @@ def test_a_batch_pads_clips_of_other_sizes(videos: Path) -> None:
     sampler = ClipSampler(open_dataset("ref-youtube-vos", videos, "train"), 2, 1, SMALL)
     clips = [sampler.clip(0, 0, index) for index in range(4)]
     batch = ClipBatch.of(clips)
-    assert len(set(batch.sizes)) > 1 and batch.colour.shape == (4, 4)
+    assert len(set(batch.sizes)) > 1
+    assert batch.colour is not None and batch.colour.shape == (4, 4)
     for index, ((height, width), clip) in enumerate(zip(batch.sizes, clips, strict=True)):
         assert torch.equal(batch.frames[index, :, :height, :width], torch.from_numpy(clip.frames))
         assert torch.equal(batch.masks[index, :, :, :height, :width], torch.from_numpy(clip.masks))
