@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -239,14 +240,15 @@ def weights_sha256(model: RefSAM) -> str:
     return digest.hexdigest()
 
 
-def palette() -> list[int]:
-    """The 256 colours of the PASCAL VOC and DAVIS masks, `[r, g, b, r, ...]`: bits of the number, spread over the three."""
+@cache
+def palette() -> bytes:
+    """The 256 colours of the PASCAL VOC and DAVIS masks as `rgbrgb...`: bits of the number, spread over the three."""
     # Bits 0, 3, 6 of the number go to red, 1, 4, 7 to green, 2, 5 to blue, the lowest to the highest place.
-    return [
+    return bytes(
         sum((number >> bit & 1) << (7 - bit // 3) for bit in range(channel, 8, 3))
         for number in range(256)
         for channel in range(3)
-    ]
+    )
 
 
 def _data_sha256(units: Sequence[Unit]) -> str:

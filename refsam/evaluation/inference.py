@@ -68,8 +68,7 @@ RULES: Mapping[str, InferenceRules] = MappingProxyType(
                 "Masks: logits resized to the 360-pixel frame, then to the frame's own size, above 0.01, as the authors do.",
                 "State: one track token for each video and expression (and annotator). The authors' Ref-DAVIS17 script lets "
                 "the four annotators share tokens; that fault is not reproduced.",
-                "Elsewhere than on Ref-YouTube-VOS and Ref-DAVIS17, which alone the authors evaluate, their choices for the former "
-                "are used.",
+                "The authors evaluate Ref-YouTube-VOS and Ref-DAVIS17 alone: elsewhere their choices for the former are used.",
                 "Not known: whether the 360-pixel resizing was antialiased (here it is; it depended on torchvision's version), "
                 "whether pixels reached SAM as 0-1 or 0-255 (here 0-255), and which weights gave the published scores.",
             ),

@@ -143,7 +143,7 @@ def _html_block(block: Block) -> str:
             data = base64.b64encode(block.content).decode()
             caption = html.escape(block.caption)
             source = f"data:{block.media_type};base64,{data}"
-            image = f'<img alt="{caption}" loading="lazy" src="{source}">'
+            image = f'<img alt="{caption}" src="{source}">'
             return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
         case Table():
             return _html_table(block)
