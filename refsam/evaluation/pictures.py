@@ -71,7 +71,7 @@ def _line(curve: Curve) -> str:
 
 def _stroke(curve: Curve, points: str) -> str:
     dashes = ' stroke-dasharray="4 3"' if curve.dashed else ""
-    return f'<polyline points="{points}" fill="none" stroke="{curve.colour}" stroke-width="1.5"{dashes}/>'
+    return f'<polyline points="{points}" fill="none" stroke="{curve.colour}" stroke-width="2"{dashes}/>'
 
 
 def _label(x: float, y: float, text: str, anchor: str = "start") -> str:
