@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-PAGES = ("README.md", "docs/status.md", "refsam/weights/nano/README.md")
+PAGES = ("README.md", "docs/status.md", "docs/performance.md", "refsam/weights/nano/README.md")
 _REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -57,7 +57,41 @@ def _nano_targets() -> str:
     )
 
 
-_TABLES = {"nano_generated": _nano_generated, "nano_targets": _nano_targets}
+def _encoder_cpu() -> str:
+    path = RESULTS / "encoder_cpu.jsonl"
+    if not path.exists():
+        return "Not measured yet."
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    baseline = {row["dtype"]: row for row in rows if row["name"] == "segment-anything"}
+    lines = [
+        "| | | median (p20 to p80), s | against segment-anything | memory, MiB | against it | error |",
+        "|---|---|--:|--:|--:|--:|--:|",
+        *(_encoder_line(row, baseline[row["dtype"]]) for row in rows),
+    ]
+    origin = rows[0]["provenance"]
+    machine = f"{origin['hardware']['processor']}, {origin['threads']} threads, torch {origin['versions']['torch']}"
+    what = (
+        f"{origin['model']}, {origin['image_size']} pixels, one image, {rows[0]['rounds']} rounds"
+    )
+    return "\n".join([*lines, "", f"{what}, {machine}, commit {origin['commit'][:7]}."])
+
+
+def _encoder_line(row: dict[str, Any], baseline: dict[str, Any]) -> str:
+    name = f"| {row['dtype']} | {row['name']} |"
+    if "wrong" in row:
+        return f"{name} wrong: {row['wrong']} | | | | |"
+    seconds, low, high = (1e-3 * row[key] for key in ("median_ms", "p20_ms", "p80_ms"))
+    memory, share = row["peak_memory_bytes"], "| |"
+    if memory is not None and baseline["peak_memory_bytes"]:
+        share = f"{memory / 2**20:.0f} | {100 * memory / baseline['peak_memory_bytes']:.0f} % |"
+    return f"{name} {seconds:.2f} ({low:.2f} to {high:.2f}) | {row['speedup']:.2f}x | {share} {row['error']:.0e} |"
+
+
+_TABLES = {
+    "nano_generated": _nano_generated,
+    "nano_targets": _nano_targets,
+    "encoder_cpu": _encoder_cpu,
+}
 
 
 def main(arguments: list[str]) -> int:

@@ -1,0 +1,54 @@
+"""The encoder's benchmark at a tiny size: all providers agree, and a wrong one gets no time."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks import encoder, tables
+from refsam import RefSAMConfig
+from tests.tiny_model import CONFIG
+
+
+@torch.inference_mode()
+def rows_of(dtype: str, *, with_transformers: bool = False) -> dict[str, dict[str, Any]]:
+    """Rows by name; transformers takes seconds to import."""
+    config = RefSAMConfig.from_dict(CONFIG)
+    sam = encoder.random_sam(config)
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    compared = [p for p in encoder.providers(dtype) if with_transformers or p.name != encoder.SDPA]
+    with (
+        mock.patch.object(encoder, "memory_of", return_value=2**20),
+        mock.patch.object(encoder, "providers", return_value=compared),
+    ):
+        rows = encoder.run_group(config, sam, dtype, sam(pixels), pixels, repeats=1)
+        return {row["name"]: row for row in rows}
+
+
+@pytest.mark.parametrize(
+    "with_transformers", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sam", "both"]
+)
+def test_all_providers_agree(with_transformers: bool) -> None:
+    rows = rows_of("float32", with_transformers=with_transformers)
+    assert {"refsam, fallback", "refsam, fallback, with adapters"} <= rows.keys()
+    assert (encoder.SDPA in rows) == with_transformers
+    assert all("wrong" not in row and row["median_ms"] > 0 for row in rows.values())
+    assert all(row["error"] <= 1e-5 for row in rows.values())
+
+
+def test_a_wrong_result_gets_no_time() -> None:
+    with mock.patch.object(encoder, "TOLERANCE", 0.0):
+        rows = rows_of("float32")
+    assert "wrong" not in rows[encoder.BASELINE]
+    ours = rows["refsam, fallback"]
+    assert "error" in ours["wrong"] and "median_ms" not in ours
+
+
+def test_the_table_of_the_rows() -> None:
+    rows = rows_of("bfloat16")
+    baseline = rows[encoder.BASELINE] | {"peak_memory_bytes": 2**22}
+    lines = {name: tables._encoder_line(row, baseline) for name, row in rows.items()}
+    assert all(line.count("|") == 8 for line in lines.values())
+    assert "1 | 25 %" in lines["refsam, fallback"]
+    assert "far off" in tables._encoder_line({**baseline, "wrong": "far off"}, baseline)
