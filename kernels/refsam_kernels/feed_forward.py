@@ -24,8 +24,8 @@ class AdapterWeights(NamedTuple):
 
 
 NO_ADAPTER = (None, None, None, None)
-# Elements of a GELU's result that is kept for the backward: to compute it again takes up to 4 % of a small perceptron's
-# time, to keep it doubles what a large one keeps.
+# Elements of a GELU's result that is kept for the backward: computing it again takes time, and saves much memory only
+# where it is large.
 MOST_KEPT = 2**22
 
 
