@@ -124,14 +124,15 @@ class Runner:
 
     def settings(self, units: Sequence[Unit]) -> dict[str, Any]:
         """All that a prediction depends on, as JSON takes it."""
+        text_encoder = self.model.text_encoder.source()
         return {
             "refsam": __version__,
             "protocol": self.rules.name,
             "weights_sha256": weights_sha256(self.model),
+            "text_encoder": str(text_encoder or "in the checkpoint"),
             "image_size": self.model.image_size,
             "device": self.model.device.type,
             "dtype": str(self.precision).removeprefix("torch."),
-            "missing": self.missing,
             "data_sha256": _data_sha256(units),
         }
 

@@ -28,19 +28,13 @@ class ColourModel(nn.Module):
     def __init__(self, misled="-", refuses="-", fails_after=None, failure=KeyboardInterrupt):
         super().__init__()
         self.register_buffer("weights", torch.arange(3.0))
-        self.misled, self.refuses = misled, refuses
+        self.misled = misled
         self.fails_after, self.failure = fails_after, failure
         self.seen = []
-        self.text_encoder = self.encode
-        self.encode.__func__.clear_cache = lambda: None
-
-    def encode(self, texts):
-        for text in texts:
-            if self.refuses in text:
-                raise ExpressionError(f"expression: knows no word of {text!r}")
+        self.text_encoder = _TextEncoder(refuses)
 
     def encode_text(self, texts):
-        self.encode(texts)
+        self.text_encoder(texts)
         return list(texts)
 
     def preprocess(self, frames):
@@ -74,6 +68,22 @@ class ColourModel(nn.Module):
         if "not red" in text:
             found = set(COLOURS) - {1}
         return {3 - number for number in found} if self.misled in text else found
+
+
+class _TextEncoder:
+    def __init__(self, refuses):
+        self.refuses = refuses
+
+    def __call__(self, texts):
+        for text in texts:
+            if self.refuses in text:
+                raise ExpressionError(f"expression: knows no word of {text!r}")
+
+    def clear_cache(self):
+        """Nothing is kept."""
+
+    def source(self):
+        """No file but the checkpoint's."""
 
 
 def write_lossless(path, pixels):

@@ -359,6 +359,8 @@ def test_refused_expressions_stop_the_run_with_a_full_list(mevis, tmp_path):
     assert [problem.kind for problem in refusal.value.problems] == ["expression refused"] * 2
     assert "'all that is not red' (expression: knows no word of" in str(refusal.value)
     assert not files_of(tmp_path / "out/results")
+    # The same folder serves once it is said what shall become of them.
+    assert evaluate(mevis_benchmark(mevis), runner(model, missing="zero"), tmp_path / "out")
 
 
 def test_refused_expressions_score_as_empty_if_asked(mevis, tmp_path):
