@@ -10,7 +10,7 @@ OUT ?= out
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-gpu bench gpu-report lint format libraries venv clean
+.PHONY: demo test test-slow test-gpu sanitize bench gpu-report lint format libraries venv clean
 
 demo: libraries
 	$(BIN)/refsam demo --out $(OUT)/demo --overwrite
@@ -24,6 +24,16 @@ test-slow: libraries
 
 test-gpu: libraries
 	$(BIN)/python -m pytest -m gpu -p no:benchmark
+
+# The compiled CPU backends' tests under address and undefined behaviour sanitizers, which must be loaded before Python.
+# Their own build, in build/sanitized, is used by nothing else.
+CXX ?= c++
+SANITIZERS = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
+sanitize: venv
+	$(BIN)/python -P kernels/refsam_kernels/build.py --sanitize build/sanitized
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 REFSAM_LIBRARIES=build/sanitized OMP_NUM_THREADS=2 \
+	  $(BIN)/python -m pytest -p no:benchmark -k "not cuda" \
+	  tests/kernels/test_rel_pos_attention_compiled.py tests/kernels/test_mask_postprocess_compiled.py
 
 bench: libraries
 	$(BIN)/python -m benchmarks --out $(OUT)/bench

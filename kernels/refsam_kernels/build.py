@@ -208,12 +208,19 @@ def gencode(names: Iterable[str]) -> list[str]:
     return arguments
 
 
-def cpu_plan() -> Plan:
-    """How `_C_cpu.so` is built here; raises `LeftOut` with the reason if it cannot be."""
+def cpu_plan(sanitize: bool = False) -> Plan:
+    """How `_C_cpu.so` is built here; raises `LeftOut` with the reason if it cannot be.
+
+    With `sanitize` it stops the process at the first bad address or undefined operation.
+    """
     torch, compiler = supported_torch(), find_compiler()
     flags = "-O3 -fPIC -fvisibility=hidden -Wall -Wextra".split()
+    objects = build_root() / "_C_cpu"
+    if sanitize:
+        flags += "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all".split()
+        objects = build_root() / "_C_cpu_sanitized"
     toolchain = {"compiler": first_line([compiler, "--version"]), "torch": torch.version}
-    return make_plan("_C_cpu", torch, compiler, flags, "cpu", toolchain)
+    return make_plan("_C_cpu", torch, compiler, flags, objects, "cpu", toolchain)
 
 
 def cuda_plan() -> Plan:
@@ -229,7 +236,8 @@ def cuda_plan() -> Plan:
         "torch": torch.version,
         "architectures": " ".join(names),
     }
-    return make_plan("_C_cuda", torch, nvcc, flags, "cuda", toolchain)
+    objects = build_root() / "_C_cuda"
+    return make_plan("_C_cuda", torch, nvcc, flags, objects, "cuda", toolchain)
 
 
 def make_plan(
@@ -237,11 +245,12 @@ def make_plan(
     torch: Torch,
     compiler: str,
     flags: list[str],
+    objects: Path,
     folder: str,
     toolchain: dict[str, str],
 ) -> Plan:
-    """The compile steps of every source in `csrc/<folder>` and the link step of the library."""
-    root, objects = source_root(), build_root() / library
+    """The compile steps of every source in `csrc/<folder>` into `objects`, and the link step of the library."""
+    root = source_root()
     sources = sorted(path for path in (root / folder).iterdir() if path.suffix in (".cpp", ".cu"))
     prefix = [ccache, compiler] if (ccache := shutil.which("ccache")) else [compiler]
     prefix += ["-std=c++20", "-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
@@ -257,7 +266,8 @@ def make_plan(
     # libtorch.so needs libtorch_cuda.so where torch has CUDA, so a library linked against a torch without it finds
     # its symbols on such a machine all the same. --no-as-needed: no symbol of ours is defined in libtorch.so itself.
     linker = ["-Xlinker", "--no-as-needed", f"-L{torch.root / 'lib'}", "-ltorch", "-ltorch_cpu"]
-    link = (compiler, "-shared", *map(str, outputs), *linker, "-o", str(output))
+    sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
+    link = (compiler, "-shared", *sanitizers, *map(str, outputs), *linker, "-o", str(output))
     return Plan(library, tuple(compile_steps), Step(output, outputs, link), toolchain)
 
 
@@ -392,8 +402,19 @@ def build_all(target: Path = PACKAGE) -> list[Path]:
     return [*(path for path in (cpu, cuda) if path), report]
 
 
+def build_sanitized(target: Path) -> None:
+    """Builds the CPU library with address and undefined behaviour sanitizers into the folder `target`.
+
+    `make sanitize` runs the compiled backends' tests on it.
+    """
+    build_library("_C_cpu", lambda: cpu_plan(sanitize=True), target, demanded=True)
+
+
 if __name__ == "__main__":
     try:
-        build_all()
+        if sys.argv[1:2] == ["--sanitize"]:
+            build_sanitized(Path(sys.argv[2]))
+        else:
+            build_all()
     except BuildError as error:
         sys.exit(f"refsam_kernels: {error}")

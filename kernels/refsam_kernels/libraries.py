@@ -1,6 +1,10 @@
-"""Loads the compiled libraries, each when a backend first needs it."""
+"""Loads the compiled libraries, each when a backend first needs it.
+
+They lie in the package; `REFSAM_LIBRARIES` names another folder, such as that of a build with sanitizers.
+"""
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,9 +22,10 @@ def load(name: str) -> Any:
     """
     if name == "cuda" and torch.version.cuda is None:
         raise ImportError("torch has no CUDA here")
-    path = PACKAGE / f"_C_{name}.so"
+    folder = Path(os.environ.get("REFSAM_LIBRARIES") or PACKAGE)
+    path = folder / f"_C_{name}.so"
     if not path.is_file():
-        raise ImportError(f"{path.name} was not built: {why_not_built(path.stem)}")
+        raise ImportError(f"{path} was not built: {why_not_built(path.stem, folder)}")
     torch.ops.load_library(path)
     return getattr(torch.ops, f"refsam_kernels_{name}")
 

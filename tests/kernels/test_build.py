@@ -216,3 +216,50 @@ def test_cpu_library_has_no_python_abi() -> None:
     if not library.is_file():
         pytest.skip(f"_C_cpu.so was not built: {libraries.why_not_built('_C_cpu')}")
     assert not python_symbols(library)
+
+
+def symbols(file: Path, *options: str) -> list[tuple[str, str]]:
+    """Kind and name of a file's symbols, as nm tells them."""
+    command = ["nm", *options, str(file)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [tuple(line.split()[-2:]) for line in lines]  # type: ignore[misc]
+
+
+def test_cpu_library_uses_the_stable_abi_only() -> None:
+    """Of torch nothing is used but its C functions, which keep their meaning between versions."""
+    library = build.PACKAGE / "_C_cpu.so"
+    if not library.is_file():
+        pytest.skip(f"_C_cpu.so was not built: {libraries.why_not_built('_C_cpu')}")
+    undefined = [name for _, name in symbols(library, "-D", "--undefined-only")]
+    assert [name for name in undefined if name.startswith(("aoti_torch_", "torch_"))]
+    mangled = ("_ZN2at", "_ZN3c10", "_ZN5torch", "_ZNK2at", "_ZNK3c10", "_ZNK5torch")
+    assert not [name for name in undefined if name.startswith(mangled)]
+
+
+def test_sources_for_an_instruction_set_share_no_function() -> None:
+    """A function that other objects hold too could be linked in its AVX-512 version and run anywhere."""
+    try:
+        plan = build.cpu_plan()
+    except build.LeftOut as reason:
+        pytest.skip(str(reason))
+    objects = [step.output for step in plan.compile if build.instruction_set(*step.inputs)]
+    if not all(path.is_file() for path in objects):
+        pytest.skip("the objects of the build are not there")
+    for path in objects:
+        names = [name for _, name in symbols(path, "--defined-only", "--extern-only")]
+        assert len(names) == 1, names
+        assert names[0].endswith("KernelsE")
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [("a_b_avx2", "-mavx2"), ("a_avx512", "-mavx512f"), ("a_avx512bf16", "-mavx512bf16")],
+)
+def test_instruction_set_follows_from_the_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, flag: str
+) -> None:
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    assert flag in build.instruction_set(Path(f"{name}.cpp"))
+    assert build.instruction_set(Path("a_portable.cpp")) == []
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    assert build.instruction_set(Path(f"{name}.cpp")) == []
