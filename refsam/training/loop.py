@@ -69,8 +69,7 @@ class Trainer:
         self.head = ObjectHead(config.prompt_dim, config.image_encoder.patch_size)
         self.head.to(settings.device)
         self.optimisers = build_optimisers(
-            nn.ModuleList([self.model, self.head]),
-            settings.optimiser,
+            nn.ModuleList([self.model, self.head]), settings.optimiser
         )
         self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.step = 0
@@ -205,6 +204,10 @@ class Trainer:
                 self.settings.loss,
                 stage.loss_scale,
             )
+            if self.settings.loss.target:
+                part["target"] = self.head.targets(
+                    output.object_token[rows], masks[rows, :height, :width]
+                )
             share = (group.end - group.begin) / groups[-1].end
             for name, value in part.items():
                 losses[name] = losses[name] + share * value if name in losses else share * value

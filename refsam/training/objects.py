@@ -31,14 +31,16 @@ class ObjectHead(nn.Module):
         self.colour = nn.Linear(channels, len(COLOUR_CLASSES))
         self.shape = nn.Linear(channels, len(SHAPE_CLASSES))
         self.whole_shape = nn.Linear(channels, len(SHAPE_CLASSES))
-        self.place = nn.Linear(channels, 3)
+        self.place = nn.Linear(channels, 5)
         self.outline = nn.Linear(channels, stride * stride)
+        self.target = nn.Linear(channels, 4)
 
     def forward(self, image: ImageFeatures, attributes: Tensor, owner: Tensor) -> dict[str, Tensor]:
         """Weighted scalar losses over B frames; attributes (B, H, W, 2) and owner (B, H, W) as generated, at the model's scale.
 
         Colour and shape are cross entropies per token and, `whole_shape`, over the mean of an object's tokens; `place` is the
-        way to the middle of the object that is seen, and its size; `outline` is which pixels of a token show an object.
+        way to the middle of the object that is seen, where in the frame that is, and its size; `outline` is which pixels of a
+        token show an object.
         """
         middle = self.stride // 2
         seen = attributes[:, middle :: self.stride, middle :: self.stride].long()
@@ -72,25 +74,38 @@ class ObjectHead(nn.Module):
         weight = torch.where(label == 1, _NAMELESS_WEIGHT, 1.0) * present
         return _mean(_cross_entropy(self.whole_shape(means), label), weight)
 
+    def targets(self, object_token: Tensor, masks: Tensor) -> Tensor:
+        """Scalar loss of where and how large the P meant objects are and whether they are there, read from their tokens.
+
+        object_token (P, C), masks (P, H, W) bool. A mask loss alone is slow to teach which of several alike is meant.
+        """
+        read = self.target(object_token).float()
+        flat = masks.flatten(1).float()
+        area = flat.sum(1)
+        y, x = _coordinates(masks)
+        middle = [(flat @ axis.flatten()) / area.clamp(min=1) for axis in (x, y)]
+        truth = torch.stack([*(2 * m - 1 for m in _shares(middle, masks)), _log_side(area)], dim=1)
+        place = F.smooth_l1_loss(read[:, :3], truth, reduction="none", beta=0.3).sum(1)
+        there = (area > 0).float()
+        return _mean(place, there) + F.binary_cross_entropy_with_logits(read[:, 3], there)
+
     def _places(self, owner: Tensor, index: Tensor) -> Tensor:
-        """(B, h, w, 3): right, down to the middle of the token's object, and log of its side, from what is seen of it."""
-        height, width = owner.shape[1:]
-        y, x = torch.meshgrid(
-            torch.arange(height, device=owner.device) + 0.5,
-            torch.arange(width, device=owner.device) + 0.5,
-            indexing="ij",
-        )
+        """(B, h, w, 5) from what is seen of the token's object: the way to its middle, that middle, log of its side."""
         flat = owner.flatten(1).long() + 1
         area = _sums(flat, torch.ones_like(flat, dtype=torch.float32))
         chosen = index.flatten(1)
         area_seen = area.gather(1, chosen).view(index.shape).clamp(min=1)
-        middle = self.stride // 2
-        parts = []
+        start = self.stride // 2
+        ways, middles = [], []
+        y, x = _coordinates(owner)
         for axis in (x, y):
             total = _sums(flat, axis.flatten().expand(flat.shape)).gather(1, chosen)
-            own = axis[middle :: self.stride, middle :: self.stride]
-            parts.append((total.view(index.shape) / area_seen - own) / _PLACE_UNIT)
-        return torch.stack([*parts, area_seen.log() / 2 - 3], dim=-1)
+            middles.append(total.view(index.shape) / area_seen)
+            ways.append(
+                (middles[-1] - axis[start :: self.stride, start :: self.stride]) / _PLACE_UNIT
+            )
+        places = [2 * middle - 1 for middle in _shares(middles, owner)]
+        return torch.stack([*ways, *places, _log_side(area_seen)], dim=-1)
 
     def _outline(self, tokens: Tensor, owner: Tensor) -> Tensor:
         height, width = (side * self.stride for side in tokens.shape[1:3])
@@ -98,6 +113,24 @@ class ObjectHead(nn.Module):
         covered = F.pad(covered, (0, width - owner.shape[2], 0, height - owner.shape[1]))
         pixels = F.pixel_unshuffle(covered, self.stride).movedim(1, -1)
         return F.binary_cross_entropy_with_logits(self.outline(tokens).float(), pixels)
+
+
+def _coordinates(frames: Tensor) -> tuple[Tensor, Tensor]:
+    """y and x, both (H, W), of the middles of the pixels of (..., H, W)."""
+    ranges = (torch.arange(side, device=frames.device) + 0.5 for side in frames.shape[-2:])
+    y, x = torch.meshgrid(*ranges, indexing="ij")
+    return y, x
+
+
+def _shares(middle: list[Tensor], frames: Tensor) -> list[Tensor]:
+    """x and y in pixels as shares of the width and height of (..., H, W)."""
+    height, width = frames.shape[-2:]
+    return [middle[0] / width, middle[1] / height]
+
+
+def _log_side(area: Tensor) -> Tensor:
+    """Around 0 for the areas, in pixels, of usual objects."""
+    return area.clamp(min=1).log() / 2 - 3
 
 
 def _sums(index: Tensor, values: Tensor) -> Tensor:

@@ -18,15 +18,15 @@ SHAPE_CLASSES = ("background", "no name", *(shape.name for shape in NAMED_SHAPES
 
 # How often a training sentence is of each kind.
 _TRAINED_KINDS = {
-    "colour": 0.26,
-    "shape": 0.1,
+    "colour": 0.1,
+    "shape": 0.18,
     "colour and shape": 0.18,
-    "size": 0.07,
-    "position": 0.09,
-    "order": 0.04,
-    "relation": 0.05,
-    "plural": 0.05,
-    "absent": 0.1,
+    "size": 0.14,
+    "position": 0.16,
+    "order": 0.07,
+    "relation": 0.09,
+    "plural": 0.02,
+    "absent": 0.06,
 }
 
 
