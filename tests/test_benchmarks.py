@@ -85,11 +85,11 @@ def test_ceiling_is_the_slower_of_memory_and_arithmetic() -> None:
 
 def test_mask_gate_refuses_wrong_masks() -> None:
     expected = torch.zeros(1, 100, 100, dtype=torch.bool)
-    assert undecided_only(expected, expected=expected, allowed=0) is None
-    assert (
-        undecided_only(~expected, expected=expected, allowed=5)
-        == "10000 pixels differ, at most 5 may"
-    )
+    decided = torch.rand(1, 100, 100, generator=torch.Generator().manual_seed(0)) > 0.01
+    assert undecided_only(expected, expected=expected, decided=decided) is None
+    assert undecided_only(~decided, expected=expected, decided=decided) is None
+    wrong = undecided_only(~expected, expected=expected, decided=decided)
+    assert wrong == f"{int(decided.sum())} decided pixels differ, none may"
 
 
 def test_unknown_operator_is_refused() -> None:
