@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,20 +21,26 @@ DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
 DTYPES = [torch.float32, torch.float16, *([] if IS_INTERPRETED else [torch.bfloat16])]
 
 
-def run_interpreted(operator: str) -> None:
-    """Runs tests/kernels/triton/test_<operator>.py in the interpreter; fails with its report."""
+def slow_in_interpreter(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test `slow`, to run when asked for by -m slow, in the interpreter only: on a GPU every test is quick."""
+    return pytest.mark.slow(test) if IS_INTERPRETED else test
+
+
+def run_interpreted(operator: str, *options: str) -> None:
+    """Runs tests/kernels/triton/test_<operator>.py in the interpreter; fails with its report. `options` are pytest's."""
     quiet = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "KMP_BLOCKTIME": "0"}
     path = FOLDER / f"test_{operator}.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [*command, str(path)],
+        [*command, *options, str(path)],
         cwd=FOLDER.parents[2],
         env=os.environ | quiet,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    allowed = (0, pytest.ExitCode.NO_TESTS_COLLECTED) if options else (0,)
+    assert result.returncode in allowed, result.stdout[-8000:] + result.stderr[-2000:]
 
 
 def on_device(operator: Callable[..., Any]) -> Callable[..., Any]:

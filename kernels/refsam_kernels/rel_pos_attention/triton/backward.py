@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from refsam_kernels.rel_pos_attention.triton.tiles import (
-    LOG2E,
     _add_relative,
     _key_positions,
     _load,
@@ -61,7 +60,6 @@ def _query_gradient_kernel(
     PARTIAL: tl.constexpr,
     PADDED: tl.constexpr,
     MASKED: tl.constexpr,  # as in the forward
-    PRECISION: tl.constexpr,
 ):
     tl.static_assert(MASKED or (WINDOW_H % ROWS == 0 and WINDOW_W % COLUMNS == 0))
     tl.static_assert(MASKED or PADDED or not PARTIAL)
@@ -112,7 +110,6 @@ def _query_gradient_kernel(
         HEAD,
         TAIL,
         CHUNK,
-        PRECISION,
     )
     _store_relative(
         q,
@@ -129,7 +126,6 @@ def _query_gradient_kernel(
         HEAD,
         TAIL,
         CHUNK,
-        PRECISION,
     )
 
     k_bias = qkv_bias
@@ -152,26 +148,32 @@ def _query_gradient_kernel(
         for row in range(0, key_height, ROWS):
             key_y, key_x = _key_positions(row, column, ROWS, COLUMNS)
             is_real = (key_y < height) & (key_x < width)
-            offsets = (top + key_y).to(tl.int64) * stride_y + (left + key_x).to(tl.int64) * stride_x
-            k = _load_keys(k_base, offsets, is_real, stride_c, k_bias, HEAD_DIM, 0, HEAD, PADDED)
-            v = _load_keys(v_base, offsets, is_real, stride_c, v_bias, HEAD_DIM, 0, HEAD, PADDED)
+            key_offsets = (top + key_y).to(tl.int64) * stride_y + (left + key_x).to(
+                tl.int64
+            ) * stride_x
+            k = _load_keys(
+                k_base, key_offsets, is_real, stride_c, k_bias, HEAD_DIM, 0, HEAD, PADDED
+            )
+            v = _load_keys(
+                v_base, key_offsets, is_real, stride_c, v_bias, HEAD_DIM, 0, HEAD, PADDED
+            )
             k_tail = k
-            on_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+            on_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
             if TAIL > 0:
                 k_tail = _load_keys(
-                    k_base, offsets, is_real, stride_c, k_bias, HEAD_DIM, HEAD, TAIL, PADDED
+                    k_base, key_offsets, is_real, stride_c, k_bias, HEAD_DIM, HEAD, TAIL, PADDED
                 )
                 v = _load_keys(
-                    v_base, offsets, is_real, stride_c, v_bias, HEAD_DIM, HEAD, TAIL, PADDED
+                    v_base, key_offsets, is_real, stride_c, v_bias, HEAD_DIM, HEAD, TAIL, PADDED
                 )
-                on_weights = tl.dot(grad_tail, tl.trans(v), on_weights, input_precision=PRECISION)
+                on_weights = tl.dot(grad_tail, tl.trans(v), on_weights, input_precision="ieee")
             term_h = _terms_of_rows(rel_h, token, exists, tokens, row, WINDOW_H, ROWS)
             terms = tl.reshape(term_h[:, :, None] + term_w[:, None, :], [BLOCK, ROWS * COLUMNS])
-            scores = _scores(q, q_tail, k, k_tail, terms, scale, TAIL, PRECISION)
+            scores = _scores(q, q_tail, k, k_tail, terms, scale, TAIL)
             if MASKED:
                 is_key = (key_y < key_height) & (key_x < key_width)
                 scores = tl.where(is_key[None, :], scores, float("-inf"))
-            weights = tl.exp2(scores - (statistic * LOG2E)[:, None])
+            weights = tl.exp(scores - statistic[:, None])
             on_scores = weights * (on_weights - delta_i[:, None])
             on_terms = tl.reshape(on_scores, [BLOCK, ROWS, COLUMNS])
             d_term_w += tl.sum(on_terms, 1)
@@ -183,9 +185,9 @@ def _query_gradient_kernel(
                 d_term_h += tl.load(pointers, mask=mask & (column > 0), other=0.0)
             tl.store(pointers, d_term_h, mask=mask)
             on_scores = on_scores.to(k.dtype)
-            dq = tl.dot(on_scores, k, dq, input_precision=PRECISION)
+            dq = tl.dot(on_scores, k, dq, input_precision="ieee")
             if TAIL > 0:
-                dq_tail = tl.dot(on_scores, k_tail, dq_tail, input_precision=PRECISION)
+                dq_tail = tl.dot(on_scores, k_tail, dq_tail, input_precision="ieee")
         pointers = d_rel_w + token.to(tl.int64)[:, None] * WINDOW_W + columns[None, :]
         tl.store(pointers, d_term_w, mask=exists[:, None] & (columns < WINDOW_W)[None, :])
 
@@ -205,7 +207,6 @@ def _query_gradient_kernel(
         0,
         HEAD,
         CHUNK,
-        PRECISION,
     )
     dq = _add_relative(
         dq,
@@ -221,7 +222,6 @@ def _query_gradient_kernel(
         0,
         HEAD,
         CHUNK,
-        PRECISION,
     )
     _store(grad_qkv, offsets, exists, dq, HEAD_DIM, 0, HEAD)
     if TAIL > 0:
@@ -239,7 +239,6 @@ def _query_gradient_kernel(
             HEAD,
             TAIL,
             CHUNK,
-            PRECISION,
         )
         dq_tail = _add_relative(
             dq_tail,
@@ -255,7 +254,6 @@ def _query_gradient_kernel(
             HEAD,
             TAIL,
             CHUNK,
-            PRECISION,
         )
         _store(grad_qkv, offsets, exists, dq_tail, HEAD_DIM, HEAD, TAIL)
 
@@ -289,7 +287,6 @@ def _key_gradient_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     tile, head, image, top, left, height, width = _locate(tiles, heads, h, w, WINDOW_H, WINDOW_W)
     ACROSS: tl.constexpr = (WINDOW_W + COLUMNS - 1) // COLUMNS
@@ -333,32 +330,32 @@ def _key_gradient_kernel(
     for query_tile in range(0, tl.cdiv(height * width, BLOCK)):
         y, x, exists = _query_positions(query_tile, height, width, BLOCK)
         token = (top + y) * w + left + x
-        offsets = (top + y).to(tl.int64) * stride_y + (left + x).to(tl.int64) * stride_x
+        query_offsets = (top + y).to(tl.int64) * stride_y + (left + x).to(tl.int64) * stride_x
         out_offsets = (image * tokens + token) * channels + head * HEAD_DIM
-        q = _load(q_base, offsets, exists, stride_c, HEAD_DIM, 0, HEAD)
+        q = _load(q_base, query_offsets, exists, stride_c, HEAD_DIM, 0, HEAD)
         grad = _load(grad_out, out_offsets, exists, 1, HEAD_DIM, 0, HEAD)
         q_tail = q
         grad_tail = grad
-        on_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        on_weights = tl.dot(v, tl.trans(grad), input_precision="ieee")
         if TAIL > 0:
-            q_tail = _load(q_base, offsets, exists, stride_c, HEAD_DIM, HEAD, TAIL)
+            q_tail = _load(q_base, query_offsets, exists, stride_c, HEAD_DIM, HEAD, TAIL)
             grad_tail = _load(grad_out, out_offsets, exists, 1, HEAD_DIM, HEAD, TAIL)
-            on_weights = tl.dot(v_tail, tl.trans(grad_tail), on_weights, input_precision=PRECISION)
+            on_weights = tl.dot(v_tail, tl.trans(grad_tail), on_weights, input_precision="ieee")
         term_h = tl.trans(_terms_of_rows(rel_h, token, exists, tokens, row, WINDOW_H, ROWS))
         term_w = tl.trans(_terms_of_columns(rel_w, token, exists, column, WINDOW_W, COLUMNS))
         terms = tl.reshape(term_h[:, None, :] + term_w[None, :, :], [ROWS * COLUMNS, BLOCK])
-        scores = _scores(k, k_tail, q, q_tail, terms, scale, TAIL, PRECISION)
+        scores = _scores(k, k_tail, q, q_tail, terms, scale, TAIL)
         # Of a query that does not exist every probability is zero.
         statistic = tl.load(log_sum_exp + plane * tokens + token, mask=exists, other=float("inf"))
         delta_i = tl.load(delta + plane * tokens + token, mask=exists, other=0.0)
-        weights = tl.exp2(scores - (statistic * LOG2E)[None, :])
+        weights = tl.exp(scores - statistic[None, :])
         on_scores = (weights * (on_weights - delta_i[None, :])).to(q.dtype)
         weights = weights.to(grad.dtype)
-        dv = tl.dot(weights, grad, dv, input_precision=PRECISION)
-        dk = tl.dot(on_scores, q, dk, input_precision=PRECISION)
+        dv = tl.dot(weights, grad, dv, input_precision="ieee")
+        dk = tl.dot(on_scores, q, dk, input_precision="ieee")
         if TAIL > 0:
-            dv_tail = tl.dot(weights, grad_tail, dv_tail, input_precision=PRECISION)
-            dk_tail = tl.dot(on_scores, q_tail, dk_tail, input_precision=PRECISION)
+            dv_tail = tl.dot(weights, grad_tail, dv_tail, input_precision="ieee")
+            dk_tail = tl.dot(on_scores, q_tail, dk_tail, input_precision="ieee")
 
     key_token = (top + key_y) * w + left + key_x
     offsets = (image * tokens + key_token) * (3 * channels) + head * HEAD_DIM + channels
@@ -416,7 +413,6 @@ def _table_gradient_kernel(
     TAIL: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Sums d_rel * q over the tokens of some tiles, all images and heads counted through, for CHUNK rows of a table."""
     split = tl.program_id(0)
@@ -447,10 +443,10 @@ def _table_gradient_kernel(
         base = qkv + plane // heads * stride_b + plane % heads * HEAD_DIM * stride_c
         offsets = y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
         q = _load(base, offsets, exists, stride_c, HEAD_DIM, 0, HEAD)
-        total = tl.dot(tl.trans(gradient), q, total, input_precision=PRECISION)
+        total = tl.dot(tl.trans(gradient), q, total, input_precision="ieee")
         if TAIL > 0:
             q = _load(base, offsets, exists, stride_c, HEAD_DIM, HEAD, TAIL)
-            total_tail = tl.dot(tl.trans(gradient), q, total_tail, input_precision=PRECISION)
+            total_tail = tl.dot(tl.trans(gradient), q, total_tail, input_precision="ieee")
     row = first + tl.arange(0, CHUNK)
     offsets = (split.to(tl.int64) * (2 * SIZE - 1) + row) * HEAD_DIM
     in_table = row < 2 * SIZE - 1

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from refsam_kernels.rel_pos_attention.triton.tiles import (
-    LN2,
+    LOG2E,
     _key_positions,
     _load,
     _load_keys,
@@ -50,7 +50,6 @@ def _forward_kernel(
     PARTIAL: tl.constexpr,  # some windows stick out of the grid
     PADDED: tl.constexpr,  # and are filled up with padding tokens
     MASKED: tl.constexpr,  # some tiles have positions that are no keys
-    PRECISION: tl.constexpr,
 ):
     # A tile that does not fit the window must not pass for one that does.
     tl.static_assert(MASKED or (WINDOW_H % ROWS == 0 and WINDOW_W % COLUMNS == 0))
@@ -89,7 +88,6 @@ def _forward_kernel(
         HEAD,
         TAIL,
         CHUNK,
-        PRECISION,
     )
     _store_relative(
         q,
@@ -106,7 +104,6 @@ def _forward_kernel(
         HEAD,
         TAIL,
         CHUNK,
-        PRECISION,
     )
     tl.debug_barrier()  # other threads of this program read what was stored
 
@@ -129,37 +126,43 @@ def _forward_kernel(
         for row in range(0, key_height, ROWS):
             key_y, key_x = _key_positions(row, column, ROWS, COLUMNS)
             is_real = (key_y < height) & (key_x < width)
-            offsets = (top + key_y).to(tl.int64) * stride_y + (left + key_x).to(tl.int64) * stride_x
-            k = _load_keys(k_base, offsets, is_real, stride_c, k_bias, HEAD_DIM, 0, HEAD, PADDED)
+            key_offsets = (top + key_y).to(tl.int64) * stride_y + (left + key_x).to(
+                tl.int64
+            ) * stride_x
+            k = _load_keys(
+                k_base, key_offsets, is_real, stride_c, k_bias, HEAD_DIM, 0, HEAD, PADDED
+            )
             k_tail = k
             if TAIL > 0:
                 k_tail = _load_keys(
-                    k_base, offsets, is_real, stride_c, k_bias, HEAD_DIM, HEAD, TAIL, PADDED
+                    k_base, key_offsets, is_real, stride_c, k_bias, HEAD_DIM, HEAD, TAIL, PADDED
                 )
             term_h = _terms_of_rows(rel_h, token, exists, tokens, row, WINDOW_H, ROWS)
             terms = tl.reshape(term_h[:, :, None] + term_w[:, None, :], [BLOCK, ROWS * COLUMNS])
-            scores = _scores(q, q_tail, k, k_tail, terms, scale, TAIL, PRECISION)
+            scores = _scores(q, q_tail, k, k_tail, terms, scale, TAIL)
             if MASKED:
                 is_key = (key_y < key_height) & (key_x < key_width)
                 scores = tl.where(is_key[None, :], scores, float("-inf"))
             new_greatest = tl.maximum(greatest, tl.max(scores, 1))
-            weights = tl.exp2(scores - new_greatest[:, None])
-            shrink = tl.exp2(greatest - new_greatest)
+            weights = tl.exp2(scores * LOG2E - (new_greatest * LOG2E)[:, None])  # one multiply-add
+            shrink = tl.exp2((greatest - new_greatest) * LOG2E)
             greatest = new_greatest
             total = total * shrink + tl.sum(weights, 1)
-            v = _load_keys(v_base, offsets, is_real, stride_c, v_bias, HEAD_DIM, 0, HEAD, PADDED)
+            v = _load_keys(
+                v_base, key_offsets, is_real, stride_c, v_bias, HEAD_DIM, 0, HEAD, PADDED
+            )
             weights = weights.to(v.dtype)
-            result = tl.dot(weights, v, result * shrink[:, None], input_precision=PRECISION)
+            result = tl.dot(weights, v, result * shrink[:, None], input_precision="ieee")
             if TAIL > 0:
                 v = _load_keys(
-                    v_base, offsets, is_real, stride_c, v_bias, HEAD_DIM, HEAD, TAIL, PADDED
+                    v_base, key_offsets, is_real, stride_c, v_bias, HEAD_DIM, HEAD, TAIL, PADDED
                 )
                 result_tail = tl.dot(
-                    weights, v, result_tail * shrink[:, None], input_precision=PRECISION
+                    weights, v, result_tail * shrink[:, None], input_precision="ieee"
                 )
 
     offsets = (image * tokens + token) * channels + head * HEAD_DIM
     _store(out, offsets, exists, result / total[:, None], HEAD_DIM, 0, HEAD)
     if TAIL > 0:
         _store(out, offsets, exists, result_tail / total[:, None], HEAD_DIM, HEAD, TAIL)
-    tl.store(log_sum_exp + plane * tokens + token, (greatest + tl.log2(total)) * LN2, mask=exists)
+    tl.store(log_sum_exp + plane * tokens + token, greatest + tl.log(total), mask=exists)

@@ -107,16 +107,27 @@ def tuned() -> dict[str, dict[str, dict[str, int]]]:
     return json.loads(TUNED.read_text())
 
 
-def columns_for(width: int) -> int:
-    """The width of a tile of keys that covers a window's rows with least waste, the widest of those."""
-    return min((64, 32, 16), key=lambda columns: triton.cdiv(width, columns) * columns)
+def columns_for(width: int, most: int) -> int:
+    """The width of a tile of keys that covers a window's rows with least waste, the widest of those; at most `most`."""
+    candidates = [columns for columns in (64, 32, 16) if columns <= most]
+    return min(candidates, key=lambda columns: triton.cdiv(width, columns) * columns)
 
 
 def default_tile(kernel: str, problem: Problem) -> Tile:
-    """A tile that fits the architecture without spilling."""
-    columns = columns_for(problem.window_w)
-    keys = 64 if problem.dtype.itemsize == 2 else 32
-    return Tile(64, max(1, keys // columns), columns, num_warps=4, num_stages=2)
+    """A tile that no architecture spills: the compile gate holds it to that."""
+    block, keys, num_warps, num_stages = 64, 64, 4, 2
+    if problem.dtype == torch.float32:  # without tensor cores
+        block, keys, num_warps, num_stages = 32, 32, 8, 1
+    elif 100 <= problem.architecture < 120:  # accumulators lie outside the registers
+        num_warps = 8
+    elif problem.architecture >= 120:
+        keys = 32
+    if kernel == "query_gradient":
+        keys = 32
+    elif kernel == "key_gradient":
+        block = 32
+    columns = columns_for(problem.window_w, keys)
+    return Tile(block, keys // columns, columns, num_warps, num_stages)
 
 
 def head_parts(head_dim: int) -> tuple[int, int]:
@@ -127,11 +138,6 @@ def head_parts(head_dim: int) -> tuple[int, int]:
     half = whole // 2
     rest = max(16, triton.next_power_of_2(head_dim - half))
     return (half, rest) if rest < half else (whole, 0)
-
-
-def precision() -> str:
-    """How float32 is multiplied: as torch is told to."""
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 @dataclass(frozen=True)
@@ -246,7 +252,6 @@ def table_gradient_launch(
         "TAIL": tail,
         "BLOCK": TABLE_BLOCK,
         "CHUNK": chunk,
-        "PRECISION": precision(),
     }
     programs = (len(parts), triton.cdiv(2 * size - 1, chunk))
     return Launch(_table_gradient_kernel, programs, arguments, num_warps=4, num_stages=2)
@@ -254,7 +259,7 @@ def table_gradient_launch(
 
 def chunk_of(problem: Problem) -> int:
     """Rows of a table that are multiplied at a time."""
-    return 32 if problem.dtype.itemsize == 4 or problem.window_h <= 16 else 64
+    return 32
 
 
 def common_arguments(problem: Problem, operands: Operands, tile: Tile) -> dict[str, Any]:
@@ -277,7 +282,6 @@ def common_arguments(problem: Problem, operands: Operands, tile: Tile) -> dict[s
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "PADDED": problem.is_padded,
-        "PRECISION": precision(),
     }
 
 

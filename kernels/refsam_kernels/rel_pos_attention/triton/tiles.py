@@ -2,7 +2,7 @@
 
 A tile of keys is ROWS x COLUMNS positions of a window, so the terms of both axes are small tiles that
 are broadcast over it. Relative terms pass through scratch memory: `rel_h` (image, head, key row,
-token) and `rel_w` (image, head, token, key column), float32 and in units of log2. A head's channels
+token) and `rel_w` (image, head, token, key column), float32. A head's channels
 are cut into HEAD and TAIL, both powers of two (80 = 64 + 16), so that nothing is padded to 128.
 """
 
@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -149,7 +148,6 @@ def _store_relative(
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Stores one axis' relative terms of the queries with all SIZE keys of the axis."""
     for first in range(0, 2 * SIZE - 1, CHUNK):
@@ -157,14 +155,14 @@ def _store_relative(
         offsets = row * HEAD_DIM
         in_table = row < 2 * SIZE - 1
         rows = _load(table, offsets, in_table, 1, HEAD_DIM, 0, HEAD)
-        product = tl.dot(q, tl.trans(rows), input_precision=PRECISION)
+        product = tl.dot(q, tl.trans(rows), input_precision="ieee")
         if TAIL > 0:
             rows = _load(table, offsets, in_table, 1, HEAD_DIM, HEAD, TAIL)
-            product = tl.dot(q_tail, tl.trans(rows), product, input_precision=PRECISION)
+            product = tl.dot(q_tail, tl.trans(rows), product, input_precision="ieee")
         pointers, mask = _skewed(
             position, exists, first, rel, token, key_stride, token_stride, SIZE, CHUNK
         )
-        tl.store(pointers, product * LOG2E, mask=mask)
+        tl.store(pointers, product, mask=mask)
 
 
 @triton.jit
@@ -182,7 +180,6 @@ def _add_relative(
     FIRST: tl.constexpr,
     CHANNELS: tl.constexpr,
     CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Adds to `dq` (tokens, CHANNELS) what flows back through one axis' relative terms."""
     for first in range(0, 2 * SIZE - 1, CHUNK):
@@ -192,17 +189,17 @@ def _add_relative(
             position, exists, first, d_rel, token, key_stride, token_stride, SIZE, CHUNK
         )
         gradient = tl.load(pointers, mask=mask, other=0.0)
-        dq = tl.dot(gradient.to(rows.dtype), rows, dq, input_precision=PRECISION)
+        dq = tl.dot(gradient.to(rows.dtype), rows, dq, input_precision="ieee")
     return dq
 
 
 @triton.jit
-def _scores(q, q_tail, k, k_tail, terms, scale, TAIL: tl.constexpr, PRECISION: tl.constexpr):
-    """Logits (queries, keys) in units of log2."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+def _scores(q, q_tail, k, k_tail, terms, scale, TAIL: tl.constexpr):
+    """Logits (queries, keys)."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if TAIL > 0:
-        scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
-    return scores * (scale * LOG2E) + terms
+        scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision="ieee")
+    return scores * scale + terms
 
 
 @triton.jit

@@ -1,0 +1,301 @@
+"""rel_pos_attention in Triton against the formula in float64: sizes, layouts, padding, tiles, what torch does around it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from refsam_kernels import BackendError, rel_pos_attention
+from refsam_kernels.rel_pos_attention import reference
+from refsam_kernels.rel_pos_attention import triton as backend
+from refsam_kernels.rel_pos_attention.triton import launches
+from tests.kernels import operator_checks as checks
+from tests.kernels.interpreter import (
+    DEVICE,
+    DTYPES,
+    IS_INTERPRETED,
+    on_device,
+    slow_in_interpreter,
+)
+from tests.kernels.test_rel_pos_attention import make_inputs, one_hot_attention
+
+CASES = {  # images, height, width, heads, head dim, window
+    "window2-of-3x2": (1, 3, 2, 1, 16, 2),
+    "global-2x3": (1, 2, 3, 2, 80, 0),
+}
+MORE_CASES = {
+    "window3-of-5x4": (2, 5, 4, 2, 16, 3),
+    "window14-of-8x16": (1, 8, 16, 1, 64, 14),
+    "window3-of-2x2": (2, 2, 2, 1, 80, 3),
+    "window2-of-4x2": (1, 4, 2, 1, 64, 2),
+    "global-7x13": (1, 7, 13, 1, 80, 0),
+    "global-2x70": (1, 2, 70, 1, 20, 0),  # several tiles of queries, several tiles of keys across
+    "global-4x16": (1, 4, 16, 1, 48, 0),  # tiles of keys without a masked position
+}
+SMALL = CASES["window2-of-3x2"]
+LARGE_CASES = {  # SAM's own sizes, too much for the interpreter
+    "window14-of-64x64": (2, 64, 64, 12, 64, 14),
+    "window14-of-40x50": (1, 40, 50, 2, 80, 14),
+    "global-64x64": (1, 64, 64, 4, 64, 0),
+    "global-80x48": (1, 80, 48, 2, 80, 0),
+    "global-33x100": (1, 33, 100, 2, 128, 0),
+}
+
+
+def operator_of(case: tuple[int, ...], pad_mode: str = "bias") -> Callable[..., Any]:
+    """The operator with the case's options, on the GPU where there is one."""
+    options = {"num_heads": case[3], "window_size": case[5], "pad_mode": pad_mode}
+    return on_device(partial(rel_pos_attention, **options))
+
+
+def small_inputs(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The inputs of the smallest case with everything in it: two windows, one of them with padding."""
+    return checks.cast(make_inputs(*SMALL), dtype)
+
+
+def check(case: tuple[int, ...], pad_mode: str, dtype: torch.dtype) -> None:
+    """Output and all gradients against the reference."""
+    inputs = make_inputs(*case)
+    checks.check_matches_reference(operator_of(case, pad_mode), inputs, "triton", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_matches_reference(case: tuple[int, ...], dtype: torch.dtype) -> None:
+    check(case, "bias", dtype)
+
+
+def test_masked_padding_matches_reference() -> None:
+    check(SMALL, "mask", torch.float32)
+
+
+@slow_in_interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pad_mode", ["bias", "mask"])
+@pytest.mark.parametrize("case", MORE_CASES.values(), ids=MORE_CASES)
+def test_matches_reference_in_more_sizes(
+    case: tuple[int, ...], pad_mode: str, dtype: torch.dtype
+) -> None:
+    check(case, pad_mode, dtype)
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="too large for Triton's interpreter")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pad_mode", ["bias", "mask"])
+@pytest.mark.parametrize("case", LARGE_CASES.values(), ids=LARGE_CASES)
+def test_matches_reference_in_full_size(
+    case: tuple[int, ...], pad_mode: str, dtype: torch.dtype
+) -> None:
+    check(case, pad_mode, dtype)
+
+
+@slow_in_interpreter
+@pytest.mark.parametrize("tile", [(16, 1, 16), (32, 2, 16), (16, 1, 64), (64, 4, 32)])
+def test_every_shape_of_tile_gives_the_same(
+    tile: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key tile that does not fit the rows of a window must not be taken for one that does."""
+    chosen = launches.Tile(*tile, num_warps=4, num_stages=2)
+    monkeypatch.setattr(launches, "default_tile", lambda kernel, problem: chosen)
+    case = (1, 5, 20, 1, 16, 0)
+    inputs = make_inputs(*case)
+    checks.check_matches_reference(operator_of(case), inputs, "triton", torch.float32)
+
+
+@slow_in_interpreter
+def test_one_token() -> None:
+    """Its only weight is one, so the gradients of what makes the weight are zero up to rounding."""
+    case = (1, 1, 1, 2, 16, 0)
+    zero = {"rel_pos_h": "qkv", "rel_pos_w": "qkv"}
+    inputs = make_inputs(*case)
+    operator = operator_of(case)
+    checks.check_matches_reference(operator, inputs, "triton", torch.float32, zero=zero)
+
+
+@slow_in_interpreter
+def test_agrees_with_attention_on_one_hots() -> None:
+    inputs = small_inputs()
+    wanted = checks.run(
+        partial(one_hot_attention, case=SMALL), checks.cast(inputs, torch.float64), ""
+    )
+    found = checks.run(operator_of(SMALL), inputs, "triton")
+    checks.assert_close("output", found[0][0], wanted[0][0], 2e-6)
+    for name, gradient in wanted[1].items():
+        checks.assert_close(name, found[1][name], gradient, 4e-6)
+
+
+@slow_in_interpreter
+@pytest.mark.parametrize("size", [0.0, 5.0], ids=["equal", "up-to-80"])
+def test_extreme_logits(size: float) -> None:
+    inputs = make_inputs(*SMALL)
+    inputs["qkv"][..., : 2 * 16] *= size
+    checks.check_matches_reference(operator_of(SMALL), inputs, "triton", torch.float32)
+
+
+@slow_in_interpreter
+def test_missing_bias_is_zero() -> None:
+    inputs = small_inputs()
+    zero = {**inputs, "qkv_bias": torch.zeros_like(inputs.pop("qkv_bias"))}
+    wanted = checks.run(operator_of(SMALL), zero, "triton")
+    found = checks.run(operator_of(SMALL), inputs, "triton")
+    assert torch.equal(found[0][0], wanted[0][0])
+    assert all(torch.equal(gradient, wanted[1][name]) for name, gradient in found[1].items())
+
+
+def test_frozen_tables_change_no_other_gradient() -> None:
+    """dq has the relative part all the same: without it, it would be wrong by its own size."""
+    _, every = checks.run(operator_of(SMALL), small_inputs(), "triton")
+    frozen = ("rel_pos_h", "rel_pos_w")
+    _, found = checks.run(operator_of(SMALL), small_inputs(), "triton", frozen)
+    assert found.keys() == {"qkv", "qkv_bias"}
+    assert all(torch.equal(found[name], every[name]) for name in found)
+
+
+@slow_in_interpreter
+def test_each_gradient_alone() -> None:
+    checks.check_single_gradients(operator_of(SMALL), small_inputs(), "triton")
+
+
+@slow_in_interpreter
+@pytest.mark.parametrize("layout", ["slice", "permuted", "every-second-image", "expanded"])
+def test_layout_of_qkv_does_not_matter(layout: str) -> None:
+    case = (2, 3, 2, 2, 16, 2)
+    inputs = checks.cast(make_inputs(*case), torch.float32)
+    qkv = inputs["qkv"].to(DEVICE)
+    if layout == "slice":
+        qkv = F.pad(qkv, (5, 2, 1, 0), value=float("nan"))[:, :, 1:, 5:-2]
+    elif layout == "permuted":
+        qkv = qkv.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    elif layout == "every-second-image":
+        qkv = qkv.repeat_interleave(2, 0)[::2]
+    else:
+        qkv = qkv[:1].expand(2, -1, -1, -1)
+    assert not qkv.is_contiguous()
+    inputs["qkv"] = qkv
+    found = operator_of(case)(**inputs, backend="triton")
+    inputs["qkv"] = qkv.contiguous()
+    assert torch.equal(found, operator_of(case)(**inputs, backend="triton"))
+
+
+@slow_in_interpreter
+def test_gradient_of_any_layout_is_taken() -> None:
+    """The gradient of a sum is an expanded scalar, that of a transposed output transposed."""
+    inputs = {name: x.to(DEVICE).requires_grad_() for name, x in small_inputs().items()}
+    out = operator_of(SMALL)(**inputs, backend="triton")
+    (by_sum,) = torch.autograd.grad(out.sum(), inputs["qkv"], retain_graph=True)
+    ones = torch.ones_like(out).permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    (by_ones,) = torch.autograd.grad(out, inputs["qkv"], ones)
+    assert torch.equal(by_sum, by_ones)
+
+
+def test_repeats_bitwise_also_within_a_batch() -> None:
+    inputs = small_inputs()
+    checks.check_repeats(operator_of(SMALL), inputs, "triton")
+    inputs["qkv"] = inputs["qkv"].repeat(2, 1, 1, 1)
+    first, second = operator_of(SMALL)(**inputs, backend="triton")
+    assert torch.equal(first, second)
+
+
+def test_log_sum_exp_means_the_same_everywhere() -> None:
+    tensors = list(small_inputs().values())
+    forward = torch.ops.refsam_kernels.rel_pos_attention
+    saved = forward(*(x.to(DEVICE) for x in tensors), 1, 2, "bias", "triton")[1]
+    exact = reference.forward(*(x.double() for x in tensors), 1, 2, "bias")[1]
+    checks.assert_close("log_sum_exp", saved.cpu(), exact, 1e-6)
+
+
+def test_empty_batch() -> None:
+    inputs = checks.cast(make_inputs(0, 3, 2, 1, 16, 2), torch.float32)
+    outputs, gradients = checks.run(operator_of(SMALL), inputs, "triton")
+    assert outputs[0].shape == (0, 3, 2, 16)
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+@slow_in_interpreter
+def test_opcheck() -> None:
+    tensors = [x.to(DEVICE) for x in small_inputs().values()]
+    operators = torch.ops.refsam_kernels
+    options = (1, 2, "bias")
+    checks.check_schema_and_fakes(
+        operators.rel_pos_attention.default, (*tensors, *options, "triton")
+    )
+    saved = operators.rel_pos_attention(*tensors, *options, "triton")
+    for needs in ([True] * 4, [True, False, False, False], [False, True, False, True]):
+        arguments = (saved[0], *tensors, *saved, *options, needs, "triton")
+        torch.library.opcheck(operators.rel_pos_attention_backward.default, arguments)
+
+
+def test_compile_checkpoint_and_second_derivative() -> None:
+    inputs = small_inputs()
+    checks.check_compiles(operator_of(SMALL), inputs, "triton")
+    checks.check_checkpoint(operator_of(SMALL), inputs, "triton")
+    with_triton = partial(
+        lambda backend, **tensors: operator_of(SMALL)(backend="triton", **tensors)
+    )
+    checks.check_second_derivative_raises(with_triton, inputs, "qkv")
+
+
+def test_autocast_casts_the_operands() -> None:
+    inputs = small_inputs()
+
+    def under_autocast(**arguments: Any) -> Tensor:
+        with torch.autocast(DEVICE, dtype=torch.float16):
+            return operator_of(SMALL)(**arguments)
+
+    outputs, gradients = checks.run(under_autocast, inputs, "triton")
+    lowered = checks.run(operator_of(SMALL), checks.cast(inputs, torch.float16), "triton")
+    assert outputs[0].dtype == torch.float16
+    assert torch.equal(outputs[0], lowered[0][0])
+    assert all(torch.equal(x, lowered[1][name].float()) for name, x in gradients.items())
+
+
+REFUSED = {
+    "dtype": ((1, 2, 2, 1, 16, 0), torch.float64, "needs float32, float16 or bfloat16, got torch.float64"),
+    "head": ((1, 2, 2, 1, 144, 0), torch.float32, "needs a head dimension of at most 128, got 144"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "dtype", "message"), REFUSED.values(), ids=REFUSED)
+def test_refuses_with_the_reason(case: tuple[int, ...], dtype: torch.dtype, message: str) -> None:
+    inputs = checks.cast(make_inputs(*case), dtype)
+    with pytest.raises(BackendError, match=message):
+        operator_of(case)(**inputs, backend="triton")
+    assert torch.isfinite(operator_of(case)(**inputs, backend=None)).all()
+
+
+def test_backward_refuses_what_the_forward_does() -> None:
+    inputs = list(make_inputs(*SMALL).values())
+    saved = reference.forward(*inputs, 1, 2, "bias")
+    arguments = (saved[0], *inputs, *saved, 1, 2, "bias", [True] * 4)
+    assert backend.backward_not_supported_reasons(*arguments) == [
+        "needs float32, float16 or bfloat16, got torch.float64"
+    ]
+
+
+PARTS = {
+    8: (16, 0),
+    16: (16, 0),
+    20: (32, 0),
+    48: (32, 16),
+    64: (64, 0),
+    72: (64, 16),
+    80: (64, 16),
+    96: (64, 32),
+    112: (128, 0),
+}
+
+
+@pytest.mark.parametrize(("head_dim", "parts"), PARTS.items())
+def test_heads_are_cut_without_waste(head_dim: int, parts: tuple[int, int]) -> None:
+    assert launches.head_parts(head_dim) == parts
+
+
+@pytest.mark.parametrize(
+    ("width", "columns"), [(14, 16), (32, 32), (40, 16), (48, 16), (64, 64), (80, 16), (128, 64)]
+)
+def test_tiles_of_keys_cover_the_grids_of_sam_with_little_waste(width: int, columns: int) -> None:
+    assert launches.columns_for(width, most=64) == columns
