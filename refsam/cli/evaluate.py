@@ -94,6 +94,10 @@ def masks(
         check_writable(path)
     if plots is not None:
         check_plots()
+    if report is not None:
+        check_writable(report / "report.html", make_folder=True)
+    if frames is not None and report is None:
+        raise UserError("frames: got it without --report, want both")
     pictures = None if frames is None else folder_frames(frames)
     names = None if videos is None else read_names(videos)
     layout = find_clips(pred, gt, rules, videos=names, expressions=expressions)

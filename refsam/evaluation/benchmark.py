@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from refsam import __version__
 from refsam.data import Expression, ReferringDataset, VideoRecord
 from refsam.evaluation.inference import (
     FrameLogits,
@@ -25,7 +24,7 @@ from refsam.evaluation.inference import (
 )
 from refsam.evaluation.mask_report import provenance_section
 from refsam.evaluation.problems import MaskProblemsError, Problem, describe
-from refsam.evaluation.provenance import provenance
+from refsam.evaluation.provenance import installed, provenance
 from refsam.evaluation.reports import Section, Text, write_report
 from refsam.evaluation.results import as_json, write_whole
 from refsam.evaluation.run_folder import RunFolder, Share
@@ -126,7 +125,7 @@ class Runner:
         """All that a prediction depends on, as JSON takes it."""
         text_encoder = self.model.text_encoder.source()
         return {
-            "refsam": __version__,
+            "refsam": installed("refsam"),
             "protocol": self.rules.name,
             "weights_sha256": weights_sha256(self.model),
             "text_encoder": str(text_encoder or "in the checkpoint"),

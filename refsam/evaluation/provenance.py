@@ -6,18 +6,15 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
-from refsam import __version__
-
-_PACKAGES = ("torch", "triton", "numpy", "scipy", "pillow", "transformers", "pycocotools")
+_PACKAGES = ("refsam", "torch", "triton", "numpy", "scipy", "pillow", "transformers", "pycocotools")
 
 
 def provenance() -> dict[str, str]:
     """The exact command, when it ran, and versions; nothing is imported for it."""
-    versions = {name: found for name in _PACKAGES if (found := _version(name))}
+    versions = {name: found for name in _PACKAGES if (found := installed(name))}
     return {
         "command": command(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "refsam": __version__,
         "python": platform.python_version(),
         **versions,
         "system": f"{platform.system()} {platform.machine()}",
@@ -29,7 +26,8 @@ def command() -> str:
     return shlex.join(["refsam", *sys.argv[1:]])
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of an installed package, None where it is not there."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -133,9 +133,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: Path) -> None:
-    """Raise UserError unless a file can be written there; to be asked before the long work."""
+def check_writable(path: Path, *, make_folder: bool = False) -> None:
+    """Raise UserError unless a file can be written there; to be asked before the long work.
+
+    `make_folder` makes its folder if there is none.
+    """
     folder = path.parent
+    if make_folder and not folder.exists():
+        folder.mkdir(parents=True)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, want the name of a file")
     if not folder.is_dir():

@@ -62,7 +62,8 @@ class RunFolder:
         file = folder / "run.json"
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} exists and is no folder: give another one with --out")
-        if folder.is_dir() and not file.is_file() and any(_visible(folder)):
+        # In this order: another process that makes the folder now writes the settings before anything else.
+        if folder.is_dir() and any(_visible(folder)) and not file.is_file():
             raise UserError(f"{folder} holds other files: give a new folder with --out")
         folder.mkdir(parents=True, exist_ok=True)
         if file.is_file():

@@ -183,8 +183,19 @@ def test_evaluate_masks_writes_the_report_onto_frames(folders, capsys):
     page = (folders / "out/report.html").read_text()
     assert "davis-unsupervised" in page
     assert "numpy" in page
-    assert run(*words, "--frames", folders / "nowhere") == 2
-    assert "frames: no folder" in capsys.readouterr().err
+
+
+def test_reports_that_cannot_be_written_are_refused_before_the_work(folders, capsys):
+    words = ["--pred", folders / "pred", "--gt", folders / "gt"]
+    for more, message in (
+        (["--frames", folders], "without --report"),
+        (["--report", folders / "out", "--frames", folders / "nowhere"], "frames: no folder"),
+        (["--report", folders / "gt/bear/00000.png"], "there is no folder"),
+    ):
+        assert run(*words, *more) == 2
+        printed = capsys.readouterr()
+        assert message in printed.err
+        assert not printed.out
 
 
 def test_frames_of_a_folder_are_found_by_name(folders):
