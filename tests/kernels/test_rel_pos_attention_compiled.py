@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from refsam_kernels import libraries, rel_pos_attention
+from refsam_kernels.dispatch import BackendError
 from refsam_kernels.rel_pos_attention import reference
 from tests.kernels import operator_checks as checks
 
@@ -144,6 +145,18 @@ def test_large_strides_are_read_without_overflow() -> None:
     tables = (torch.randn(5, 8).bfloat16(), torch.randn(3, 8).bfloat16())
     out, far = (rel_pos_attention(x, *tables, num_heads=1, backend="cpu") for x in (dense, qkv))
     assert torch.equal(out, far)
+
+
+def test_what_it_cannot_compute_falls_back() -> None:
+    """Named, it says why it cannot; not named, another backend computes it."""
+    for sizes, dtype, reason in (
+        ((1, 2, 2, 1, 8, 0), torch.float16, "got torch.float16"),
+        ((1, 2, 2, 1, 1025, 0), torch.float32, "head dimensions go to 1024, got 1025"),
+    ):
+        inputs = make_inputs(sizes, dtype)
+        with pytest.raises(BackendError, match=reason):
+            operator_of(sizes)(**inputs, backend="cpu")
+        assert operator_of(sizes)(**inputs).shape == (1, 2, 2, sizes[4])
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

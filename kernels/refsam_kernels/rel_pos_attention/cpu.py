@@ -5,6 +5,7 @@ The kernels are compiled for several instruction sets and the library takes the 
 """
 
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +14,19 @@ from torch import Tensor
 from refsam_kernels import libraries
 
 ENVIRONMENT_VARIABLE = "REFSAM_CPU_INSTRUCTION_SET"
+LARGEST_HEAD_DIM = 1024  # as csrc/rel_pos_attention_check.h
 
 _library = libraries.load("cpu")
 
 
-def not_supported_reasons(qkv: Tensor, *others: object) -> list[str]:
+def not_supported_reasons(qkv: Tensor, rel_pos_h: Tensor, *others: object) -> list[str]:
     """Why these arguments cannot be computed here; empty if they can."""
-    if qkv.dtype in (torch.float32, torch.bfloat16):
-        return []
-    return [f"computes in torch.float32 and torch.bfloat16, got {qkv.dtype}"]
+    reasons = []
+    if qkv.dtype not in (torch.float32, torch.bfloat16):
+        reasons.append(f"computes in torch.float32 and torch.bfloat16, got {qkv.dtype}")
+    if rel_pos_h.shape[1] > LARGEST_HEAD_DIM:
+        reasons.append(f"head dimensions go to {LARGEST_HEAD_DIM}, got {rel_pos_h.shape[1]}")
+    return reasons
 
 
 def forward(
@@ -36,6 +41,11 @@ def forward(
     """Output (B, h, w, D) and the logarithm of each softmax's sum (B, heads, h, w), float32."""
     tensors = compact(qkv, rel_pos_h, rel_pos_w, qkv_bias)
     return _library.rel_pos_attention(*tensors, num_heads, window_size, pad_mode, instruction_set())
+
+
+def backward_not_supported_reasons(grad_out: Tensor, *arguments: Any) -> list[str]:
+    """Likewise for the backward."""
+    return not_supported_reasons(*arguments)
 
 
 def backward(
@@ -69,11 +79,6 @@ def backward(
 def instruction_set() -> str:
     """The instruction set that is asked for by name, or ""."""
     return os.environ.get(ENVIRONMENT_VARIABLE, "")
-
-
-def backward_not_supported_reasons(grad_out: Tensor, qkv: Tensor, *others: object) -> list[str]:
-    """Likewise for the backward."""
-    return not_supported_reasons(qkv)
 
 
 def compact(
