@@ -28,6 +28,8 @@ def train(
     from refsam.training.settings import TrainingSettings
 
     trainer = Trainer(config_from_yaml(TrainingSettings, config, overrides or ()))
+    for note in trainer.notes:
+        typer.echo(f"data: {note}")
     for record in trainer.run():
         numbers = "  ".join(
             f"{name} {value:.4g}" for name, value in record.items() if name != "step"

@@ -63,6 +63,7 @@ class Trainer:
             torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
         self.datasets = open_datasets(settings)
+        self.notes = [note for dataset in self.datasets for note in dataset.notes]
         self.model = _build_model(settings, self.datasets).to(settings.device)
         self.model.train()
         config = self.model.config
@@ -86,8 +87,8 @@ class Trainer:
             if self.datasets
             else GeneratedStream(self.settings, self.model.image_size)
         )
-        if notes := [note for dataset in self.datasets for note in dataset.notes]:
-            self._log({"step": self.step, "data": notes})
+        if self.notes:
+            self._log({"step": self.step, "data": self.notes})
         for batch in batches(stream, self.step, self.steps, self.settings.workers):
             losses = self.train_step(batch)
             for name, value in losses.items():
