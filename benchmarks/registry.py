@@ -1,7 +1,7 @@
 """What is measured: cases, each of which makes its inputs and names the ways to compute its result."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ class Workload:
     """A case on one device, its inputs already there: providers take no arguments, so that only the operator is timed.
 
     `wrong` says in words what is wrong with a result, or None. `moved_bytes` and `flops` are what any implementation
-    must read and write, and compute: they give the time that no implementation can beat.
+    must read and write, and compute: they give the time that no implementation can beat. `ceilings` do less than what is
+    asked for: they are timed, not checked.
     """
 
     providers: dict[str, Provider]
@@ -24,6 +25,7 @@ class Workload:
     moved_bytes: int
     flops: int
     shapes: dict[str, Any]
+    ceilings: dict[str, Provider] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,15 @@ def run_case(case: Case, device: str, ceiling: Ceiling, seconds: float) -> Itera
     workload = case.make(device)
     before = check(workload, workload.providers)
     good = {name: run for name, run in workload.providers.items() if before[name] is None}
-    memory = {name: peak_memory(run, device) for name, run in good.items()}
-    times = time_interleaved(good, device, seconds)
+    timed = good | workload.ceilings
+    memory = {name: peak_memory(run, device) for name, run in timed.items()}
+    times = time_interleaved(timed, device, seconds)
     after = check(workload, good)
-    for name in workload.providers:
+    for name in (*workload.providers, *workload.ceilings):
         row: dict[str, Any] = {"operator": case.operator, "case": case.name}
         row |= {"provider": name, "device": device, "shapes": workload.shapes}
-        wrong = before[name] or after.get(name)
+        row |= {"is_ceiling": True} if name in workload.ceilings else {}
+        wrong = before.get(name) or after.get(name)
         if wrong:
             yield row | {"wrong": wrong}
             continue

@@ -86,10 +86,14 @@ class Problem:
         """Whether some windows have fewer keys than others."""
         return self.is_partial and not self.is_padded
 
+    def tuned_name(self, kernel: str) -> str:
+        """What the table of tuned tiles calls this kernel on this problem."""
+        bits = 8 * self.dtype.itemsize
+        return f"{kernel} {self.head_dim} {bits}-bit {self.window_h}x{self.window_w}"
+
     def tile(self, kernel: str) -> Tile:
         """The tile of a kernel: the tuned one if there is one, else the default."""
-        name = f"{kernel} {self.head_dim} {self.dtype.itemsize * 8}-bit {self.window_h}x{self.window_w}"
-        entry = tuned().get(f"sm_{self.architecture}", {}).get(name)
+        entry = tuned().get(f"sm_{self.architecture}", {}).get(self.tuned_name(kernel))
         return Tile(**entry) if entry else default_tile(kernel, self)
 
 

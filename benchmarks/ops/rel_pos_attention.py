@@ -1,0 +1,191 @@
+"""SAM's attention, global and in windows, against what PyTorch offers for it: SDPA with a bias tensor, FlexAttention.
+
+SDPA without any bias, on windows that are cut and padded before the clock starts, is the ceiling. Making the bias, and cutting
+into windows, is part of the other ways' time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.registry import Workload, backends_of, register
+from refsam_kernels import rel_pos_attention
+from refsam_kernels.rel_pos_attention import reference
+
+OPERATOR = "rel_pos_attention"
+BASELINE = "SDPA with bias"
+# Of an error, relative to the baseline's in the same dtype, and of the largest value: as in the tests.
+FACTOR = 3
+ROUNDINGS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Attention of one block of a SAM encoder at 1024 x 1024: one image on a CPU, four on a GPU."""
+
+    name: str
+    heads: int
+    head_dim: int
+    window: int  # 0: global
+    trains: bool = False
+    grid: int = 64
+
+    def inputs(self, device: str) -> dict[str, Tensor]:
+        """Random tensors of the size that they have in SAM's checkpoints: float32 on a CPU, bfloat16 on a GPU."""
+        generator = torch.Generator().manual_seed(42)
+        side, width = self.window or self.grid, 3 * self.heads * self.head_dim
+        shapes = {
+            "qkv": (4 if device == "cuda" else 1, self.grid, self.grid, width),
+            "rel_pos_h": (2 * side - 1, self.head_dim),
+            "rel_pos_w": (2 * side - 1, self.head_dim),
+            "qkv_bias": (width,),
+        }
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        return {
+            name: ((0.3 if "rel" in name else 1.0) * torch.randn(shape, generator=generator))
+            .to(device, dtype)
+            .requires_grad_(self.trains)
+            for name, shape in shapes.items()
+        }
+
+
+def cut(qkv: Tensor, qkv_bias: Tensor | None, setting: Setting) -> tuple[Tensor, ...]:
+    """q, k, v of all windows, each (windows, heads, tokens, head_dim)."""
+    side = setting.window or setting.grid
+    windows, _, _ = reference.partition(reference.pad(qkv, qkv_bias, side, side), side, side)
+    split = windows.flatten(1, 2).unflatten(-1, (3, setting.heads, setting.head_dim))
+    return split.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def join(attended: Tensor, setting: Setting) -> Tensor:
+    """What (windows, heads, tokens, head_dim) are in the grid: (B, h, w, D)."""
+    side = setting.window or setting.grid
+    windows = attended.transpose(1, 2).flatten(2).unflatten(1, (side, side))
+    count = -(-setting.grid // side)
+    grid = reference.unpartition(windows, count, count)
+    return grid[:, : setting.grid, : setting.grid].contiguous()
+
+
+def relative_terms(
+    q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, side: int
+) -> tuple[Tensor, Tensor]:
+    """Products of the queries with the tables: both (windows, heads, tokens, side)."""
+    grid = q.unflatten(2, (side, side))
+    rel_h = torch.einsum("bnhwc,hkc->bnhwk", grid, reference.relative(rel_pos_h, side))
+    rel_w = torch.einsum("bnhwc,wkc->bnhwk", grid, reference.relative(rel_pos_w, side))
+    return rel_h.flatten(2, 3), rel_w.flatten(2, 3)
+
+
+def sdpa_with_bias(
+    qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, qkv_bias: Tensor, *, setting: Setting
+) -> Tensor:
+    """As transformers has it: the N x N bias is made, then given to scaled_dot_product_attention."""
+    q, k, v = cut(qkv, qkv_bias, setting)
+    rel_h, rel_w = relative_terms(q, rel_pos_h, rel_pos_w, setting.window or setting.grid)
+    bias = (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2)
+    return join(F.scaled_dot_product_attention(q, k, v, attn_mask=bias), setting)
+
+
+def flex_attention(
+    qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, qkv_bias: Tensor, *, setting: Setting
+) -> Tensor:
+    """FlexAttention with the relative terms as captured tensors, whose gradients it gives too."""
+    q, k, v = (tensor.contiguous() for tensor in cut(qkv, qkv_bias, setting))
+    side = setting.window or setting.grid
+    rel_h, rel_w = relative_terms(q, rel_pos_h, rel_pos_w, side)
+
+    def add_terms(score: Tensor, b: Tensor, n: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + rel_h[b, n, i, j // side] + rel_w[b, n, i, j % side]
+
+    return join(compiled_flex_attention()(q, k, v, score_mod=add_terms), setting)
+
+
+@cache
+def compiled_flex_attention() -> Callable[..., Any]:
+    """It makes the N x N scores unless it is compiled."""
+    from torch.nn.attention.flex_attention import flex_attention as attend
+
+    return torch.compile(attend, dynamic=False)
+
+
+def run(attend: Callable[..., Tensor], inputs: dict[str, Tensor], grad: Tensor) -> Any:
+    """The result and, if they are wanted, all gradients."""
+    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
+    if not wanted:
+        with torch.no_grad():
+            return (attend(**inputs),)
+    result = attend(**inputs)
+    # The bias has no part in global attention.
+    gradients = torch.autograd.grad(result, wanted, grad, materialize_grads=True)
+    return result.detach(), *gradients
+
+
+def workload(device: str, *, setting: Setting) -> Workload:
+    """All ways on the same inputs, checked against float64."""
+    inputs = setting.inputs(device)
+    attend: Any = partial(rel_pos_attention, num_heads=setting.heads, window_size=setting.window)
+    grad = torch.ones_like(attend(**inputs, backend="fallback"))
+    grad = torch.randn(grad.shape, generator=torch.Generator().manual_seed(1)).to(grad)
+    ways: dict[str, Callable[..., Tensor]] = {BASELINE: partial(sdpa_with_bias, setting=setting)}
+    if device == "cuda":
+        ways["FlexAttention"] = partial(flex_attention, setting=setting)
+    for name in backends_of(OPERATOR, device):
+        if name != "reference":
+            ways[name] = partial(attend, backend=name)
+    exact = run(partial(attend, backend="fallback"), *in_float64(inputs, grad))
+    roundings = ROUNDINGS[grad.dtype]
+    bounds = [
+        FACTOR * error_of(plain, wanted) + roundings * float(wanted.abs().max())
+        for plain, wanted in zip(run(ways[BASELINE], inputs, grad), exact, strict=True)
+    ]
+    with torch.no_grad():
+        q, k, v = (x.contiguous() for x in cut(inputs["qkv"], inputs["qkv_bias"], setting))
+    apart = {
+        name: x.requires_grad_(setting.trains) for name, x in zip("qkv", (q, k, v), strict=True)
+    }
+    unbiased = partial(run, lambda q, k, v: F.scaled_dot_product_attention(q, k, v))
+    pairs = q.shape[0] * setting.heads * q.shape[2] ** 2
+    flops = 4 * setting.head_dim * pairs
+    return Workload(
+        providers={name: partial(run, way, inputs, grad) for name, way in ways.items()},
+        wrong=partial(too_far, exact=exact, bounds=bounds),
+        moved_bytes=sum(tensor.nbytes for tensor in (*inputs.values(), grad)),
+        flops=7 * flops // 2 if setting.trains else flops,
+        shapes={"qkv": list(inputs["qkv"].shape), "dtype": str(grad.dtype)},
+        ceilings={"SDPA without bias": partial(unbiased, apart, torch.ones_like(q))},
+    )
+
+
+def in_float64(inputs: dict[str, Tensor], grad: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The same values, exactly."""
+    exact = {n: x.detach().double().requires_grad_(x.requires_grad) for n, x in inputs.items()}
+    return exact, grad.double()
+
+
+def error_of(found: Tensor, exact: Tensor) -> float:
+    """The largest difference."""
+    return float((found.double() - exact).abs().max())
+
+
+def too_far(
+    found: tuple[Tensor, ...], *, exact: tuple[Tensor, ...], bounds: list[float]
+) -> str | None:
+    """In words which result or gradient is too far from the exact one."""
+    for index, (tensor, wanted, most) in enumerate(zip(found, exact, bounds, strict=True)):
+        error = error_of(tensor, wanted)
+        if not error <= most:
+            return f"result {index} is off by {error:.1e}, at most {most:.1e} may be"
+    return None
+
+
+for model, heads, head_dim in (("ViT-B", 12, 64), ("ViT-H", 16, 80)):
+    for kind, window in (("global", 0), ("windows", 14)):
+        for trains in (False, True):
+            name = f"{model} {kind}{', trained' if trains else ''}"
+            case = Setting(name, heads, head_dim, window, trains)
+            register(OPERATOR, name, baseline=BASELINE)(partial(workload, setting=case))
