@@ -21,7 +21,7 @@ from refsam.data.augmentation import (
 )
 from refsam.data.clips import ClipBatch, ClipMixture, ClipSampler, sample_frames
 from refsam.data.colour import adjust_colour
-from refsam.data.dataset import UnreadableError
+from refsam.data.dataset import UnreadableError, read_image
 from refsam.data.mirroring import mirrored
 from tests.data import fixtures
 
@@ -130,6 +130,20 @@ def test_a_flip_mirrors_the_result_exactly() -> None:
     plain = Geometry((0.1, 0.2, 0.9, 0.8), (30, 50), False).of_image(image)
     flipped = Geometry((0.1, 0.2, 0.9, 0.8), (30, 50), True).of_image(image)
     assert np.array_equal(flipped, plain[:, ::-1])
+
+
+def test_a_large_jpeg_is_decoded_smaller_to_the_same_cut(tmp_path: Path) -> None:
+    """What decoding at a share of the size gives lies where the whole image has it."""
+    y, x = np.mgrid[:480, :640]
+    pixels = np.stack([(x * 255 // 640), (y * 255 // 480), np.full_like(x, 90)], -1)
+    path = tmp_path / "large.jpg"
+    fixtures.write_image(path, pixels.astype(np.uint8))
+    geometry = Geometry((0.25, 0.1, 0.95, 0.8), (84, 112), False)
+    whole, size = read_image(path)
+    small, same_size = read_image(path, geometry.decoded_size)
+    assert size == same_size == (480, 640) and small.size == (160, 120)
+    difference = geometry.of_image(small).astype(int) - geometry.of_image(whole)
+    assert np.abs(difference).max() <= 4
 
 
 def test_a_still_image_moves_evenly_and_none_at_no_motion() -> None:

@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,21 @@ def test_mevis_masks_follow_the_list_not_the_names(tmp_path: Path) -> None:
     dataset = open_dataset("mevis", root, "train")
     mask = dataset.mask(dataset.expressions("9f21474aca92")[0], "00003")
     assert np.array_equal(mask, numbers_at(0, 3) == 1)
+
+
+def test_mevis_says_which_object_is_absent(tmp_path: Path) -> None:
+    root = fixtures.write_mevis(tmp_path)
+    path = root / "train/mask_dict.json"
+    content = json.loads(path.read_text())
+    del content["12"]
+    content["13"].pop()  # fewer frames than the video
+    path.write_text(json.dumps(content))
+    dataset = open_dataset("mevis", root, "train")
+    expression = dataset.expressions("9f21474aca92")[1]
+    with pytest.raises(DataError, match="no object 12 in frame 0"):
+        dataset.mask(expression, "00000")
+    with pytest.raises(DataError, match="no object 13 in frame 3"):
+        dataset.mask(replace(expression, object_ids=(13,)), "00003")
 
 
 def test_refcoco_reads_python_2_pickles_and_takes_names_from_the_instances(tmp_path: Path) -> None:

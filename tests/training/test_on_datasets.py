@@ -145,7 +145,9 @@ def test_settings_that_contradict_datasets(folder: Path, changes: dict, message:
 
 
 def test_a_rate_for_a_part_that_is_not_trained(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing to train in decoder, want some of .*mask_decoder"):
+    with pytest.raises(
+        UserError, match=r"nothing to train in decoder, want some of .*mask_decoder"
+    ):
         Trainer(
             settings(folder, optimiser=vars(OptimiserSettings()) | {"rates": {"decoder": 1e-6}})
         )
