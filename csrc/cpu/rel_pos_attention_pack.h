@@ -78,9 +78,14 @@ struct Sizes {
 
 template <class Operand>
 Sizes sizes_of(const RelPosAttention& call) {
-  const int64_t key_width = round_up(call.window_width, kLanes);
+  // A window larger than the grid has more keys than the grid only if padding counts.
+  const int64_t height =
+      call.padding_is_key ? call.window_height : smaller(call.window_height, call.height);
+  const int64_t width =
+      call.padding_is_key ? call.window_width : smaller(call.window_width, call.width);
+  const int64_t key_width = round_up(width, kLanes);
   return {round_up(call.head_dim, Operand::kPack) / Operand::kPack, round_up(call.head_dim, kLanes),
-          round_up(call.window_height * key_width, kPanel), key_width,
+          round_up(height * key_width, kPanel), key_width,
           round_up(2 * call.window_height - 1 + 2 * call.window_width - 1, kPanel)};
 }
 

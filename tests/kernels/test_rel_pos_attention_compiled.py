@@ -134,6 +134,16 @@ def test_nan_stays_visible(instruction_set: str) -> None:
     assert out.isnan().sum() == 8
 
 
+def test_window_much_larger_than_the_grid_needs_no_memory_of_its_size() -> None:
+    """Keys of a window of this side would take gigabytes; without padding there are six."""
+    inputs = make_inputs((1, 2, 3, 1, 8, 6000))
+    out = operator_of((1, 2, 3, 1, 8, 6000), "mask")(**inputs, backend="cpu")
+    middle = (slice(5999 - 1, 5999 + 2), slice(5999 - 2, 5999 + 3))
+    tables = (inputs["rel_pos_h"][middle[0]], inputs["rel_pos_w"][middle[1]])
+    wanted = rel_pos_attention(inputs["qkv"], *tables, num_heads=1, backend="cpu")
+    torch.testing.assert_close(out, wanted)
+
+
 @pytest.mark.slow  # asks for 9 GB of memory, of which it touches a few pages
 def test_large_strides_are_read_without_overflow() -> None:
     """Rows so far apart that their distance in elements does not fit 32 bits."""
