@@ -8,7 +8,8 @@ Two biases need no pass over the keys: that of k adds the same to all logits of 
 weights sum to one, so that of v moves behind the attention and into the output projection's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from refsam_kernels.token_image_attention.projection import (
     for_each,
 )
 from refsam_kernels.values import valid_positions
+
+AttendBackward = Callable[..., Iterable[Tensor]]
 
 
 def forward(
@@ -43,7 +46,7 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, ...]:
     """Like `reference.forward`: products in the dtype of the weights, sum, softmax and LayerNorm in float32 at least."""
-    keys, key_pe, padding = _without_padding(keys, key_pe, key_lengths)
+    keys, key_pe = without_padding(keys, key_pe, key_lengths)
     content = keys.to(k_weight.dtype)
     to_q = Projection(queries, query_pe, q_weight, q_bias, remember=not keep)
     to_k = Projection(content, key_pe, k_weight, None, remember=not keep)
@@ -54,7 +57,7 @@ def forward(
     parts = []
     for part in [slice(len(queries))] if keep else _slices(queries, keys, len(q_weight)):
         q, k, v = to_q(part), to_k(part), to_v(part)
-        attended, log_sum_exp = _attend(q, k, v, _part(padding, part), num_heads)
+        attended, log_sum_exp = _attend(q, k, v, _part(key_lengths, part), num_heads)
         update = torch.baddbmm(added, attended.mT, for_each(out_weight.mT, attended))
         x = update.to(wide).add_(queries[part])
         out, *statistics = torch.native_layer_norm(x, x.shape[-1:], *norm, eps)
@@ -64,7 +67,13 @@ def forward(
     return (*outputs, *(queries.new_empty(0) for _ in range(8 - len(outputs))))
 
 
-def backward(
+def backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    """Like `reference.backward`; of the forward only the softmax is computed again."""
+    return gradients(_attend_backward, grad, *arguments)
+
+
+def gradients(
+    attend_backward: AttendBackward,
     grad: Tensor,
     queries: Tensor,
     keys: Tensor,
@@ -92,8 +101,8 @@ def backward(
     eps: float,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Like `reference.backward`; of the forward only the softmax is computed again."""
-    keys, key_pe, padding = _without_padding(keys, key_pe, key_lengths)
+    """The gradients with the attention's own by `attend_backward`: like `_attend_backward`, for some expressions at a time."""
+    keys, key_pe = without_padding(keys, key_pe, key_lengths)
     content = keys.to(k_weight.dtype)
     to_q = ProjectionGradient(
         queries, query_pe, q_weight, needs_positions=needs[2], needs_bias=needs[5]
@@ -110,9 +119,8 @@ def backward(
         for total, share in zip(on_out, parameters, strict=True):
             total += share
         on_attended = for_each(out_weight.mT, on_x) @ on_update.mT
-        on_q, on_k, on_v = _attend_backward(
-            on_attended, q[part], k[part], v[part], _part(padding, part), num_heads
-        )
+        heads = (t[part] for t in (q, k, v, attended, log_sum_exp))
+        on_q, on_k, on_v = attend_backward(on_attended, *heads, _part(key_lengths, part), num_heads)
         torch.add(on_x, to_q(on_q, part), out=on_queries[part])
         torch.add(to_k(on_k, part), to_v(on_v, part), out=on_keys[part])
     on_query_pe, on_q_weight, on_q_bias = to_q.totals()
@@ -158,11 +166,11 @@ def _output_backward(
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, num_heads: int
+    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, num_heads: int
 ) -> tuple[Tensor, Tensor]:
     """softmax(q^T k / sqrt(d)) v^T of q (P, I, Tq), k and v (P, I, Tk): (P, I, Tq), and log-sum-exps (P, heads, Tq)."""
     qs, ks, vs = (_heads(t, num_heads) for t in (q, k, v))
-    logits = _logits(qs, ks, padding, num_heads)
+    logits = _logits(qs, ks, key_lengths, num_heads)
     weights = _softmax(logits)
     attended = _product(vs, weights.to(v.dtype).mT).reshape(q.shape)
     # The largest weight is exp(largest logit - log-sum-exp).
@@ -175,12 +183,17 @@ def _attend_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    padding: Tensor | None,
+    attended: Tensor,
+    log_sum_exp: Tensor,
+    key_lengths: Tensor | None,
     num_heads: int,
 ) -> Iterator[Tensor]:
-    """Gradients to q, k and v for `grad`, that to what `_attend` returns first, (P, I, Tq)."""
+    """Gradients to q, k and v for `grad`, that to what `_attend` returns first, (P, I, Tq).
+
+    What the forward knew of the softmax is not used: here, a softmax costs less than an exponential.
+    """
     grads, qs, ks, vs = (_heads(t, num_heads) for t in (grad, q, k, v))
-    weights = _softmax(_logits(qs, ks, padding, num_heads))
+    weights = _softmax(_logits(qs, ks, key_lengths, num_heads))
     on_v = _product(grads, weights.to(v.dtype))
     weighted = _outer(grads, vs).to(weights.dtype).mul_(weights)
     on_logits = weighted.addcmul_(weights, weighted.sum(dim=-1, keepdim=True), value=-1)
@@ -195,11 +208,12 @@ def _heads(tokens: Tensor, num_heads: int) -> Tensor:
     return tokens.view(expressions * num_heads, width // num_heads, count)
 
 
-def _logits(q: Tensor, k: Tensor, padding: Tensor | None, num_heads: int) -> Tensor:
-    """q^T k / sqrt(d) of (P * heads, d, T), in float32 at least; -inf for keys that are padding, (P, Tk)."""
+def _logits(q: Tensor, k: Tensor, key_lengths: Tensor | None, num_heads: int) -> Tensor:
+    """q^T k / sqrt(d) of (P * heads, d, T), in float32 at least; -inf for keys that are padding."""
     logits = _outer(q, k).to(torch.promote_types(q.dtype, torch.float32))
     logits.mul_(q.shape[1] ** -0.5)
-    if padding is not None:
+    if key_lengths is not None:
+        padding = ~valid_positions(key_lengths, k.shape[2])
         of_expressions = logits.unflatten(0, (len(padding), num_heads))
         of_expressions.masked_fill_(padding[:, None, None], float("-inf"))
     return logits
@@ -222,19 +236,15 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
     return torch.bmm(y.mT, x.mT).mT if y.shape[1] > y.shape[2] else torch.bmm(x, y)
 
 
-def _without_padding(
+def without_padding(
     keys: Tensor, key_pe: Tensor, key_lengths: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and positions with zeros for padding, and which keys are padding, (P, Tk), None if all are valid.
-
-    Positions that all expressions share are those of a key as long as any expression has it.
-    """
+) -> tuple[Tensor, Tensor]:
+    """Keys and positions with zeros for padding; positions that all expressions share keep those that any of them has."""
     if key_lengths is None:
-        return keys, key_pe, None
+        return keys, key_pe
     padding = ~valid_positions(key_lengths, keys.shape[1])
     unused = padding if len(key_pe) == len(keys) else padding.all(dim=0, keepdim=True)
-    keys = keys.masked_fill(padding.unsqueeze(-1), 0.0)
-    return keys, key_pe.masked_fill(unused.unsqueeze(-1), 0.0), padding
+    return keys.masked_fill(padding[..., None], 0.0), key_pe.masked_fill(unused[..., None], 0.0)
 
 
 def _slices(queries: Tensor, keys: Tensor, width: int) -> list[slice]:
@@ -242,5 +252,5 @@ def _slices(queries: Tensor, keys: Tensor, width: int) -> list[slice]:
     return list(chunks(len(queries), elements, queries.device)) or [slice(0)]
 
 
-def _part(padding: Tensor | None, part: slice) -> Tensor | None:
-    return None if padding is None else padding[part]
+def _part(key_lengths: Tensor | None, part: slice) -> Tensor | None:
+    return None if key_lengths is None else key_lengths[part]

@@ -14,6 +14,7 @@ from refsam_kernels.arguments import (
     require,
 )
 from refsam_kernels.registration import Operator, drop_skipped, empty_gradients, needs_gradient
+from refsam_kernels.token_image_attention.outputs import empty_outputs
 from refsam_kernels.values import check_range
 
 operator = Operator("token_image_attention")
@@ -54,23 +55,8 @@ def _forward(
     keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The result; for the backward the sum before the LayerNorm (P, Tq, C), its means and reciprocal deviations (P, Tq, 2),
-    queries, keys, values and what is attended to in the heads (P, I, T), and the logarithm of each softmax's sum (P, heads, Tq).
-
-    Those for the backward have no elements without `keep`. Keys, values and what follows from them are without k's and v's
-    bias: the first changes no softmax, the second can be added behind it. Sum, statistics and logarithms are float32 at least.
-    """
-    out = queries.new_empty(queries.shape)
-    if not keep:
-        return (out, *(queries.new_empty(0) for _ in range(7)))  # type: ignore[return-value]
-    expressions, tokens, _ = queries.shape
-    internal, wide = q_weight.shape[0], torch.promote_types(q_weight.dtype, torch.float32)
-    x = queries.new_empty(queries.shape, dtype=torch.promote_types(queries.dtype, torch.float32))
-    statistics = x.new_empty(expressions, tokens, 2)
-    q, attended = (q_weight.new_empty(expressions, internal, tokens) for _ in range(2))
-    k, v = (q_weight.new_empty(expressions, internal, keys.shape[1]) for _ in range(2))
-    log_sum_exp = q_weight.new_empty(expressions, num_heads, tokens, dtype=wide)
-    return out, x, statistics, q, k, v, attended, log_sum_exp
+    """See `Outputs`."""
+    return empty_outputs(queries, keys, q_weight, num_heads, keep)
 
 
 @operator.backward
