@@ -1,4 +1,7 @@
-"""`python -m benchmarks.gpu_report --out FOLDER`: GPU tests and benchmarks of this machine in one folder, without network."""
+"""`python -m benchmarks.gpu_report --out FOLDER`: all that there is to know of this machine's GPU in one folder, without network.
+
+GPU tests, tuned tiles, benchmarks (they run with the tuned tiles), and what the kernels need of the GPU's architecture.
+"""
 
 import argparse
 import subprocess
@@ -8,15 +11,22 @@ from pathlib import Path
 import torch
 
 from benchmarks.__main__ import main as run_benchmarks
+from benchmarks.compile_gate import main as compile_gate
+from benchmarks.tune import main as tune
+from refsam_kernels.compilation import ARCHITECTURES
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Writes tests.txt, info.txt and cuda.jsonl; returns 1 if a test failed or a result was wrong, 2 without a GPU."""
+    """Writes info.txt, tests.txt, tuned.json, cuda.jsonl and compile_gate.json.
+
+    Returns 1 if a test failed, a result was wrong or a kernel spills; 2 without a GPU.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_report", description=main.__doc__
     )
     parser.add_argument("--out", type=Path, default=Path("out/gpu-report"))
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each case")
+    parser.add_argument("--tuning-seconds", type=float, default=150.0, help="time for tuning")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("gpu-report needs a CUDA device; there is none here, so nothing was measured")
@@ -25,10 +35,22 @@ def main(arguments: list[str] | None = None) -> int:
     record([sys.executable, "-m", "refsam_kernels.info"], options.out / "info.txt")
     tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:benchmark"]
     failed = record(tests, options.out / "tests.txt")
+    tune(["--seconds", str(options.tuning_seconds), "--out", str(options.out / "tuned.json")])
     wrong = run_benchmarks(
         ["--device", "cuda", "--seconds", str(options.seconds), "--out", str(options.out)]
     )
-    return int(bool(failed or wrong))
+    spilled = compile_for(options.out / "compile_gate.json")
+    return int(bool(failed or wrong or spilled))
+
+
+def compile_for(path: Path) -> int:
+    """Runs the compile gate for this GPU, as far as it is one of the gate's; 1 if it fails."""
+    major, minor = torch.cuda.get_device_capability()
+    architecture = 10 * major + minor
+    if architecture not in ARCHITECTURES:
+        print(f"{path.name}: sm_{architecture} is none of the compile gate's")
+        return 0
+    return compile_gate(["--architecture", str(architecture), "--out", str(path)])
 
 
 def record(command: list[str], path: Path) -> int:
