@@ -36,9 +36,9 @@ def check(
     rows = [("dataset", "split", "part", "state", "found")]
     rows += [(row.dataset, row.split, row.part, row.state, row.detail) for row in findings]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        typer.echo("  ".join([*cells, row[4]]))
+    for *cells, detail in rows:
+        aligned = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        typer.echo("  ".join([*aligned, detail]))
     sources: dict[str, list[str]] = {}
     for row in findings:
         if row.state != "ok":
