@@ -28,9 +28,9 @@ CASES = {  # images, height, width, heads, head dim, window
     "global-2x3": (1, 2, 3, 2, 80, 0),
 }
 MORE_CASES = {
-    "window3-of-5x4": (2, 5, 4, 2, 16, 3),
+    "window3-of-5x4": (1, 5, 4, 1, 16, 3),
     "window14-of-8x16": (1, 8, 16, 1, 64, 14),
-    "window3-of-2x2": (2, 2, 2, 1, 80, 3),
+    "window3-of-2x2": (1, 2, 2, 1, 80, 3),
     "window2-of-4x2": (1, 4, 2, 1, 64, 2),
     "global-7x13": (1, 7, 13, 1, 80, 0),
     "global-2x70": (1, 2, 70, 1, 20, 0),  # several tiles of queries, several tiles of keys across

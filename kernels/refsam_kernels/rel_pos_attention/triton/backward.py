@@ -99,28 +99,15 @@ def _query_gradient_kernel(
         q,
         q_tail,
         table_h,
-        rel_h,
-        y,
-        exists,
-        token,
-        tokens,
-        1,
-        WINDOW_H,
-        HEAD_DIM,
-        HEAD,
-        TAIL,
-        CHUNK,
-    )
-    _store_relative(
-        q,
-        q_tail,
         table_w,
+        rel_h,
         rel_w,
+        y,
         x,
         exists,
         token,
-        1,
-        WINDOW_W,
+        tokens,
+        WINDOW_H,
         WINDOW_W,
         HEAD_DIM,
         HEAD,
@@ -148,9 +135,8 @@ def _query_gradient_kernel(
         for row in range(0, key_height, ROWS):
             key_y, key_x = _key_positions(row, column, ROWS, COLUMNS)
             is_real = (key_y < height) & (key_x < width)
-            key_offsets = (top + key_y).to(tl.int64) * stride_y + (left + key_x).to(
-                tl.int64
-            ) * stride_x
+            key_offsets = (top + key_y).to(tl.int64) * stride_y
+            key_offsets += (left + key_x).to(tl.int64) * stride_x
             k = _load_keys(
                 k_base, key_offsets, is_real, stride_c, k_bias, HEAD_DIM, 0, HEAD, PADDED
             )
@@ -196,27 +182,15 @@ def _query_gradient_kernel(
     dq = _add_relative(
         dq * scale,
         table_h,
-        d_rel_h,
-        y,
-        exists,
-        token,
-        tokens,
-        1,
-        WINDOW_H,
-        HEAD_DIM,
-        0,
-        HEAD,
-        CHUNK,
-    )
-    dq = _add_relative(
-        dq,
         table_w,
+        d_rel_h,
         d_rel_w,
+        y,
         x,
         exists,
         token,
-        1,
-        WINDOW_W,
+        tokens,
+        WINDOW_H,
         WINDOW_W,
         HEAD_DIM,
         0,
@@ -228,27 +202,15 @@ def _query_gradient_kernel(
         dq_tail = _add_relative(
             dq_tail * scale,
             table_h,
-            d_rel_h,
-            y,
-            exists,
-            token,
-            tokens,
-            1,
-            WINDOW_H,
-            HEAD_DIM,
-            HEAD,
-            TAIL,
-            CHUNK,
-        )
-        dq_tail = _add_relative(
-            dq_tail,
             table_w,
+            d_rel_h,
             d_rel_w,
+            y,
             x,
             exists,
             token,
-            1,
-            WINDOW_W,
+            tokens,
+            WINDOW_H,
             WINDOW_W,
             HEAD_DIM,
             HEAD,

@@ -133,7 +133,7 @@ def _skewed(
 
 
 @triton.jit
-def _store_relative(
+def _store_relative_axis(
     q,
     q_tail,
     table,
@@ -166,7 +166,7 @@ def _store_relative(
 
 
 @triton.jit
-def _add_relative(
+def _add_relative_axis(
     dq,
     table,
     d_rel,
@@ -191,6 +191,113 @@ def _add_relative(
         gradient = tl.load(pointers, mask=mask, other=0.0)
         dq = tl.dot(gradient.to(rows.dtype), rows, dq, input_precision="ieee")
     return dq
+
+
+@triton.jit
+def _store_relative(
+    q,
+    q_tail,
+    table_h,
+    table_w,
+    rel_h,
+    rel_w,
+    y,
+    x,
+    exists,
+    token,
+    tokens,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Stores the relative terms of the queries with all keys of both axes."""
+    _store_relative_axis(
+        q,
+        q_tail,
+        table_h,
+        rel_h,
+        y,
+        exists,
+        token,
+        tokens,
+        1,
+        WINDOW_H,
+        HEAD_DIM,
+        HEAD,
+        TAIL,
+        CHUNK,
+    )
+    _store_relative_axis(
+        q,
+        q_tail,
+        table_w,
+        rel_w,
+        x,
+        exists,
+        token,
+        1,
+        WINDOW_W,
+        WINDOW_W,
+        HEAD_DIM,
+        HEAD,
+        TAIL,
+        CHUNK,
+    )
+
+
+@triton.jit
+def _add_relative(
+    dq,
+    table_h,
+    table_w,
+    d_rel_h,
+    d_rel_w,
+    y,
+    x,
+    exists,
+    token,
+    tokens,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Adds to `dq` (tokens, CHANNELS) what flows back through the relative terms of both axes."""
+    dq = _add_relative_axis(
+        dq,
+        table_h,
+        d_rel_h,
+        y,
+        exists,
+        token,
+        tokens,
+        1,
+        WINDOW_H,
+        HEAD_DIM,
+        FIRST,
+        CHANNELS,
+        CHUNK,
+    )
+    return _add_relative_axis(
+        dq,
+        table_w,
+        d_rel_w,
+        x,
+        exists,
+        token,
+        1,
+        WINDOW_W,
+        WINDOW_W,
+        HEAD_DIM,
+        FIRST,
+        CHANNELS,
+        CHUNK,
+    )
 
 
 @triton.jit
