@@ -322,6 +322,7 @@ def test_parts_of_another_size_change_nothing(monkeypatch: pytest.MonkeyPatch) -
         inputs = make_inputs(*case)
         whole = checks.run(operator_of(case), inputs, "fallback")
         monkeypatch.setitem(fallback.SCORES, "cpu", 400)
+        monkeypatch.setitem(fallback.QUERIES, "cpu", 1)  # one head at a time
         torch.testing.assert_close(checks.run(operator_of(case), inputs, "fallback"), whole)
         monkeypatch.undo()
 

@@ -21,6 +21,9 @@ LOG2_E = math.log2(math.e)
 # Scores at a time. On a CPU they stay in the cores' second-level caches: 2 MB in float32.
 SCORES = {"cpu": 2**19}
 SCORES_ELSEWHERE = 2**26
+# Numbers in the queries of the heads that are worked on at a time; what is copied and made for them is some eight times that.
+QUERIES = {"cpu": 2**20}
+QUERIES_ELSEWHERE = 2**26
 
 
 def forward(
@@ -37,11 +40,11 @@ def forward(
     out = qkv.new_empty(B, h, w, num_heads, width // (3 * num_heads))
     log_sum_exp = qkv.new_empty(B, num_heads, h, w, dtype=accumulation_dtype(qkv))
     attend = one_hot.attend if one_hot.serves(qkv, num_heads) else Windows.attend
-    for region in regions(h, w, window_size, pad_mode):
-        windows = Windows(region, qkv, qkv_bias, (rel_pos_h, rel_pos_w), num_heads)
+    for region, heads in parts_of_grid(qkv, num_heads, window_size, pad_mode):
+        windows = Windows(region, heads, qkv, qkv_bias, (rel_pos_h, rel_pos_w), num_heads)
         attended, statistic = attend(windows)
-        region.write_queries(attended, out)
-        region.write_queries(statistic, on_places(log_sum_exp))
+        region.write_queries(attended, out[..., heads, :])
+        region.write_queries(statistic, on_places(log_sum_exp)[..., heads, :])
     return out.flatten(3), log_sum_exp
 
 
@@ -66,20 +69,33 @@ def backward(
     dtype = accumulation_dtype(qkv)
     grad_padding = qkv.new_zeros(3, *grad_q.shape[-2:], dtype=dtype)
     grad_relative = [torch.zeros_like(relative(table), dtype=dtype) for table in tables]
-    h, w = qkv.shape[1:3]
-    for region in regions(h, w, window_size, pad_mode):
-        windows = Windows(region, qkv, qkv_bias, tables, num_heads)
-        grids = (grad_out, out, on_places(log_sum_exp))
-        gradients = windows.attend_backward(*map(region.queries, grids))
-        region.write_queries(gradients.q, grad_q)
-        grad_padding[1] += region.write_keys(gradients.k, grad_k)
-        grad_padding[2] += region.write_keys(gradients.v, grad_v)
+    grids = (grad_out, out, on_places(log_sum_exp))
+    for region, heads in parts_of_grid(qkv, num_heads, window_size, pad_mode):
+        windows = Windows(region, heads, qkv, qkv_bias, tables, num_heads)
+        taken = (region.queries(grid[..., heads, :]) for grid in grids)
+        gradients = windows.attend_backward(*taken)
+        region.write_queries(gradients.q, grad_q[..., heads, :])
+        grad_padding[1, heads] += region.write_keys(gradients.k, grad_k[..., heads, :])
+        grad_padding[2, heads] += region.write_keys(gradients.v, grad_v[..., heads, :])
         if needs[1] or needs[2]:
             windows.add_to_relative(gradients, *grad_relative)
     grad_h, grad_w = (sum_of_relative(total).to(qkv.dtype) for total in grad_relative)
     results = (grad_qkv, grad_h, grad_w, grad_padding.flatten().to(qkv.dtype))
     pairs = zip(results, needs, strict=True)
     return [result if need else qkv.new_empty(0) for result, need in pairs]
+
+
+def parts_of_grid(
+    qkv: Tensor, num_heads: int, window_size: int, pad_mode: str
+) -> Iterator[tuple[Region, slice]]:
+    """Cuts the work into regions and, of each, as many heads as `QUERIES` allows; at least one."""
+    B, h, w, width = qkv.shape
+    budget = QUERIES.get(qkv.device.type, QUERIES_ELSEWHERE)
+    for region in regions(h, w, window_size, pad_mode):
+        elements = B * region.tokens * width // (3 * num_heads)
+        heads = max(1, budget // max(1, elements))
+        for first in range(0, num_heads, heads):
+            yield region, slice(first, first + heads)
 
 
 @dataclass(frozen=True)
@@ -94,7 +110,7 @@ class WindowGradients:
 
 
 class Windows:
-    """The attention of one region: q, k, v are (G, tokens, head_dim), G counting windows' heads.
+    """The attention of some heads of a region: q, k, v are (G, tokens, head_dim), G counting windows' heads.
 
     `relative_h` (height, key_height, head_dim) and `relative_w` are the tables' rows for every
     query and key position of an axis; `rel_h` (G, queries, key_height) and `rel_w` are their
@@ -104,6 +120,7 @@ class Windows:
     def __init__(
         self,
         region: Region,
+        heads: slice,
         qkv: Tensor,
         qkv_bias: Tensor | None,
         tables: tuple[Tensor, Tensor],
@@ -111,10 +128,10 @@ class Windows:
     ) -> None:
         self.region = region
         self.dtype = accumulation_dtype(qkv)
-        q, k, v = split_qkv(qkv, num_heads)
+        q, k, v = split_qkv(qkv, num_heads)[..., heads, :]
         k_padding = v_padding = None
         if qkv_bias is not None:
-            _, k_padding, v_padding = split_qkv(qkv_bias, num_heads)
+            _, k_padding, v_padding = split_qkv(qkv_bias, num_heads)[:, heads]
         self.q = region.queries(q)
         self.k = region.keys(k, k_padding)
         self.v = region.keys(v, v_padding)

@@ -23,6 +23,11 @@ class Region:
     key_height: int
     key_width: int
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image in the region."""
+        return self.rows * self.columns * self.height * self.width
+
     def places(self, grid: Tensor) -> Tensor:
         """The region of a grid (B, h, w, heads, d), a view (B, rows, columns, heads, y, x, d)."""
         bottom = self.top + self.rows * self.height
