@@ -27,7 +27,6 @@ test-gpu: libraries
 
 # The compiled CPU backends' tests under address and undefined behaviour sanitizers, which must be loaded before Python.
 # Their own build, in build/sanitized, is used by nothing else.
-CXX ?= c++
 SANITIZERS = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
 sanitize: venv
 	$(BIN)/python -P kernels/refsam_kernels/build.py --sanitize build/sanitized
