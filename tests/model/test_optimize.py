@@ -132,6 +132,14 @@ def test_autograd_uses_the_parameters(encoder: ImageEncoder) -> None:
     assert encoder.blocks[0].attn.qkv.weight.grad is not None
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_graphs_use_the_parameters(encoder: ImageEncoder) -> None:
+    wanted, _ = encoder(PIXELS)
+    compiled = torch.compile(encoder.optimize(torch.bfloat16), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(PIXELS)[0], wanted)
+
+
 def test_inference_mode_leaves_nothing_unusable_behind(encoder: ImageEncoder) -> None:
     encoder.optimize(torch.float32)
     with torch.inference_mode():
@@ -266,6 +274,6 @@ def test_recomputing_blocks_gives_the_same_gradients_and_keeps_less(encoder: Ima
     kept, wanted = saved_elements(trainable_adapters(encoder), PIXELS)
     encoder.recompute = True
     kept_less, found = saved_elements(encoder, PIXELS)
-    assert kept_less < 0.4 * kept
+    assert kept_less < 0.5 * kept
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
