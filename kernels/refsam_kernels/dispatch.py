@@ -23,7 +23,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
@@ -169,19 +169,27 @@ class Dispatcher:
     def run(self, direction: str, arguments: Sequence[Any], backend: str = "") -> Any:
         """Runs `direction` with the chosen backend.
 
-        Autocast is off inside: the public function has cast what is to be cast.
+        Autocast is off inside: the public function has cast what is to be cast. The tensors' GPU is
+        the current one: Triton launches there, whatever the tensors say.
         """
         module = self.module(self.choose(direction, arguments, backend))
-        device_type = device_type_of(arguments)
-        if not torch.is_autocast_enabled(device_type):
+        device = device_of(arguments)
+        with ExitStack() as stack:
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))
+            if torch.is_autocast_enabled(device.type):
+                stack.enter_context(torch.autocast(device.type, enabled=False))
             return getattr(module, direction)(*arguments)
-        with torch.autocast(device_type, enabled=False):
-            return getattr(module, direction)(*arguments)
+
+
+def device_of(arguments: Sequence[Any]) -> torch.device:
+    """The device of the first tensor among the arguments."""
+    return next(value.device for value in arguments if isinstance(value, torch.Tensor))
 
 
 def device_type_of(arguments: Sequence[Any]) -> str:
     """The device type ("cpu", "cuda") of the first tensor among the arguments."""
-    return next(value.device.type for value in arguments if isinstance(value, torch.Tensor))
+    return device_of(arguments).type
 
 
 @lru_cache
