@@ -54,17 +54,18 @@ def forward(
     added = torch.addmv(out_bias, out_weight, v_bias)
     wide = torch.promote_types(queries.dtype, torch.float32)
     norm = (norm_weight.to(wide), norm_bias.to(wide))
-    parts = []
+    result = queries.new_empty(queries.shape)
     for part in [slice(len(queries))] if keep else _slices(queries, keys, len(q_weight)):
         q, k, v = to_q(part), to_k(part), to_v(part)
         attended, log_sum_exp = _attend(q, k, v, _part(key_lengths, part), num_heads)
         update = torch.baddbmm(added, attended.mT, for_each(out_weight.mT, attended))
         x = update.to(wide).add_(queries[part])
         out, *statistics = torch.native_layer_norm(x, x.shape[-1:], *norm, eps)
-        kept = (x, torch.cat(statistics, dim=-1), q, k, v, attended, log_sum_exp)
-        parts.append((out.to(queries.dtype), *(kept if keep else ())))
-    outputs = parts[0] if len(parts) == 1 else [torch.cat([part[0] for part in parts])]
-    return (*outputs, *(queries.new_empty(0) for _ in range(8 - len(outputs))))
+        if keep:  # made for all expressions at once, so that nothing need be joined
+            kept = (x, torch.cat(statistics, dim=-1), q, k, v, attended, log_sum_exp)
+            return out.to(queries.dtype), *kept
+        result[part] = out  # while it is in the cache
+    return (result, *(queries.new_empty(0) for _ in range(7)))
 
 
 def backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
