@@ -25,7 +25,9 @@ from refsam_kernels.rel_pos_attention.triton.forward import _forward_kernel
 TUNED = Path(__file__).parent / "tuned.json"
 # Programs that a table's gradient is split over: fixed, so that its sum is the same on every GPU.
 SPLITS = 128
-TABLE_BLOCK = 64  # tokens at a time
+TABLE_BLOCK, TABLE_CHUNK = 64, 32  # tokens and rows of the table at a time
+# Rows of a table that queries are multiplied with at a time: more of them are spilled.
+CHUNK = 16
 KERNELS = ("forward", "query_gradient", "key_gradient")
 
 
@@ -194,7 +196,7 @@ def by_queries(
         "table_h": operands.rel_pos_h,
         "table_w": operands.rel_pos_w,
         "tiles": tiles,
-        "CHUNK": chunk_of(problem),
+        "CHUNK": CHUNK,
         "PARTIAL": problem.is_partial,
         "MASKED": problem.is_cropped or not is_whole,
     }
@@ -233,7 +235,6 @@ def table_gradient_launch(
     """One program per part and chunk of the table of one axis."""
     head, tail = head_parts(problem.head_dim)
     size, tokens = (problem.window_h if of_rows else problem.window_w), problem.h * problem.w
-    chunk = chunk_of(problem)
     tiles = triton.cdiv(tokens, TABLE_BLOCK)
     in_all = tiles * problem.images * problem.heads
     arguments = {
@@ -255,15 +256,10 @@ def table_gradient_launch(
         "HEAD": head,
         "TAIL": tail,
         "BLOCK": TABLE_BLOCK,
-        "CHUNK": chunk,
+        "CHUNK": TABLE_CHUNK,
     }
-    programs = (len(parts), triton.cdiv(2 * size - 1, chunk))
+    programs = (len(parts), triton.cdiv(2 * size - 1, TABLE_CHUNK))
     return Launch(_table_gradient_kernel, programs, arguments, num_warps=4, num_stages=2)
-
-
-def chunk_of(problem: Problem) -> int:
-    """Rows of a table that are multiplied at a time."""
-    return 32
 
 
 def common_arguments(problem: Problem, operands: Operands, tile: Tile) -> dict[str, Any]:

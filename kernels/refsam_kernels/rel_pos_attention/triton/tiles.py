@@ -150,7 +150,7 @@ def _store_relative_axis(
     CHUNK: tl.constexpr,
 ):
     """Stores one axis' relative terms of the queries with all SIZE keys of the axis."""
-    for first in range(0, 2 * SIZE - 1, CHUNK):
+    for first in tl.range(0, 2 * SIZE - 1, CHUNK, num_stages=1):
         row = first + tl.arange(0, CHUNK)
         offsets = row * HEAD_DIM
         in_table = row < 2 * SIZE - 1
@@ -182,7 +182,7 @@ def _add_relative_axis(
     CHUNK: tl.constexpr,
 ):
     """Adds to `dq` (tokens, CHANNELS) what flows back through one axis' relative terms."""
-    for first in range(0, 2 * SIZE - 1, CHUNK):
+    for first in tl.range(0, 2 * SIZE - 1, CHUNK, num_stages=1):
         row = first + tl.arange(0, CHUNK)
         rows = _load(table, row * HEAD_DIM, row < 2 * SIZE - 1, 1, HEAD_DIM, FIRST, CHANNELS)
         pointers, mask = _skewed(
