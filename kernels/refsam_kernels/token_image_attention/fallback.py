@@ -16,6 +16,7 @@ from torch import Tensor
 
 from refsam_kernels.chunks import chunks
 from refsam_kernels.token_image_attention.projection import (
+    PositionGradient,
     Projection,
     ProjectionGradient,
     for_each,
@@ -104,12 +105,10 @@ def gradients(
 ) -> list[Tensor]:
     """The gradients with the attention's own by `attend_backward`: like `_attend_backward`, for some expressions at a time."""
     keys, key_pe = without_padding(keys, key_pe, key_lengths)
-    content = keys.to(k_weight.dtype)
-    to_q = ProjectionGradient(
-        queries, query_pe, q_weight, needs_positions=needs[2], needs_bias=needs[5]
-    )
-    to_k = ProjectionGradient(content, key_pe, k_weight, needs_positions=needs[3])
-    to_v = ProjectionGradient(content, None, v_weight)
+    of_queries = ProjectionGradient(queries, q_weight)
+    of_keys = ProjectionGradient(keys, torch.cat([k_weight, v_weight]))
+    of_query_pe = PositionGradient(query_pe, q_weight, q.shape[2], needs[2])
+    of_key_pe = PositionGradient(key_pe, k_weight, k.shape[2], needs[3])
     norm = (norm_weight.to(x.dtype), norm_bias.to(x.dtype))
     on_out = [x.new_zeros(t.shape) for t in (out_weight, out_bias, *norm)]
     on_queries, on_keys = torch.empty_like(queries), torch.empty_like(keys)
@@ -122,11 +121,15 @@ def gradients(
         on_attended = for_each(out_weight.mT, on_x) @ on_update.mT
         heads = (t[part] for t in (q, k, v, attended, log_sum_exp))
         on_q, on_k, on_v = attend_backward(on_attended, *heads, _part(key_lengths, part), num_heads)
-        torch.add(on_x, to_q(on_q, part), out=on_queries[part])
-        torch.add(to_k(on_k, part), to_v(on_v, part), out=on_keys[part])
-    on_query_pe, on_q_weight, on_q_bias = to_q.totals()
-    on_key_pe, on_k_weight, _ = to_k.totals()
-    _, on_v_weight, _ = to_v.totals()
+        of_query_pe.add(on_q, part)
+        of_key_pe.add(on_k, part)
+        torch.add(on_x, of_queries(on_q, part), out=on_queries[part])
+        on_keys[part] = of_keys(torch.cat([on_k, on_v], dim=1), part)
+    on_query_pe, on_q_weight, on_q_bias = of_query_pe.totals()
+    on_key_pe, on_k_weight, _ = of_key_pe.totals()
+    on_q_weight = on_q_weight + of_queries.on_weight
+    of_k, on_v_weight = of_keys.on_weight.chunk(2)
+    on_k_weight = on_k_weight + of_k
     on_out_weight, on_out_bias, *on_norm = on_out
     on_out_weight.addr_(on_out_bias, v_bias.to(x.dtype))
     on_v_bias = out_weight.T.to(x.dtype) @ on_out_bias

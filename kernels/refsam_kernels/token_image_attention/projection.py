@@ -39,48 +39,49 @@ class Projection:
 
 
 class ProjectionGradient:
-    """The gradient of `Projection`: to the tokens for each slice, to everything else when all are done."""
+    """The gradient of weight tokens: to the tokens for each slice, to the weight when all are done, in `on_weight`."""
 
-    def __init__(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None,
-        weight: Tensor,
-        *,
-        needs_positions: bool = False,
-        needs_bias: bool = False,
-    ) -> None:
-        self.weight, self.needs_positions = weight, needs_positions
-        tokens, self.shared = _add_own(tokens, positions)
-        self.tokens = tokens.to(weight.dtype)
-        self.on_tokens: list[Tensor] = []
+    def __init__(self, tokens: Tensor, weight: Tensor) -> None:
+        self.tokens, self.weight = tokens.to(weight.dtype), weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.on_weight = weight.new_zeros(weight.shape, dtype=wide)
-        self.on_added = None  # what the forward calls `added`, if anything wants its gradient
-        if needs_bias or self.shared is not None:
-            self.on_added = weight.new_zeros(len(weight), tokens.shape[1], dtype=wide)
 
     def __call__(self, grad: Tensor, part: slice) -> Tensor:
         """The gradient to the slice's tokens, (P, T, C), for `grad` (P, I, T) to their projection."""
-        tokens = self.tokens[part]
-        self.on_weight += (grad @ tokens).sum(0, dtype=self.on_weight.dtype)
-        if self.on_added is not None:
-            self.on_added += grad.sum(0, dtype=self.on_added.dtype)
-        on_tokens = grad.mT @ for_each(self.weight, grad)
-        if self.needs_positions and self.shared is None:
-            self.on_tokens.append(on_tokens)
-        return on_tokens
+        self.on_weight += (grad @ self.tokens[part]).sum(0, dtype=self.on_weight.dtype)
+        return grad.mT @ for_each(self.weight, grad)
 
-    def totals(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Gradients to positions, weight and bias; None for what was not asked for."""
-        on_positions = torch.cat(self.on_tokens) if self.on_tokens else None
-        if self.on_added is None:
-            return on_positions, self.on_weight, None
-        if self.shared is not None:
-            on_added = self.on_added.to(self.weight.dtype)
-            self.on_weight += on_added @ self.shared[0].to(self.weight.dtype)
-            on_positions = (on_added.T @ self.weight)[None] if self.needs_positions else None
-        return on_positions, self.on_weight, self.on_added.sum(1)
+
+class PositionGradient:
+    """The gradient of weight positions + bias, which `Projection` adds; all of it when all slices are done."""
+
+    def __init__(
+        self, positions: Tensor, weight: Tensor, count: int, needs_positions: bool
+    ) -> None:
+        self.positions, self.weight = positions.to(weight.dtype), weight
+        self.is_shared, self.needs_positions = len(positions) == 1, needs_positions
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.on_weight = weight.new_zeros(weight.shape, dtype=wide)
+        self.on_added = weight.new_zeros(len(weight), count, dtype=wide)
+        self.on_own: list[Tensor] = []
+
+    def add(self, grad: Tensor, part: slice) -> None:
+        """Takes the gradient to the slice's projections, (P, I, T)."""
+        self.on_added += grad.sum(0, dtype=self.on_added.dtype)
+        if self.is_shared:
+            return
+        self.on_weight += (grad @ self.positions[part]).sum(0, dtype=self.on_weight.dtype)
+        if self.needs_positions:
+            self.on_own.append(grad.mT @ for_each(self.weight, grad))
+
+    def totals(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Gradients to positions (None if they are not wanted), weight and bias."""
+        on_bias = self.on_added.sum(1)
+        if not self.is_shared:
+            return torch.cat(self.on_own) if self.on_own else None, self.on_weight, on_bias
+        on_added = self.on_added.to(self.weight.dtype)
+        on_positions = (on_added.T @ self.weight)[None] if self.needs_positions else None
+        return on_positions, on_added @ self.positions[0], on_bias
 
 
 def for_each(weight: Tensor, tokens: Tensor) -> Tensor:
