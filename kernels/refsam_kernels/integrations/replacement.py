@@ -1,0 +1,135 @@
+"""Methods of single modules replaced in place, after checks that they are the methods that one knows."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from refsam_kernels.rel_pos_attention.op import rel_pos_attention
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A function for a method of one module; it takes the module first, then what the method takes.
+
+    `path` says in errors where the module stands in the model.
+    """
+
+    path: str
+    module: nn.Module
+    function: Callable[..., Any]
+    method: str = "forward"
+
+    def reasons(self) -> Iterator[str]:
+        """Why the method cannot be replaced, in words."""
+        if self.method in vars(self.module):
+            yield (
+                f"{self.path}.{self.method}: got one that was replaced before (by optimize() or another "
+                "library), wanted the class's own"
+            )
+
+
+class Optimization:
+    """What `optimize` has changed in a model; `undo()` restores it. Usable in a `with` statement.
+
+    Raises `ValueError` when made with a method that somebody has replaced already; then nothing is
+    changed.
+    """
+
+    def __init__(self, replacements: list[Replacement]) -> None:
+        refuse([reason for item in replacements for reason in item.reasons()])
+        self._applied: list[tuple[Replacement, partial[Any]]] = []
+        for item in replacements:
+            # A partial, unlike a bound method, survives pickle, and a deep copy of it calls the copied module.
+            substitute = partial(item.function, item.module)
+            setattr(item.module, item.method, substitute)
+            self._applied.append((item, substitute))
+
+    def __repr__(self) -> str:
+        return f"Optimization({len(self._applied)} methods replaced)"
+
+    def undo(self) -> None:
+        """Gives the model its own methods back; a second call does nothing.
+
+        Raises `ValueError`, and changes nothing, where another library has replaced a method since.
+        """
+        refuse(
+            [
+                f"{item.path}.{item.method}: got a method replaced after optimize(), wanted optimize()'s "
+                "own: undo the later change first"
+                for item, substitute in self._applied
+                if vars(item.module).get(item.method) is not substitute
+            ]
+        )
+        for item, _ in self._applied:
+            delattr(item.module, item.method)
+        self._applied.clear()
+
+    def __enter__(self) -> "Optimization":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+def refuse(reasons: list[str]) -> None:
+    """Raises one `ValueError` with all reasons, if there are any; the first few of many alike."""
+    if reasons:
+        more = f"; and {len(reasons) - 4} more" if len(reasons) > 4 else ""
+        raise ValueError("; ".join(reasons[:4]) + more)
+
+
+def structure_reasons(
+    path: str, module: nn.Module, class_names: set[str], members: set[str]
+) -> Iterator[str]:
+    """Why a module is not of one of these classes with exactly these sub-modules and parameters.
+
+    A module that was extended (an adapter, a gate) computes something else than its class, and must
+    not be replaced.
+    """
+    name = type(module).__name__
+    if name not in class_names:
+        yield f"{path}: got a {name}, wanted {' or '.join(sorted(class_names))}"
+        return
+    found = {name for name, _ in module.named_children()} | {
+        name for name, _ in module.named_parameters(recurse=False)
+    }
+    if found != members:
+        yield f"{path}: got members {sorted(found)}, wanted {sorted(members)}"
+
+
+def attention_reasons(path: str, attention: nn.Module, class_names: set[str]) -> Iterator[str]:
+    """Why `attend` cannot stand for the attention of a SAM image encoder."""
+    if not getattr(attention, "use_rel_pos", True):
+        yield f"{path}.use_rel_pos: got False, wanted True"
+        return
+    reasons = list(
+        structure_reasons(path, attention, class_names, {"qkv", "proj", "rel_pos_h", "rel_pos_w"})
+    )
+    yield from reasons
+    # Padding tokens have qkv(0), which is the bias of a plain linear layer only.
+    if not reasons and type(attention.qkv) is not nn.Linear:
+        kind = type(attention.qkv)
+        yield f"{path}.qkv: got {kind.__module__}.{kind.__name__}, wanted torch.nn.Linear"
+
+
+def attend(
+    attention: Any, tokens: torch.Tensor, *, num_heads: int, window_size: int
+) -> torch.Tensor:
+    """SAM's attention on a grid of tokens (B, h, w, D) float, to the same shape; no windows are copied.
+
+    `window_size` 0 attends globally. `qkv` and `proj` are called as modules: their hooks run.
+    Follows segment-anything `modeling/image_encoder.py`, `Block` and `Attention`.
+    """
+    attended = rel_pos_attention(
+        attention.qkv(tokens),
+        attention.rel_pos_h,
+        attention.rel_pos_w,
+        num_heads=num_heads,
+        window_size=window_size,
+        qkv_bias=attention.qkv.bias if window_size else None,
+    )
+    return attention.proj(attended)

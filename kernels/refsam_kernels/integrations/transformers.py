@@ -1,0 +1,65 @@
+"""transformers' `SamModel`, `SamVisionModel` and `SamVisionEncoder`: which methods are replaced, and by what."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from refsam_kernels.integrations.replacement import (
+    Replacement,
+    attend,
+    attention_reasons,
+    refuse,
+    structure_reasons,
+)
+
+LAYER_MEMBERS = {"layer_norm1", "attn", "layer_norm2", "mlp"}
+# By the attention that the model was made with: eager, SDPA.
+ATTENTION_CLASSES = {"SamVisionAttention", "SamVisionSdpaAttention"}
+
+
+def replacements(model: nn.Module) -> list[Replacement]:
+    """What to replace in these models. Raises `ValueError` where the model is another one inside."""
+    path, encoder = "model", model
+    if hasattr(model, "vision_encoder"):
+        path, encoder = "model.vision_encoder", model.vision_encoder
+    layers = [(f"{path}.layers.{i}", layer) for i, layer in enumerate(encoder.layers)]
+    refuse([reason for where, layer in layers for reason in _layer_reasons(where, layer)])
+    return [item for where, layer in layers for item in _layer_replacements(where, layer)]
+
+
+def _layer_reasons(path: str, layer: Any) -> Iterator[str]:
+    reasons = list(structure_reasons(path, layer, {"SamVisionLayer"}, LAYER_MEMBERS))
+    if reasons:
+        yield from reasons
+        return
+    yield from attention_reasons(f"{path}.attn", layer.attn, ATTENTION_CLASSES)
+    dropout = getattr(layer.attn, "dropout", 0.0)
+    if dropout:
+        yield f"{path}.attn.dropout: got {dropout}, wanted 0: attention's weights are never made"
+
+
+def _layer_replacements(path: str, layer: Any) -> Iterator[Replacement]:
+    yield Replacement(path, layer, _layer)
+    windowed = partial(_attention, window_size=layer.window_size)
+    yield Replacement(f"{path}.attn", layer.attn, windowed)
+
+
+def _layer(layer: Any, hidden_states: Tensor) -> Tensor:
+    """`SamVisionLayer.forward` on (B, h, w, D), its attention being handed the grid, not windows."""
+    attended, _ = layer.attn(hidden_states=layer.layer_norm1(hidden_states))
+    hidden_states = hidden_states + attended
+    return hidden_states + layer.mlp(layer.layer_norm2(hidden_states))
+
+
+def _attention(
+    attention: Any,
+    hidden_states: Tensor,
+    output_attentions: bool | None = None,
+    *,
+    window_size: int,
+) -> tuple[Tensor, None]:
+    """`SamVisionAttention.forward`; like SDPA's it returns no weights, asked for or not."""
+    heads = attention.num_attention_heads
+    return attend(attention, hidden_states, num_heads=heads, window_size=window_size), None

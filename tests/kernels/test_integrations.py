@@ -1,0 +1,298 @@
+"""optimize() on tiny random SAMs of segment-anything and transformers: same outputs, same gradients, and back."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from refsam_kernels.integrations import optimize
+from tests.sam_modeling import load_sam_modeling, randomise, sam_image_encoder
+
+# As optimize() states it, of the largest value; gradients add up more terms.
+TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
+
+
+def sam_encoder(grid: int = 8, **changes: Any) -> nn.Module:
+    """segment-anything's encoder: a windowed block, whose windows stick out of the grid, and a global one."""
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "window_size": 3, "out_chans": 16}
+    sizes |= {"img_size": 4 * grid, "patch_size": 4, "global_attn_indexes": (1,)}
+    return sam_image_encoder(**(sizes | changes))
+
+
+def sam(grid: int = 8) -> nn.Module:
+    """segment-anything's whole model."""
+    modeling = load_sam_modeling()
+    prompts = modeling.PromptEncoder(
+        embed_dim=32, image_embedding_size=(grid, grid), input_image_size=(4 * grid, 4 * grid), mask_in_chans=4
+    )  # fmt: skip
+    transformer = modeling.TwoWayTransformer(depth=2, embedding_dim=32, num_heads=4, mlp_dim=32)
+    decoder = modeling.MaskDecoder(
+        transformer_dim=32, transformer=transformer, iou_head_hidden_dim=32
+    )
+    return randomise(modeling.Sam(sam_encoder(grid, out_chans=32), prompts, decoder))
+
+
+def transformers_encoder(
+    grid: int = 8, attention: str = "sdpa", model: str = "SamVisionModel", **changes: Any
+) -> nn.Module:
+    """transformers' image encoder of the same sizes; its import takes seconds."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SamVisionConfig(
+        hidden_size=32, output_channels=16, num_hidden_layers=2, num_attention_heads=2, image_size=4 * grid, patch_size=4,
+        window_size=3, global_attn_indexes=[1], **changes,
+    )  # fmt: skip
+    if model == "SamVisionModel":
+        made = transformers.SamVisionModel._from_config(config, attn_implementation=attention)
+        return randomise(made)
+    config.output_channels, config.num_pos_feats = 32, 16
+    prompts = {"hidden_size": 32, "image_size": 4 * grid, "patch_size": 4, "mask_input_channels": 4}
+    decoder = {
+        "hidden_size": 32,
+        "mlp_dim": 32,
+        "num_attention_heads": 4,
+        "iou_head_hidden_dim": 32,
+    }
+    whole = transformers.SamConfig(
+        vision_config=config, prompt_encoder_config=prompts, mask_decoder_config=decoder
+    )
+    return randomise(transformers.SamModel._from_config(whole, attn_implementation=attention))
+
+
+ENCODERS: dict[str, Callable[..., nn.Module]] = {
+    "segment_anything": sam_encoder,
+    "transformers_sdpa": transformers_encoder,
+    "transformers_eager": lambda grid=8: transformers_encoder(grid, "eager"),
+}
+each_encoder = pytest.mark.parametrize("make", ENCODERS.values(), ids=ENCODERS.keys())
+
+
+def pixels_of(grid: int = 8) -> Tensor:
+    return torch.randn(2, 3, 4 * grid, 4 * grid, generator=torch.Generator().manual_seed(1))
+
+
+def features(model: nn.Module, pixels: Tensor) -> Tensor:
+    output = model(pixels)
+    return output if isinstance(output, Tensor) else output.last_hidden_state
+
+
+def assert_close(found: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> None:
+    torch.testing.assert_close(
+        found, wanted, rtol=0, atol=tolerance * float(wanted.detach().abs().max())
+    )
+
+
+# 64 tokens a side is SAM's default; the others are those of 512, 640 and 768 pixels, and one window and less.
+@pytest.mark.parametrize(
+    "grid", [2, 3, 8, 32, 40, *(pytest.param(n, marks=pytest.mark.slow) for n in (48, 64))]
+)
+@each_encoder
+@torch.inference_mode()
+def test_features_are_the_original_ones_and_undo_restores_their_bits(
+    make: Callable[..., nn.Module], grid: int
+) -> None:
+    model, pixels = make(grid), pixels_of(grid)
+    wanted, state = features(model, pixels), set(model.state_dict())
+    handle = optimize(model)
+    found = features(model, pixels)
+    assert_close(found, wanted)
+    assert set(model.state_dict()) == state
+    handle.undo()
+    assert torch.equal(features(model, pixels), wanted)
+
+
+@each_encoder
+def test_gradients_are_the_original_ones(make: Callable[..., nn.Module]) -> None:
+    model, pixels = make().train(), pixels_of()
+    weights = torch.randn(features(model, pixels).shape)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        (features(model, pixels) * weights).sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    wanted = gradients()
+    with optimize(model):
+        found = gradients()
+    assert found.keys() == wanted.keys() == {name for name, _ in model.named_parameters()}
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        # Some (of k's bias) are zero but for rounding.
+        atol = GRADIENT_TOLERANCE * max(float(gradient.abs().max()), 1e-3 * largest)
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+@each_encoder
+@torch.inference_mode()
+def test_bfloat16_is_at_most_twice_as_far_off(
+    make: Callable[..., nn.Module], autocast: bool
+) -> None:
+    model, pixels = make(), pixels_of()
+    exact = features(model, pixels)
+    if not autocast:
+        model, pixels = model.bfloat16(), pixels.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        theirs = features(model, pixels)
+        optimize(model)
+        ours = features(model, pixels)
+    assert ours.dtype == theirs.dtype
+    assert (ours.float() - exact).abs().max() <= 2 * (theirs.float() - exact).abs().max()
+
+
+@each_encoder
+def test_the_operator_runs(make: Callable[..., nn.Module]) -> None:
+    model = make()
+    optimize(model)
+    with torch.profiler.profile() as profile, torch.no_grad():
+        features(model, pixels_of())
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["refsam_kernels::rel_pos_attention"] == 2
+    assert not any("scaled_dot_product" in name for name in calls)
+
+
+@each_encoder
+@torch.no_grad()
+def test_copies_compute_with_their_own_weights(make: Callable[..., nn.Module]) -> None:
+    model, pixels = make(), pixels_of()
+    optimize(model)
+    before = features(model, pixels)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(features(twin, pixels), before)
+        for name, parameter in twin.named_parameters():
+            if "rel_pos" in name:
+                parameter.mul_(2)
+        assert not torch.equal(features(twin, pixels), before)
+    assert torch.equal(features(model, pixels), before)
+
+
+@each_encoder
+@torch.no_grad()
+def test_hooks_of_every_module_run(make: Callable[..., nn.Module]) -> None:
+    model, called = make(), set()
+    optimize(model)
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    features(model, pixels_of())
+    assert called == {name for name, m in model.named_modules() if not isinstance(m, nn.ModuleList)}
+
+
+def make_optimized(make: Callable[..., nn.Module]) -> nn.Module:
+    """The model, optimized already."""
+    model = make()
+    optimize(model)
+    return model
+
+
+@pytest.mark.parametrize("make", [sam_encoder, transformers_encoder])
+def test_compiles_without_a_break(make: Callable[..., nn.Module]) -> None:
+    model = make()
+    optimize(model)
+    layers = model.blocks if hasattr(model, "blocks") else model.vision_encoder.layers
+    tokens = torch.randn(1, 8, 8, 32)
+    for layer in layers:
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        assert_close(compiled(tokens), layer(tokens))
+
+
+def test_transformers_checkpoints_activations_and_returns_hidden_states() -> None:
+    model, pixels = transformers_encoder().train(), pixels_of()
+    wanted = model(pixels, output_hidden_states=True).hidden_states
+    with optimize(model):
+        found = model(pixels, output_hidden_states=True).hidden_states
+        assert len(found) == len(wanted) == 3
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert_close(ours, theirs)
+        model.zero_grad()
+        features(model, pixels).sum().backward()
+        plain = model.vision_encoder.pos_embed.grad.clone()
+        model.zero_grad()
+        model.gradient_checkpointing_enable()
+        features(model, pixels).sum().backward()
+    assert_close(model.vision_encoder.pos_embed.grad, plain)
+
+
+@torch.inference_mode()
+def test_sam_from_points_to_masks() -> None:
+    model = sam()
+    points = {"point_coords": torch.rand(3, 2, 2) * 32, "point_labels": torch.ones(3, 2)}
+    image = {"image": pixels_of()[0] * 50 + 100, "original_size": (20, 30), **points}
+    wanted = model([image], multimask_output=True)[0]
+    optimize(model)
+    found = model([image], multimask_output=True)[0]
+    assert_close(found["low_res_logits"], wanted["low_res_logits"], 1e-4)
+    assert_close(found["iou_predictions"], wanted["iou_predictions"], 1e-4)
+    assert found["masks"].shape == wanted["masks"].shape == (3, 3, 20, 30)
+
+
+@torch.inference_mode()
+def test_transformers_sam_from_points_to_masks() -> None:
+    model = transformers_encoder(model="SamModel")
+    inputs = {"pixel_values": pixels_of(), "input_points": torch.rand(2, 3, 2, 2) * 32}
+    wanted = model(**inputs)
+    optimize(model)
+    found = model(**inputs)
+    assert_close(found.pred_masks, wanted.pred_masks, 1e-4)
+    assert_close(found.iou_scores, wanted.iou_scores, 1e-4)
+
+
+def with_adapter() -> nn.Module:
+    model = sam_encoder()
+    model.blocks[0].Space_Adapter = nn.Linear(32, 32)
+    return model
+
+
+def with_other_qkv() -> nn.Module:
+    model = sam_encoder()
+    model.blocks[1].attn.qkv = nn.Sequential(model.blocks[1].attn.qkv)
+    return model
+
+
+def without_positions() -> nn.Module:
+    return load_sam_modeling().ImageEncoderViT(
+        img_size=32, patch_size=4, embed_dim=32, depth=1, num_heads=2, out_chans=16
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: nn.Linear(2, 2), "model: got a Linear, wanted one of Sam, ImageEncoderViT"),
+        (lambda: "sam", "model: got a str, wanted a torch.nn.Module"),
+        (with_adapter, r"model.blocks.0: got members \['Space_Adapter', 'attn'"),
+        (with_other_qkv, "model.blocks.1.attn.qkv: got .*Sequential, wanted torch.nn.Linear"),
+        (without_positions, "model.blocks.0.attn.use_rel_pos: got False, wanted True"),
+        (lambda: make_optimized(sam_encoder), "model.blocks.0.forward: got one that was replaced"),
+        (
+            lambda: transformers_encoder(attention="eager", attention_dropout=0.1),
+            "layers.0.attn.dropout: got 0.1, wanted 0",
+        ),
+    ],
+)
+def test_optimize_rejects_with_reasons(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        optimize(make())
+
+
+def test_a_refused_model_is_unchanged() -> None:
+    model, pixels = with_other_qkv(), pixels_of()
+    wanted = model(pixels)
+    with pytest.raises(ValueError):
+        optimize(model)
+    assert torch.equal(model(pixels), wanted)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_undo_repeats_and_respects_later_changes() -> None:
+    model = sam_encoder()
+    handle = optimize(model)
+    handle.undo()
+    handle.undo()
+    handle = optimize(model)
+    model.blocks[0].forward = lambda x: x
+    with pytest.raises(ValueError, match=r"model\.blocks\.0\.forward: got a method replaced after"):
+        handle.undo()
+    assert "forward" in vars(model.blocks[1])
