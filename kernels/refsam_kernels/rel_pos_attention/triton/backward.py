@@ -289,6 +289,7 @@ def _key_gradient_kernel(
     dv = tl.zeros([ROWS * COLUMNS, HEAD], tl.float32)
     dk_tail = tl.zeros([ROWS * COLUMNS, TAIL if TAIL > 0 else 1], tl.float32)
     dv_tail = tl.zeros([ROWS * COLUMNS, TAIL if TAIL > 0 else 1], tl.float32)
+    # A row of a key that does not exist holds anything, infinity included; it is not stored.
     for query_tile in range(0, tl.cdiv(height * width, BLOCK)):
         y, x, exists = _query_positions(query_tile, height, width, BLOCK)
         token = (top + y) * w + left + x
