@@ -25,6 +25,7 @@ from benchmarks.registry import backends_of
 from refsam.config import RefSAMConfig
 from refsam.model.build import build_image_encoder
 from refsam_kernels import use_backend
+from refsam_kernels.integrations import optimize
 from tests.sam_modeling import sam_image_encoder
 
 BASELINE, SDPA = "segment-anything", "transformers, SDPA"
@@ -63,6 +64,8 @@ def providers(dtype: str) -> Iterator[Provider]:
             yield Provider(ours, dtype, backend, packed=True)
             yield Provider(f"{ours}, not packed", dtype, backend)
             yield Provider(f"{ours}, with adapters", dtype, backend, packed=True, adapters=True)
+            yield Provider(f"{BASELINE}, optimize(), {backend}", dtype, backend)
+            yield Provider(f"{SDPA}, optimize(), {backend}", dtype, backend)
 
 
 def random_sam(config: RefSAMConfig) -> nn.Module:
@@ -83,10 +86,8 @@ def random_sam(config: RefSAMConfig) -> nn.Module:
 def make(provider: Provider, config: RefSAMConfig, sam: nn.Module) -> Callable[[Tensor], Tensor]:
     """The provider with segment-anything's weights: pixels (1, 3, S, S) float32 to (1, C, h, w)."""
     dtype = DTYPES[provider.dtype]
-    if provider.name in (BASELINE, SDPA):
-        model = sam if provider.name == BASELINE else transformers_encoder(config, sam)
-        model = copy.deepcopy(model).to(dtype) if dtype != torch.float32 else model
-        return lambda pixels: features_of(model(pixels.to(dtype)))
+    if provider.name.startswith((BASELINE, SDPA)):
+        return make_theirs(provider, config, sam)
     ratio = config.image_encoder.adapter_ratio if provider.adapters else 0.0
     encoder = build_image_encoder(config.override(f"image_encoder.adapter_ratio={ratio}")).eval()
     encoder.load_state_dict(sam.state_dict(), strict=False, assign=True)
@@ -98,6 +99,29 @@ def make(provider: Provider, config: RefSAMConfig, sam: nn.Module) -> Callable[[
         autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=lowered)
         with use_backend(f"rel_pos_attention={provider.backend}"), autocast:
             return encoder(pixels)[0].permute(0, 3, 1, 2)
+
+    return encode
+
+
+def make_theirs(
+    provider: Provider, config: RefSAMConfig, sam: nn.Module
+) -> Callable[[Tensor], Tensor]:
+    """segment-anything's or transformers' own encoder, made faster by `optimize` where a backend is named."""
+    dtype = DTYPES[provider.dtype]
+    model = sam if provider.name.startswith(BASELINE) else transformers_encoder(config, sam)
+    if dtype != torch.float32:
+        model = copy.deepcopy(model).to(dtype)
+    if not provider.backend:
+        return lambda pixels: features_of(model(pixels.to(dtype)))
+    if model is sam:
+        # Modules of its own, which optimize() may change, around the same weights.
+        model = random_sam(config)
+        model.load_state_dict(sam.state_dict(), assign=True)
+    optimize(model)
+
+    def encode(pixels: Tensor) -> Tensor:
+        with use_backend(f"rel_pos_attention={provider.backend}"):
+            return features_of(model(pixels.to(dtype)))
 
     return encode
 
@@ -146,7 +170,7 @@ def run_group(
 ) -> Iterator[dict[str, Any]]:
     """Rows of one dtype; a provider with a wrong result has `wrong` and no times."""
     compared = {provider.name: provider for provider in providers(dtype)}
-    calls = {
+    calls: dict[str, Callable[[], Tensor]] = {
         name: partial(make(provider, config, sam), pixels) for name, provider in compared.items()
     }
     before = errors({name: call() for name, call in calls.items()}, exact)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -251,6 +252,13 @@ def with_other_qkv() -> nn.Module:
     return model
 
 
+def with_other_encoder() -> nn.Module:
+    """As MobileSAM has it: segment-anything's `Sam` around another encoder."""
+    model = sam()
+    model.image_encoder = nn.Conv2d(3, 32, 4)
+    return model
+
+
 def without_positions() -> nn.Module:
     return load_sam_modeling().ImageEncoderViT(
         img_size=32, patch_size=4, embed_dim=32, depth=1, num_heads=2, out_chans=16
@@ -263,6 +271,7 @@ def without_positions() -> nn.Module:
         (lambda: nn.Linear(2, 2), "model: got a Linear, wanted one of Sam, ImageEncoderViT"),
         (lambda: "sam", "model: got a str, wanted a torch.nn.Module"),
         (with_adapter, r"model.blocks.0: got members \['Space_Adapter', 'attn'"),
+        (with_other_encoder, "model.image_encoder: got a Conv2d, wanted ImageEncoderViT"),
         (with_other_qkv, "model.blocks.1.attn.qkv: got .*Sequential, wanted torch.nn.Linear"),
         (without_positions, "model.blocks.0.attn.use_rel_pos: got False, wanted True"),
         (lambda: make_optimized(sam_encoder), "model.blocks.0.forward: got one that was replaced"),
@@ -284,6 +293,18 @@ def test_a_refused_model_is_unchanged() -> None:
         optimize(model)
     assert torch.equal(model(pixels), wanted)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_the_readme_says_what_works() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    section = text.split("## An existing SAM made faster")[1]
+    code = section.split("```python\n")[1].split("```")[0]
+    model, pixels = sam(), pixels_of()
+    wanted = model.image_encoder(pixels)
+    names = {"sam": model, "pixels": pixels}
+    exec(code, names)
+    assert_close(names["features"], wanted)
+    assert torch.equal(model.image_encoder(pixels), wanted)
 
 
 def test_undo_repeats_and_respects_later_changes() -> None:

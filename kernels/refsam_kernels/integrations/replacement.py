@@ -82,8 +82,25 @@ def refuse(reasons: list[str]) -> None:
         raise ValueError("; ".join(reasons[:4]) + more)
 
 
+def encoder_of(model: Any, attribute: str, class_name: str) -> tuple[str, Any]:
+    """The image encoder, the model itself or this attribute of it, after the path to it.
+
+    Raises `ValueError` where it is of another class, and of no sub-class of it.
+    """
+    path = "model"
+    if not _is_a(model, class_name):
+        path, model = f"model.{attribute}", getattr(model, attribute, None)
+    if not _is_a(model, class_name):
+        refuse([f"{path}: got a {type(model).__name__}, wanted {class_name}"])
+    return path, model
+
+
+def _is_a(instance: object, class_name: str) -> bool:
+    return class_name in (parent.__name__ for parent in type(instance).__mro__)
+
+
 def structure_reasons(
-    path: str, module: nn.Module, class_names: set[str], members: set[str]
+    path: str, module: Any, class_names: set[str], members: set[str]
 ) -> Iterator[str]:
     """Why a module is not of one of these classes with exactly these sub-modules and parameters.
 
@@ -101,7 +118,7 @@ def structure_reasons(
         yield f"{path}: got members {sorted(found)}, wanted {sorted(members)}"
 
 
-def attention_reasons(path: str, attention: nn.Module, class_names: set[str]) -> Iterator[str]:
+def attention_reasons(path: str, attention: Any, class_names: set[str]) -> Iterator[str]:
     """Why `attend` cannot stand for the attention of a SAM image encoder."""
     if not getattr(attention, "use_rel_pos", True):
         yield f"{path}.use_rel_pos: got False, wanted True"

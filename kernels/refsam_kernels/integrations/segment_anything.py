@@ -10,6 +10,7 @@ from refsam_kernels.integrations.replacement import (
     Replacement,
     attend,
     attention_reasons,
+    encoder_of,
     refuse,
     structure_reasons,
 )
@@ -19,9 +20,7 @@ BLOCK_MEMBERS = {"norm1", "attn", "norm2", "mlp"}
 
 def replacements(model: nn.Module) -> list[Replacement]:
     """What to replace in a `Sam` or `ImageEncoderViT`. Raises `ValueError` where the model is another one inside."""
-    path, encoder = "model", model
-    if hasattr(model, "image_encoder"):
-        path, encoder = "model.image_encoder", model.image_encoder
+    path, encoder = encoder_of(model, "image_encoder", "ImageEncoderViT")
     blocks = [(f"{path}.blocks.{i}", block) for i, block in enumerate(encoder.blocks)]
     refuse([reason for where, block in blocks for reason in _block_reasons(where, block)])
     return [item for where, block in blocks for item in _block_replacements(where, block)]

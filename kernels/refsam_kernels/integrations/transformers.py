@@ -10,6 +10,7 @@ from refsam_kernels.integrations.replacement import (
     Replacement,
     attend,
     attention_reasons,
+    encoder_of,
     refuse,
     structure_reasons,
 )
@@ -21,9 +22,7 @@ ATTENTION_CLASSES = {"SamVisionAttention", "SamVisionSdpaAttention"}
 
 def replacements(model: nn.Module) -> list[Replacement]:
     """What to replace in these models. Raises `ValueError` where the model is another one inside."""
-    path, encoder = "model", model
-    if hasattr(model, "vision_encoder"):
-        path, encoder = "model.vision_encoder", model.vision_encoder
+    path, encoder = encoder_of(model, "vision_encoder", "SamVisionEncoder")
     layers = [(f"{path}.layers.{i}", layer) for i, layer in enumerate(encoder.layers)]
     refuse([reason for where, layer in layers for reason in _layer_reasons(where, layer)])
     return [item for where, layer in layers for item in _layer_replacements(where, layer)]
