@@ -364,7 +364,7 @@ def _tile(inputs: dict[str, Tensor]) -> tuple[int, dict[str, int]]:
     is_single = inputs["features"].element_size() == 4
     crowded = blocks["CHANNELS"] > 256 or blocks["WORDS"] > 64
     blocks["PIXELS"] = 16 if is_single or crowded else 32
-    blocks["COLUMNS"] = min(16 if is_single else 64, blocks["CHANNELS"])
+    blocks["COLUMNS"] = min(64, blocks["CHANNELS"])
     blocks["LEVELS"] = triton.next_power_of_2(inputs["features"].shape[0])
     sizes = {"levels": levels, "images": images, "expressions": expressions, "pixels": pixels}
     tiles = triton.cdiv(pixels, blocks["PIXELS"])
@@ -382,6 +382,8 @@ def _forward_launch(
     inputs: dict[str, Tensor], weight: Tensor, bias: Tensor, dense: Tensor
 ) -> Launch:
     tiles, sizes = _tile(inputs)
+    if dense.element_size() == 4:
+        sizes["COLUMNS"] = 16  # beside the mixtures no more fits the registers
     tensors = inputs | {"weight": weight, "bias": bias.contiguous(), "dense": dense}
     return _launch(_forward_kernel, (tiles, sizes["expressions"]), tensors, sizes)
 

@@ -199,7 +199,7 @@ def _attend_backward(
     grads, qs, ks, vs = (_heads(t, num_heads) for t in (grad, q, k, v))
     weights = _softmax(_logits(qs, ks, key_lengths, num_heads))
     on_v = _product(grads, weights.to(v.dtype))
-    weighted = _outer(grads, vs).to(weights.dtype).mul_(weights)
+    weighted = _outer(grads, vs) * weights
     on_logits = weighted.addcmul_(weights, weighted.sum(dim=-1, keepdim=True), value=-1)
     on_logits = on_logits.mul_(qs.shape[1] ** -0.5).to(q.dtype)
     on_q, on_k = _product(ks, on_logits.mT), _product(qs, on_logits)
