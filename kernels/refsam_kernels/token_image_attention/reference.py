@@ -62,7 +62,8 @@ def forward(
     out = F.layer_norm(x, x.shape[-1:], norm_weight.to(dtype), norm_bias.to(dtype), eps)
     if not keep:
         return (out.to(queries.dtype), *(out.new_empty(0, dtype=queries.dtype) for _ in range(7)))
-    variance, mean = torch.var_mean(x, dim=-1, correction=0)
+    mean = x.mean(dim=-1)
+    variance = (x - mean.unsqueeze(-1)).square().mean(dim=-1)
     statistics = torch.stack([mean, torch.rsqrt(variance + eps)], dim=-1)
     constant = (q * k_bias.to(dtype).view(num_heads, 1, -1)).sum(-1) / math.sqrt(q.shape[-1])
     heads = (
