@@ -202,10 +202,10 @@ def empty_kept(x: Tensor, fc1_weight: Tensor | None, keep: bool) -> tuple[Tensor
 
 def kept_of(hidden: Tensor, activated: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """What `perceptron` keeps of its values before and after the GELU."""
-    nothing = hidden.new_empty(0)
+    keep_activated = keep and hidden.numel() <= MOST_KEPT
     return (
-        hidden if keep else nothing,
-        activated if keep and hidden.numel() <= MOST_KEPT else nothing,
+        hidden if keep else hidden.new_empty(0),  # an operator's outputs must not be one tensor
+        activated if keep_activated else hidden.new_empty(0),
     )
 
 

@@ -311,6 +311,8 @@ def test_interrupt_keeps_what_is_finished(checkpoint: Path, tmp_path: Path, out:
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        # A shell's background jobs ignore interrupts, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     masks = out / ".refsam-unfinished" / "masks" / "00"
     deadline = time.monotonic() + 60
