@@ -52,7 +52,7 @@ def _nano_targets() -> str:
         [
             *lines,
             "",
-            f"Speed on {machine}, one expression, float32, medians of {len(speed['runs'])} runs.",
+            f"Speed on {machine}, one expression, default settings, medians of {len(speed['runs'])} runs.",
         ]
     )
 
@@ -87,7 +87,34 @@ def _encoder_line(row: dict[str, Any], baseline: dict[str, Any]) -> str:
     return f"{name} {seconds:.2f} ({low:.2f} to {high:.2f}) | {row['speedup']:.2f}x | {share} {row['error']:.0e} |"
 
 
+def _operators_cpu() -> str:
+    rows = [
+        json.loads(line)
+        for name in ("rel_pos_attention_cpu", "masks_cpu")
+        for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    lines = [
+        "| | | median (p20 to p80), ms | against the first | memory, MiB |",
+        "|---|---|--:|--:|--:|",
+        *(
+            f"| {row['operator'].removesuffix('_cpu')}, {row['case']} | {row['provider']} | {row['median_ms']:.2f} "
+            f"({row['p20_ms']:.2f} to {row['p80_ms']:.2f}) | {row['speedup']:.2f}x | {row['peak_memory_bytes'] / 2**20:.1f} |"
+            for row in rows
+        ),
+    ]
+    origin = rows[0]["provenance"]
+    machine = f"{origin['hardware']['processor']}, {origin['threads']} threads, torch {origin['versions']['torch']}"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{machine}. Memory is what a call needs beside its inputs, its result included.",
+        ]
+    )
+
+
 _TABLES = {
+    "operators_cpu": _operators_cpu,
     "nano_generated": _nano_generated,
     "nano_targets": _nano_targets,
     "encoder_cpu": _encoder_cpu,
