@@ -28,6 +28,17 @@ def _result(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def _rows(name: str) -> list[dict[str, Any]]:
+    lines = (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _machine(origin: dict[str, Any], unit: str) -> str:
+    """Processor, how many `unit` ("cores", "threads") a run used, and its torch."""
+    count = origin["hardware"]["cores"] if unit == "cores" else origin["threads"]
+    return f"{origin['hardware']['processor']}, {count} {unit}, torch {origin['versions']['torch']}"
+
+
 def _nano_generated() -> str:
     from refsam.evaluation.generated import table
 
@@ -47,7 +58,7 @@ def _nano_targets() -> str:
     ]
     lines = ["| | asked | measured |", "|---|--:|--:|"]
     lines += [f"| {what} | {asked} | {got:.3g} |" for what, asked, got in rows]
-    machine = f"{speed['hardware']['processor']}, {speed['hardware']['cores']} cores, torch {speed['versions']['torch']}"
+    machine = _machine(speed, "cores")
     return "\n".join(
         [
             *lines,
@@ -58,10 +69,9 @@ def _nano_targets() -> str:
 
 
 def _encoder_cpu() -> str:
-    path = RESULTS / "encoder_cpu.jsonl"
-    if not path.exists():
+    if not (RESULTS / "encoder_cpu.jsonl").exists():
         return "Not measured yet."
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = _rows("encoder_cpu")
     baseline = {row["dtype"]: row for row in rows if row["name"] == "segment-anything"}
     lines = [
         "| | | median (p20 to p80), s | against segment-anything | memory, MiB | against it | error |",
@@ -69,7 +79,7 @@ def _encoder_cpu() -> str:
         *(_encoder_line(row, baseline[row["dtype"]]) for row in rows),
     ]
     origin = rows[0]["provenance"]
-    machine = f"{origin['hardware']['processor']}, {origin['threads']} threads, torch {origin['versions']['torch']}"
+    machine = _machine(origin, "threads")
     what = (
         f"{origin['model']}, {origin['image_size']} pixels, one image, {rows[0]['rounds']} rounds"
     )
@@ -88,11 +98,7 @@ def _encoder_line(row: dict[str, Any], baseline: dict[str, Any]) -> str:
 
 
 def _operators_cpu() -> str:
-    rows = [
-        json.loads(line)
-        for name in ("rel_pos_attention_cpu", "masks_cpu")
-        for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    rows = _rows("rel_pos_attention_cpu") + _rows("masks_cpu")
     lines = [
         "| | | median (p20 to p80), ms | against the first | memory, MiB |",
         "|---|---|--:|--:|--:|",
@@ -103,7 +109,7 @@ def _operators_cpu() -> str:
         ),
     ]
     origin = rows[0]["provenance"]
-    machine = f"{origin['hardware']['processor']}, {origin['threads']} threads, torch {origin['versions']['torch']}"
+    machine = _machine(origin, "threads")
     return "\n".join(
         [
             *lines,
@@ -114,10 +120,10 @@ def _operators_cpu() -> str:
 
 
 _TABLES = {
-    "operators_cpu": _operators_cpu,
     "nano_generated": _nano_generated,
     "nano_targets": _nano_targets,
     "encoder_cpu": _encoder_cpu,
+    "operators_cpu": _operators_cpu,
 }
 
 
