@@ -4,7 +4,7 @@ A backend of an operator is a module of the operator's folder with the backend's
 (`fallback.py`, `triton.py`, ...). It holds
 
     forward(*arguments)         # the arguments of the custom operator without `backend`
-    backward(*arguments)        # likewise; a backend without it cannot run the backward
+    backward(*arguments)        # likewise; without it the backward is left to the others, also if this one was named
     not_supported_reasons(*arguments) -> list[str]    # optional: in words, why it cannot run these
     backward_not_supported_reasons(*arguments) -> list[str]    # optional
 
@@ -62,8 +62,9 @@ class Backend:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("cuda", devices=("cuda",)),
+        # No GPU has measured one against the other: the one that runs everything goes first.
         Backend("triton", devices=("cuda",), package="triton"),
+        Backend("cuda", devices=("cuda",)),
         Backend("cpu", devices=("cpu",)),
         Backend("fallback"),
         Backend("reference", automatic=False),
@@ -126,7 +127,7 @@ class Dispatcher:
         if reasons:
             return reasons
         module = self.module(name)
-        if not hasattr(module, direction):
+        if getattr(module, direction, None) is None:
             return [f"has no {direction}"]
         prefix = "" if direction == "forward" else f"{direction}_"
         explain = getattr(module, f"{prefix}not_supported_reasons", None)
@@ -138,12 +139,13 @@ class Dispatcher:
         `backend` is the caller's own wish, "" for none. Raises `BackendError` if none can run.
         """
         name = requested_backend(self.operator, backend)
-        if name:
+        if name and not self._leaves_backward(name, direction):
             reasons = self.not_supported_reasons(name, direction, arguments)
-            if reasons:
+            if not reasons:
+                return name
+            if not self._leaves_to_others(name, direction):
                 explanation = "; ".join(reasons)
                 raise BackendError(f"{self.operator}: backend {name!r} cannot run: {explanation}")
-            return name
         refusals = []
         for candidate in BACKENDS.values():
             if not candidate.automatic or not self.exists(candidate.name):
@@ -152,9 +154,19 @@ class Dispatcher:
             if not reasons:
                 return candidate.name
             refusals.append(f"{candidate.name}: {'; '.join(reasons)}")
-            self._log_fall_back(candidate, device_type_of(arguments), reasons)
+            if not self._leaves_to_others(candidate.name, direction):
+                self._log_fall_back(candidate, device_type_of(arguments), reasons)
         explanation = ". ".join(refusals) or "it has none that is chosen automatically"
         raise BackendError(f"{self.operator}: no backend can run: {explanation}")
+
+    def _leaves_backward(self, name: str, direction: str) -> bool:
+        """Whether this is a backward and the backend, which has none, is there to run the forward."""
+        module = self.module(name) if direction == "backward" and self.exists(name) else ""
+        return isinstance(module, ModuleType) and not hasattr(module, "backward")
+
+    def _leaves_to_others(self, name: str, direction: str) -> bool:
+        """Whether the imported backend says, by None, that others are to run this direction."""
+        return getattr(self._modules.get(name), direction, direction) is None
 
     def _log_fall_back(self, backend: Backend, device_type: str, reasons: list[str]) -> None:
         """Logs once that a backend for this device was passed over: a warning if only for these arguments."""

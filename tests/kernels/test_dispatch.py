@@ -166,7 +166,7 @@ def test_environment_names_operators(monkeypatch: pytest.MonkeyPatch, run: Any) 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tritn", r"REFSAM_BACKEND: got the backend 'tritn', wanted one of cuda, triton, cpu"),
+        ("tritn", r"REFSAM_BACKEND: got the backend 'tritn', wanted one of triton, cuda, cpu"),
         (
             "mask_los=triton",
             r"REFSAM_BACKEND: got the operator 'mask_los', wanted one of .*mask_lo",
@@ -228,8 +228,19 @@ def test_backend_without_backward_leaves_it_to_the_next(run: Any, backends: dict
     backends["cpu"] = make_backend("cpu")
     del backends["cpu"].backward
     assert run(backward=True) == ["forward cpu", "backward fallback"]
-    with pytest.raises(BackendError, match="'cpu' cannot run: has no backward"):
+    assert run("cpu", backward=True) == ["forward cpu", "backward fallback"]
+    backends["cpu"] = "cannot be imported: _C_cpu.so was not built"
+    with pytest.raises(BackendError, match=r"_C_cpu\.so was not built"):
         run("cpu", backward=True)
+
+
+def test_backend_for_the_forward_only_leaves_the_backward_to_the_automatic_choice(
+    run: Any, backends: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    backends["cpu"] = make_backend("cpu", backward=None)
+    assert run("cpu", backward=True) == ["forward cpu", "backward fallback"]
+    assert run(backward=True) == ["forward cpu", "backward fallback"]
+    assert not caplog.records
 
 
 def test_backward_has_reasons_of_its_own(run: Any, backends: dict[str, Any]) -> None:
