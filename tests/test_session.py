@@ -12,6 +12,7 @@ from PIL import Image
 
 from refsam import FrameResult, RefSAM, VideoSession, segment_video
 from refsam.errors import UserError
+from refsam.session import PreparedFrame
 from refsam.video import FrameDecodeError, open_source
 from tests.tiny_model import tiny_model
 from tests.video.clips import picture, write_video
@@ -230,8 +231,8 @@ def test_reading_and_segmenting_overlap(model: RefSAM, monkeypatch: pytest.Monke
     read = [threading.Event() for _ in range(6)]
     real_step = VideoSession.step
 
-    def step_while_the_next_is_read(session: VideoSession, frame: np.ndarray) -> FrameResult:
-        following = min(int(frame[0, 0, 0]) + 1, 5)
+    def step_while_the_next_is_read(session: VideoSession, frame: PreparedFrame) -> FrameResult:
+        following = min(session.frame_index + 1, 5)
         assert read[following].wait(20)
         return real_step(session, frame)
 

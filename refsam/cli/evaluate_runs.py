@@ -245,8 +245,8 @@ def _run(
     """Load the model, predict and score; print what was found."""
     from refsam.cli.evaluate import available_cores, listing_problems
     from refsam.evaluation.benchmark import Runner, evaluate, share_of
-    from refsam.evaluation.run_folder import Share
     from refsam.model import RefSAM
+    from refsam.session import Share
 
     check_names(device, dtype)
     if missing not in ("error", "zero"):

@@ -27,9 +27,10 @@ from refsam.evaluation.problems import MaskProblemsError, Problem, describe
 from refsam.evaluation.provenance import installed, provenance
 from refsam.evaluation.reports import Section, Text, write_report
 from refsam.evaluation.results import as_json, write_whole
-from refsam.evaluation.run_folder import RunFolder, Share
+from refsam.evaluation.run_folder import RunFolder
 from refsam.evaluation.speed import STAGES, StageClock, speed_summary, speed_table
 from refsam.model import RefSAM
+from refsam.session import Share
 from refsam.video import prefetch
 from refsam.video.writer import encode_mask
 

@@ -23,9 +23,9 @@ from refsam.evaluation.per_expression import PerExpression
 from refsam.evaluation.problems import MaskProblemsError
 from refsam.evaluation.ref_davis17 import RefDavis17
 from refsam.evaluation.refcoco import RefCoco
-from refsam.evaluation.run_folder import RunFolder, Share
+from refsam.evaluation.run_folder import RunFolder
 from refsam.evaluation.submissions import write_submission
-from refsam.session import VideoSession
+from refsam.session import Share, VideoSession
 from tests.data import fixtures
 from tests.evaluation.known_model import ColourModel, write_lossless
 from tests.tiny_model import tiny_model

@@ -1,0 +1,250 @@
+"""A frame's work on a GPU as two CUDA graphs: the image encoder, and everything behind it.
+
+Launching a graph costs the processor some microseconds where launching its kernels one by one costs milliseconds. A graph
+is a recording of kernels on fixed memory, so each shape has its own; expressions and words are padded up to a few numbers
+of them, which changes no valid result (docs/design.md, "Words and shapes").
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from refsam.model.features import ImageFeatures, MaskOutput, TextPrompt
+from refsam.model.weights import weights_key
+
+if TYPE_CHECKING:
+    from refsam.model import RefSAM
+
+EXPRESSIONS = (1, 2, 4, 8, 16)
+WORDS = (4, 8, 16, 32, 64)
+_WARM_UP_CALLS = 3  # kernels are compiled and tuned, libraries take their workspaces
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+class FrameGraphs:
+    """A model's `encode_image` and `decode` by CUDA graphs, with the same results.
+
+    Graphs are made when a shape is first seen; the least recently used ones make room. What has no graph (more than 16
+    expressions or 64 words) is computed kernel by kernel. Threads may share one object.
+
+    Args:
+        model: a `RefSAM` in evaluation mode on a CUDA device.
+        capacity: how many graphs are kept.
+
+    Raises:
+        ValueError: the model is not on a CUDA device.
+    """
+
+    def __init__(self, model: "RefSAM", capacity: int = 8) -> None:
+        if model.device.type != "cuda":
+            raise ValueError(f"model: got one on {model.device}, want one on a CUDA device")
+        self.model = model
+        self._graphs = GraphCache(capacity)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Device memory that the graphs hold: their inputs, outputs and what lies between."""
+        return self._graphs.memory_bytes
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def encode_image(self, pixels: Tensor) -> ImageFeatures:
+        """As `RefSAM.encode_image`."""
+        patch_size = self.model.config.image_encoder.patch_size
+        grid = pixels.shape[2] // patch_size, pixels.shape[3] // patch_size
+
+        def encode(pixels: Tensor) -> tuple[Tensor, ...]:
+            return (self.model.encode_image(pixels).levels,)
+
+        (levels,) = self._graphs.run("encode", self._state(), encode, [pixels])
+        return ImageFeatures(levels[0], levels, grid)
+
+    def decode(
+        self,
+        image: ImageFeatures,
+        text: TextPrompt,
+        image_index: Tensor | None = None,
+        track: Tensor | None = None,
+        track_valid: Tensor | None = None,
+    ) -> MaskOutput:
+        """As `RefSAM.decode`."""
+        count, words = len(text), text.words.shape[1]
+        if count > EXPRESSIONS[-1] or words > WORDS[-1] or count == 0:
+            return self.model.decode(image, text, image_index, track, track_valid)
+        inputs = pad_expressions(
+            text,
+            image_index,
+            track,
+            track_valid,
+            at_least(EXPRESSIONS, count),
+            at_least(WORDS, words),
+        )
+
+        def decode(levels: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            words, sentence, lengths, index, track, valid = inputs
+            features = ImageFeatures(levels[0], levels, image.grid)
+            prompt = _FixedPrompt(words, sentence, lengths)
+            return self.model.decode(features, prompt, index, track, valid)
+
+        found = self._graphs.run(
+            ("decode", image.grid), self._state(), decode, [image.levels, *inputs]
+        )
+        return MaskOutput(*(tensor[:count] for tensor in found))
+
+    def _state(self) -> Hashable:
+        """What a recording depends on besides its inputs: weights, packing and autocast."""
+        encoder = self.model.image_encoder
+        return (
+            weights_key(self.model.parameters()),
+            id(encoder.packing),
+            torch.is_autocast_enabled("cuda"),
+            torch.get_autocast_dtype("cuda"),
+        )
+
+
+class _FixedPrompt(TextPrompt):
+    """Prompts that are not trimmed: their lengths change between replays, and looking at them would stop the stream."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def at_least(sizes: Sequence[int], wanted: int) -> int:
+    """The smallest of these ascending sizes that is not below the wanted one."""
+    return next(size for size in sizes if size >= wanted)
+
+
+def pad_expressions(
+    text: TextPrompt,
+    image_index: Tensor | None,
+    track: Tensor | None,
+    track_valid: Tensor | None,
+    count: int,
+    words: int,
+) -> list[Tensor]:
+    """Inputs of `RefSAM.decode` for `count` expressions of up to `words` words, none of them None.
+
+    Padding expressions have one word, zeros, no track, and look at the first frame.
+
+    Returns:
+        words (count, words, C), sentence (count, C), lengths (count,), image_index (count,), track (count, C),
+        track_valid (count,) bool.
+    """
+    more = count - len(text)
+    if track is None:
+        track, track_valid = torch.zeros_like(text.sentence), torch.zeros_like(text.lengths).bool()
+    elif track_valid is None:
+        track_valid = torch.ones_like(text.lengths).bool()
+    index = torch.zeros_like(text.lengths) if image_index is None else image_index
+    return [
+        F.pad(text.words, (0, 0, 0, words - text.words.shape[1], 0, more)),
+        F.pad(text.sentence, (0, 0, 0, more)),
+        F.pad(text.lengths, (0, more), value=1),
+        F.pad(index, (0, more)),
+        F.pad(track.to(text.sentence.dtype), (0, 0, 0, more)),
+        F.pad(track_valid, (0, more)),
+    ]
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A recording, the memory that it reads and writes, and the event that its last results were taken."""
+
+    graph: Any
+    inputs: list[Tensor]
+    outputs: tuple[Tensor, ...]
+    memory_bytes: int
+    taken: Any
+
+
+class GraphCache:
+    """Functions of tensors as CUDA graphs, the least recently used dropped beyond `capacity`."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def memory_bytes(self) -> int:
+        """Device memory that the graphs hold."""
+        return sum(graph.memory_bytes for graph in self._graphs.values())
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def run(
+        self, name: Hashable, state: Hashable, function: Function, inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """What the function gives, by a graph of it for these shapes; the results are the caller's own.
+
+        Args:
+            name: which function it is.
+            state: what it depends on besides its inputs; a graph of another state is not used again.
+            function: tensors to tensors, without looking at values.
+            inputs: on one CUDA device.
+        """
+        shapes = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        key = (name, state, shapes)
+        with self._lock:
+            if key not in self._graphs:
+                self._make_room(name, state)
+                self._graphs[key] = _record(function, inputs)
+            self._graphs.move_to_end(key)
+            return _replay(self._graphs[key], inputs)
+
+    def _make_room(self, name: Hashable, state: Hashable) -> None:
+        for key in [key for key in self._graphs if key[0] == name and key[1] != state]:
+            del self._graphs[key]
+        while len(self._graphs) >= self.capacity:
+            self._graphs.popitem(last=False)
+
+
+def _record(function: Function, inputs: Sequence[Tensor]) -> _Graph:
+    device = inputs[0].device
+    fixed = [tensor.clone() for tensor in inputs]
+    before = torch.cuda.memory_reserved(device)
+    main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(main)
+    with _no_cached_casts():
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP_CALLS):
+                function(*fixed)
+        main.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = function(*fixed)
+    memory = torch.cuda.memory_reserved(device) - before
+    return _Graph(graph, fixed, tuple(outputs), max(0, memory), torch.cuda.Event())
+
+
+def _replay(recorded: _Graph, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    stream = torch.cuda.current_stream(inputs[0].device)
+    stream.wait_event(recorded.taken)  # another thread's stream may still read the results
+    for fixed, given in zip(recorded.inputs, inputs, strict=True):
+        fixed.copy_(given)
+    recorded.graph.replay()
+    outputs = tuple(tensor.clone() for tensor in recorded.outputs)
+    recorded.taken.record(stream)
+    return outputs
+
+
+@contextmanager
+def _no_cached_casts() -> Iterator[None]:
+    """Autocast would keep the casts of the warm-up, which the graph could then not rely on."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)

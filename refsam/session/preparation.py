@@ -1,0 +1,111 @@
+"""From a frame in host memory to what the image encoder takes, while the device works on the frames before it."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from refsam.model import RefSAM
+    from refsam.model.features import FrameSize
+
+_BUFFERS = 2  # one is filled while the other is copied
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedFrame:
+    """A frame as the image encoder takes it.
+
+    Attributes:
+        pixels: ``(1, 3, S, S)`` normalised, on the model's device.
+        size: of the frame, and of its copy inside the square.
+        ready: the event that pixels are there; None where they are.
+    """
+
+    pixels: Tensor
+    size: "FrameSize"
+    ready: "torch.cuda.Event | None" = None
+
+    def wait(self) -> Tensor:
+        """The pixels, for the current stream."""
+        if self.ready is not None:
+            stream = torch.cuda.current_stream(self.pixels.device)
+            stream.wait_event(self.ready)
+            self.pixels.record_stream(stream)  # its memory comes from another stream
+        return self.pixels
+
+
+class FramePreparer:
+    """Resize, normalise and pad frames; to be called from the thread that reads them.
+
+    On a GPU the frame goes there as bytes, through two buffers of pinned memory, and is prepared in a stream of
+    its own. One thread at a time may use it.
+    """
+
+    def __init__(self, model: "RefSAM") -> None:
+        self._model = model
+        self._upload = _Upload(model.device) if model.device.type == "cuda" else None
+
+    def __call__(self, frame: np.ndarray | Tensor) -> PreparedFrame:
+        """Prepare a frame: ``(H, W, 3)`` uint8 RGB, numpy or torch, on any device.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        pixels = as_tensor(frame)
+        if self._upload is None or pixels.device.type != "cpu":
+            return prepare_now(self._model, pixels)
+        with torch.cuda.stream(self._upload.stream):
+            prepared = self._model.preprocess(self._upload(pixels)[None])
+            ready = torch.cuda.Event()
+            ready.record()
+        return PreparedFrame(*prepared, ready)
+
+
+def prepare_now(model: "RefSAM", frame: np.ndarray | Tensor) -> PreparedFrame:
+    """Prepare a frame in the current stream, for a caller that has nothing else to do; as `FramePreparer` does."""
+    return PreparedFrame(*model.preprocess(as_tensor(frame)[None]))
+
+
+class _Upload:
+    """Copies frames to the device by way of pinned buffers, in the current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self._device = device
+        self._buffers: list[Tensor | None] = [None] * _BUFFERS
+        self._copied = [torch.cuda.Event() for _ in range(_BUFFERS)]
+        self._next = 0
+
+    def __call__(self, frame: Tensor) -> Tensor:
+        index, self._next = self._next, (self._next + 1) % _BUFFERS
+        self._copied[
+            index
+        ].synchronize()  # the copy of the frame before the last; at once if there was none
+        buffer = self._buffers[index]
+        if buffer is None or buffer.shape != frame.shape:
+            buffer = self._buffers[index] = torch.empty_like(frame, pin_memory=True)
+        buffer.copy_(frame)
+        on_device = buffer.to(self._device, non_blocking=True)
+        self._copied[index].record()
+        return on_device
+
+
+def as_tensor(frame: Any) -> Tensor:
+    """A frame as a tensor that shares its memory where it can.
+
+    Raises:
+        ValueError: not ``(H, W, 3)`` uint8, numpy or torch.
+    """
+    if not isinstance(frame, np.ndarray | Tensor):
+        raise ValueError(f"frame: got {type(frame).__name__}, want a numpy array or a torch tensor")
+    if frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
+        raise ValueError(f"frame: got shape {tuple(frame.shape)}, want (H, W, 3)")
+    if frame.dtype not in (np.uint8, torch.uint8):
+        raise ValueError(f"frame: got dtype {frame.dtype}, want uint8 RGB")
+    if isinstance(frame, np.ndarray):
+        # copies only where it must
+        return torch.from_numpy(np.require(frame, requirements=["C", "W"]))
+    return frame

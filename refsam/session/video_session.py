@@ -1,0 +1,296 @@
+"""Segment a video frame by frame with a memory that does not grow: one track token per expression."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refsam.session.graphs import FrameGraphs
+from refsam.session.preparation import FramePreparer, PreparedFrame, prepare_now
+from refsam_kernels import mask_postprocess
+
+if TYPE_CHECKING:
+    from refsam.model import RefSAM, TextPrompt
+    from refsam.model.features import FrameSize, ImageFeatures
+
+
+@dataclass(frozen=True, slots=True)
+class FrameResult:
+    """What the model says about one frame; tensors are on the model's device.
+
+    Attributes:
+        frame_index: number of the frame since the session began or was reset, from 0.
+        masks: ``(E, H, W)`` bool at the frame's own size; all False where the object is not in view.
+        logits: ``(E, 4h, 4w)`` float32 over the padded square that the model sees.
+        scores: ``(E,)`` float32 in 0..1, the IoU that the model predicts for its mask.
+    """
+
+    frame_index: int
+    masks: Tensor
+    logits: Tensor
+    scores: Tensor
+
+
+class VideoSession:
+    """Frames in, masks out, online. Sessions in several threads may share one model.
+
+    The state is one track token ``(C,)`` per expression (model.md, section 1); frames may change their
+    size in between.
+
+    Args:
+        model: a `RefSAM` in evaluation mode, on any device.
+        expressions: what to segment, for instance ``["the red cup"]``; may be empty at first.
+        optimize: call `model.optimize()` if nobody has; False leaves the model as it is.
+        graphs: CUDA graphs of the model, which sessions may share; None launches every kernel by itself.
+
+    Raises:
+        UserError: an expression that is empty, too long, or of which the model knows no word.
+        ValueError: graphs of another model.
+    """
+
+    def __init__(
+        self,
+        model: "RefSAM",
+        expressions: Sequence[str] = (),
+        *,
+        optimize: bool = True,
+        graphs: FrameGraphs | None = None,
+    ) -> None:
+        if isinstance(expressions, str):
+            raise ValueError(f"expressions: got the string {expressions!r}, want a list of strings")
+        if optimize and not model.is_optimized and not model.training:
+            model.optimize()
+        if graphs is not None and graphs.model is not model:
+            raise ValueError("graphs: got those of another model")
+        self.model = model
+        self.graphs = graphs
+        self._expressions = list(expressions)
+        self._unknown = list(self._encode(self._expressions).unknown) if expressions else []
+        self._track: Tensor | None = None  # (E, C); None before the first frame
+        self._has_track = [False] * len(self._expressions)
+        self._frame_index = 0
+
+    @property
+    def expressions(self) -> tuple[str, ...]:
+        """The expressions, in the order of the masks."""
+        return tuple(self._expressions)
+
+    @property
+    def frame_index(self) -> int:
+        """How many frames it has seen since it began or was reset: the next one's number."""
+        return self._frame_index
+
+    @property
+    def unknown_words(self) -> tuple[tuple[str, ...], ...]:
+        """Per expression, the words that the model does not know and so cannot heed."""
+        return tuple(self._unknown)
+
+    def step(self, frame: np.ndarray | Tensor | PreparedFrame) -> FrameResult:
+        """Segment the next frame.
+
+        Args:
+            frame: ``(H, W, 3)`` uint8 RGB, numpy or torch, on any device; or what `FramePreparer` made of it.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        return step_together([(self, frame)])[0]
+
+    def add(self, expression: str) -> int:
+        """Ask for one more object from the next frame on; returns its index in the masks.
+
+        Raises:
+            UserError: as the constructor does; the session then stays as it was.
+        """
+        self._unknown += self._encode([expression]).unknown
+        self._expressions.append(expression)
+        self._has_track.append(False)
+        if self._track is not None:
+            self._track = torch.cat([self._track, torch.zeros_like(self._track[:1])])
+        return len(self._expressions) - 1
+
+    def remove(self, index: int) -> None:
+        """Stop asking for an expression; those behind it move up by one.
+
+        Raises:
+            ValueError: no expression has that index.
+        """
+        if not 0 <= index < len(self._expressions):
+            raise ValueError(f"index: got {index}, want 0..{len(self._expressions) - 1}")
+        for per_expression in (self._expressions, self._unknown, self._has_track):
+            del per_expression[index]
+        if self._track is not None:
+            self._track = torch.cat([self._track[:index], self._track[index + 1 :]])
+        if not self._expressions:
+            self._track = None
+
+    def reset(self) -> None:
+        """Forget the objects' history and count frames from 0, as before a new video."""
+        self._track = None
+        self._has_track = [False] * len(self._expressions)
+        self._frame_index = 0
+
+    def _encode(self, expressions: list[str]) -> "TextPrompt":
+        with torch.no_grad():
+            return self.model.encode_text(expressions)
+
+    def _remember(self, track: Tensor) -> None:
+        """Keep the track tokens (E, C) for the next frame."""
+        self._track = track
+        self._has_track = [True] * len(self._expressions)
+
+    def _result(self, masks: Tensor, logits: Tensor, scores: Tensor) -> FrameResult:
+        self._frame_index += 1
+        return FrameResult(self._frame_index - 1, masks, logits, scores)
+
+    def _nothing(self, prepared: PreparedFrame) -> FrameResult:
+        """What a session without expressions sees."""
+        side = self.model.image_size // self.model.config.image_encoder.patch_size * 4
+        logits = prepared.pixels.new_zeros(0, side, side, dtype=torch.float32)
+        masks = logits.new_zeros(0, *prepared.size.original, dtype=torch.bool)
+        return self._result(masks, logits, logits.new_zeros(0))
+
+
+def step_together(
+    turns: Sequence[tuple[VideoSession, np.ndarray | Tensor | PreparedFrame]],
+) -> list[FrameResult]:
+    """Segment frames of several videos, or several of one, with one pass of the image encoder.
+
+    Expressions of different videos are decoded together too. The results, in the order of the turns, are those of
+    `VideoSession.step` one by one, logits within 1e-5.
+
+    Args:
+        turns: a session and its next frame, which `VideoSession.step` takes too; frames of one session stand in their order.
+
+    Raises:
+        ValueError: sessions of different models or graphs, or another frame.
+    """
+    if not turns:
+        return []
+    model, runner = turns[0][0].model, turns[0][0].graphs or turns[0][0].model
+    if any((s.model, s.graphs or s.model) != (model, runner) for s, _ in turns):
+        raise ValueError("turns: got sessions of different models or graphs, want those of one")
+    with torch.no_grad():
+        frames = [f if isinstance(f, PreparedFrame) else prepare_now(model, f) for _, f in turns]
+        asked = [place for place, (session, _) in enumerate(turns) if session.expressions]
+        results = {
+            place: session._nothing(frames[place])
+            for place, (session, _) in enumerate(turns)
+            if not session.expressions
+        }
+        if asked:
+            pixels = [frames[place].wait() for place in asked]
+            image = runner.encode_image(pixels[0] if len(pixels) == 1 else torch.cat(pixels))
+        for rows in _rounds([turns[place][0] for place in asked]):
+            sessions = [turns[asked[row]][0] for row in rows]
+            sizes = [frames[asked[row]].size for row in rows]
+            found = _decode(runner, image, rows, sessions, sizes)
+            results |= zip([asked[row] for row in rows], found, strict=True)
+    return [results[place] for place in range(len(turns))]
+
+
+def _rounds(sessions: Sequence[VideoSession]) -> Iterator[list[int]]:
+    """Where each session stands first, where each that stands there again does so, and so on."""
+    places: dict[int, list[int]] = {}
+    for place, session in enumerate(sessions):
+        places.setdefault(id(session), []).append(place)
+    for round_ in zip_longest(*places.values()):
+        yield [place for place in round_ if place is not None]
+
+
+def _decode(
+    runner: "RefSAM | FrameGraphs",
+    image: "ImageFeatures",
+    rows: list[int],
+    sessions: list[VideoSession],
+    sizes: list["FrameSize"],
+) -> list[FrameResult]:
+    """One frame of each session: row `rows[i]` of the image is of session i and has its size."""
+    counts = [len(session.expressions) for session in sessions]
+    text = _together(
+        [s._encode(s._expressions) for s in sessions]
+    )  # cached, never of older weights
+    track, valid = _tracks(sessions, text.sentence)
+    index = None
+    if len(image.embedding) > 1:
+        repeated = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
+        index = torch.tensor(repeated, device=image.embedding.device)
+    output = runner.decode(image, text, index, track, valid)
+    results = []
+    parts = (output.logits.float(), output.iou.float().clamp(0, 1), output.track_token)
+    each = zip(*(part.split(counts) for part in parts), strict=True)
+    for session, size, (logits, scores, token) in zip(sessions, sizes, each, strict=True):
+        session._remember(token)
+        masks = mask_postprocess(
+            logits,
+            image_size=session.model.image_size,
+            input_size=size.resized,
+            output_size=size.original,
+        )
+        results.append(session._result(masks, logits, scores))
+    return results
+
+
+def _together(texts: list["TextPrompt"]) -> "TextPrompt":
+    return texts[0] if len(texts) == 1 else texts[0].cat(texts)
+
+
+def _tracks(sessions: list[VideoSession], like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The track tokens (P, C) of all sessions, None before any has one, and which of them count, None for all."""
+    if all(session._track is None for session in sessions):
+        return None, None
+    ends = [s._track for s in sessions]
+    tracks = [
+        like.new_zeros(len(s.expressions), like.shape[1]) if end is None else end
+        for s, end in zip(sessions, ends, strict=True)
+    ]
+    has_track = [has for session in sessions for has in session._has_track]
+    track = tracks[0] if len(tracks) == 1 else torch.cat(tracks)
+    valid = None if all(has_track) else torch.tensor(has_track, device=track.device)
+    return track, valid
+
+
+def segment_video(
+    model: "RefSAM",
+    source: str | os.PathLike[str] | Iterable[np.ndarray | Tensor],
+    expressions: Sequence[str],
+    *,
+    optimize: bool = True,
+    graphs: FrameGraphs | None = None,
+) -> Iterator[FrameResult]:
+    """Yield the masks of each frame while the next frames are read in another thread.
+
+    Args:
+        model: a `RefSAM` in evaluation mode.
+        source: whatever `refsam.video.open_source` takes (video, folder of images, image, camera), or
+            any iterable of ``(H, W, 3)`` uint8 RGB frames.
+        expressions: what to segment.
+        optimize, graphs: as for `VideoSession`.
+
+    Raises:
+        UserError: an expression or the source cannot be used; `FrameDecodeError` after the last good frame.
+    """
+    session = VideoSession(model, expressions, optimize=optimize, graphs=graphs)
+    return _step_through(session, source)
+
+
+def _step_through(
+    session: VideoSession, source: str | os.PathLike[str] | Iterable[np.ndarray | Tensor]
+) -> Iterator[FrameResult]:
+    from refsam.video import open_source, prefetch
+
+    prepare = FramePreparer(session.model)
+    if not isinstance(source, str | os.PathLike):
+        with closing(prefetch(map(prepare, source))) as images:
+            yield from map(session.step, images)
+        return
+    with open_source(source) as reader:
+        images = (prepare(frame.image) for frame in reader)
+        with closing(prefetch(images)) as prepared:
+            yield from map(session.step, prepared)
