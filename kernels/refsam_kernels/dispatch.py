@@ -35,6 +35,7 @@ import torch
 logger = logging.getLogger("refsam_kernels")
 
 ENVIRONMENT_VARIABLE = "REFSAM_BACKEND"
+NO_BACKWARD = "has no backward"  # no refusal: others run it
 
 
 class BackendError(ValueError):
@@ -127,7 +128,7 @@ class Dispatcher:
         if reasons:
             return reasons
         module = self.module(name)
-        if getattr(module, direction, None) is None:
+        if not hasattr(module, direction):
             return [f"has no {direction}"]
         prefix = "" if direction == "forward" else f"{direction}_"
         explain = getattr(module, f"{prefix}not_supported_reasons", None)
@@ -139,11 +140,11 @@ class Dispatcher:
         `backend` is the caller's own wish, "" for none. Raises `BackendError` if none can run.
         """
         name = requested_backend(self.operator, backend)
-        if name and not self._leaves_backward(name, direction):
+        if name:
             reasons = self.not_supported_reasons(name, direction, arguments)
             if not reasons:
                 return name
-            if not self._leaves_to_others(name, direction):
+            if reasons != [NO_BACKWARD]:
                 explanation = "; ".join(reasons)
                 raise BackendError(f"{self.operator}: backend {name!r} cannot run: {explanation}")
         refusals = []
@@ -154,19 +155,10 @@ class Dispatcher:
             if not reasons:
                 return candidate.name
             refusals.append(f"{candidate.name}: {'; '.join(reasons)}")
-            if not self._leaves_to_others(candidate.name, direction):
+            if reasons != [NO_BACKWARD]:
                 self._log_fall_back(candidate, device_type_of(arguments), reasons)
         explanation = ". ".join(refusals) or "it has none that is chosen automatically"
         raise BackendError(f"{self.operator}: no backend can run: {explanation}")
-
-    def _leaves_backward(self, name: str, direction: str) -> bool:
-        """Whether this is a backward and the backend, which has none, is there to run the forward."""
-        module = self.module(name) if direction == "backward" and self.exists(name) else ""
-        return isinstance(module, ModuleType) and not hasattr(module, "backward")
-
-    def _leaves_to_others(self, name: str, direction: str) -> bool:
-        """Whether the imported backend says, by None, that others are to run this direction."""
-        return getattr(self._modules.get(name), direction, direction) is None
 
     def _log_fall_back(self, backend: Backend, device_type: str, reasons: list[str]) -> None:
         """Logs once that a backend for this device was passed over: a warning if only for these arguments."""

@@ -224,23 +224,17 @@ def test_backend_that_cannot_be_imported_is_passed_over(
         run("cpu")
 
 
-def test_backend_without_backward_leaves_it_to_the_next(run: Any, backends: dict[str, Any]) -> None:
+def test_backend_without_backward_leaves_it_to_the_next(
+    run: Any, backends: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     backends["cpu"] = make_backend("cpu")
     del backends["cpu"].backward
     assert run(backward=True) == ["forward cpu", "backward fallback"]
     assert run("cpu", backward=True) == ["forward cpu", "backward fallback"]
+    assert not caplog.records
     backends["cpu"] = "cannot be imported: _C_cpu.so was not built"
     with pytest.raises(BackendError, match=r"_C_cpu\.so was not built"):
         run("cpu", backward=True)
-
-
-def test_backend_for_the_forward_only_leaves_the_backward_to_the_automatic_choice(
-    run: Any, backends: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    backends["cpu"] = make_backend("cpu", backward=None)
-    assert run("cpu", backward=True) == ["forward cpu", "backward fallback"]
-    assert run(backward=True) == ["forward cpu", "backward fallback"]
-    assert not caplog.records
 
 
 def test_backward_has_reasons_of_its_own(run: Any, backends: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ def test_choice_is_what_runs_and_the_rest_has_a_reason(operator: str) -> None:
     explained = [line.split()[1].rstrip(":") for line in others]
     assert explained == [name for name in BACKENDS if name != chosen]
     assert others[-1] == "  not reference: runs only when asked for"
-    assert others[0].startswith("  not cuda: ")
+    assert others[0].startswith("  not triton: ")
 
 
 def test_wish_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
