@@ -3,6 +3,7 @@
 // cache.
 #include <algorithm>
 
+#include "launch.h"
 #include "mask_postprocess.h"
 
 namespace refsam::cuda {
@@ -10,7 +11,6 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kPixels = 4;
-constexpr int64_t kLargestGrid = 65535;
 
 __global__ void mask_postprocess_kernel(const float* __restrict__ logits,  // (P, 4h, 4w)
                                         MaskPostprocessSizes sizes, float threshold,
@@ -58,8 +58,8 @@ void launch_mask_postprocess(const float* logits, const MaskPostprocessSizes& si
   constexpr int64_t per_block = kThreads * kPixels;
   const int64_t rows = sizes.masks * sizes.rows.output;
   const dim3 grid((sizes.columns.output + per_block - 1) / per_block, std::min(rows, kLargestGrid));
-  mask_postprocess_kernel<<<grid, kThreads, 0, stream>>>(logits, sizes, threshold,
-                                                         reinterpret_cast<uint8_t*>(masks));
+  launch(mask_postprocess_kernel, grid, kThreads, 0, stream, logits, sizes, threshold,
+         reinterpret_cast<uint8_t*>(masks));
 }
 
 }  // namespace refsam::cuda

@@ -220,7 +220,7 @@ def cpu_plan(sanitize: bool = False) -> Plan:
         flags += "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all".split()
         objects = build_root() / "_C_cpu_sanitized"
     toolchain = {"compiler": first_line([compiler, "--version"]), "torch": torch.version}
-    return make_plan("_C_cpu", torch, compiler, flags, objects, "cpu", toolchain)
+    return make_plan("_C_cpu", compiler, flags, objects, sources_of("cpu"), toolchain)
 
 
 def cuda_plan() -> Plan:
@@ -237,29 +237,37 @@ def cuda_plan() -> Plan:
         "architectures": " ".join(names),
     }
     objects = build_root() / "_C_cuda"
-    return make_plan("_C_cuda", torch, nvcc, flags, objects, "cuda", toolchain)
+    return make_plan("_C_cuda", nvcc, flags, objects, sources_of("cuda"), toolchain)
+
+
+def sources_of(folder: str) -> list[Path]:
+    """What `csrc/<folder>` holds to be compiled."""
+    files = (source_root() / folder).iterdir()
+    return sorted(path for path in files if path.suffix in (".cpp", ".cu"))
 
 
 def make_plan(
     library: str,
-    torch: Torch,
     compiler: str,
     flags: list[str],
     objects: Path,
-    folder: str,
+    sources: Iterable[Path],
     toolchain: dict[str, str],
+    own_flags: Callable[[Path], list[str]] | None = None,
 ) -> Plan:
-    """The compile steps of every source in `csrc/<folder>` into `objects`, and the link step of the library."""
-    root = source_root()
-    sources = sorted(path for path in (root / folder).iterdir() if path.suffix in (".cpp", ".cu"))
+    """The compile steps of every source into `objects`, and the link step of the library.
+
+    `own_flags` gives a source's arguments beside `flags`; `instruction_set` if not given.
+    """
+    torch, own_flags = supported_torch(), own_flags or instruction_set
     prefix = [ccache, compiler] if (ccache := shutil.which("ccache")) else [compiler]
     prefix += ["-std=c++20", "-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
-    prefix += [*flags, "-isystem", str(torch.root / "include"), f"-I{root}"]
+    prefix += [*flags, "-isystem", str(torch.root / "include"), f"-I{source_root()}"]
     compile_steps = []
     for source in sources:
         output, depfile = objects / f"{source.name}.o", objects / f"{source.name}.d"
         files = ["-MD", "-MF", str(depfile), "-c", str(source), "-o", str(output)]
-        command = (*prefix, *instruction_set(source), *files)
+        command = (*prefix, *own_flags(source), *files)
         compile_steps.append(Step(output, (source,), command, depfile))
     outputs = tuple(step.output for step in compile_steps)
     output = objects / f"{library}.so"
@@ -397,9 +405,15 @@ def build_all(target: Path = PACKAGE) -> list[Path]:
         "_C_cuda", wanted_cuda_plan, target, demanded=cuda_wish() is True
     )
     target.mkdir(parents=True, exist_ok=True)
-    report = target / REPORT
-    report.write_text(json.dumps({"_C_cpu": cpu_entry, "_C_cuda": cuda_entry}, indent=2) + "\n")
+    report = write_report(target, {"_C_cpu": cpu_entry, "_C_cuda": cuda_entry})
     return [*(path for path in (cpu, cuda) if path), report]
+
+
+def write_report(target: Path, entries: dict[str, dict[str, object]]) -> Path:
+    """Writes what was built, with what, or why not, beside the libraries in the folder `target`."""
+    report = target / REPORT
+    report.write_text(json.dumps(entries, indent=2) + "\n")
+    return report
 
 
 def build_sanitized(target: Path) -> None:

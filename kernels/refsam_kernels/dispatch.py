@@ -32,6 +32,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from refsam_kernels import libraries
+
 logger = logging.getLogger("refsam_kernels")
 
 ENVIRONMENT_VARIABLE = "REFSAM_BACKEND"
@@ -54,9 +56,11 @@ class Backend:
     automatic: bool = True
 
     def serves(self, device_type: str) -> bool:
-        """Whether it works on tensors of this device; Triton's interpreter works on the CPU's."""
+        """Whether it works on tensors of this device; Triton's interpreter and the emulator of CUDA work on the CPU's."""
         if self.package == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
             return True
+        if self.name == "cuda" and libraries.cuda_is_emulated():
+            return device_type == "cpu"
         return not self.devices or device_type in self.devices
 
 

@@ -20,18 +20,32 @@ def load(name: str) -> Any:
 
     Raises `ImportError` with the reason if the library was not built or torch has no CUDA, `OSError` if it cannot be loaded.
     """
-    if name == "cuda" and torch.version.cuda is None:
+    if name == "cuda" and torch.version.cuda is None and not cuda_is_emulated():
         raise ImportError("torch has no CUDA here")
-    folder = Path(os.environ.get("REFSAM_LIBRARIES") or PACKAGE)
-    path = folder / f"_C_{name}.so"
+    path = folder() / f"_C_{name}.so"
     if not path.is_file():
-        raise ImportError(f"{path} was not built: {why_not_built(path.stem, folder)}")
+        raise ImportError(f"{path} was not built: {why_not_built(path.stem, path.parent)}")
     torch.ops.load_library(path)
     return getattr(torch.ops, f"refsam_kernels_{name}")
 
 
+def folder() -> Path:
+    """Where the libraries lie."""
+    return Path(os.environ.get("REFSAM_LIBRARIES") or PACKAGE)
+
+
+@cache
+def cuda_is_emulated() -> bool:
+    """Whether the CUDA library is the tests' one, whose kernels run on the CPU's tensors (tests/kernels/emulator.py)."""
+    return bool(report_of("_C_cuda", folder()).get("emulated"))
+
+
 def why_not_built(library: str, folder: Path = PACKAGE) -> str:
     """The reason that the build report gives for leaving a library out."""
+    return report_of(library, folder).get("reason") or "run python -m refsam_kernels.build"
+
+
+def report_of(library: str, folder: Path) -> dict[str, Any]:
+    """What the build report says of a library."""
     report = folder / REPORT
-    entry = json.loads(report.read_text()).get(library, {}) if report.is_file() else {}
-    return entry.get("reason") or "run python -m refsam_kernels.build"
+    return json.loads(report.read_text()).get(library, {}) if report.is_file() else {}

@@ -4,8 +4,6 @@ TRITON_INTERPRET is read when a kernel is decorated, so these tests need a proce
 """
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+from tests.kernels.processes import run_tests
 
 FOLDER = Path(__file__).parent / "triton"
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,19 +28,7 @@ def slow_in_interpreter(test: Callable[..., None]) -> Callable[..., None]:
 
 def run_interpreted(operator: str, *options: str) -> None:
     """Runs tests/kernels/triton/test_<operator>.py in the interpreter; fails with its report. `options` are pytest's."""
-    quiet = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "KMP_BLOCKTIME": "0"}
-    path = FOLDER / f"test_{operator}.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider"]
-    result = subprocess.run(
-        [*command, *options, str(path)],
-        cwd=FOLDER.parents[2],
-        env=os.environ | quiet,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    allowed = (0, pytest.ExitCode.NO_TESTS_COLLECTED) if options else (0,)
-    assert result.returncode in allowed, result.stdout[-8000:] + result.stderr[-2000:]
+    run_tests(FOLDER / f"test_{operator}.py", {"TRITON_INTERPRET": "1"}, *options)
 
 
 def on_device(operator: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,97 @@
+"""Runs the tests of CUDA kernels on the CPU, in the emulator that tests/csrc/cuda_emulator is.
+
+The library that it is built into takes the place of the compiled one in a process of its own, by `REFSAM_LIBRARIES`.
+
+    python -m tests.kernels.emulator FOLDER [--sanitize] [SOURCE...]    # only sources whose names begin so, of those named
+"""
+
+import argparse
+import fcntl
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from refsam_kernels import build, libraries
+from tests.kernels.processes import ROOT, run_tests
+
+FOLDER = Path(__file__).parent / "cuda"
+EMULATOR = ROOT / "tests" / "csrc" / "cuda_emulator"
+IS_EMULATED = libraries.cuda_is_emulated()
+DEVICE = "cpu" if IS_EMULATED else "cuda"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def run_emulated(operator: str, *options: str) -> None:
+    """Runs tests/kernels/cuda/test_<operator>.py in the emulator; fails with its report. `options` are pytest's."""
+    target = ROOT / "build" / "emulated"
+    try:
+        build_emulated(target)
+    except build.LeftOut as reason:
+        pytest.skip(str(reason))
+    run_tests(FOLDER / f"test_{operator}.py", {"REFSAM_LIBRARIES": str(target)}, *options)
+
+
+def build_emulated(target: Path, sanitize: bool = False, names: Sequence[str] = ("",)) -> None:
+    """Builds `_C_cuda.so` for the CPU's tensors into the folder `target`, what changed only.
+
+    Raises `LeftOut` if a tool is missing, `BuildError` if a source does not compile.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    with (target / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        plan = emulated_plan(target, sanitize, names)
+        build.execute(plan)
+        build.install(plan, target)
+        entry = {"built": True, "emulated": True, **plan.toolchain}
+        build.write_report(target, {"_C_cuda": entry})
+
+
+def emulated_plan(target: Path, sanitize: bool = False, names: Sequence[str] = ("",)) -> build.Plan:
+    """How the library is built; with `sanitize` it stops the process at the first bad address or undefined operation."""
+    compiler = build.find_compiler()
+    # Uninitialised variables hold a pattern, as little a result as the NaN of uninitialised memory.
+    flags = "-O2 -fPIC -fvisibility=hidden -ftrivial-auto-var-init=pattern".split()
+    flags += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-isystem", str(cuda_headers())]
+    if sanitize:
+        flags += "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all".split()
+    flags.append(f"-I{EMULATOR}")
+    sources = [
+        source for source in build.sources_of("cuda") if source.name.startswith(tuple(names))
+    ]
+    sources += sorted(EMULATOR.glob("*.cpp"))
+    toolchain = {"compiler": build.first_line([compiler, "--version"])}
+    return build.make_plan(
+        "_C_cuda", compiler, flags, target / "objects", sources, toolchain, emulating
+    )
+
+
+def emulating(source: Path) -> list[str]:
+    """What the compiler reads before a source: the emulator's headers in the place of those with the same guards."""
+    if source.suffix == ".cu":
+        return ["-include", "cuda_emulator.h", "-x", "c++"]
+    own = source.parent == EMULATOR
+    return [] if own else ["-include", "device.h", "-include", "launch.h"]
+
+
+def cuda_headers() -> Path:
+    """The folder of CUDA's own headers: triton brings them too. Raises `LeftOut` if there are none."""
+    site = Path(sysconfig.get_path("purelib"))
+    for folder in (
+        site / "triton" / "backends" / "nvidia" / "include",
+        Path("/usr/local/cuda/include"),
+    ):
+        if (folder / "cuda_fp16.h").is_file():
+            return folder
+    raise build.LeftOut("emulating CUDA needs its headers: install triton or the CUDA toolkit")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--sanitize", action="store_true")
+    parser.add_argument("names", nargs="*", default=[""])
+    arguments = parser.parse_args()
+    build_emulated(arguments.folder, arguments.sanitize, arguments.names)
