@@ -52,12 +52,9 @@ def build_emulated(target: Path, sanitize: bool = False, names: Sequence[str] = 
 def emulated_plan(target: Path, sanitize: bool = False, names: Sequence[str] = ("",)) -> build.Plan:
     """How the library is built; with `sanitize` it stops the process at the first bad address or undefined operation."""
     compiler = build.find_compiler()
-    # Uninitialised variables hold a pattern, as little a result as the NaN of uninitialised memory.
-    flags = "-O2 -fPIC -fvisibility=hidden -ftrivial-auto-var-init=pattern".split()
-    flags += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-isystem", str(cuda_headers())]
+    flags = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *emulator_flags()]
     if sanitize:
         flags += "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all".split()
-    flags.append(f"-I{EMULATOR}")
     sources = [
         source for source in build.sources_of("cuda") if source.name.startswith(tuple(names))
     ]
@@ -66,6 +63,13 @@ def emulated_plan(target: Path, sanitize: bool = False, names: Sequence[str] = (
     return build.make_plan(
         "_C_cuda", compiler, flags, target / "objects", sources, toolchain, emulating
     )
+
+
+def emulator_flags() -> list[str]:
+    """What every source needs that is emulated, beside `emulating`; raises `LeftOut` without CUDA's headers."""
+    # Uninitialised variables hold a pattern, as little a result as the NaN of uninitialised memory.
+    flags = ["-std=c++20", "-O2", "-ftrivial-auto-var-init=pattern", "-Wno-unknown-pragmas"]
+    return [*flags, "-isystem", str(cuda_headers()), f"-I{build.source_root()}", f"-I{EMULATOR}"]
 
 
 def emulating(source: Path) -> list[str]:

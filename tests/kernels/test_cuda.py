@@ -1,9 +1,14 @@
-"""CUDA kernels without a GPU: their tests in the emulator, and what the emulator itself must find."""
+"""CUDA kernels without a GPU: their tests in the emulator, and what the emulator itself must compute and find."""
+
+import subprocess
+from collections.abc import Callable
 
 import pytest
 
+from refsam_kernels import build
 from refsam_kernels.dispatch import Dispatcher
-from tests.kernels.emulator import FOLDER, run_emulated
+from tests.kernels.emulator import EMULATOR, FOLDER, emulating, emulator_flags, run_emulated
+from tests.kernels.processes import ROOT
 
 OPERATORS = sorted(
     name for name, dispatcher in Dispatcher.known.items() if dispatcher.exists("cuda")
@@ -14,3 +19,70 @@ OPERATORS = sorted(
 def test_in_the_emulator(operator: str) -> None:
     assert (FOLDER / f"test_{operator}.py").is_file()
     run_emulated(operator)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_what_is_slow_in_the_emulator(operator: str) -> None:
+    run_emulated(operator, "-m", "slow")
+
+
+@pytest.fixture(scope="module")
+def emulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Runs a kernel of tests/csrc/cuda_emulator_cases.cu by its name; returns its results, or what the emulator said."""
+    program = tmp_path_factory.mktemp("emulator") / "cases"
+    source = ROOT / "tests" / "csrc" / "cuda_emulator_cases.cu"
+    try:
+        command = [build.find_compiler(), *emulator_flags(), str(EMULATOR / "fibres.cpp")]
+    except build.LeftOut as reason:
+        pytest.skip(str(reason))
+    command += [*emulating(source), str(source), "-o", str(program)]
+    subprocess.run(command, check=True, capture_output=True)
+
+    def run(case: str) -> str:
+        result = subprocess.run([program, case], capture_output=True, text=True, check=True)
+        return result.stdout.strip()
+
+    return run
+
+
+EVERY = " ".join(["1"] * 64)
+RESULTS = {
+    "sum": " ".join([str(sum(range(64)))] * 64),
+    "neighbours": EVERY,
+    "leave-early": " ".join(["1 nan"] * 32),
+    "copy": " ".join([*"12345678", *"0" * 8, *["nan"] * 48]),
+    "copy-groups": EVERY,
+    "multiply-half": EVERY,
+    "multiply-bfloat16": EVERY,
+    # What is not initialised is seen.
+    "not-written": " ".join(["nan"] * 64),
+    "not-set": EVERY,
+    # A copy that was not waited for has not come, even the one of zeros.
+    "copy-not-waited-for": " ".join(["nan"] * 64),
+}
+ERRORS = {
+    "deadlock": "31 threads, first (0, 0, 0), wait at __shfl_xor_sync; 1 threads, first (3, 0, 0), wait at __syncthreads",
+    "mask": "__syncwarp: the mask leaves out the lane that calls",
+    "copy-forgotten": "a thread ends with copies that it did not wait for",
+    "copy-odd-address": "cp_async_16: got an address that is not aligned to 16 bytes",
+    "load-global": "ldmatrix_x4: got an address outside shared memory",
+    "no-blocks": "launch of a kernel: got a grid of (0, 1, 1)",
+    "many-threads": "blocks of (1025, 1, 1) threads",
+    "much-shared-memory": "102400 bytes of shared memory",
+}
+
+
+@pytest.mark.parametrize("case", RESULTS)
+def test_emulator_computes(emulate: Callable[[str], str], case: str) -> None:
+    assert emulate(case) == RESULTS[case]
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_emulator_finds(emulate: Callable[[str], str], case: str) -> None:
+    assert ERRORS[case] in emulate(case)
+
+
+def test_emulator_shows_a_missing_barrier(emulate: Callable[[str], str]) -> None:
+    """Some threads read what others have not written yet."""
+    assert set(emulate("no-barrier").split()) == {"2", "nan"}
