@@ -19,6 +19,7 @@ from refsam_kernels.mask_postprocess.packed import (
     mask_postprocess_rle,
 )
 from refsam_kernels.mask_upscale.op import mask_upscale
+from refsam_kernels.packed_linear import PackedLinear, packs, weights_key
 from refsam_kernels.rel_pos_attention.op import rel_pos_attention
 from refsam_kernels.token_image_attention.op import AttentionWeights, token_image_attention
 
@@ -27,6 +28,7 @@ __all__ = [
     "AttentionWeights",
     "BackendError",
     "MaskStatistics",
+    "PackedLinear",
     "PackedMasks",
     "adapter_mlp",
     "adapter_projection",
@@ -36,7 +38,9 @@ __all__ = [
     "mask_postprocess_bits",
     "mask_postprocess_rle",
     "mask_upscale",
+    "packs",
     "rel_pos_attention",
     "token_image_attention",
     "use_backend",
+    "weights_key",
 ]

@@ -2,9 +2,7 @@
 
 Every tensor is in the dtype of the products. A block's MLP and its adapter are one perceptron, exactly:
 `[W2 | s A2] gelu([W1; A1] n + [b1; a1]) + (b2 + s a2)`. On a CPU linear layers hold their weights in
-oneDNN's own layout, and the GELU is computed where the product is. torch has public functions for that
-layout only as modules that copy their input; so this calls the operators that torch.compile calls
-(`torch.ops.mkldnn`), if they are there.
+oneDNN's own layout, and the GELU is computed where the product is.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -16,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refsam.model.block import ADAPTER_SCALE, VIT_EPS, Block, BlockWeights, attend, run_block
-from refsam.model.weights import weights_key
-from refsam_kernels import AdapterWeights
+from refsam_kernels import AdapterWeights, PackedLinear, packs, weights_key
 
 RunBlock = Callable[[Tensor, Tensor, nn.LayerNorm | None], tuple[Tensor, Tensor | None]]
 
@@ -78,7 +75,7 @@ def has_bfloat16() -> bool:
 def pack(weights: BlockWeights, dtype: torch.dtype) -> RunBlock:
     """A block arranged for inference with products in this dtype."""
     weights = fuse(weights, dtype)
-    if serves(weights.qkv_weight):
+    if packs(weights.qkv_weight):
         return PackedBlock(weights)
     return partial(run_block, weights)
 
@@ -105,32 +102,6 @@ def fuse(weights: BlockWeights, dtype: torch.dtype) -> BlockWeights:
         mlp=AdapterWeights(*(tensor.to(dtype) for tensor in mlp)),
         mlp_adapter=None,
     )
-
-
-def serves(weight: Tensor) -> bool:
-    """Whether this torch packs such weights."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    )
-
-
-class PackedLinear:
-    """A linear layer (out, in), (out,) in oneDNN's layout, with an exact GELU behind it or not."""
-
-    def __init__(self, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> None:
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        self.bias = bias
-        self.activation = "gelu" if gelu else "none"
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out), both in the weights' dtype."""
-        return torch.ops.mkldnn._linear_pointwise(
-            x, self.weight, self.bias, self.activation, [], "none"
-        )
 
 
 class PackedPerceptron:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from refsam.checkpoint import Source
 from refsam.errors import ExpressionError
-from refsam.model.weights import weights_key
+from refsam_kernels import weights_key
 
 UNKNOWN = "[UNK]"
 PADDING = "[PAD]"

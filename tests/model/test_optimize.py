@@ -37,7 +37,7 @@ def kind(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "packed":
         yield "packed"
         return
-    with mock.patch.object(packing, "serves", return_value=False):
+    with mock.patch.object(packing, "packs", return_value=False):
         yield "fused"
 
 

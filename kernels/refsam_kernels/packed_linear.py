@@ -1,0 +1,91 @@
+"""Linear layers whose weights lie in oneDNN's own layout: for inference on a CPU.
+
+torch has public functions for that layout only as modules that copy their input; so this calls the operators that torch.compile
+calls (`torch.ops.mkldnn`), if they are there.
+"""
+
+from collections.abc import Hashable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def weights_key(tensors: Iterable[Tensor]) -> Hashable:
+    """Something that changes whenever one of the tensors does: in place, by another one, by its dtype or device."""
+    return tuple(
+        # Inference tensors count no versions.
+        (
+            tensor.data_ptr(),
+            0 if tensor.is_inference() else tensor._version,
+            tensor.dtype,
+            tensor.device,
+        )
+        for tensor in tensors
+    )
+
+
+def packs(weight: Tensor) -> bool:
+    """Whether this torch packs such weights: float32 or bfloat16 on a CPU."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    )
+
+
+class PackedLinear:
+    """A linear layer (out, in), (out,) or None in oneDNN's layout, with an exact GELU behind it or not; `packs` must hold."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        self.bias = bias
+        self.activation = "gelu" if gelu else "none"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), both in the weights' dtype."""
+        return torch.ops.mkldnn._linear_pointwise(
+            x, self.weight, self.bias, self.activation, [], "none"
+        )
+
+
+class PackedCopy:
+    """A packed copy of a linear module's weights, made when it is first used and anew when they have changed."""
+
+    def __init__(self, *, gelu: bool = False) -> None:
+        self.gelu = gelu
+        self._made: tuple[Hashable, PackedLinear] | None = None
+
+    @staticmethod
+    def serves(module: nn.Module, x: Tensor) -> bool:
+        """Whether it may stand for the module: on a CPU, without autograd, autocast, tracing or hooks on the module."""
+        return (
+            type(module) is nn.Linear
+            and is_unhooked(module)
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and type(x) is Tensor
+            and x.dtype == module.weight.dtype
+            and x.numel() > 0
+            and packs(module.weight)
+        )
+
+    def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), with an exact GELU behind it if so made; `serves` must hold."""
+        key = weights_key(module.parameters())
+        if self._made is None or self._made[0] != key:
+            # Tensors made in inference mode could not be used outside it.
+            with torch.inference_mode(False), torch.no_grad():
+                self._made = key, PackedLinear(module.weight, module.bias, gelu=self.gelu)
+        return self._made[1](x)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles leave the packed weights behind: tensors in oneDNN's layout have no storage."""
+        return {"gelu": self.gelu, "_made": None}
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether calling the module does nothing but run its class's `forward`."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
