@@ -1,4 +1,4 @@
-"""`python -m benchmarks [OPERATOR ...] [--device cpu] [--seconds 5] [--out FOLDER]`"""
+"""`python -m benchmarks [OPERATOR ...] [--short] [--device cpu] [--seconds 5] [--out FOLDER]`, or `--compare BEFORE AFTER`."""
 
 import argparse
 import json
@@ -8,43 +8,66 @@ from typing import Any
 
 import torch
 
-from benchmarks import provenance
+from benchmarks import compare, provenance
 from benchmarks.measure import measure_ceiling
+from benchmarks.plots import write_plots
 from benchmarks.registry import load_cases
 from benchmarks.run import run_case
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measures, prints a table and writes `<folder>/<device>.jsonl`; returns 1 if a result was wrong."""
+    """Measures, prints a table, writes `<folder>/<device>.jsonl` and plots; returns 1 if a result was wrong.
+
+    With --compare it measures nothing, and returns 1 if something became slower. 2 is for arguments that cannot be.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=main.__doc__)
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help="all if none is named")
+    parser.add_argument("--short", action="store_true", help="a few minutes' choice of the cases")
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default=None, help="cuda if there is one"
     )
     parser.add_argument("--seconds", type=float, default=5.0, help="time for each case")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the rows")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"))
+    parser.add_argument(
+        "--threshold", type=float, default=10.0, help="percent slower that is borne"
+    )
     options = parser.parse_args(arguments)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        cases = load_cases(options.operators)
+        if options.compare:
+            return compare.report(*options.compare, options.threshold)
+        return measure(options)
     except ValueError as error:
-        parser.error(str(error))
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Measures what the options ask for; returns 1 if a result was wrong, raises ValueError for what is not there."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got cuda, wanted cpu: torch sees no CUDA device here")
+    cases = load_cases(options.operators, device, short=options.short)
     origin = provenance.collect(device)
     ceiling = measure_ceiling(device)
+    print(f"limits measured on {device}: {ceiling}", flush=True)
     rows = []
     for case in cases:
         for row in run_case(case, device, ceiling, options.seconds):
             rows.append(row | {"provenance": origin})
             print(table_line(row), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (options.out / f"{device}.jsonl").write_text(text)
+    path = options.out / f"{device}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(f"{path}; {write_plots(rows, options.out)}")
     return int(any("wrong" in row for row in rows))
 
 
 def table_line(row: dict[str, Any]) -> str:
     """One row for people."""
     name = f"{row['operator']:18} {row['case']:20} {row['provider']:18}"
+    if "skipped" in row:
+        return f"{name} skipped: {row['skipped']}"
     if "wrong" in row:
         return f"{name} WRONG: {row['wrong']}"
     memory = row["peak_memory_bytes"]
@@ -52,7 +75,9 @@ def table_line(row: dict[str, Any]) -> str:
     spread = f"({row['p20_ms']:.2f} to {row['p80_ms']:.2f})"
     speedup = "" if row["speedup"] is None else f"{row['speedup']:6.2f}x"
     times = f"{row['median_ms']:9.2f} ms {spread:20} {speedup}"
-    return f"{name} {times} {used} {row['percent_of_ceiling']:5.1f} % of ceiling"
+    limits = [f"{row['percent_of_ceiling']:5.1f} % of the limit"]
+    limits += [f"{share:.0f} % of {name}" for name, share in row["percent_of"].items()]
+    return f"{name} {times} {used} {', '.join(limits)}"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 All share one set of random weights, and adapters are untrained: every result must be segment-anything's. Each dtype is a
 group of its own: checked, timed in turn, checked again. Memory is that of a first call in a process of its own, packed
-copies of the weights included.
+copies of the weights included, compilation left out. A peer that cannot run here is skipped with its own reason.
 """
 
 import argparse
@@ -10,9 +10,9 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,18 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Times, peak_memory, summarise, time_cpu
 from benchmarks.provenance import ROOT, collect
-from benchmarks.registry import backends_of
+from benchmarks.registry import backends_of, unusable
 from refsam.config import RefSAMConfig
 from refsam.model.build import build_image_encoder
 from refsam_kernels import use_backend
 from refsam_kernels.integrations import optimize
 from tests.sam_modeling import sam_image_encoder
 
-BASELINE, SDPA = "segment-anything", "transformers, SDPA"
+BASELINE, COMPILED, SDPA = (
+    "segment-anything",
+    "segment-anything, torch.compile",
+    "transformers, SDPA",
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Relative to the largest value, in float32; in bfloat16 twice what segment-anything's own is off.
 TOLERANCE = 1e-4
@@ -54,11 +58,12 @@ class Provider:
     adapters: bool = False
 
 
-def providers(dtype: str) -> Iterator[Provider]:
+def providers(dtype: str, device: str = "cpu") -> Iterator[Provider]:
     """What is compared in one dtype; the baseline first."""
     yield Provider(BASELINE, dtype)
+    yield Provider(COMPILED, dtype)
     yield Provider(SDPA, dtype)
-    for backend in backends_of("rel_pos_attention", "cpu"):
+    for backend in backends_of("rel_pos_attention", device):
         if backend != "reference":
             ours = f"refsam, {backend}"
             yield Provider(ours, dtype, backend, packed=True)
@@ -96,7 +101,7 @@ def make(provider: Provider, config: RefSAMConfig, sam: nn.Module) -> Callable[[
     lowered = dtype != torch.float32 and not provider.packed
 
     def encode(pixels: Tensor) -> Tensor:
-        autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=lowered)
+        autocast = torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=lowered)
         with use_backend(f"rel_pos_attention={provider.backend}"), autocast:
             return encoder(pixels)[0].permute(0, 3, 1, 2)
 
@@ -111,6 +116,8 @@ def make_theirs(
     model = sam if provider.name.startswith(BASELINE) else transformers_encoder(config, sam)
     if dtype != torch.float32:
         model = copy.deepcopy(model).to(dtype)
+    if provider.name == COMPILED:
+        model = torch.compile(model)
     if not provider.backend:
         return lambda pixels: features_of(model(pixels.to(dtype)))
     if model is sam:
@@ -170,15 +177,16 @@ def run_group(
 ) -> Iterator[dict[str, Any]]:
     """Rows of one dtype; a provider with a wrong result has `wrong` and no times."""
     compared = {provider.name: provider for provider in providers(dtype)}
-    calls: dict[str, Callable[[], Tensor]] = {
-        name: partial(make(provider, config, sam), pixels) for name, provider in compared.items()
-    }
+    calls, skipped = usable_calls(list(compared.values()), config, sam, pixels)
     before = errors({name: call() for name, call in calls.items()}, exact)
     limit = TOLERANCE if dtype == "float32" else 2 * before[BASELINE]
     good = {name: call for name, call in calls.items() if before[name] <= limit}
     times = time_in_turn(good, repeats)
     after = errors({name: call() for name, call in good.items()}, exact)
     for name, provider in compared.items():
+        if name in skipped:
+            yield {**asdict(provider), "skipped": skipped[name]}
+            continue
         row = {**asdict(provider), "error": max(before[name], after.get(name, 0.0)), "limit": limit}
         if not row["error"] <= limit:
             yield row | {"wrong": f"error {row['error']:.1e}, at most {limit:.1e} is allowed"}
@@ -186,6 +194,30 @@ def run_group(
         memory = memory_of(provider, config)
         speedup = times[BASELINE].median_ms / times[name].median_ms
         yield row | asdict(times[name]) | {"speedup": speedup, "peak_memory_bytes": memory}
+
+
+def usable_calls(
+    compared: Sequence[Provider], config: RefSAMConfig, sam: nn.Module, pixels: Tensor
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    """What encodes the pixels, by provider, and why a library or a compiler that others must have cannot, in its words."""
+    calls: dict[str, Callable[[], Tensor]] = {}
+    skipped: dict[str, str] = {}
+    for provider in compared:
+        encode = cache(partial(make, provider, config, sam))
+        call = partial(encode_with, encode, pixels)
+        needs_others = provider.name.startswith((COMPILED, SDPA))
+        reason = unusable(call) if needs_others else None
+        if reason is None:
+            calls[provider.name] = call
+        else:
+            skipped[provider.name] = reason
+    return calls, skipped
+
+
+@torch.inference_mode()
+def encode_with(made: Callable[[], Callable[[Tensor], Tensor]], pixels: Tensor) -> Tensor:
+    """The features of the pixels by an encoder that is made when it is first wanted."""
+    return made()(pixels)
 
 
 def time_in_turn(calls: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, Times]:
@@ -214,8 +246,11 @@ def print_memory(task: str) -> None:
     sam = random_sam(config)
     encode = make(Provider(**settings["provider"]), config, sam)
     size = config.image_encoder.image_size
+    call = partial(encode, torch.zeros(1, 3, size, size))
     with torch.inference_mode():
-        print(json.dumps(peak_memory(partial(encode, torch.zeros(1, 3, size, size)), "cpu")))
+        if settings["provider"]["name"] == COMPILED:
+            call()  # compiling takes more than computing
+        print(json.dumps(peak_memory(call, "cpu")))
 
 
 def main() -> int:
@@ -259,6 +294,8 @@ def main() -> int:
 def table_line(row: dict[str, Any]) -> str:
     """One row for people."""
     name = f"{row['dtype']:9} {row['name']:34}"
+    if "skipped" in row:
+        return f"{name} skipped: {row['skipped']}"
     if "wrong" in row:
         return f"{name} WRONG: {row['wrong']}"
     memory = row["peak_memory_bytes"]

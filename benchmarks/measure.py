@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,23 +108,34 @@ def resident(field: str) -> int:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What the machine reaches at best in this run: bytes per second of a copy, float32 operations per second of a product."""
+    """What the machine reaches at best in this run: bytes per second of a copy, operations per second of a product by dtype."""
 
     bytes_per_second: float
-    flops_per_second: float
+    flops_per_second: Mapping[torch.dtype, float]
 
-    def milliseconds(self, moved_bytes: int, flops: int) -> float:
-        """The time below which no implementation can stay."""
-        return 1e3 * max(moved_bytes / self.bytes_per_second, flops / self.flops_per_second)
+    def milliseconds(
+        self, moved_bytes: int, flops: int, dtype: torch.dtype = torch.float32
+    ) -> float:
+        """The time below which no implementation with products in `dtype` can stay."""
+        return 1e3 * max(moved_bytes / self.bytes_per_second, flops / self.flops_per_second[dtype])
+
+    def __str__(self) -> str:
+        rates = (
+            f"{rate / 1e9:.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}"
+            for dtype, rate in self.flops_per_second.items()
+        )
+        return f"{self.bytes_per_second / 1e9:.1f} GB/s, {', '.join(rates)}"
 
 
 def measure_ceiling(device: str) -> Ceiling:
-    """Copies a large tensor and multiplies two large matrices."""
+    """Copies a large tensor and multiplies two large matrices of each dtype."""
     count, side = (2**28, 8192) if device == "cuda" else (2**25, 2048)
     source, target = (torch.ones(count, device=device) for _ in range(2))
-    left, right = (torch.ones(side, side, device=device) for _ in range(2))
-    best = time_interleaved(
-        {"copy": lambda: target.copy_(source), "product": lambda: left @ right}, device, seconds=1.0
-    )
+    providers: dict[Any, Callable[[], Any]] = {"copy": lambda: target.copy_(source)}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+        providers[dtype] = partial(torch.mm, left, right)
+    best = {name: t.p20_ms for name, t in time_interleaved(providers, device, 2.0).items()}
     copied, computed = 2 * source.nbytes, 2 * side**3
-    return Ceiling(1e3 * copied / best["copy"].p20_ms, 1e3 * computed / best["product"].p20_ms)
+    rate = 1e3 * copied / best.pop("copy")
+    return Ceiling(rate, {dtype: 1e3 * computed / time for dtype, time in best.items()})

@@ -60,7 +60,9 @@ class PerExpressionLoop:
             (self.decoder, model.mask_decoder),
             (self.positions, model.prompt_encoder.pe_layer),
         ):
-            theirs.load_state_dict(ours.state_dict(), strict=theirs is not self.encoder, assign=True)
+            theirs.load_state_dict(
+                ours.state_dict(), strict=theirs is not self.encoder, assign=True
+            )
         pairs = zip(self.encoder.blocks, model.image_encoder.blocks, strict=True)
         self.blocks = [AdaptedBlock(modeling, *pair).eval() for pair in pairs]
         self.decoder.transformer.register_forward_hook(self._keep_object_token)

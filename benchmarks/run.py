@@ -1,6 +1,6 @@
 """Runs cases: checks every provider, times them in turn, checks again, and gives one row per provider."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -17,16 +17,20 @@ def run_case(case: Case, device: str, ceiling: Ceiling, seconds: float) -> Itera
     memory = {name: peak_memory(run, device) for name, run in timed.items()}
     times = time_interleaved(timed, device, seconds)
     after = check(workload, good)
-    for name in (*workload.providers, *workload.ceilings):
+    for name in (*workload.providers, *workload.ceilings, *workload.skipped):
         row: dict[str, Any] = {"operator": case.operator, "case": case.name}
         row |= {"provider": name, "device": device, "shapes": workload.shapes}
         row |= {"is_ceiling": True} if name in workload.ceilings else {}
+        if name in workload.skipped:
+            yield row | {"skipped": workload.skipped[name]}
+            continue
         wrong = before.get(name) or after.get(name)
         if wrong:
             yield row | {"wrong": wrong}
             continue
         row |= asdict(times[name]) | {"peak_memory_bytes": memory[name]}
-        yield row | compare(workload, times[name], times.get(case.baseline), ceiling)
+        measured = {name: times[name] for name in workload.ceilings}
+        yield row | compare(workload, times[name], times.get(case.baseline), ceiling, measured)
 
 
 def check(workload: Workload, providers: dict[str, Any]) -> dict[str, str | None]:
@@ -35,12 +39,17 @@ def check(workload: Workload, providers: dict[str, Any]) -> dict[str, str | None
 
 
 def compare(
-    workload: Workload, times: Times, baseline: Times | None, ceiling: Ceiling
-) -> dict[str, float | None]:
-    """The speed-up over the baseline and the share of what the machine reaches at best."""
-    limit = ceiling.milliseconds(workload.moved_bytes, workload.flops)
+    workload: Workload,
+    times: Times,
+    baseline: Times | None,
+    ceiling: Ceiling,
+    measured: Mapping[str, Times],
+) -> dict[str, Any]:
+    """The speed-up over the baseline, and the shares of what the machine reaches at best and of the case's own ceilings."""
+    limit = ceiling.milliseconds(workload.moved_bytes, workload.flops, workload.dtype)
     return {
         "speedup": baseline.median_ms / times.median_ms if baseline else None,
         "ceiling_ms": limit,
         "percent_of_ceiling": 100 * limit / times.median_ms,
+        "percent_of": {n: 100 * t.median_ms / times.median_ms for n, t in measured.items()},
     }

@@ -88,8 +88,9 @@ def _encoder_cpu() -> str:
 
 def _encoder_line(row: dict[str, Any], baseline: dict[str, Any]) -> str:
     name = f"| {row['dtype']} | {row['name']} |"
-    if "wrong" in row:
-        return f"{name} wrong: {row['wrong']} | | | | |"
+    for word in ("skipped", "wrong"):
+        if word in row:
+            return f"{name} {word}: {row[word]} | | | | |"
     seconds, low, high = (1e-3 * row[key] for key in ("median_ms", "p20_ms", "p80_ms"))
     memory, share = row["peak_memory_bytes"], "| |"
     if memory is not None and baseline["peak_memory_bytes"]:

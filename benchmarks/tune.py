@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def tune_setting(setting: Setting, deadline: float) -> None:
     """Tunes the kernels of one block in turn, each with the best tiles of those before it."""
-    case = workload("cuda", setting=setting)
+    case = workload("cuda", setting=setting, with_peers=False)
     run = case.providers["triton"]
     qkv = setting.inputs("cuda")["qkv"]
     problem = Problem.of(qkv, setting.heads, setting.window, "bias")

@@ -12,13 +12,15 @@ from tests.tiny_model import CONFIG
 
 
 @torch.inference_mode()
-def rows_of(dtype: str, *, with_transformers: bool = False) -> dict[str, dict[str, Any]]:
-    """Rows by name; transformers takes seconds to import."""
+def rows_of(dtype: str, *, with_peers: bool = False) -> dict[str, dict[str, Any]]:
+    """Rows by name; transformers takes seconds to import, and to compile takes more."""
     config = RefSAMConfig.from_dict(CONFIG)
     sam = encoder.random_sam(config)
     pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     compared = [
-        p for p in encoder.providers(dtype) if with_transformers or encoder.SDPA not in p.name
+        p
+        for p in encoder.providers(dtype)
+        if with_peers or (encoder.SDPA not in p.name and p.name != encoder.COMPILED)
     ]
     with (
         mock.patch.object(encoder, "memory_of", return_value=2**20),
@@ -29,13 +31,13 @@ def rows_of(dtype: str, *, with_transformers: bool = False) -> dict[str, dict[st
 
 
 @pytest.mark.parametrize(
-    "with_transformers", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sam", "both"]
+    "with_peers", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["ours", "all"]
 )
-def test_all_providers_agree(with_transformers: bool) -> None:
-    rows = rows_of("float32", with_transformers=with_transformers)
+def test_all_providers_agree(with_peers: bool) -> None:
+    rows = rows_of("float32", with_peers=with_peers)
     assert {"refsam, fallback", "refsam, fallback, with adapters"} <= rows.keys()
     assert "segment-anything, optimize(), fallback" in rows
-    assert (encoder.SDPA in rows) == with_transformers
+    assert (encoder.SDPA in rows) == (encoder.COMPILED in rows) == with_peers
     assert all("wrong" not in row and row["median_ms"] > 0 for row in rows.values())
     assert all(row["error"] <= 1e-5 for row in rows.values())
 
@@ -46,6 +48,22 @@ def test_a_wrong_result_gets_no_time() -> None:
     assert "wrong" not in rows[encoder.BASELINE]
     ours = rows["refsam, fallback"]
     assert "error" in ours["wrong"] and "median_ms" not in ours
+
+
+def test_a_peer_that_cannot_run_is_skipped() -> None:
+    make_theirs = encoder.make_theirs
+
+    def make(provider: encoder.Provider, *arguments: Any) -> Any:
+        if provider.name.startswith(encoder.BASELINE) and provider.name != encoder.COMPILED:
+            return make_theirs(provider, *arguments)
+        return mock.Mock(side_effect=RuntimeError("no compiler"))
+
+    with mock.patch.object(encoder, "make_theirs", make):
+        rows = rows_of("float32", with_peers=True)
+    row = rows[encoder.COMPILED]
+    assert row["skipped"] == "RuntimeError: no compiler" and "median_ms" not in row
+    assert "skipped" in encoder.table_line(row)
+    assert "skipped" in tables._encoder_line(row, rows[encoder.BASELINE])
 
 
 def test_the_table_of_the_rows() -> None:

@@ -1,7 +1,6 @@
 """The frame's benchmark at a tiny size: the loop's masks are the command's, and wrong masks get no time."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,8 +19,8 @@ SIZE = (48, 64)
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[RefSAM]:
-    yield tiny_model()
+def model() -> RefSAM:
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,7 @@ def workload(
         moved_bytes=moved,
         flops=flops if setting.trains is None else trained_flops(flops, setting, inputs),
         shapes={"tokens": list(setting.shape), "dtype": str(setting.dtype)},
+        dtype=setting.dtype,
     )
 
 

@@ -91,6 +91,7 @@ def workload(device: str, *, shape: tuple[int, ...], dtype: torch.dtype, trains:
         moved_bytes=sum(tensor.nbytes for tensor in (*inputs, *plain)),
         flops=4 * flops if trains else flops,  # again, and two products for every one
         shapes=shapes | {"trains": trains},
+        dtype=dtype,
     )
 
 

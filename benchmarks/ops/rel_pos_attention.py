@@ -1,7 +1,8 @@
-"""SAM's attention, global and in windows, against what PyTorch offers for it: SDPA with a bias tensor, FlexAttention.
+"""SAM's attention, global and in windows, against what there is for it: SDPA with a bias tensor, FlexAttention, the rank form.
 
-SDPA without any bias, on windows that are cut and padded before the clock starts, is the ceiling. Making the bias, and cutting
-into windows, is part of the other ways' time.
+The bias is an exact product of few channels (see `refsam_kernels.rel_pos_attention.one_hot`), so that attention without a bias on
+widened queries and keys computes it too: SDPA's, or xformers'. SDPA without any bias, on windows that are cut and padded before
+the clock starts, is the ceiling. Making the bias, and cutting into windows, is part of the other ways' time.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.registry import Workload, backends_of, register
+from benchmarks.registry import Workload, backends_of, register, unusable
 from refsam_kernels import rel_pos_attention
 from refsam_kernels.rel_pos_attention import reference
 
@@ -113,6 +114,49 @@ def compiled_flex_attention() -> Callable[..., Any]:
     return torch.compile(attend, dynamic=False)
 
 
+def widened(
+    q: Tensor, k: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, side: int
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys (windows, heads, tokens, head_dim + 2 side) whose scaled products are the logits with their bias."""
+    rows, columns = torch.eye(side).to(k).repeat_interleave(side, 0), torch.eye(side).to(k)
+    places = torch.cat([rows, columns.repeat(side, 1)], -1).expand(*k.shape[:2], -1, -1)
+    terms = (term * q.shape[-1] ** 0.5 for term in relative_terms(q, rel_pos_h, rel_pos_w, side))
+    return torch.cat([q, *terms], -1), torch.cat([k, places], -1)
+
+
+def rank_form(
+    qkv: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    qkv_bias: Tensor,
+    *,
+    setting: Setting,
+    attend: Callable[..., Tensor],
+) -> Tensor:
+    """`attend(queries, keys, values, scale=)`, which knows no bias, on widened queries and keys."""
+    q, k, v = cut(qkv, qkv_bias, setting)
+    queries, keys = widened(q, k, rel_pos_h, rel_pos_w, setting.window or setting.grid)
+    return join(attend(queries, keys, v, scale=q.shape[-1] ** -0.5), setting)
+
+
+def xformers_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """xformers' memory-efficient attention, which wants heads behind tokens."""
+    from xformers.ops import memory_efficient_attention
+
+    tensors = (tensor.transpose(1, 2) for tensor in (queries, keys, values))
+    return memory_efficient_attention(*tensors, scale=scale).transpose(1, 2)
+
+
+def peers(setting: Setting) -> dict[str, Callable[..., Tensor]]:
+    """What one would use instead, as far as it runs here; the baseline is not among them."""
+    rank = partial(rank_form, setting=setting)
+    return {
+        "FlexAttention": partial(flex_attention, setting=setting),
+        "one-hot rank form, SDPA": partial(rank, attend=F.scaled_dot_product_attention),
+        "one-hot rank form, xformers": partial(rank, attend=xformers_attention),
+    }
+
+
 def run(attend: Callable[..., Tensor], inputs: dict[str, Tensor], grad: Tensor) -> Any:
     """The result and, if they are wanted, all gradients."""
     wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
@@ -125,15 +169,19 @@ def run(attend: Callable[..., Tensor], inputs: dict[str, Tensor], grad: Tensor) 
     return result.detach(), *gradients
 
 
-def workload(device: str, *, setting: Setting) -> Workload:
+def workload(device: str, *, setting: Setting, with_peers: bool = True) -> Workload:
     """All ways on the same inputs, checked against float64."""
     inputs = setting.inputs(device)
     attend: Any = partial(rel_pos_attention, num_heads=setting.heads, window_size=setting.window)
     grad = torch.ones_like(attend(**inputs, backend="fallback"))
     grad = torch.randn(grad.shape, generator=torch.Generator().manual_seed(1)).to(grad)
     ways: dict[str, Callable[..., Tensor]] = {BASELINE: partial(sdpa_with_bias, setting=setting)}
-    if device == "cuda":
-        ways["FlexAttention"] = partial(flex_attention, setting=setting)
+    skipped: dict[str, str] = {}
+    for name, way in peers(setting).items() if with_peers else ():
+        if reason := unusable(partial(run, way, inputs, grad)):
+            skipped[name] = reason
+        else:
+            ways[name] = way
     for name in backends_of(OPERATOR, device):
         if name != "reference":
             ways[name] = partial(attend, backend=name)
@@ -158,6 +206,8 @@ def workload(device: str, *, setting: Setting) -> Workload:
         flops=7 * flops // 2 if setting.trains else flops,
         shapes={"qkv": list(inputs["qkv"].shape), "dtype": str(grad.dtype)},
         ceilings={"SDPA without bias": partial(unbiased, apart, torch.ones_like(q))},
+        dtype=grad.dtype,
+        skipped=skipped,
     )
 
 

@@ -66,6 +66,7 @@ def workload(device: str, *, dtype: torch.dtype, heads: int, head_dim: int, grid
         moved_bytes=sum(tensor.nbytes for tensor in inputs.values()) + q.nbytes,
         flops=4 * heads * head_dim * grid**4,
         shapes={name: list(shape) for name, shape in shapes.items()} | {"dtype": str(dtype)},
+        dtype=dtype,
     )
 
 

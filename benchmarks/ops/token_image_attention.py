@@ -106,6 +106,7 @@ def workload(
         moved_bytes=sum(tensor.nbytes for tensor in (*inputs.values(), *plain)),
         flops=3 * flops if trains else flops,
         shapes={name: list(inputs[name].shape) for name in ("queries", "keys")},
+        dtype=dtype,
     )
 
 

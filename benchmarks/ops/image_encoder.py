@@ -1,0 +1,86 @@
+"""SAM's image encoder: segment-anything's, eager and compiled, transformers' with SDPA, and ours (see `benchmarks.encoder`).
+
+All have the same weights; adapters are untrained. Products skip the padding of windows in the operations that are counted.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.encoder import (
+    BASELINE,
+    DTYPES,
+    TOLERANCE,
+    errors,
+    providers,
+    random_sam,
+    usable_calls,
+)
+from benchmarks.registry import DEVICES, Workload, register
+from refsam import RefSAMConfig
+
+OPERATOR = "image_encoder"
+
+
+def encoder_flops(config: RefSAMConfig) -> int:
+    """Operations of one image without adapters: a product and a sum are two."""
+    sizes = config.image_encoder
+    side, width = sizes.image_size // sizes.patch_size, sizes.embed_dim
+    tokens, out = side**2, config.prompt_dim
+    flops = 2 * tokens * (3 * sizes.patch_size**2 * width + width * out + 9 * out**2)
+    matrices = 4 + 2 * sizes.mlp_ratio  # qkv, projection, and the MLP's two, in width^2
+    for index in range(sizes.depth):
+        window = side if index in sizes.global_blocks else sizes.window_size
+        rows = [min(window, side - start) for start in range(0, side, window)]
+        pairs = sum(row**2 for row in rows) ** 2
+        flops += int(2 * matrices * tokens * width**2)
+        flops += 4 * pairs * width + 4 * tokens * window * width
+    return flops
+
+
+def workload(device: str, *, preset: str, image_size: int, dtype: str) -> Workload:
+    """One image; in bfloat16 results may be off by twice what segment-anything's own is."""
+    config = RefSAMConfig.preset(preset).override(f"image_encoder.image_size={image_size}")
+    return compare_encoders(device, config, dtype)
+
+
+@torch.inference_mode()
+def compare_encoders(device: str, config: RefSAMConfig, dtype: str) -> Workload:
+    """All ways to encode one image with a configuration's encoder."""
+    sam, size = random_sam(config).to(device), config.image_encoder.image_size
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    calls, skipped = usable_calls(list(providers(dtype, device)), config, sam, pixels)
+    exact = sam(pixels)
+    limit = TOLERANCE
+    if dtype != "float32":
+        limit = 2 * errors({BASELINE: calls[BASELINE]()}, exact)[BASELINE]
+    weights = sum(parameter.numel() for parameter in sam.parameters())
+    return Workload(
+        providers=calls,
+        wrong=partial(too_far, exact=exact, limit=limit),
+        moved_bytes=weights * DTYPES[dtype].itemsize + pixels.nbytes + exact.nbytes,
+        flops=encoder_flops(config),
+        shapes={"pixels": list(pixels.shape), "dtype": dtype},
+        dtype=DTYPES[dtype],
+        skipped=skipped,
+    )
+
+
+def too_far(found: Tensor, *, exact: Tensor, limit: float) -> str | None:
+    """In words how far a result is off, relative to the largest value."""
+    error = errors({"found": found}, exact)["found"]
+    return None if error <= limit else f"error {error:.1e}, at most {limit:.1e} is allowed"
+
+
+for name, preset, image_size, dtype, devices in (
+    ("ViT-B", "vit_b", 512, "float32", DEVICES),
+    ("ViT-B", "vit_b", 512, "bfloat16", DEVICES),
+    ("ViT-B", "vit_b", 1024, "float32", DEVICES),
+    ("ViT-B", "vit_b", 1024, "bfloat16", DEVICES),
+    ("ViT-L", "vit_l", 1024, "bfloat16", ("cuda",)),
+    ("ViT-H", "vit_h", 1024, "bfloat16", ("cuda",)),
+):
+    case = partial(workload, preset=preset, image_size=image_size, dtype=dtype)
+    label = f"{name}, {image_size} pixels, {dtype}"
+    register(OPERATOR, label, baseline=BASELINE, devices=devices)(case)
