@@ -24,14 +24,14 @@ FRAMES = 240
 _DISTINCT = 24  # drawing is slow: the clip plays forwards and backwards
 
 
-def write_clip(path: Path) -> str:
-    """Write a 720p clip of FRAMES frames at 30 frames/s; returns an expression about it."""
+def write_clip(path: Path, frames: int = FRAMES) -> str:
+    """Write a 720p clip at 30 frames/s; returns an expression about it."""
     clip = generate_clip(seed=0, frames=_DISTINCT, size=(720, 1280), kinds=("colour",))
     order = [*range(_DISTINCT), *reversed(range(_DISTINCT))]
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=30)
         stream.width, stream.height, stream.pix_fmt = 1280, 720, "yuv420p"
-        for index in range(FRAMES):
+        for index in range(frames):
             image = clip.frames[order[index % len(order)]].numpy()
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from refsam import __version__
 from refsam.errors import UserError
 
-_COMMANDS = "segment demo train evaluate data convert info bench export ui".split()
+_COMMANDS = "segment segment-videos demo train evaluate data convert info bench export ui".split()
 _ROOT_OPTIONS = ("install_completion", "show_completion")  # typer gives them to every application
 # typer brings its own copy of click since 0.20, so the exceptions are found from typer's side.
 _CommandLineError: Any = typer.BadParameter.__mro__[2]
@@ -27,13 +27,13 @@ class CommandLine(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of the sub-commands that are there."""
-        return [name for name in _COMMANDS if find_spec(f"{__name__}.{name}")]
+        return [name for name in _COMMANDS if find_spec(_module(name))]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The sub-command of that name, imported now; None where there is none."""
         if cmd_name not in self.list_commands(ctx):
             return None
-        command = typer.main.get_command(import_module(f"{__name__}.{cmd_name}").app)
+        command = typer.main.get_command(import_module(_module(cmd_name)).app)
         command.name = cmd_name
         command.params = [param for param in command.params if param.name not in _ROOT_OPTIONS]
         return command
@@ -56,6 +56,10 @@ class CommandLine(TyperGroup):
                 typer.echo(f"refsam: {message}", err=True)
             code = 2
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _module(command: str) -> str:
+    return f"{__name__}.{command.replace('-', '_')}"
 
 
 main = typer.Typer(

@@ -1,6 +1,5 @@
 """``refsam evaluate``: score masks against the truth; the runs on benchmarks are in `evaluate_runs`."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ import typer
 from refsam import __version__
 from refsam.cli.evaluate_runs import mevis, ref_davis17, ref_youtube_vos, refcoco
 from refsam.cli.progress import progress
+from refsam.cores import available_cores
 from refsam.errors import UserError
 
 app = typer.Typer(no_args_is_help=True)
@@ -162,10 +162,3 @@ def listing_problems() -> Iterator[None]:
         for line in describe(error.problems):
             typer.echo(line, err=True)
         raise UserError(f"{len(error.problems)} problems, listed above: {error.advice}") from error
-
-
-def available_cores() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

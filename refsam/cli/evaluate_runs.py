@@ -1,6 +1,5 @@
 """``refsam evaluate ref-davis17``, ``ref-youtube-vos``, ``mevis``, ``refcoco``: run a model on a benchmark and score it."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -243,7 +242,8 @@ def _run(
     processes: int,
 ) -> None:
     """Load the model, predict and score; print what was found."""
-    from refsam.cli.evaluate import available_cores, listing_problems
+    from refsam.cli.evaluate import listing_problems
+    from refsam.cores import available_cores
     from refsam.evaluation.benchmark import Runner, evaluate, share_of
     from refsam.model import RefSAM
     from refsam.session import Share
@@ -252,7 +252,7 @@ def _run(
     if missing not in ("error", "zero"):
         raise UserError(f"missing: got {missing!r}, want error or zero")
     share = Share.of_environment()
-    place = choose_device(_own_device(device))
+    place = choose_device(device)
     model = RefSAM.from_pretrained(checkpoint).to(place).eval()
     runner = Runner(model, checkpoint, rules, choose_dtype(dtype, place), missing)
     with (
@@ -272,13 +272,3 @@ def _run(
         return
     typer.echo(outcome.text)
     typer.echo(f"\nreport: {out / 'report.html'}")
-
-
-def _own_device(name: str) -> str:
-    """The GPU that torchrun means for this process, where the machine has GPUs and none is named."""
-    import torch
-
-    local_rank = os.environ.get("LOCAL_RANK", "0")
-    if name == "auto" and torch.cuda.is_available() and local_rank.isdigit():
-        return f"cuda:{int(local_rank) % torch.cuda.device_count()}"
-    return name

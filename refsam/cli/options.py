@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from refsam.cores import available_cores
 from refsam.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+    from refsam.model import RefSAM
 
 OutOption = Annotated[Path, typer.Option(help="Folder for the results; it must not exist yet.")]
 OverwriteOption = Annotated[
@@ -32,6 +35,9 @@ DtypeOption = Annotated[
         metavar="NAME",
     ),
 ]
+# Multiplications with the image encoder's weights for one frame: nano has 0.7e9, ViT-B 350e9.
+_SMALL_MODEL = 4e9
+_MOST_THREADS_OF_SMALL = 4
 _DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -48,7 +54,7 @@ def check_names(device: str, dtype: str) -> None:
 
 
 def choose_device(name: str) -> "torch.device":
-    """The device of that name; ``auto`` is the first GPU, else the CPU.
+    """The device of that name; ``auto`` is the GPU that torchrun means for this process, the first without it, else the CPU.
 
     Raises:
         UserError: the machine has no such GPU.
@@ -60,7 +66,9 @@ def choose_device(name: str) -> "torch.device":
 
     count = torch.cuda.device_count()
     if name == "auto":
-        return torch.device("cuda:0" if count else "cpu")
+        rank = os.environ.get("LOCAL_RANK", "")
+        number = int(rank) if rank.isdigit() else 0
+        return torch.device("cuda", number % count) if count else torch.device("cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= count:
         found = f"{count} GPU{'s' if count != 1 else ''}" if count else "no CUDA GPU"
@@ -96,3 +104,20 @@ def choose_encoder_dtype(name: str) -> "torch.dtype | None":
     import torch
 
     return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def choose_threads(model: "RefSAM") -> None:
+    """Let torch compute with few threads for a small model on the CPU, unless OMP_NUM_THREADS says how many.
+
+    Threads that share small products wait for each other at each of them, and whatever reads and writes the
+    frames meanwhile needs a core too. A large model keeps all cores.
+    """
+    import torch
+
+    if model.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return
+    encoder = model.config.image_encoder
+    tokens = (encoder.image_size // encoder.patch_size) ** 2
+    products = 12 * tokens * encoder.depth * encoder.embed_dim**2
+    if products < _SMALL_MODEL:
+        torch.set_num_threads(max(1, min(available_cores() - 1, _MOST_THREADS_OF_SMALL)))

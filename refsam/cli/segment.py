@@ -19,13 +19,15 @@ from refsam.cli.options import (
     choose_device,
     choose_dtype,
     choose_encoder_dtype,
+    choose_threads,
 )
 from refsam.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-    from refsam.session import VideoSession
+    from refsam.model import RefSAM
+    from refsam.session import PreparedFrame, VideoSession
     from refsam.video import Frame, ResultWriter
 
 app = typer.Typer(rich_markup_mode="markdown")
@@ -76,6 +78,8 @@ def segment(
     check_output(out, overwrite=overwrite)
     with open_source(source) as reader:
         session, precision = load_session(checkpoint, text, device, dtype)
+        from refsam.session import prepare_all
+
         writer = ResultWriter(
             out,
             text,
@@ -84,7 +88,7 @@ def segment(
             overlay=overlay,
             overwrite=overwrite,
         )
-        with writer, closing(prefetch(reader)) as frames:
+        with writer, closing(prefetch(prepare_all(session.model, reader))) as frames:
             run = segment_frames(
                 session, frames, writer, precision, reader.expected_frames, started
             )
@@ -112,13 +116,8 @@ class Run:
         self, model: str, source: str, session: "VideoSession", precision: "torch.dtype"
     ) -> dict:
         """What ``result.json`` says besides the frames."""
-        import torch
-
         from refsam import __version__
 
-        device = session.model.device
-        autocast = precision != torch.float32
-        encoder_dtype = precision if autocast else session.model.image_encoder.product_dtype
         return {
             "refsam": __version__,
             "model": model,
@@ -127,9 +126,8 @@ class Run:
             "stopped_by": None
             if self.stopped_by is None
             else str(self.stopped_by) or "interrupted",
-            "device": str(device),
-            "dtype": str(precision).removeprefix("torch."),
-            "encoder_dtype": str(encoder_dtype).removeprefix("torch."),
+            "device": str(session.model.device),
+            **precision_facts(session.model, precision),
             "timings": {
                 "seconds": round(self.seconds, 3),
                 "seconds_to_first_mask": round(self.seconds_to_first_mask or 0.0, 3),
@@ -167,6 +165,31 @@ def check_expressions(expressions: list[str]) -> None:
             )
 
 
+def load_model(
+    checkpoint: str, device: "torch.device", dtype: str
+) -> tuple["RefSAM", "torch.dtype"]:
+    """A model on a device, its encoder's weights packed, and the dtype for autocast.
+
+    Raises:
+        UserError: no such checkpoint, or a dtype that the device lacks.
+    """
+    precision = choose_dtype(dtype, device)
+    from refsam.model import RefSAM
+
+    model = RefSAM.from_pretrained(checkpoint).to(device).eval()
+    choose_threads(model)
+    return model.optimize(choose_encoder_dtype(dtype)), precision
+
+
+def precision_facts(model: "RefSAM", precision: "torch.dtype") -> dict[str, str]:
+    """What ``result.json`` says of the dtypes: that of autocast, and that of the image encoder's products."""
+    import torch
+
+    encoder = precision if precision != torch.float32 else model.image_encoder.product_dtype
+    names = {"dtype": precision, "encoder_dtype": encoder}
+    return {key: str(dtype).removeprefix("torch.") for key, dtype in names.items()}
+
+
 def load_session(
     checkpoint: str, expressions: list[str], device: str, dtype: str
 ) -> tuple["VideoSession", "torch.dtype"]:
@@ -175,13 +198,9 @@ def load_session(
     Raises:
         UserError: no such device, checkpoint or known words.
     """
-    place = choose_device(device)
-    precision = choose_dtype(dtype, place)
-    from refsam.model import RefSAM
+    model, precision = load_model(checkpoint, choose_device(device), dtype)
     from refsam.session import VideoSession
 
-    model = RefSAM.from_pretrained(checkpoint).to(place).eval()
-    model.optimize(choose_encoder_dtype(dtype))
     session = VideoSession(model, expressions)
     for expression, words in zip(expressions, session.unknown_words, strict=True):
         if words:
@@ -194,7 +213,7 @@ def load_session(
 
 def segment_frames(
     session: "VideoSession",
-    frames: Iterable["Frame"],
+    frames: Iterable[tuple["Frame", "PreparedFrame"]],
     writer: "ResultWriter",
     precision: "torch.dtype",
     expected_frames: int | None,
@@ -203,6 +222,7 @@ def segment_frames(
     """Step through the frames and queue the results, until the end, a bad frame or Ctrl-C.
 
     Args:
+        frames: each with what `FramePreparer` made of it.
         started: `time.perf_counter` when the command began.
 
     Raises:
@@ -218,9 +238,9 @@ def segment_frames(
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     try:
         with progress("segmenting", expected_frames) as advance, autocast:
-            for frame in frames:
+            for frame, prepared in frames:
                 begun = time.perf_counter()
-                result = session.step(frame.image)
+                result = session.step(prepared)
                 masks, scores = result.masks.cpu().numpy(), result.scores.cpu().numpy()
                 now = time.perf_counter()
                 run.seconds_in_model += now - begun

@@ -54,8 +54,10 @@ class FrameGraphs:
         """Device memory that the graphs hold: their inputs, outputs and what lies between."""
         return self._graphs.memory_bytes
 
-    def __len__(self) -> int:
-        return len(self._graphs)
+    @property
+    def count(self) -> int:
+        """How many graphs there are."""
+        return self._graphs.count
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """As `RefSAM.encode_image`."""
@@ -179,7 +181,9 @@ class GraphCache:
         """Device memory that the graphs hold."""
         return sum(graph.memory_bytes for graph in self._graphs.values())
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """How many graphs there are."""
         return len(self._graphs)
 
     def run(

@@ -1,5 +1,6 @@
 """From a frame in host memory to what the image encoder takes, while the device works on the frames before it."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from refsam.model import RefSAM
     from refsam.model.features import FrameSize
+    from refsam.video import Frame
 
 _BUFFERS = 2  # one is filled while the other is copied
 
@@ -67,6 +69,14 @@ class FramePreparer:
 def prepare_now(model: "RefSAM", frame: np.ndarray | Tensor) -> PreparedFrame:
     """Prepare a frame in the current stream, for a caller that has nothing else to do; as `FramePreparer` does."""
     return PreparedFrame(*model.preprocess(as_tensor(frame)[None]))
+
+
+def prepare_all(
+    model: "RefSAM", frames: "Iterable[Frame]"
+) -> Iterator[tuple["Frame", PreparedFrame]]:
+    """Each frame of a source with what `FramePreparer` makes of it; for `refsam.video.prefetch`."""
+    prepare = FramePreparer(model)
+    return ((frame, prepare(frame.image)) for frame in frames)
 
 
 class _Upload:

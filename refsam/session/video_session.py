@@ -69,7 +69,7 @@ class VideoSession:
         if graphs is not None and graphs.model is not model:
             raise ValueError("graphs: got those of another model")
         self.model = model
-        self.graphs = graphs
+        self._runner = model if graphs is None else graphs
         self._expressions = list(expressions)
         self._unknown = list(self._encode(self._expressions).unknown) if expressions else []
         self._track: Tensor | None = None  # (E, C); None before the first frame
@@ -173,8 +173,8 @@ def step_together(
     """
     if not turns:
         return []
-    model, runner = turns[0][0].model, turns[0][0].graphs or turns[0][0].model
-    if any((s.model, s.graphs or s.model) != (model, runner) for s, _ in turns):
+    model, runner = turns[0][0].model, turns[0][0]._runner
+    if any(session._runner is not runner for session, _ in turns):
         raise ValueError("turns: got sessions of different models or graphs, want those of one")
     with torch.no_grad():
         frames = [f if isinstance(f, PreparedFrame) else prepare_now(model, f) for _, f in turns]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import refsam
 from refsam.errors import UserError
 from refsam.session.graphs import FrameGraphs
-from refsam.session.preparation import FramePreparer, PreparedFrame
+from refsam.session.preparation import PreparedFrame, prepare_all
 from refsam.session.share import Share
 from refsam.session.video_session import FrameResult, VideoSession, step_together
 
@@ -138,8 +138,7 @@ class _Lane:
         except UserError as error:
             self.problem, self.has_ended = error, True
             return
-        prepare = FramePreparer(self.session.model)
-        frames = prefetch((frame, prepare(frame.image)) for frame in reader)
+        frames = prefetch(prepare_all(self.session.model, reader))
         self._frames = self._open.enter_context(closing(frames))
         writer = ResultWriter(
             self.job.folder,

@@ -15,12 +15,14 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
+from refsam.cores import available_cores
 from refsam.errors import UserError
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .png .bmp .tif .tiff .webp .ppm .pgm .pbm .jp2 .avif".split()
 )
 IMAGE_FPS = Fraction(24)  # images carry no rate; DAVIS, the usual folder of frames, has 24
+_FEW_CORES = 2
 _CAMERA_FORMATS = {"linux": "v4l2", "darwin": "avfoundation", "win32": "dshow"}
 
 Item = TypeVar("Item")
@@ -169,7 +171,8 @@ class VideoSource:
                 f"{self.name} holds no video: give a video, an image or a folder of images"
             )
         self._stream = streams[0]
-        self._stream.thread_type = "AUTO"
+        # On few cores, threads for several frames at a time take from the rest what they gain.
+        self._stream.thread_type = "AUTO" if available_cores() > _FEW_CORES else "SLICE"
         self.fps = self._stream.average_rate or self._stream.guessed_rate or IMAGE_FPS
         self.time_base = self._stream.time_base or 1 / self.fps
         self.expected_frames = self._expected_frames()

@@ -1,0 +1,157 @@
+"""``refsam segment-videos``: many sources, one folder of results for each."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from refsam.cli.options import (
+    CheckpointOption,
+    DeviceOption,
+    DtypeOption,
+    check_names,
+    choose_device,
+)
+from refsam.cli.progress import progress
+from refsam.cli.segment import check_expressions, load_model, precision_facts
+from refsam.errors import UserError
+
+if TYPE_CHECKING:
+    from refsam.session import VideoOutcome
+
+app = typer.Typer(rich_markup_mode="markdown")
+
+
+@app.command()
+def segment_videos(
+    out: Annotated[
+        Path, typer.Option(help="Folder for the results: a new one, or that of an earlier run.")
+    ],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SOURCE...", help="Video files, folders of images or images."),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to segment in every source that the list gives no text of its own."
+        ),
+    ] = None,
+    listing: Annotated[
+        Path | None,
+        typer.Option(
+            "--list",
+            help="YAML or JSON list of more sources: paths, or {source: PATH, text: [...]}; relative to its folder.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Frames that the image encoder takes at once, of as many videos; 8 on a GPU, 1 on a CPU by default. "
+            "1 gives each frame's masks soonest.",
+        ),
+    ] = None,
+    checkpoint: CheckpointOption = "nano",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    overlay: Annotated[
+        bool, typer.Option("--overlay/--no-overlay", help="Also write overlay.mp4.")
+    ] = True,
+) -> None:
+    """Segment many videos; run it again to go on where it was ended.
+
+    Writes `OUT/<name of the video>/` as `refsam segment` does. What is done is not done again; a source that cannot be
+    read does not stop the others: it is named at the end, and the exit code is 2. Started by torchrun, processes and
+    machines share the videos. Example:
+    `torchrun --nproc-per-node 8 --no-python refsam segment-videos clips/*.mp4 --text "the dog" --out out`
+    """
+    check_names(device, dtype)
+    videos, expressions = _all_sources(sources or [], text or [], listing)
+    from refsam.session import Share
+    from refsam.session import segment_videos as run
+
+    share = Share.of_environment()
+    place = choose_device(device)
+    model, precision = load_model(checkpoint, place, dtype)
+    import torch
+
+    autocast = torch.autocast(place.type, precision, enabled=precision != torch.float32)
+    with progress("segmenting", None, "videos") as advance, autocast:
+
+        def note(outcome: "VideoOutcome") -> None:
+            if outcome.problem is not None:
+                typer.echo(f"refsam: {outcome.problem}", err=True)
+            advance()
+
+        outcomes = run(
+            model,
+            videos,
+            expressions,
+            out,
+            batch_size=batch_size or (8 if place.type == "cuda" else 1),
+            overlay=overlay,
+            share=share,
+            settings={"model": checkpoint, **precision_facts(model, precision)},
+            advance=note,
+        )
+    _report(outcomes, out)
+
+
+def _report(outcomes: list["VideoOutcome"], out: Path) -> None:
+    """Print what was done; raise if it was not everything."""
+    before = sum(outcome.was_done for outcome in outcomes)
+    wrong = sum(outcome.problem is not None for outcome in outcomes)
+    frames = sum(outcome.frames for outcome in outcomes if not outcome.was_done)
+    done = len(outcomes) - before - wrong
+    typer.echo(f"{done} videos segmented, {before} done before, {frames} frames written: {out}")
+    if wrong:
+        raise UserError(
+            f"{wrong} of {len(outcomes)} videos could not be segmented to their end, as said above;"
+            " the same command tries them again"
+        )
+
+
+def _all_sources(
+    sources: list[str], text: list[str], listing: Path | None
+) -> tuple[list[str], list[list[str]]]:
+    """Every source and what to segment in it; raises UserError where either is missing."""
+    entries = [(source, text) for source in sources]
+    if listing is not None:
+        entries += [_entry(entry, text, listing) for entry in _read_list(listing)]
+    if not entries:
+        raise UserError("no source: give videos, or a list of them with --list")
+    for source, texts in entries:
+        if not texts:
+            raise UserError(f"{source}: nothing to segment; give --text 'the red backpack'")
+        check_expressions(texts)
+    videos, expressions = zip(*entries, strict=True)
+    return list(videos), list(expressions)
+
+
+def _read_list(listing: Path) -> list[Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(listing.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{listing} does not exist: give a list of sources with --list") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{listing} cannot be read as YAML or JSON: {error}") from error
+    if not isinstance(found, list) or not found:
+        raise UserError(f"{listing}: got no list, want one of paths or of source and text")
+    return found
+
+
+def _entry(entry: Any, text: list[str], listing: Path) -> tuple[str, list[str]]:
+    """An entry's source, relative to the list's folder, and its text."""
+    if isinstance(entry, str):
+        entry = {"source": entry}
+    if not isinstance(entry, dict) or not {"source"} <= set(entry) <= {"source", "text"}:
+        raise UserError(f"{listing}: got the entry {entry!r}, want a path or {{source: , text: }}")
+    source, own = entry["source"], entry.get("text", text)
+    own = [own] if isinstance(own, str) else own
+    is_text = isinstance(own, list) and all(isinstance(line, str) for line in own)
+    if not isinstance(source, str) or not is_text:
+        raise UserError(f"{listing}: got the entry {entry!r}, want strings in it")
+    return (source if "://" in source else str(listing.parent / source)), own

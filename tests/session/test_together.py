@@ -1,0 +1,124 @@
+"""Sessions that step together see what they see alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from refsam import RefSAM, VideoSession
+from refsam.session import FramePreparer, FrameResult, PreparedFrame, preparation, step_together
+from tests.session import cuda_stand_in
+from tests.tiny_model import tiny_model
+
+VIDEOS = {  # expressions, and the frames' size
+    0: (["the red cup", "dog"], (45, 70)),
+    1: (["the person on the left of the green car"], (64, 64)),
+    2: (["dog", "tree", "a big box"], (30, 90)),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> RefSAM:
+    return tiny_model()
+
+
+def video(index: int, frames: int = 4) -> list[np.ndarray]:
+    noise = np.random.default_rng(index)
+    return [noise.integers(0, 256, (*VIDEOS[index][1], 3), np.uint8) for _ in range(frames)]
+
+
+def alone(model: RefSAM, index: int) -> list[FrameResult]:
+    session = VideoSession(model, VIDEOS[index][0])
+    return [session.step(frame) for frame in video(index)]
+
+
+def assert_same(found: FrameResult, expected: FrameResult) -> None:
+    assert found.frame_index == expected.frame_index
+    assert torch.allclose(found.logits, expected.logits, atol=1e-5)
+    assert torch.allclose(found.scores, expected.scores, atol=1e-5)
+    assert found.masks.shape == expected.masks.shape
+    # Masks may differ where a logit is 0 within the tolerance only: nowhere in these.
+    assert torch.equal(found.masks, expected.masks)
+
+
+def test_a_frame_of_each_video(model: RefSAM) -> None:
+    sessions = {index: VideoSession(model, texts) for index, (texts, _) in VIDEOS.items()}
+    expected = {index: alone(model, index) for index in VIDEOS}
+    for time in range(4):
+        turns = [(sessions[index], video(index)[time]) for index in VIDEOS]
+        for index, result in zip(VIDEOS, step_together(turns), strict=True):
+            assert_same(result, expected[index][time])
+
+
+def test_videos_that_begin_at_different_times(model: RefSAM) -> None:
+    first, second = (VideoSession(model, VIDEOS[index][0]) for index in (0, 2))
+    first.step(video(0)[0])
+    results = step_together([(first, video(0)[1]), (second, video(2)[0])])
+    assert_same(results[0], alone(model, 0)[1])
+    assert_same(results[1], alone(model, 2)[0])
+
+
+def test_several_frames_of_a_video(model: RefSAM) -> None:
+    first, second = (VideoSession(model, VIDEOS[index][0]) for index in (0, 1))
+    frames = video(0), video(1)
+    turns = [(first, f) for f in frames[0][:3]] + [(second, frames[1][0]), (first, frames[0][3])]
+    results = step_together(turns)
+    for time, result in zip((0, 1, 2, 3), [*results[:3], results[4]], strict=True):
+        assert_same(result, alone(model, 0)[time])
+    assert_same(results[3], alone(model, 1)[0])
+
+
+def test_one_without_expressions_among_others(model: RefSAM) -> None:
+    empty, other = VideoSession(model), VideoSession(model, VIDEOS[0][0])
+    results = step_together([(empty, video(1)[0]), (other, video(0)[0])])
+    assert results[0].masks.shape == (0, 64, 64)
+    assert_same(results[1], alone(model, 0)[0])
+    assert step_together([]) == []
+
+
+def test_rejects_sessions_of_different_models(model: RefSAM) -> None:
+    turns = [(VideoSession(m, ["dog"]), video(0)[0]) for m in (model, tiny_model(seed=1))]
+    with pytest.raises(ValueError, match="turns: got sessions of different models"):
+        step_together(turns)
+
+
+def test_prepared_frames_equal_plain_ones(model: RefSAM) -> None:
+    session, prepare = VideoSession(model, VIDEOS[0][0]), FramePreparer(model)
+    for frame, expected in zip(video(0), alone(model, 0), strict=True):
+        assert torch.equal(session.step(prepare(frame)).logits, expected.logits)
+    with pytest.raises(ValueError, match="frame: got dtype float32, want uint8 RGB"):
+        prepare(np.zeros((4, 4, 3), np.float32))
+
+
+def test_uploads_go_through_two_buffers(model: RefSAM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of a GPU with a stand-in for its streams; that a copy is waited for only a GPU can show."""
+    cuda_stand_in.install(monkeypatch)
+    made: list[torch.Size] = []
+
+    def pinned(frame: torch.Tensor, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        made.append(frame.shape)
+        return torch.empty(frame.shape, dtype=frame.dtype)
+
+    prepare = FramePreparer(model)
+    prepare._upload = preparation._Upload(torch.device("cpu"))
+    monkeypatch.setattr(torch, "empty_like", pinned)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    session = VideoSession(model, VIDEOS[0][0])
+    prepared = [prepare(frame) for frame in video(0)[:2]]
+    assert all(isinstance(frame, PreparedFrame) and frame.ready for frame in prepared)
+    for frame, expected in zip(prepared, alone(model, 0), strict=False):
+        assert torch.equal(session.step(frame).logits, expected.logits)
+    assert len(made) == 2
+    prepare(video(0)[2])
+    prepare(video(1)[0])
+    assert made[2:] == [(64, 64, 3)]
+
+
+@pytest.mark.gpu
+def test_uploads_on_a_gpu_arrive_whole() -> None:
+    model = tiny_model().to("cuda")
+    prepare, frames = FramePreparer(model), video(0, frames=40)
+    prepared = [prepare(frame) for frame in frames]
+    for frame, ready in zip(frames, prepared, strict=True):
+        expected, _ = model.preprocess(torch.from_numpy(frame)[None])
+        assert torch.equal(ready.wait(), expected)
