@@ -31,13 +31,22 @@ struct BilinearSource {
   float share;  // of `second`
 };
 
+// A product that is rounded before it is added to something, by every compiler.
+REFSAM_HOST_DEVICE inline float rounded_product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 // Where output pixel `position` of a bilinear resize (half-pixel centres) lies in its input. In
 // float, as ATen does it: exact positions would differ from F.interpolate by up to 6e-5 pixels at
 // size 1024.
 REFSAM_HOST_DEVICE inline BilinearSource bilinear_source(int64_t position, int64_t input,
                                                          int64_t output) {
   const float scale = static_cast<float>(input) / static_cast<float>(output);
-  const float source = scale * (static_cast<float>(position) + 0.5f) - 0.5f;
+  const float source = rounded_product(scale, static_cast<float>(position) + 0.5f) - 0.5f;
   const float clamped = source > 0.0f ? source : 0.0f;
   const int32_t last = static_cast<int32_t>(input) - 1;
   int32_t first = static_cast<int32_t>(clamped);
@@ -72,8 +81,8 @@ constexpr int64_t kStatistics = 8;
 struct MaskSize {
   int64_t height, width;
 
-  int64_t column_words() const { return (height + kWordBits - 1) / kWordBits; }
-  int64_t words() const { return width * column_words(); }
+  REFSAM_HOST_DEVICE int64_t column_words() const { return (height + kWordBits - 1) / kWordBits; }
+  REFSAM_HOST_DEVICE int64_t words() const { return width * column_words(); }
 };
 
 struct MaskAxes {

@@ -71,6 +71,20 @@ inline int64_t total_words(const std::vector<MaskSize>& sizes) {
   return total;
 }
 
+// words (n,) int32 of masks of these sizes, contiguous; how many ends of runs are wanted.
+inline std::vector<MaskSize> check_mask_runs(const torch::stable::Tensor& words,
+                                             const std::vector<int64_t>& output_sizes,
+                                             int64_t capacity) {
+  check_rank("words", words, 1);
+  check_dtype("words", words, torch::headeronly::ScalarType::Int);
+  check_contiguous("words", words);
+  const std::vector<MaskSize> masks = check_mask_sizes(output_sizes);
+  const int64_t wanted = total_words(masks);
+  check(words.numel() == wanted, "words: got ", words.numel(), " words, wanted ", wanted);
+  check(capacity >= 0, "capacity: got ", capacity, ", wanted at least 0");
+  return masks;
+}
+
 // Like check_mask_postprocess, with an input and an output size for every mask.
 inline std::vector<MaskAxes> check_mask_postprocess_bits(const torch::stable::Tensor& logits,
                                                          int64_t image_size,

@@ -53,13 +53,7 @@ std::tuple<Tensor, Tensor> run_mask_postprocess_runs(const Tensor& words,
                                                      std::vector<int64_t> output_sizes,
                                                      int64_t capacity) {
   check(words.is_cpu(), "words: wanted a CPU tensor");
-  check_rank("words", words, 1);
-  check_dtype("words", words, torch::headeronly::ScalarType::Int);
-  check_contiguous("words", words);
-  const std::vector<MaskSize> masks = check_mask_sizes(output_sizes);
-  const int64_t wanted = total_words(masks);
-  check(words.numel() == wanted, "words: got ", words.numel(), " words, wanted ", wanted);
-  check(capacity >= 0, "capacity: got ", capacity, ", wanted at least 0");
+  const std::vector<MaskSize> masks = check_mask_runs(words, output_sizes, capacity);
   Tensor ends = torch::stable::new_empty(words, {capacity}, torch::headeronly::ScalarType::Int);
   Tensor counts = torch::stable::new_empty(words, {static_cast<int64_t>(masks.size())},
                                            torch::headeronly::ScalarType::Long);

@@ -1,4 +1,7 @@
-"""The compiled CUDA implementation: csrc/cuda/mask_postprocess.cu, both resizes in one kernel."""
+"""The compiled CUDA implementation: csrc/cuda/mask_postprocess.cu, both resizes in one kernel.
+
+Nothing is copied to the device and no shape depends on values, so that CUDA graphs can hold every launch.
+"""
 
 from collections.abc import Sequence
 
@@ -20,3 +23,22 @@ def forward(
     return _library.mask_postprocess(
         logits.contiguous(), image_size, input_size, output_size, threshold
     )
+
+
+def bits(
+    logits: Tensor,
+    image_size: int,
+    input_sizes: Sequence[int],
+    output_sizes: Sequence[int],
+    threshold: float,
+    stability_offset: float,
+) -> tuple[Tensor, Tensor]:
+    """Like `reference.bits`, of float32 logits."""
+    return _library.mask_postprocess_bits(
+        logits.contiguous(), image_size, input_sizes, output_sizes, threshold, stability_offset
+    )
+
+
+def runs(words: Tensor, output_sizes: Sequence[int], capacity: int) -> tuple[Tensor, Tensor]:
+    """Like `reference.runs`."""
+    return _library.mask_postprocess_runs(words.contiguous(), output_sizes, capacity)
