@@ -29,6 +29,11 @@ def expression_colour(index: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
+def caption(text: str, score: float, visible: bool) -> str:
+    """What is written about one expression in one frame: its text and score (0..1), or that its object is not in view."""
+    return f"{text}   {score:.2f}" if visible else f"{text}   not in view"
+
+
 def draw_overlay(
     image: np.ndarray, masks: np.ndarray, captions: Sequence[str] | None = None
 ) -> np.ndarray:

@@ -1,0 +1,70 @@
+"""``refsam ui``: a page in the browser."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from refsam.cli.options import (
+    CheckpointOption,
+    DeviceOption,
+    DtypeOption,
+    check_names,
+    choose_device,
+)
+
+if TYPE_CHECKING:
+    from refsam.ui.jobs import Engine
+
+app = typer.Typer(rich_markup_mode="markdown")
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@app.command()
+def ui(
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="The first free one from 7860 on.")
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where a temporary folder for uploads and results is made; removed at the end.",
+            file_okay=False,
+            exists=True,
+        ),
+    ] = None,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="Size of an uploaded file.")] = 200,
+    max_frames: Annotated[int, typer.Option(min=1, help="Length of a clip.")] = 1800,
+    checkpoint: CheckpointOption = "nano",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Segment clips in the browser: upload, webcam or a sample; masks and overlay to download.
+
+    Needs `pip install 'refsam[ui]'`. It listens on this machine only unless `--host` says otherwise; there is no
+    password, so whoever reaches the address may use it. Ctrl-C ends it and removes all uploads and results.
+    """
+    check_names(device, dtype)
+    from refsam.ui import Limits, serve
+
+    if host not in _LOCAL:
+        typer.echo(f"refsam: note: whoever can reach {host} may use the page", err=True)
+    serve(
+        lambda: _load(checkpoint, device, dtype),
+        host=host,
+        port=port,
+        folder=folder,
+        limits=Limits(megabytes=max_megabytes, frames=max_frames),
+        announce=typer.echo,
+    )
+
+
+def _load(checkpoint: str, device: str, dtype: str) -> "Engine":
+    from refsam.cli.segment import load_model
+    from refsam.ui.jobs import Engine
+
+    model, precision = load_model(checkpoint, choose_device(device), dtype)
+    return Engine(checkpoint, model, precision)

@@ -1,0 +1,284 @@
+"""Segment one visitor's clip in a thread of its own, while anybody may look at the frames that are done."""
+
+import io
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from refsam import __version__
+from refsam.errors import UserError
+from refsam.ui.downloads import RunLengths, encode_run_lengths, write_run_lengths, write_zip
+from refsam.ui.uploads import Limits, open_upload
+from refsam.video import Frame, FrameDecodeError, FrameSource, ResultWriter, draw_overlay, prefetch
+from refsam.video.overlay import caption
+
+if TYPE_CHECKING:
+    import torch
+
+    from refsam.model import RefSAM
+    from refsam.session import VideoSession
+
+log = logging.getLogger(__name__)
+
+_PREVIEW_SIDE = 960  # pixels; the downloads have the clip's own size
+_UPDATES_PER_SECOND = 12.0  # a page that shows more is only busier
+_PATIENCE = 0.2  # seconds between looks at whether somebody cancelled
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The model that all visitors share, and how it computes.
+
+    Attributes:
+        name: of the checkpoint.
+        model: in evaluation mode, on its device.
+        precision: autocast dtype; float32 does without.
+    """
+
+    name: str
+    model: "RefSAM"
+    precision: "torch.dtype"
+
+
+@dataclass(frozen=True)
+class Downloads:
+    """Files of a job that has ended: masks as PNGs in a zip, as run lengths in JSON, and the overlay as MP4."""
+
+    masks: Path
+    run_lengths: Path
+    overlay: Path
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is.
+
+    Attributes:
+        frames: that are done; previews of all of them can be asked for.
+        expected: number of frames, if the clip announces it.
+        rate: frames per second so far.
+        unknown: per expression, the words that the model does not know.
+    """
+
+    frames: int = 0
+    expected: int | None = None
+    rate: float = 0.0
+    unknown: tuple[tuple[str, ...], ...] = ()
+
+
+class Job:
+    """One clip and its expressions, segmented by `start` in a thread of its own.
+
+    Args:
+        engine: the model.
+        turn: held while computing, so that jobs of several visitors follow one another.
+        upload: the clip.
+        root: the only folder that files are read from.
+        folder: to make; results and previews are written there.
+        expressions: what to segment.
+        limits: on the clip.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        turn: threading.Lock,
+        upload: Path,
+        root: Path,
+        folder: Path,
+        expressions: Sequence[str],
+        limits: Limits,
+    ) -> None:
+        self.expressions = list(expressions)
+        self.progress = Progress()
+        self.error: str | None = None
+        self.downloads: Downloads | None = None
+        self._engine, self._turn, self._limits = engine, turn, limits
+        self._upload, self._root, self._folder = upload, root, folder
+        self._codes: list[list[RunLengths]] = [[] for _ in expressions]
+        self._stopped_by: str | None = None
+        self._cancelled = threading.Event()
+        self._changed = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="refsam-job", daemon=True)
+
+    def start(self) -> None:
+        """Begin, as soon as no other job computes."""
+        self._thread.start()
+
+    def cancel(self) -> None:
+        """Stop after the present frame; what is done until then is kept."""
+        self._cancelled.set()
+
+    def discard(self) -> None:
+        """Cancel, wait for the end and remove all files."""
+        self.cancel()
+        if self._thread.ident is not None:
+            self._thread.join()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def running(self) -> bool:
+        """Whether more frames may come."""
+        return self._thread.is_alive()
+
+    @property
+    def stopped_by(self) -> str | None:
+        """What ended the job before the clip's end, if something did."""
+        return self._stopped_by
+
+    def updates(self) -> Iterator[Progress]:
+        """Yield the newest progress some times a second until the job has ended."""
+        while self.running:
+            if self._changed.wait(_PATIENCE):
+                self._changed.clear()
+                yield self.progress
+                time.sleep(1 / _UPDATES_PER_SECOND)
+
+    def preview(self, index: int) -> bytes:
+        """The overlay of a frame that is done, as JPEG."""
+        return self._preview_file(index).read_bytes()
+
+    def _preview_file(self, index: int) -> Path:
+        return self._folder / "previews" / f"{int(index):05d}.jpg"
+
+    def _work(self) -> None:
+        try:
+            while not self._turn.acquire(timeout=_PATIENCE):
+                if self._cancelled.is_set():
+                    return
+            try:
+                self._segment()
+            finally:
+                self._turn.release()
+        except UserError as error:
+            self.error = str(error).replace(str(self._upload), self._upload.name)
+        except Exception:  # whatever it is, the page must say that there will be no masks
+            log.exception("a job failed")
+            self.error = "the clip could not be segmented; the terminal says why"
+
+    def _segment(self) -> None:
+        from refsam.session import VideoSession
+
+        (self._folder / "previews").mkdir(parents=True)
+        out = self._folder / "results"
+        session = VideoSession(self._engine.model, self.expressions)
+        with open_upload(self._upload, self._root, self._limits) as source:
+            writer = ResultWriter(out, self.expressions, fps=source.fps, time_base=source.time_base)
+            with writer, closing(prefetch(source)) as frames:
+                try:
+                    self._step_through(session, source, frames, writer)
+                except FrameDecodeError as error:
+                    self._stopped_by = str(error).replace(str(self._upload), self._upload.name)
+                if self.progress.frames:
+                    writer.finish(**self._facts())
+        if self.progress.frames:
+            self.downloads = self._pack(out)
+
+    def _step_through(
+        self,
+        session: "VideoSession",
+        source: FrameSource,
+        frames: Iterable[Frame],
+        writer: ResultWriter,
+    ) -> None:
+        import torch
+
+        device, precision = self._engine.model.device, self._engine.precision
+        autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+        begun = time.perf_counter()
+        with autocast:
+            for frame in frames:
+                if self._cancelled.is_set():
+                    self._stopped_by = "cancelled"
+                    return
+                if frame.index >= self._limits.frames:
+                    self._stopped_by = f"the limit of {self._limits.frames} frames"
+                    return
+                result = session.step(frame.image)
+                masks, scores = result.masks.cpu().numpy(), result.scores.cpu().numpy()
+                self._preview_file(frame.index).write_bytes(self._draw(frame, masks, scores))
+                self._tell(frame.index + 1, source.expected_frames, begun, session.unknown_words)
+                writer.write(frame, masks, scores)
+                for codes, mask in zip(self._codes, masks, strict=True):
+                    codes.append(encode_run_lengths(mask))
+
+    def _tell(
+        self, frames: int, expected: int | None, begun: float, unknown: tuple[tuple[str, ...], ...]
+    ) -> None:
+        rate = frames / (time.perf_counter() - begun)
+        self.progress = Progress(frames, expected, rate, unknown)
+        self._changed.set()
+
+    def _draw(self, frame: Frame, masks: np.ndarray, scores: np.ndarray) -> bytes:
+        """The frame with its masks, as JPEG of at most `_PREVIEW_SIDE` pixels."""
+        captions = [
+            caption(text, score, visible)
+            for text, score, visible in zip(
+                self.expressions, scores, masks.any(axis=(1, 2)), strict=True
+            )
+        ]
+        image, small = _shrink(frame.image, masks, _PREVIEW_SIDE)
+        return encode_jpeg(draw_overlay(image, small, captions))
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "refsam": __version__,
+            "model": self._engine.name,
+            "source": self._upload.name,
+            "complete": self._stopped_by is None,
+            "stopped_by": self._stopped_by,
+            "device": str(self._engine.model.device),
+        }
+
+    def _pack(self, out: Path) -> Downloads:
+        result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+        downloads = Downloads(out / "masks.zip", out / "masks.json", out / "overlay.mp4")
+        write_zip(downloads.masks, out, ["masks", "result.json"])
+        write_run_lengths(downloads.run_lengths, result, self._codes)
+        return downloads
+
+
+def first_frame(path: Path, root: Path, limits: Limits) -> tuple[bytes, str]:
+    """The first frame of a visitor's clip as JPEG, and what the clip is in words.
+
+    Raises:
+        UserError: the clip cannot be taken.
+    """
+    with open_upload(path, root, limits) as source, closing(iter(source)) as frames:
+        try:
+            image = next(frames).image
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), path.name)) from error
+        height, width = image.shape[:2]
+        length = f", {source.expected_frames} frames" if source.expected_frames else ""
+    small, _ = _shrink(image, np.zeros((0, height, width), bool), _PREVIEW_SIDE)
+    return encode_jpeg(small), f"{path.name}: {width} x {height}{length}"
+
+
+def encode_jpeg(image: np.ndarray) -> bytes:
+    """``(H, W, 3)`` uint8 RGB as JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def _shrink(image: np.ndarray, masks: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image ``(H, W, 3)`` and masks ``(E, H, W)`` with at most ``side`` pixels each way."""
+    height, width = image.shape[:2]
+    scale = side / max(height, width)
+    if scale >= 1:
+        return image, masks
+    rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+    picture = Image.fromarray(image).resize((columns, rows), reducing_gap=2.0)
+    nearest = np.arange(rows) * height // rows, np.arange(columns) * width // columns
+    return np.asarray(picture), masks[:, nearest[0]][:, :, nearest[1]]

@@ -1,0 +1,114 @@
+"""The server behind the page: it answers first and loads the model afterwards."""
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from refsam.errors import UserError
+from refsam.ui.jobs import Engine
+from refsam.ui.uploads import Limits
+from refsam.ui.visitors import Visitors
+
+
+def serve(
+    load: Callable[[], Engine],
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    folder: Path | None = None,
+    limits: Limits | None = None,
+    announce: Callable[[str], None] = print,
+) -> None:
+    """Show the page until Ctrl-C; then remove what was uploaded and made.
+
+    Args:
+        load: makes the model, after the server answers.
+        host: address to listen at; 127.0.0.1 is this machine alone.
+        port: to listen at; None for the first free one from 7860 on.
+        folder: in which a temporary folder is made for all files; None for the system's place.
+        limits: on uploads.
+        announce: called with each line of news.
+
+    Raises:
+        UserError: gradio or pycocotools is missing, the address cannot be used, or the model cannot be loaded.
+    """
+    with _workplace(folder) as place, _terminable():
+        visitors = Visitors(place, limits or Limits())
+        page = _open(visitors, host, port)
+        try:
+            announce(f"refsam ui: {page.local_url} (Ctrl-C ends it)")
+            visitors.welcome(load())
+            announce("refsam ui: the model is ready")
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            return
+        finally:
+            visitors.close()
+            page.close(verbose=False)
+
+
+def _open(visitors: Visitors, host: str, port: int | None):  # type: ignore[no-untyped-def]
+    """Build the page and launch its server in a thread."""
+    # Read when gradio is imported and when its components are made: all its files stay in our folder, and it asks nobody.
+    os.environ["GRADIO_TEMP_DIR"] = str(visitors.folder)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+        import pycocotools  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'refsam[ui]'") from error
+    from refsam.ui.page import STYLE, build_page
+
+    try:
+        page = build_page(visitors)
+        page.launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            ssr_mode=False,
+            max_file_size=f"{visitors.limits.megabytes}mb",
+            footer_links=[],
+            theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            css=STYLE,
+        )
+    except OSError as error:
+        raise UserError(
+            f"{host}:{port or '7860 to 7959'} cannot be listened at: choose another --host or --port"
+        ) from error
+    return page
+
+
+@contextmanager
+def _workplace(folder: Path | None) -> Iterator[Path]:
+    """A temporary folder, removed at the end."""
+    try:
+        place = Path(tempfile.mkdtemp(prefix="refsam-ui-", dir=folder)).resolve()
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}): give another --folder"
+        ) from error
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the page as Ctrl-C does: nothing that was uploaded may be left."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,116 @@
+"""Who has the page open: each visitor's clip, files and job."""
+
+import secrets
+import shutil
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from refsam.errors import UserError
+from refsam.ui.jobs import Engine, Job
+from refsam.ui.uploads import Limits, open_upload, read_expressions
+
+
+@dataclass
+class Visitor:
+    """One open page.
+
+    Attributes:
+        folder: of the visitor's results; its name cannot be guessed.
+        clip: what was chosen last, None if nothing was or it cannot be used.
+        job: what was started last.
+    """
+
+    folder: Path
+    clip: Path | None = None
+    job: Job | None = None
+
+
+class Visitors:
+    """All open pages, the folder that all their files are in, and the model once it is there.
+
+    Args:
+        folder: uploads come into it, results and previews too.
+        limits: on uploads.
+    """
+
+    def __init__(self, folder: Path, limits: Limits) -> None:
+        self.folder = folder
+        self.limits = limits
+        self._visitors: dict[str, Visitor] = {}
+        self._engine: Engine | None = None
+        self._loaded = threading.Event()
+        self._turn = threading.Lock()
+        self._sample = threading.Lock()
+
+    def welcome(self, engine: Engine) -> None:
+        """From now on there is a model."""
+        self._engine = engine
+        self._loaded.set()
+
+    def wait_for_engine(self) -> Engine:
+        """The model; waits until it is loaded.
+
+        Raises:
+            UserError: the server is closing.
+        """
+        self._loaded.wait()
+        if self._engine is None:
+            raise UserError("the server is closing")
+        return self._engine
+
+    @property
+    def ready(self) -> bool:
+        """Whether the model is loaded."""
+        return self._loaded.is_set()
+
+    def of(self, key: str | None) -> Visitor:
+        """The visitor of that session, made when it is new."""
+        name = key or ""
+        if name not in self._visitors:
+            self._visitors[name] = Visitor(self.folder / f"visitor-{secrets.token_urlsafe(16)}")
+        return self._visitors[name]
+
+    def begin(self, key: str | None, text: str) -> Job:
+        """Start a job on the visitor's clip, instead of an earlier one.
+
+        Raises:
+            UserError: no clip was chosen, it cannot be used, or the expressions cannot.
+        """
+        visitor = self.of(key)
+        expressions = read_expressions(text, self.limits)
+        if visitor.clip is None:
+            raise UserError("Choose a clip first: upload one, record one, or take the sample")
+        open_upload(visitor.clip, self.folder, self.limits).close()
+        if visitor.job is not None:
+            visitor.job.discard()
+        folder = visitor.folder / secrets.token_hex(4)
+        engine = self.wait_for_engine()
+        job = Job(engine, self._turn, visitor.clip, self.folder, folder, expressions, self.limits)
+        visitor.job = job
+        job.start()
+        return job
+
+    def sample(self) -> tuple[Path, list[str]]:
+        """A generated clip, drawn when it is asked for first, and expressions about it."""
+        from refsam.ui.sample import write_sample
+
+        self.wait_for_engine()
+        with self._sample:
+            return write_sample(self.folder / "sample")
+
+    def leave(self, key: str | None) -> None:
+        """Forget a visitor who has closed the page, with all files."""
+        visitor = self._visitors.pop(key or "", None)
+        if visitor is None:
+            return
+        if visitor.job is not None:
+            visitor.job.discard()
+        shutil.rmtree(visitor.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Everybody leaves; whoever waits for the model no longer does."""
+        self._engine = None
+        self._loaded.set()
+        for key in list(self._visitors):
+            self.leave(key)
