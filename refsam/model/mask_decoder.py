@@ -97,7 +97,7 @@ class MaskDecoder(nn.Module):
         transformer's mask tokens (P, num_masks, C), for the first num_masks mask tokens.
         """
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = torch.cat([own.expand(len(sparse), -1, -1), sparse], dim=1)
+        tokens = torch.cat([own.expand(sparse.shape[0], -1, -1), sparse], dim=1)
         lengths = None if lengths is None else lengths + len(own)
         tokens, image = self.transformer(tokens, image, image_pe, lengths)
         mask_tokens = tokens[:, 1 : 1 + num_masks]
