@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+# Their assertions are to explain themselves like those of a test file.
+pytest.register_assert_rewrite("tests.kernels.mask_postprocess_cases")
+
 
 def poisoned(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`create`, but with NaN in floating point tensors that code of the library asks for."""

@@ -1,88 +1,104 @@
-"""mask_postprocess: masks as after SAM's two F.interpolate, at any size; the compiled backends have their own file."""
+"""mask_postprocess by every backend that runs on the CPU: `mask_postprocess_cases` says what all of them must do.
+
+Triton's and CUDA's tests are tests/kernels/triton/test_mask_postprocess.py and tests/kernels/cuda/test_mask_postprocess.py.
+"""
 
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from refsam_kernels import mask_postprocess, use_backend
+from refsam_kernels import libraries, mask_postprocess, use_backend
 from refsam_kernels.mask_postprocess.resize import resize_matrix, two_resizes
+from tests.kernels.mask_postprocess_cases import (
+    AnySizeCases,
+    LibraryCases,
+    flips,
+    interpolated,
+    make_logits,
+)
 
-BACKENDS = ["reference", "fallback"]
-SIZES = {  # logits, image_size, input_size, output_size
+FULL_SIZES = {  # logits, image_size, input_size, output_size
     "480p": ((3, 256, 256), 1024, (576, 1024), (480, 854)),
     "1080p": ((1, 256, 256), 1024, (576, 1024), (1080, 1920)),
     "portrait": ((2, 80, 80), 320, (320, 213), (911, 607)),
     "odd": ((2, 64, 63), 255, (190, 255), (63, 127)),
-    "one-pixel": ((1, 1, 1), 1, (1, 1), (1, 1)),
     "shrinking": ((2, 300, 50), 50, (49, 50), (9, 1000)),
 }
 
 
-def make_logits(shape: tuple[int, ...], seed: int = 42) -> Tensor:
-    return 8 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def skip_if_not_built() -> None:
+    """Skips the test with the reason if there is no compiled library."""
+    try:
+        libraries.load("cpu")
+    except ImportError as reason:
+        pytest.skip(str(reason))
 
 
-def interpolated(
-    logits: Tensor, image: int, cropped: tuple[int, int], output: tuple[int, int]
-) -> Tensor:
-    """The logits at full size, by the calls that segment-anything makes."""
-    x = F.interpolate(logits[:, None], (image, image), mode="bilinear", align_corners=False)
-    x = x[..., : cropped[0], : cropped[1]]
-    return F.interpolate(x, output, mode="bilinear", align_corners=False)[:, 0]
+class TestReference(AnySizeCases):
+    backend = "reference"
 
 
-def flips(masks: Tensor, logits: Tensor, full: Tensor, threshold: float = 0.0) -> int:
-    """Pixels that differ although their logit is not at the threshold: not within 1e-5 of the largest logit."""
-    decided = (full - threshold).abs() >= 1e-5 * logits.abs().max()
-    return int(((masks != (full > threshold)) & decided).sum())
+class TestFallback(AnySizeCases):
+    backend = "fallback"
 
 
-@pytest.mark.parametrize(("shape", "image", "cropped", "output"), SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("threshold", [0.0, -2.5])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_equals_two_interpolations(
+class TestCpu(AnySizeCases):
+    backend = "cpu"
+
+    @pytest.fixture(autouse=True)
+    def built(self) -> None:
+        skip_if_not_built()
+
+
+class TestCpuLibrary(LibraryCases):
+    library = "cpu"
+
+    @pytest.fixture(autouse=True)
+    def built(self) -> None:
+        skip_if_not_built()
+
+
+@pytest.mark.parametrize(
+    ("shape", "image", "cropped", "output"), FULL_SIZES.values(), ids=FULL_SIZES
+)
+@pytest.mark.parametrize("backend", ["reference", "fallback", "cpu"])
+def test_full_size(
     backend: str,
-    threshold: float,
     shape: tuple[int, ...],
     image: int,
     cropped: tuple[int, int],
     output: tuple[int, int],
 ) -> None:
+    if backend == "cpu":
+        skip_if_not_built()
     logits = make_logits(shape)
     full = interpolated(logits, image, cropped, output)
-    masks = mask_postprocess(
-        logits,
-        image_size=image,
-        input_size=cropped,
-        output_size=output,
-        threshold=threshold,
-        backend=backend,
-    )
-    assert masks.dtype == torch.bool
-    assert masks.shape == (shape[0], *output)
-    assert flips(masks, logits, full, threshold) == 0
+    sizes = {"image_size": image, "input_size": cropped, "output_size": output}
+    masks = mask_postprocess(logits, **sizes, backend=backend)
+    assert flips(masks, logits, full) == 0
     if backend == "reference":
-        assert torch.equal(masks, full > threshold)
+        assert torch.equal(masks, full > 0)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_fallback_equals_two_interpolations_at_any_size(data: st.DataObject) -> None:
-    side = st.integers(1, 40)
-    shape = (data.draw(st.integers(1, 3)), data.draw(side), data.draw(side))
-    image = data.draw(st.integers(1, 90))
-    cropped = (data.draw(st.integers(1, image)), data.draw(st.integers(1, image)))
-    output = (data.draw(st.integers(1, 300)), data.draw(st.integers(1, 300)))
-    logits = make_logits(shape, seed=data.draw(st.integers(0, 2**31)))
-    masks = mask_postprocess(
-        logits, image_size=image, input_size=cropped, output_size=output, backend="fallback"
-    )
-    assert flips(masks, logits, interpolated(logits, image, cropped, output)) == 0
+def test_cpu_result_does_not_depend_on_the_number_of_threads() -> None:
+    skip_if_not_built()
+    logits = make_logits((3, 64, 64))
+    sizes: dict[str, Any] = {
+        "image_size": 256,
+        "input_size": (256, 200),
+        "output_size": (300, 240),
+    }
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = mask_postprocess(logits, **sizes, backend="cpu")
+        torch.set_num_threads(4)
+        four = mask_postprocess(logits, **sizes, backend="cpu")
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one, four)
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,53 +131,11 @@ def test_resize_matrix_is_narrow_and_averages(
 @pytest.mark.parametrize("name", ["480p", "1080p", "odd"])
 def test_resized_logits_round_positions_as_pytorch(name: str) -> None:
     """Exact positions instead of PyTorch's float32 ones would be 1e-4 of the largest logit off at 1080p."""
-    shape, image, cropped, output = SIZES[name]
+    shape, image, cropped, output = FULL_SIZES[name]
     logits = make_logits(shape)
     resizes = two_resizes(shape[1:], image, cropped, output, logits.dtype, logits.device)
     full = resizes.columns(resizes.rows(logits))
     assert (full - interpolated(logits, image, cropped, output)).abs().max() < 1e-6 * full.max()
-
-
-def test_low_precision_is_resized_in_float32() -> None:
-    logits = make_logits((2, 32, 32)).bfloat16()
-    arguments: dict[str, Any] = {
-        "image_size": 128,
-        "input_size": (128, 96),
-        "output_size": (200, 150),
-    }
-    for backend in BACKENDS:
-        masks = mask_postprocess(logits, **arguments, backend=backend)
-        assert torch.equal(masks, mask_postprocess(logits.float(), **arguments, backend=backend))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_masks(backend: str) -> None:
-    masks = mask_postprocess(
-        torch.zeros(0, 8, 8),
-        image_size=32,
-        input_size=(32, 24),
-        output_size=(50, 40),
-        backend=backend,
-    )
-    assert masks.shape == (0, 50, 40)
-    assert masks.dtype == torch.bool
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_views_are_read_correctly(backend: str) -> None:
-    logits = make_logits((4, 32, 60))[1:, ::2, 5:45:2]
-    arguments: dict[str, Any] = {"image_size": 80, "input_size": (60, 80), "output_size": (90, 120)}
-    masks = mask_postprocess(logits, **arguments, backend=backend)
-    assert torch.equal(masks, mask_postprocess(logits.clone(), **arguments, backend=backend))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend: str) -> None:
-    logits = make_logits((2, 5, 6))
-    arguments = (logits, 24, [20, 24], [33, 41], 0.0, backend)
-    operator = torch.ops.refsam_kernels.mask_postprocess.default
-    for x in (logits, logits.mT.contiguous().mT):
-        torch.library.opcheck(operator, (x, *arguments[1:]))
 
 
 def test_compiles_into_one_graph() -> None:
