@@ -27,6 +27,9 @@ NO_ADAPTER = (None, None, None, None)
 # Elements of a GELU's result that is kept for the backward: computing it again takes time, and saves much memory only
 # where it is large.
 MOST_KEPT = 2**22
+# What the kernels on rows, in Triton and in CUDA, have in their registers.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST_ROW = 8192
 
 
 def check_perceptron(weights: Mapping[str, Tensor], width: int) -> None:
@@ -112,9 +115,16 @@ class OnSum(NamedTuple):
 class Steps(NamedTuple):
     """What lies between the matrix products, each as the function of this module that has its name."""
 
+    hidden_layer: Callable[..., tuple[Tensor, Tensor]]
     add_and_norm: Callable[..., Normed]
     add_and_norm_backward: Callable[..., OnSum]
     gelu_backward: Callable[..., tuple[Tensor | None, Tensor | None]]
+
+
+def hidden_layer(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """`weight x + bias` (..., H) and its GELU, which overwrites it if it is not to be kept."""
+    hidden = F.linear(x, weight, bias)
+    return hidden, F.gelu(hidden) if keep else torch.ops.aten.gelu_(hidden)
 
 
 def add_and_norm(
@@ -189,7 +199,7 @@ def gelu_backward(
     return activated, grad.sum(0) if needs_column_sum else None
 
 
-TORCH_STEPS = Steps(add_and_norm, add_and_norm_backward, gelu_backward)
+TORCH_STEPS = Steps(hidden_layer, add_and_norm, add_and_norm_backward, gelu_backward)
 
 
 def empty_kept(x: Tensor, fc1_weight: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
@@ -209,14 +219,15 @@ def kept_of(hidden: Tensor, activated: Tensor, keep: bool) -> tuple[Tensor, Tens
     )
 
 
-def perceptron(x: Tensor, weights: Sequence[Any], *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def perceptron(
+    steps: Steps, x: Tensor, weights: Sequence[Any], *, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """`fc2(gelu(fc1(x)))`, and what the backward needs: the values (..., H) before and, where they are few, after the GELU.
 
     What is not kept has no elements.
     """
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
-    hidden = F.linear(x, fc1_weight, fc1_bias)
-    activated = F.gelu(hidden) if keep else torch.ops.aten.gelu_(hidden)
+    hidden, activated = steps.hidden_layer(x, fc1_weight, fc1_bias, keep)
     return F.linear(activated, fc2_weight, fc2_bias), *kept_of(hidden, activated, keep)
 
 
@@ -280,3 +291,19 @@ def shaped(
 def or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
     """The gradient that autograd gives for an output, or, where it gives none, zeros of the shape and dtype of `like`."""
     return torch.zeros_like(like) if grad is None else grad
+
+
+def reasons_against(tokens: Tensor, residual: Tensor) -> list[str]:
+    """Why the kernels on rows cannot compute these: their dtype, or rows too wide for the registers."""
+    reasons = [
+        f"computes {', '.join(map(short, KERNEL_DTYPES))}, got {short(dtype)}"
+        for dtype in sorted({tokens.dtype, residual.dtype} - set(KERNEL_DTYPES), key=str)
+    ]
+    if tokens.shape[-1] > WIDEST_ROW:
+        reasons.append(f"takes rows of at most {WIDEST_ROW} channels, got {tokens.shape[-1]}")
+    return reasons
+
+
+def short(dtype: torch.dtype) -> str:
+    """The dtype's name without "torch."."""
+    return str(dtype).removeprefix("torch.")

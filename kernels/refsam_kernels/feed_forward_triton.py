@@ -16,13 +16,20 @@ from torch import Tensor
 
 from refsam_kernels import feed_forward
 from refsam_kernels.compilation import CompileCase, Launch
-from refsam_kernels.feed_forward import Normed, OnSum, Steps, empty_statistics, rows, sum_dtype
+from refsam_kernels.feed_forward import (
+    KERNEL_DTYPES,
+    Normed,
+    OnSum,
+    Steps,
+    empty_statistics,
+    rows,
+    short,
+    sum_dtype,
+)
 from refsam_kernels.triton_functions import gelu, gelu_derivative, row_statistics
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A tile of whole rows has 16 elements of each tensor per thread, or one row.
 TILE_ELEMENTS = 2048
-WIDEST_ROW = 8192
 # Tiles whose sums one program of the backward keeps in registers.
 TILES_PER_PROGRAM = 8
 GELU_ROWS, GELU_COLUMNS = 16, 128
@@ -323,24 +330,13 @@ def added(sums: Tensor | None) -> Tensor | None:
     return None if sums is None else sums.sum(0)
 
 
-TRITON_STEPS = Steps(add_and_norm, add_and_norm_backward, gelu_backward)
-
-
-def reasons_against(tokens: Tensor, residual: Tensor) -> list[str]:
-    """Why these cannot be computed here: their dtype, or rows too wide for the registers."""
-    reasons = [
-        f"computes {', '.join(map(short, DTYPES))}, got {short(dtype)}"
-        for dtype in sorted({tokens.dtype, residual.dtype} - set(DTYPES), key=str)
-    ]
-    if tokens.shape[-1] > WIDEST_ROW:
-        reasons.append(f"takes rows of at most {WIDEST_ROW} channels, got {tokens.shape[-1]}")
-    return reasons
+TRITON_STEPS = Steps(feed_forward.hidden_layer, add_and_norm, add_and_norm_backward, gelu_backward)
 
 
 def row_cases(*, has_norm: bool) -> list[CompileCase]:
     """The kernels on whole rows, one width for each tile: nano's, ViT-B's (and L's), ViT-H's; training, as it does most."""
     cases = []
-    dtypes = [(torch.float32, torch.bfloat16), *((dtype, dtype) for dtype in DTYPES)]
+    dtypes = [(torch.float32, torch.bfloat16), *((dtype, dtype) for dtype in KERNEL_DTYPES)]
     for width, (stream, dtype) in itertools.product((128, 768, 1280), dtypes):
         name = f"{width} channels, {short(dtype)} in {short(stream)}"
         residual, tokens = (
@@ -362,13 +358,8 @@ def row_cases(*, has_norm: bool) -> list[CompileCase]:
 def gelu_cases() -> list[CompileCase]:
     """The GELU's backward in every dtype; its tile is the same for every width."""
     cases = []
-    for dtype in DTYPES:
+    for dtype in KERNEL_DTYPES:
         hidden = torch.empty(4096, 3072, dtype=dtype, device="meta")
         launch, *_ = gelu_backward_launch(hidden, hidden, True, True)
         cases.append(launch.compile_case(f"GELU, backward, {short(dtype)}"))
     return cases
-
-
-def short(dtype: torch.dtype) -> str:
-    """The dtype's name without "torch."."""
-    return str(dtype).removeprefix("torch.")

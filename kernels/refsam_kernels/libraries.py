@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from refsam_kernels.build import PACKAGE, REPORT
+
+OLDEST_CAPABILITY = (8, 0)  # of a GPU, that the CUDA kernels are written for
 
 
 @cache
@@ -38,6 +41,14 @@ def folder() -> Path:
 def cuda_is_emulated() -> bool:
     """Whether the CUDA library is the tests' one, whose kernels run on the CPU's tensors (tests/kernels/emulator.py)."""
     return bool(report_of("_C_cuda", folder()).get("emulated"))
+
+
+def reasons_against_device(tensor: Tensor) -> list[str]:
+    """Why the CUDA library has no kernels for the tensor's GPU; empty if it has, or the tensor is on none."""
+    if not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) >= OLDEST_CAPABILITY:
+        return []
+    name = torch.cuda.get_device_name(tensor.device)
+    return [f"needs compute capability {'.'.join(map(str, OLDEST_CAPABILITY))}, got {name}"]
 
 
 def why_not_built(library: str, folder: Path = PACKAGE) -> str:

@@ -39,10 +39,10 @@ def forward(
     adapted = None
     kept_by_adapter: Sequence[Tensor] = empty_kept(normed, None, keep)
     mlp = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    result, *kept = perceptron(normed, mlp, keep=keep)
+    result, *kept = perceptron(steps, normed, mlp, keep=keep)
     if adapter_fc1_weight is not None:
         adapter = (adapter_fc1_weight, adapter_fc1_bias, adapter_fc2_weight, adapter_fc2_bias)
-        adapted, *kept_by_adapter = perceptron(normed, adapter, keep=keep)
+        adapted, *kept_by_adapter = perceptron(steps, normed, adapter, keep=keep)
     norm = (norm_weight, norm_bias)
     x, normed_next, *statistics = steps.add_and_norm(
         residual, result, adapted, scale, *norm, eps, keep

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from refsam_kernels.adapter_mlp import fallback
 from refsam_kernels.compilation import CompileCase
-from refsam_kernels.feed_forward_triton import TRITON_STEPS, gelu_cases, reasons_against, row_cases
+from refsam_kernels.feed_forward import reasons_against
+from refsam_kernels.feed_forward_triton import TRITON_STEPS, gelu_cases, row_cases
 
 forward = partial(fallback.forward, steps=TRITON_STEPS)
 backward = partial(fallback.backward, steps=TRITON_STEPS)

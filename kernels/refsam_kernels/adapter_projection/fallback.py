@@ -38,7 +38,7 @@ def forward(
         terms = (projected, None)
     else:
         adapter = (adapter_fc1_weight, adapter_fc1_bias, adapter_fc2_weight, adapter_fc2_bias)
-        adapted, *kept = perceptron(projected, adapter, keep=keep)
+        adapted, *kept = perceptron(steps, projected, adapter, keep=keep)
         terms = (adapted, projected)  # in this order, since the first may be overwritten
         saved = (projected, *kept) if keep else saved
     x, normed, *statistics = steps.add_and_norm(

@@ -1,0 +1,41 @@
+"""What lies between the matrix products of the forwards of `adapter_mlp` and `adapter_projection`, in CUDA.
+
+csrc/cuda/feed_forward.cu: a product's bias with the GELU, a sum with its layer norm. The backwards are other backends'.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from refsam_kernels import libraries
+from refsam_kernels.feed_forward import TORCH_STEPS, Normed
+
+_library = libraries.load("cuda")
+
+
+def hidden_layer(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """`feed_forward.hidden_layer`; bias and GELU in one pass behind the product."""
+    hidden = F.linear(x, weight).contiguous()
+    activated = torch.empty_like(hidden) if keep else None
+    _library.bias_gelu_(hidden, bias.contiguous(), activated)
+    return hidden, hidden if activated is None else activated
+
+
+def add_and_norm(
+    residual: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    scale: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    keep: bool,
+) -> Normed:
+    """`feed_forward.add_and_norm` in one pass over the rows."""
+    tensors = (residual, first, second, norm_weight, norm_bias)
+    residual, first, second, *norm = (t if t is None else t.contiguous() for t in tensors)
+    x, normed, *statistics = _library.add_and_norm(residual, first, second, scale, *norm, eps, keep)
+    return Normed(x, None if norm_weight is None else normed, *statistics)
+
+
+CUDA_STEPS = TORCH_STEPS._replace(hidden_layer=hidden_layer, add_and_norm=add_and_norm)
