@@ -1,0 +1,75 @@
+"""The compiled CUDA implementation of the forward, csrc/cuda/rel_pos_attention*: flash attention on tensor cores.
+
+It has no backward: what it saves means the same everywhere, so another backend's serves (see `refsam_kernels.dispatch`).
+"""
+
+import torch
+from torch import Tensor
+
+from refsam_kernels import libraries
+
+DTYPES = (torch.float16, torch.bfloat16)
+HEAD_DIMS = (32, 64, 80)  # as csrc/cuda/rel_pos_attention.h
+LARGEST_SIDES = 192  # likewise: rows and columns of a window's keys, together
+ALIGNMENT = 16  # bytes that are copied at a time
+
+_library = libraries.load("cuda")
+
+
+def not_supported_reasons(
+    qkv: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    qkv_bias: Tensor | None,
+    num_heads: int,
+    window_size: int,
+    pad_mode: str,
+) -> list[str]:
+    """Why these arguments cannot be computed here; empty if they can."""
+    reasons = []
+    if qkv.dtype not in DTYPES:
+        reasons.append(f"computes in torch.float16 and torch.bfloat16, got {qkv.dtype}")
+    head_dim = qkv.shape[-1] // (3 * num_heads)
+    if head_dim not in HEAD_DIMS:
+        wanted = ", ".join(map(str, HEAD_DIMS))
+        reasons.append(f"has kernels for head dimensions {wanted}, got {head_dim}")
+    key_height, key_width = (
+        window_size if window_size and (pad_mode == "bias" or window_size < side) else side
+        for side in qkv.shape[1:3]
+    )
+    if key_height + key_width > LARGEST_SIDES:
+        sides = f"{key_height} + {key_width}"
+        reasons.append(f"needs sides of at most {LARGEST_SIDES} keys together, got {sides}")
+    return reasons + libraries.reasons_against_device(qkv)
+
+
+def forward(
+    qkv: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    qkv_bias: Tensor | None,
+    num_heads: int,
+    window_size: int,
+    pad_mode: str,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, h, w, D) and the logarithm of each softmax's sum (B, heads, h, w), float32."""
+    tensors = (
+        qkv if is_readable(qkv) else qkv.clone(memory_format=torch.contiguous_format),
+        *(table if table is None else compact(table) for table in (rel_pos_h, rel_pos_w, qkv_bias)),
+    )
+    return _library.rel_pos_attention(*tensors, num_heads, window_size, pad_mode)
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether its last dimension can be copied 16 bytes at a time where it lies."""
+    *strides, last = tensor.stride()
+    places = (tensor.data_ptr(), *(stride * tensor.element_size() for stride in strides))
+    return last == 1 and not any(place % ALIGNMENT for place in places)
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """The tensor without gaps, in memory that begins at a multiple of 16 bytes."""
+    is_aligned = tensor.data_ptr() % ALIGNMENT == 0
+    return (
+        tensor.contiguous() if is_aligned else tensor.clone(memory_format=torch.contiguous_format)
+    )
