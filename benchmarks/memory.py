@@ -19,8 +19,8 @@ import torch
 
 from benchmarks.provenance import collect
 from refsam import RefSAM, VideoSession
-from refsam.session import prepare_all
-from refsam.video import ResultWriter, open_source, prefetch
+from refsam.session import read_ahead
+from refsam.video import ResultWriter, open_source
 
 FRAMES, EVERY, SETTLED = 10_000, 100, 1000
 SIZE = (180, 320)
@@ -60,7 +60,7 @@ def run(device: str, frames: int, folder: Path) -> list[dict[str, float]]:
     rows = []
     with open_source(clip) as source:
         writer = ResultWriter(folder / "out", EXPRESSIONS, fps=RATE, time_base=1 / RATE)
-        with writer, closing(prefetch(prepare_all(session.model, source))) as pairs:
+        with writer, closing(read_ahead(session, source)) as pairs:
             for frame, prepared in pairs:
                 result = session.step(prepared)
                 writer.write(frame, result.masks.cpu().numpy(), result.scores.cpu().numpy())

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from refsam.model import RefSAM
-    from refsam.session import PreparedFrame, VideoSession
+    from refsam.session import EncodedFrame, PreparedFrame, VideoSession
     from refsam.video import Frame, ResultWriter
 
 app = typer.Typer(rich_markup_mode="markdown")
@@ -72,13 +72,13 @@ def segment(
     started = time.perf_counter()
     check_names(device, dtype)
     check_expressions(text)
-    from refsam.video import ResultWriter, open_source, prefetch
+    from refsam.video import ResultWriter, open_source
     from refsam.video.writer import check_output
 
     check_output(out, overwrite=overwrite)
     with open_source(source) as reader:
         session, precision = load_session(checkpoint, text, device, dtype)
-        from refsam.session import prepare_all
+        from refsam.session import read_ahead
 
         writer = ResultWriter(
             out,
@@ -88,7 +88,7 @@ def segment(
             overlay=overlay,
             overwrite=overwrite,
         )
-        with writer, closing(prefetch(prepare_all(session.model, reader))) as frames:
+        with writer, closing(read_ahead(session, reader)) as frames:
             run = segment_frames(
                 session, frames, writer, precision, reader.expected_frames, started
             )
@@ -213,7 +213,7 @@ def load_session(
 
 def segment_frames(
     session: "VideoSession",
-    frames: Iterable[tuple["Frame", "PreparedFrame"]],
+    frames: Iterable[tuple["Frame", "PreparedFrame | EncodedFrame"]],
     writer: "ResultWriter",
     precision: "torch.dtype",
     expected_frames: int | None,
@@ -222,7 +222,7 @@ def segment_frames(
     """Step through the frames and queue the results, until the end, a bad frame or Ctrl-C.
 
     Args:
-        frames: each with what `FramePreparer` made of it.
+        frames: as `read_ahead` gives them.
         started: `time.perf_counter` when the command began.
 
     Raises:
@@ -231,6 +231,7 @@ def segment_frames(
     import torch
 
     from refsam.cli.progress import progress
+    from refsam.session import EncodedFrame
     from refsam.video import FrameDecodeError
 
     run, first = Run(), time.perf_counter()
@@ -244,6 +245,8 @@ def segment_frames(
                 masks, scores = result.masks.cpu().numpy(), result.scores.cpu().numpy()
                 now = time.perf_counter()
                 run.seconds_in_model += now - begun
+                if isinstance(prepared, EncodedFrame):
+                    run.seconds_in_model += prepared.seconds
                 if run.seconds_to_first_mask is None:
                     run.seconds_to_first_mask = now - started
                 writer.write(frame, masks, scores)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from refsam import __version__
 from refsam.cli.options import (
     CheckpointOption,
     DeviceOption,
@@ -92,7 +93,11 @@ def segment_videos(
             batch_size=batch_size or (8 if place.type == "cuda" else 1),
             overlay=overlay,
             share=share,
-            settings={"model": checkpoint, **precision_facts(model, precision)},
+            settings={
+                "refsam": __version__,
+                "model": checkpoint,
+                **precision_facts(model, precision),
+            },
             advance=note,
         )
     _report(outcomes, out)

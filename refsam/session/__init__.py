@@ -1,12 +1,19 @@
 """Videos frame by frame: one (`VideoSession`, `segment_video`) or many (`step_together`, `segment_videos`)."""
 
 from refsam.session.graphs import FrameGraphs
-from refsam.session.preparation import FramePreparer, PreparedFrame, prepare_all
+from refsam.session.preparation import EncodedFrame, FramePreparer, PreparedFrame
 from refsam.session.share import Share
-from refsam.session.video_session import FrameResult, VideoSession, segment_video, step_together
+from refsam.session.video_session import (
+    FrameResult,
+    VideoSession,
+    read_ahead,
+    segment_video,
+    step_together,
+)
 from refsam.session.videos import VideoOutcome, segment_videos
 
 __all__ = [
+    "EncodedFrame",
     "FrameGraphs",
     "FramePreparer",
     "FrameResult",
@@ -14,7 +21,7 @@ __all__ = [
     "Share",
     "VideoOutcome",
     "VideoSession",
-    "prepare_all",
+    "read_ahead",
     "segment_video",
     "segment_videos",
     "step_together",

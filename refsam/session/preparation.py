@@ -10,7 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from refsam.model import RefSAM
-    from refsam.model.features import FrameSize
+    from refsam.model.features import FrameSize, ImageFeatures
     from refsam.video import Frame
 
 _BUFFERS = 2  # one is filled while the other is copied
@@ -37,6 +37,21 @@ class PreparedFrame:
             stream.wait_event(self.ready)
             self.pixels.record_stream(stream)  # its memory comes from another stream
         return self.pixels
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedFrame:
+    """A frame behind the image encoder.
+
+    Attributes:
+        image: its features.
+        size: of the frame, and of its copy inside the square.
+        seconds: that encoding took.
+    """
+
+    image: "ImageFeatures"
+    size: "FrameSize"
+    seconds: float
 
 
 class FramePreparer:

@@ -1,8 +1,9 @@
 """Segment a video frame by frame with a memory that does not grow: one track token per expression."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
@@ -11,13 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refsam.cores import available_cores
 from refsam.session.graphs import FrameGraphs
-from refsam.session.preparation import FramePreparer, PreparedFrame, prepare_now
+from refsam.session.preparation import EncodedFrame, PreparedFrame, prepare_all, prepare_now
 from refsam_kernels import mask_postprocess
 
 if TYPE_CHECKING:
     from refsam.model import RefSAM, TextPrompt
     from refsam.model.features import FrameSize, ImageFeatures
+    from refsam.video import Frame
+
+
+AnyFrame = np.ndarray | Tensor | PreparedFrame | EncodedFrame
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +97,12 @@ class VideoSession:
         """Per expression, the words that the model does not know and so cannot heed."""
         return tuple(self._unknown)
 
-    def step(self, frame: np.ndarray | Tensor | PreparedFrame) -> FrameResult:
+    def step(self, frame: AnyFrame) -> FrameResult:
         """Segment the next frame.
 
         Args:
-            frame: ``(H, W, 3)`` uint8 RGB, numpy or torch, on any device; or what `FramePreparer` made of it.
+            frame: ``(H, W, 3)`` uint8 RGB, numpy or torch, on any device; or what `FramePreparer` or `read_ahead`
+                made of it.
 
         Raises:
             ValueError: another shape or dtype.
@@ -149,17 +156,15 @@ class VideoSession:
         self._frame_index += 1
         return FrameResult(self._frame_index - 1, masks, logits, scores)
 
-    def _nothing(self, prepared: PreparedFrame) -> FrameResult:
+    def _nothing(self, frame: PreparedFrame | EncodedFrame) -> FrameResult:
         """What a session without expressions sees."""
         side = self.model.image_size // self.model.config.image_encoder.patch_size * 4
-        logits = prepared.pixels.new_zeros(0, side, side, dtype=torch.float32)
-        masks = logits.new_zeros(0, *prepared.size.original, dtype=torch.bool)
+        logits = torch.zeros(0, side, side, device=self.model.device)
+        masks = logits.new_zeros(0, *frame.size.original, dtype=torch.bool)
         return self._result(masks, logits, logits.new_zeros(0))
 
 
-def step_together(
-    turns: Sequence[tuple[VideoSession, np.ndarray | Tensor | PreparedFrame]],
-) -> list[FrameResult]:
+def step_together(turns: Sequence[tuple[VideoSession, AnyFrame]]) -> list[FrameResult]:
     """Segment frames of several videos, or several of one, with one pass of the image encoder.
 
     Expressions of different videos are decoded together too. The results, in the order of the turns, are those of
@@ -169,30 +174,49 @@ def step_together(
         turns: a session and its next frame, which `VideoSession.step` takes too; frames of one session stand in their order.
 
     Raises:
-        ValueError: sessions of different models or graphs, or another frame.
+        ValueError: sessions of different models or graphs, another frame, or encoded frames among others.
     """
-    if not turns:
-        return []
-    model, runner = turns[0][0].model, turns[0][0]._runner
-    if any(session._runner is not runner for session, _ in turns):
+    if any(session._runner is not turns[0][0]._runner for session, _ in turns):
         raise ValueError("turns: got sessions of different models or graphs, want those of one")
     with torch.no_grad():
-        frames = [f if isinstance(f, PreparedFrame) else prepare_now(model, f) for _, f in turns]
-        asked = [place for place, (session, _) in enumerate(turns) if session.expressions]
-        results = {
-            place: session._nothing(frames[place])
-            for place, (session, _) in enumerate(turns)
-            if not session.expressions
-        }
-        if asked:
-            pixels = [frames[place].wait() for place in asked]
-            image = runner.encode_image(pixels[0] if len(pixels) == 1 else torch.cat(pixels))
-        for rows in _rounds([turns[place][0] for place in asked]):
-            sessions = [turns[asked[row]][0] for row in rows]
-            sizes = [frames[asked[row]].size for row in rows]
-            found = _decode(runner, image, rows, sessions, sizes)
-            results |= zip([asked[row] for row in rows], found, strict=True)
-    return [results[place] for place in range(len(turns))]
+        ready = [
+            (s, f if isinstance(f, PreparedFrame | EncodedFrame) else prepare_now(s.model, f))
+            for s, f in turns
+        ]
+        found = iter(_step_asked([turn for turn in ready if turn[0].expressions]))
+        return [next(found) if session.expressions else session._nothing(f) for session, f in ready]
+
+
+def _step_asked(
+    turns: list[tuple[VideoSession, PreparedFrame | EncodedFrame]],
+) -> list[FrameResult]:
+    """`step_together` of sessions that have expressions."""
+    results: dict[int, FrameResult] = {}
+    sessions, frames = [session for session, _ in turns], [frame for _, frame in turns]
+    image = _features(sessions[0]._runner, frames) if turns else None
+    for rows in _rounds(sessions):
+        assert image is not None
+        found = _decode(
+            image, rows, [sessions[row] for row in rows], [frames[r].size for r in rows]
+        )
+        results |= zip(rows, found, strict=True)
+    return [results[row] for row in range(len(turns))]
+
+
+def _features(
+    runner: "RefSAM | FrameGraphs", frames: list[PreparedFrame | EncodedFrame]
+) -> "ImageFeatures":
+    """The image encoder's features of all frames."""
+    pixels = [frame.wait() for frame in frames if isinstance(frame, PreparedFrame)]
+    images = [frame.image for frame in frames if isinstance(frame, EncodedFrame)]
+    if pixels and images:
+        raise ValueError("turns: got encoded frames among others, want one kind")
+    if pixels:
+        return runner.encode_image(pixels[0] if len(pixels) == 1 else torch.cat(pixels))
+    if len(images) == 1:
+        return images[0]
+    levels = torch.cat([image.levels for image in images], dim=1)
+    return images[0]._replace(embedding=levels[0], levels=levels)
 
 
 def _rounds(sessions: Sequence[VideoSession]) -> Iterator[list[int]]:
@@ -205,7 +229,6 @@ def _rounds(sessions: Sequence[VideoSession]) -> Iterator[list[int]]:
 
 
 def _decode(
-    runner: "RefSAM | FrameGraphs",
     image: "ImageFeatures",
     rows: list[int],
     sessions: list[VideoSession],
@@ -221,7 +244,7 @@ def _decode(
     if len(image.embedding) > 1:
         repeated = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
         index = torch.tensor(repeated, device=image.embedding.device)
-    output = runner.decode(image, text, index, track, valid)
+    output = sessions[0]._runner.decode(image, text, index, track, valid)
     results = []
     parts = (output.logits.float(), output.iou.float().clamp(0, 1), output.track_token)
     each = zip(*(part.split(counts) for part in parts), strict=True)
@@ -280,17 +303,53 @@ def segment_video(
     return _step_through(session, source)
 
 
+def read_ahead(
+    session: VideoSession, frames: "Iterable[Frame]", *, encode: bool = True
+) -> Generator[tuple["Frame", PreparedFrame | EncodedFrame], None, None]:
+    """Each frame with what `session.step` takes, made in other threads while the frames before it are segmented.
+
+    They read and resize. Where torch computes with one thread of several cores they run the image encoder too,
+    beside the decoder: only that waits for the frame before. encode=False leaves the encoder to `step_together`.
+    """
+    from refsam.video import prefetch
+
+    with closing(prefetch(prepare_all(session.model, frames))) as prepared:
+        if not (encode and _has_a_core_for_the_encoder(session.model)):
+            yield from prepared
+            return
+        # Threads have modes of their own.
+        dtype = torch.get_autocast_dtype("cpu")
+        autocast = torch.autocast("cpu", dtype, enabled=torch.is_autocast_enabled("cpu"))
+        with closing(prefetch(_encode_all(session, prepared, autocast), depth=2)) as encoded:
+            yield from encoded
+
+
+def _has_a_core_for_the_encoder(model: "RefSAM") -> bool:
+    return model.device.type == "cpu" and torch.get_num_threads() == 1 and available_cores() > 1
+
+
+def _encode_all(
+    session: VideoSession,
+    prepared: Iterable[tuple["Frame", PreparedFrame]],
+    autocast: torch.autocast,
+) -> Iterator[tuple["Frame", EncodedFrame]]:
+    for frame, ready in prepared:
+        started = time.perf_counter()
+        with torch.no_grad(), autocast:
+            image = session._runner.encode_image(ready.wait())
+        yield frame, EncodedFrame(image, ready.size, time.perf_counter() - started)
+
+
 def _step_through(
     session: VideoSession, source: str | os.PathLike[str] | Iterable[np.ndarray | Tensor]
 ) -> Iterator[FrameResult]:
-    from refsam.video import open_source, prefetch
+    from refsam.video import Frame, open_source
 
-    prepare = FramePreparer(session.model)
-    if not isinstance(source, str | os.PathLike):
-        with closing(prefetch(map(prepare, source))) as images:
-            yield from map(session.step, images)
-        return
-    with open_source(source) as reader:
-        images = (prepare(frame.image) for frame in reader)
-        with closing(prefetch(images)) as prepared:
-            yield from map(session.step, prepared)
+    with ExitStack() as stack:
+        frames: Iterable[Frame]
+        if isinstance(source, str | os.PathLike):
+            frames = stack.enter_context(open_source(source))
+        else:
+            frames = (Frame(index, 0.0, image) for index, image in enumerate(source))  # type: ignore[arg-type]
+        for _, prepared in stack.enter_context(closing(read_ahead(session, frames))):
+            yield session.step(prepared)

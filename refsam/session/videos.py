@@ -12,12 +12,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import refsam
 from refsam.errors import UserError
 from refsam.session.graphs import FrameGraphs
-from refsam.session.preparation import PreparedFrame, prepare_all
+from refsam.session.preparation import EncodedFrame, PreparedFrame
 from refsam.session.share import Share
-from refsam.session.video_session import FrameResult, VideoSession, step_together
+from refsam.session.video_session import FrameResult, VideoSession, read_ahead, step_together
 
 if TYPE_CHECKING:
     from refsam.model import RefSAM
@@ -101,7 +100,8 @@ def segment_videos(
             while waiting and len(lanes) < batch_size:
                 job = waiting.popleft()
                 session = VideoSession(model, job.expressions, graphs=graphs)
-                lanes.append(stack.enter_context(closing(_Lane(job, session, overlay))))
+                lane = _Lane(job, session, overlay, alone=batch_size == 1)
+                lanes.append(stack.enter_context(closing(lane)))
             _advance_lanes(lanes, batch_size)
             for lane in [lane for lane in lanes if lane.has_ended]:
                 lanes.remove(lane)
@@ -120,25 +120,25 @@ class _Job:
 class _Lane:
     """A video under way: its reader, session and writer. `problem` is what ended it early."""
 
-    def __init__(self, job: _Job, session: VideoSession, overlay: bool) -> None:
+    def __init__(self, job: _Job, session: VideoSession, overlay: bool, alone: bool) -> None:
         self.job, self.session = job, session
         self.has_ended = False
         self.problem: UserError | None = None
         self._started = time.perf_counter()
         self._writer: ResultWriter | None = None
         self._open = ExitStack()
-        self._frames: Generator[tuple[Frame, PreparedFrame], None, None]
-        self._start(overlay)
+        self._frames: Generator[tuple[Frame, PreparedFrame | EncodedFrame], None, None]
+        self._start(overlay, alone)
 
-    def _start(self, overlay: bool) -> None:
-        from refsam.video import ResultWriter, open_source, prefetch
+    def _start(self, overlay: bool, alone: bool) -> None:
+        from refsam.video import ResultWriter, open_source
 
         try:
             reader = self._open.enter_context(open_source(self.job.source))
         except UserError as error:
             self.problem, self.has_ended = error, True
             return
-        frames = prefetch(prepare_all(self.session.model, reader))
+        frames = read_ahead(self.session, reader, encode=alone)
         self._frames = self._open.enter_context(closing(frames))
         writer = ResultWriter(
             self.job.folder,
@@ -150,9 +150,9 @@ class _Lane:
         )
         self._writer = self._open.enter_context(writer)
 
-    def take(self, count: int) -> list[tuple["Frame", PreparedFrame]]:
+    def take(self, count: int) -> list[tuple["Frame", PreparedFrame | EncodedFrame]]:
         """The next frames, fewer at the end of the video and none behind it."""
-        taken: list[tuple[Frame, PreparedFrame]] = []
+        taken: list[tuple[Frame, PreparedFrame | EncodedFrame]] = []
         try:
             taken.extend(islice(self._frames, count))
         except UserError as error:
@@ -172,7 +172,6 @@ class _Lane:
         if self._writer is not None and frames:
             seconds = time.perf_counter() - self._started
             self._writer.finish(
-                refsam=refsam.__version__,
                 **settings,
                 source=self.job.source,
                 complete=problem is None,

@@ -5,7 +5,16 @@ import pytest
 import torch
 
 from refsam import RefSAM, VideoSession
-from refsam.session import FramePreparer, FrameResult, PreparedFrame, preparation, step_together
+from refsam.session import (
+    EncodedFrame,
+    FramePreparer,
+    FrameResult,
+    PreparedFrame,
+    preparation,
+    read_ahead,
+    step_together,
+)
+from refsam.video import Frame
 from tests.session import cuda_stand_in
 from tests.tiny_model import tiny_model
 
@@ -73,6 +82,36 @@ def test_one_without_expressions_among_others(model: RefSAM) -> None:
     assert results[0].masks.shape == (0, 64, 64)
     assert_same(results[1], alone(model, 0)[0])
     assert step_together([]) == []
+
+
+def test_encoded_frames_equal_plain_ones(model: RefSAM) -> None:
+    sessions = [VideoSession(model, VIDEOS[index][0]) for index in (0, 2)]
+    encoded = [
+        EncodedFrame(model.encode_image(ready.pixels), ready.size, 0.0)
+        for ready in (FramePreparer(model)(video(index)[0]) for index in (0, 2))
+    ]
+    results = step_together(list(zip(sessions, encoded, strict=True)))
+    for index, result in zip((0, 2), results, strict=True):
+        assert_same(result, alone(model, index)[0])
+    with pytest.raises(ValueError, match="turns: got encoded frames among others"):
+        step_together([(sessions[0], encoded[0]), (sessions[1], video(2)[1])])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_read_ahead_with_and_without_the_encoder(
+    model: RefSAM, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr("refsam.session.video_session.available_cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    session = VideoSession(model, VIDEOS[0][0])
+    frames = [Frame(time, float(time), image) for time, image in enumerate(video(0))]
+    for kind, encode in ((EncodedFrame, True), (PreparedFrame, False)):
+        session.reset()
+        ahead = read_ahead(session, frames, encode=encode)
+        for expected, (frame, ready) in zip(alone(model, 0), ahead, strict=True):
+            assert isinstance(ready, kind if threads == 1 else PreparedFrame)
+            assert frame.index == expected.frame_index
+            assert_same(session.step(ready), expected)
 
 
 def test_rejects_sessions_of_different_models(model: RefSAM) -> None:
