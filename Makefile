@@ -10,7 +10,7 @@ OUT ?= out
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-gpu sanitize bench gpu-report lint format libraries venv clean
+.PHONY: demo test test-slow test-gpu sanitize compute-sanitizer bench gpu-report lint format libraries venv clean
 
 demo: libraries
 	$(BIN)/refsam demo --out $(OUT)/demo --overwrite
@@ -25,14 +25,28 @@ test-slow: libraries
 test-gpu: libraries
 	$(BIN)/python -m pytest -m gpu -p no:benchmark
 
-# The compiled CPU backends' tests under address and undefined behaviour sanitizers, which must be loaded before Python.
-# Their own build, in build/sanitized, is used by nothing else.
+# The compiled backends' tests under address and undefined behaviour sanitizers, which must be loaded before Python: those of
+# the CPU, and CUDA's kernels in their emulator. Their own builds, in build/, are used by nothing else.
 SANITIZERS = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
+SANITIZED = LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2
 sanitize: venv
 	$(BIN)/python -P kernels/refsam_kernels/build.py --sanitize build/sanitized
-	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 REFSAM_LIBRARIES=build/sanitized OMP_NUM_THREADS=2 \
-	  $(BIN)/python -m pytest -p no:benchmark -k "not cuda" \
-	  tests/kernels/test_rel_pos_attention_compiled.py tests/kernels/test_mask_postprocess_compiled.py
+	$(SANITIZED) REFSAM_LIBRARIES=build/sanitized $(BIN)/python -m pytest -p no:benchmark \
+	  tests/kernels/test_rel_pos_attention_compiled.py \
+	  tests/kernels/test_mask_postprocess.py::TestCpu tests/kernels/test_mask_postprocess.py::TestCpuLibrary
+	$(BIN)/python -m tests.kernels.emulator --sanitize build/emulated_sanitized
+	$(SANITIZED) REFSAM_LIBRARIES=build/emulated_sanitized $(BIN)/python -m pytest -p no:benchmark $(or $(TESTS),tests/kernels/cuda)
+
+# The CUDA library's tests on a GPU under NVIDIA's sanitizer, which looks at our kernels only. Every tensor is an allocation of its
+# own, so that what lies beside it is nobody's.
+COMPUTE_SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) $(wildcard $(or $(CUDA_HOME),/usr/local/cuda)/bin/compute-sanitizer))
+compute-sanitizer: libraries
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "compute-sanitizer needs a CUDA device; there is none here, so nothing was checked")'
+	@test -n "$(COMPUTE_SANITIZER)" || { echo "compute-sanitizer was not found; it comes with the CUDA toolkit (CUDA_HOME, or COMPUTE_SANITIZER=path)"; exit 1; }
+	for tool in memcheck racecheck synccheck initcheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(COMPUTE_SANITIZER) --tool $$tool --kernel-regex kns=refsam --error-exitcode 1 \
+	    $(BIN)/python -m pytest -m gpu -p no:benchmark $(or $(TESTS),tests/kernels/cuda) || exit 1; \
+	done
 
 bench: libraries
 	$(BIN)/python -m benchmarks --out $(OUT)/bench
@@ -40,16 +54,17 @@ bench: libraries
 gpu-report: libraries
 	$(BIN)/python -m benchmarks.gpu_report --out $(OUT)/gpu-report
 
+SOURCES = csrc/*.h csrc/*/* tests/csrc/*.cu tests/csrc/*/*.h tests/csrc/*/*.cpp
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*/*
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
 
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.h csrc/*/*
+	$(BIN)/clang-format -i $(SOURCES)
 
 # Compiles what changed; says in one line each what it left out and why.
 libraries: venv
