@@ -70,7 +70,7 @@ def test_wheel_holds_every_module_and_its_data(wheel: zipfile.ZipFile) -> None:
         (ROOT / "refsam", "refsam"),
         (ROOT / "kernels" / "refsam_kernels", "refsam_kernels"),
     ):
-        for pattern in ("**/*.py", "py.typed", "weights/nano/*"):
+        for pattern in ("**/*.py", "py.typed", "weights/nano/*", "ui/sample/*.mp4"):
             wanted |= {f"{prefix}/{path.relative_to(folder)}" for path in folder.glob(pattern)}
     wanted |= {f"refsam_kernels/{path.relative_to(ROOT)}" for path in (ROOT / "csrc").rglob("*.*")}
     assert wanted <= set(wheel.namelist())

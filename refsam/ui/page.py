@@ -10,6 +10,7 @@ import gradio as gr
 
 from refsam.errors import UserError
 from refsam.ui.jobs import Job, Progress, first_frame
+from refsam.ui.sample import EXPRESSIONS
 from refsam.ui.uploads import Limits
 from refsam.ui.visitors import Visitors
 from refsam.video.overlay import expression_colour
@@ -32,6 +33,7 @@ def build_page(visitors: Visitors) -> gr.Blocks:
     """The page, with everything that it does; the same for all visitors, whose files are kept apart."""
     with gr.Blocks(title="refsam", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(_INTRODUCTION)
+        model = gr.HTML(elem_id="model")
         with gr.Row():
             with gr.Column(scale=2):
                 upload, webcam, sample = _clip_choices(visitors.limits)
@@ -73,7 +75,7 @@ def build_page(visitors: Visitors) -> gr.Blocks:
         frame.change(
             actions.show, frame, view, trigger_mode="always_last", concurrency_limit=None, **quiet
         )
-        page.load(actions.greet, None, status, concurrency_limit=None, **quiet)
+        page.load(actions.name_model, None, model, concurrency_limit=None, **quiet)
         page.unload(actions.leave)
     return page
 
@@ -120,12 +122,12 @@ class Actions:
         self.run_button, self.stop_button, self.downloads = run_button, stop_button, downloads
         self.shown = [view, status, frame, run_button, stop_button, *downloads]
 
-    def greet(self) -> Iterator[str]:
-        """Say when the model is there."""
+    def name_model(self) -> Iterator[str]:
+        """Say which model there is, once it is."""
         if not self.visitors.ready:
-            yield _IDLE + " The model is being loaded."
-            self.visitors.wait_for_engine()
-        yield _IDLE
+            yield "The model is being loaded."
+        engine = self.visitors.wait_for_engine()
+        yield _escape(f"Model: {engine.name}, on {engine.model.device}.")
 
     def choose(self, path: str | None, request: gr.Request) -> tuple[str, str]:
         """Take a clip that was uploaded or recorded, and show its first frame."""
@@ -137,8 +139,7 @@ class Actions:
 
     def choose_sample(self, request: gr.Request) -> tuple[str, str, str]:
         """Take the sample clip, and show its first frame and expressions about it."""
-        path, expressions = self.visitors.sample()
-        return *self._take(path, request), "\n".join(expressions)
+        return *self._take(self.visitors.sample(), request), "\n".join(EXPRESSIONS)
 
     def _take(self, path: Path, request: gr.Request) -> tuple[str, str]:
         try:

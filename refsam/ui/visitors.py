@@ -8,6 +8,7 @@ from pathlib import Path
 
 from refsam.errors import UserError
 from refsam.ui.jobs import Engine, Job
+from refsam.ui.sample import put_sample
 from refsam.ui.uploads import Limits, open_upload, read_expressions
 
 
@@ -91,13 +92,10 @@ class Visitors:
         job.start()
         return job
 
-    def sample(self) -> tuple[Path, list[str]]:
-        """A generated clip, drawn when it is asked for first, and expressions about it."""
-        from refsam.ui.sample import write_sample
-
-        self.wait_for_engine()
+    def sample(self) -> Path:
+        """The sample clip, inside the folder."""
         with self._sample:
-            return write_sample(self.folder / "sample")
+            return put_sample(self.folder / "sample")
 
     def leave(self, key: str | None) -> None:
         """Forget a visitor who has closed the page, with all files."""
