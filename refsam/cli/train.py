@@ -1,9 +1,13 @@
 """``refsam train``: train a model from a YAML configuration."""
 
+import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from refsam.training.loop import Trainer
 
 app = typer.Typer()
 
@@ -19,20 +23,34 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Train a model; run again to resume where it stopped.
+    """Train a model; run again to resume where it stopped, also after a kill. On several GPUs: torchrun -m refsam train CONFIG.
 
-    Writes log.jsonl, the resumable state and, at the end, the model into the folder that the configuration names.
+    Writes log, curves, the resumable state and, at the end, the model into the folder that the configuration names.
     """
     from refsam.config import config_from_yaml
     from refsam.training.loop import Trainer
     from refsam.training.settings import TrainingSettings
 
-    trainer = Trainer(config_from_yaml(TrainingSettings, config, overrides or ()))
-    for note in trainer.notes:
-        typer.echo(f"data: {note}")
-    for record in trainer.run():
-        numbers = "  ".join(
-            f"{name} {value:.4g}" for name, value in record.items() if name != "step"
-        )
-        typer.echo(f"step {int(record['step'])}/{trainer.steps}  {numbers}")
-    typer.echo(f"model written to {trainer.output / 'model'}")
+    trainer = Trainer(config_from_yaml(TrainingSettings, config, overrides or ()), typer.echo)
+    try:
+        for record in trainer.run():
+            numbers = "  ".join(f"{n} {value:.4g}" for n, value in record.items() if n != "step")
+            _echo(trainer, f"step {int(record['step'])}/{trainer.steps}  {numbers}")
+    finally:
+        trainer.processes.leave()
+    if not trainer.stopped_by:
+        _echo(trainer, f"model written to {trainer.output / 'model'}")
+        return
+    name = signal.Signals(trainer.stopped_by).name
+    _echo(
+        trainer,
+        f"stopped by {name} after step {trainer.step} of {trainer.steps}; the state is in {trainer.output}: "
+        "the same command goes on from it",
+    )
+    raise typer.Exit(128 + trainer.stopped_by)
+
+
+def _echo(trainer: "Trainer", text: str) -> None:
+    """Print once, however many processes train."""
+    if trainer.processes.is_first:
+        typer.echo(text)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from refsam.data import DataError, ReferringDataset, open_dataset
 from refsam.data.clips import ClipBatch, ClipMixture, ClipSampler
 from refsam.data.generated import generate_batch
+from refsam.training.interruption import ignore_stop_signals
 from refsam.training.settings import StageSettings, TrainingSettings
 
 # Height to width of a generated batch's frames.
@@ -30,21 +31,25 @@ class TrainingBatch:
 
 
 class GeneratedStream(Dataset[TrainingBatch]):
-    """Batch number `step` of a run is drawn from (seed, step) alone; `image_size` is the model's, in pixels."""
+    """Batch number `index` of a run is drawn from (seed, index) alone; `image_size` is the model's, in pixels.
 
-    def __init__(self, settings: TrainingSettings, image_size: int) -> None:
+    A step takes `batches` of them, over all processes and accumulated ones.
+    """
+
+    def __init__(self, settings: TrainingSettings, image_size: int, batches: int = 1) -> None:
         self.settings = settings
         self.image_size = image_size
+        self.batches = batches
 
-    def __getitem__(self, step: int) -> TrainingBatch:
-        stage = stage_at(self.settings.stages, step)
-        random = np.random.default_rng([self.settings.seed, step])
+    def __getitem__(self, index: int) -> TrainingBatch:
+        stage = stage_at(self.settings.stages, index // self.batches)
+        random = np.random.default_rng([self.settings.seed, index])
         aspect = _ASPECTS[random.integers(len(_ASPECTS))]
         long_side = stage.image_size or self.image_size
         height, width = (round(long_side * side / max(aspect)) for side in aspect)
         batch = generate_batch(
             self.settings.seed,
-            step,
+            index,
             clips=stage.clips,
             frames=stage.frames,
             expressions=stage.expressions,
@@ -58,19 +63,23 @@ class GeneratedStream(Dataset[TrainingBatch]):
             ((height, width),) * stage.clips,
             tuple(tuple(sentence.text for sentence in row) for row in batch.sentences),
             colour=None,
-            names=tuple(f"generated clip {index} of step {step}" for index in range(stage.clips)),
+            names=tuple(f"generated clip {clip} of batch {index}" for clip in range(stage.clips)),
         )
         return TrainingBatch(clips, batch.attributes, batch.owner)
 
 
 class DatasetStream(Dataset[TrainingBatch | DataError]):
-    """Batch number `step` takes the clips that follow those of the steps before it in an endless mixture of the datasets.
+    """Batch number `index` takes the clips that follow those of the batches before it in an endless mixture of the datasets.
 
-    A DataError is handed over, not raised: on its way out of another process a raised one would lose its one line.
+    A step takes `batches` of them, over all processes and accumulated ones. A DataError is handed over, not raised: on its way
+    out of another process a raised one would lose its one line.
     """
 
-    def __init__(self, settings: TrainingSettings, datasets: Sequence[ReferringDataset]) -> None:
+    def __init__(
+        self, settings: TrainingSettings, datasets: Sequence[ReferringDataset], batches: int = 1
+    ) -> None:
         self.settings = settings
+        self.batches = batches
         data = settings.data
         self.mixtures = {
             (stage.frames, stage.expressions): ClipMixture(
@@ -86,12 +95,13 @@ class DatasetStream(Dataset[TrainingBatch | DataError]):
             for stage in settings.stages
         }
 
-    def __getitem__(self, step: int) -> TrainingBatch | DataError:
+    def __getitem__(self, index: int) -> TrainingBatch | DataError:
+        step, place = divmod(index, self.batches)
         stage = stage_at(self.settings.stages, step)
         mixture = self.mixtures[stage.frames, stage.expressions]
-        position = _clips_before(self.settings.stages, step)
+        position = self.batches * _clips_before(self.settings.stages, step) + place * stage.clips
         try:
-            clips = [mixture.clip(position + index) for index in range(stage.clips)]
+            clips = [mixture.clip(position + clip) for clip in range(stage.clips)]
         except DataError as error:
             return error
         return TrainingBatch(ClipBatch.of(clips))
@@ -106,15 +116,23 @@ def open_datasets(settings: TrainingSettings) -> list[ReferringDataset]:
 
 
 def batches(
-    stream: GeneratedStream | DatasetStream, begin: int, end: int, workers: int
+    stream: GeneratedStream | DatasetStream,
+    begin: int,
+    end: int,
+    workers: int,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[TrainingBatch]:
-    """Those of steps `begin` to `end`, the end not included, in order, drawn ahead by that many processes; raises DataError."""
+    """Those of steps `begin` to `end`, the end not included, that fall to one of `ranks` processes.
+
+    In order, drawn ahead by `workers` other processes; raises DataError.
+    """
     loader: DataLoader[TrainingBatch | DataError] = DataLoader(
         stream,
         batch_size=None,
-        sampler=range(begin, end),
+        sampler=range(begin * stream.batches + rank, end * stream.batches, ranks),
         num_workers=workers,
-        worker_init_fn=_use_one_thread,
+        worker_init_fn=_begin_worker,
     )
     for batch in loader:
         if isinstance(batch, DataError):
@@ -132,7 +150,7 @@ def stage_at(stages: tuple[StageSettings, ...], step: int) -> StageSettings:
 
 
 def _clips_before(stages: tuple[StageSettings, ...], step: int) -> int:
-    """How many clips the steps before this one take."""
+    """How many clips the steps before this one take where each is one batch."""
     clips = 0
     for stage in stages:
         clips += stage.clips * min(step, stage.steps)
@@ -140,5 +158,6 @@ def _clips_before(stages: tuple[StageSettings, ...], step: int) -> int:
     return clips
 
 
-def _use_one_thread(_: int) -> None:
+def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)
+    ignore_stop_signals()

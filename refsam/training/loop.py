@@ -1,28 +1,21 @@
-"""The training loop: batches, truncated back-propagation over clips, resumable state."""
+"""The training loop: steps, what is logged and validated on the way, and a state that a killed run goes on from."""
 
-import copy
-import json
 import math
-import os
 import re
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from refsam.config import RefSAMConfig, config_from_dict
+from refsam.checkpoint import Checkpoint, write_checkpoint
+from refsam.checkpoint.files import shorten
 from refsam.data import ReferringDataset
-from refsam.data.clips import ClipBatch
-from refsam.data.colour import adjust_colour
 from refsam.data.generated.grammar import vocabulary
 from refsam.errors import UserError
-from refsam.model import FrameSize, ImageFeatures, MaskOutput, RefSAM, word_tokenizer
+from refsam.model import RefSAM, word_tokenizer
 from refsam.training.batches import (
     DatasetStream,
     GeneratedStream,
@@ -31,260 +24,401 @@ from refsam.training.batches import (
     open_datasets,
     stage_at,
 )
-from refsam.training.losses import mask_losses
-from refsam.training.objects import ObjectHead
-from refsam.training.parameters import build_optimisers, learning_rate, update_average
+from refsam.training.distributed import Processes, SharedModule, local, spread_like, whole
+from refsam.training.flops import count_flops
+from refsam.training.interruption import StopRequest
+from refsam.training.module import NotANumberError, TrainingModule
+from refsam.training.monitoring import Log, Meter, measure_peak_flops
+from refsam.training.parameters import (
+    build_optimisers,
+    clip_gradients,
+    learning_rate,
+    update_average,
+)
 from refsam.training.settings import StageSettings, TrainingSettings
+from refsam.training.state import Progress, digest, read_state, write_state
+from refsam.training.validation import open_clips, score_clips
 
 # How many samples an error message names.
 _NAMED = 4
-
-
-class SizeGroup(NamedTuple):
-    """Clips `begin` to `end` of a batch, the end not included, whose frames have one size."""
-
-    begin: int
-    end: int
-    size: FrameSize
+# What processes tell each other in the middle of a step; a larger number prevails.
+_FINE, _STOP_AFTER_STEP, _FAILED = 0, 1, 2
 
 
 class Trainer:
-    """Trains one model from settings; `run` yields one record of losses and speed for every `log_every` steps.
+    """Trains one model from settings; `run` yields the records of the log that hold numbers.
 
-    The output folder holds `log.jsonl`, `state.pt` (model, average, optimiser, step: what `run` resumes from; the previous
-    one as `state.previous.pt`) and, at the end, the averaged model as `model/`.
+    The output folder holds `log.jsonl` and `tensorboard/`, `state.safetensors` (what `run` resumes from; the previous one beside
+    it), `examples/`, and the averaged model as `best/`, by validation, and `model/`, the last. `stopped_by` is the signal
+    that ended `run` early, 0 for none. `say` is told in words what a reader of the log must know.
     """
 
-    def __init__(self, settings: TrainingSettings) -> None:
+    def __init__(
+        self, settings: TrainingSettings, say: Callable[[str], None] = lambda text: None
+    ) -> None:
         self.settings = settings
+        self.say = say
         self.output = Path(settings.output)
-        self.output.mkdir(parents=True, exist_ok=True)
+        self.processes = Processes.join(settings.device)
+        if self.processes.is_first:
+            self.output.mkdir(parents=True, exist_ok=True)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
         self.datasets = open_datasets(settings)
-        self.notes = [note for dataset in self.datasets for note in dataset.notes]
-        self.model = _build_model(settings, self.datasets).to(settings.device)
-        self.model.train()
-        config = self.model.config
-        self.head = ObjectHead(config.prompt_dim, config.image_encoder.patch_size)
-        self.head.to(settings.device)
-        self.optimisers = build_optimisers(
-            nn.ModuleList([self.model, self.head]), settings.optimiser
+        self.model = _build_model(settings, self.datasets).to(self.processes.device)
+        self.model.image_encoder.recompute = settings.recompute
+        self.clips = open_clips(settings.validation, self.model.image_size)
+        self.module = TrainingModule(self.model, settings).to(self.processes.device)
+        self.module.train()
+        self.head = self.module.head
+        frozen = {n: p for n, p in self.model.named_parameters() if not p.requires_grad}
+        self.progress = Progress(
+            frozen=digest(frozen),
+            threads=torch.get_num_threads(),
+            processes=self.processes.count,
         )
-        self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.step = 0
-        self.unreadable = 0
+        self.shared = SharedModule(self.module, settings.parallel, self.processes)
+        if settings.compile:
+            self.model.image_encoder.compile()
+        self.optimisers = build_optimisers(
+            torch.nn.ModuleList([self.model, self.head]), settings.optimiser
+        )
+        self.average = self._copy_of_trained() if settings.optimiser.average else {}
         self.steps = sum(stage.steps for stage in settings.stages)
+        self.saved_step: int | None = None
+        self.stopped_by = 0
+        self.skipped: list[str] = []
+        self._flops_of_step = 0
+        self._counted_stage: StageSettings | None = None
+
+    @property
+    def step(self) -> int:
+        """How many steps are done."""
+        return self.progress.step
 
     def run(self) -> Iterator[dict[str, float]]:
-        """Train from the last saved step to the end; raises UserError where the loss stops being a number."""
-        self.resume()
-        sums: dict[str, float] = {}
-        begin = time.perf_counter()
-        stream = (
-            DatasetStream(self.settings, self.datasets)
-            if self.datasets
-            else GeneratedStream(self.settings, self.model.image_size)
-        )
-        if self.notes:
-            self._log({"step": self.step, "data": self.notes})
-        for batch in batches(stream, self.step, self.steps, self.settings.workers):
-            losses = self.train_step(batch)
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value
-            if self.step % self.settings.log_every == 0:
-                seconds = (time.perf_counter() - begin) / self.settings.log_every
-                record = {name: value / self.settings.log_every for name, value in sums.items()}
-                record |= {"step": self.step, "seconds_per_step": seconds}
-                if self.unreadable:
-                    record["unreadable"] = self.unreadable
-                yield self._log(record)
-                sums, begin = {}, time.perf_counter()
-            if self.step % self.settings.save_every == 0 or self.step == self.steps:
-                self.save()
-        self.averaged_model().save_pretrained(self.output / "model")
+        """Train from the last saved step to the end, or to a signal; raises UserError where something stops being a number."""
+        problems = self.resume()
+        self.log = Log(self.output, self.step, self.processes.is_first)
+        self.meter = Meter(self.processes.device, self._peak_flops())
+        try:
+            self._note("state", problems)
+            self._note("log", self.log.problems)
+            self._note("data", [note for dataset in self.datasets for note in dataset.notes])
+            with StopRequest() as request:
+                yield from self._steps(request)
+        finally:
+            self.log.close()
+        if not self.stopped_by:
+            self._save_model("model")
 
-    def train_step(self, batch: TrainingBatch) -> dict[str, float]:
-        """One step on a batch; returns its losses before the step."""
-        stage = stage_at(self.settings.stages, self.step)
-        rate = learning_rate(self.step, self.steps, self.settings.optimiser)
-        for group in (group for each in self.optimisers for group in each.param_groups):
-            group["lr"] = rate * group.get("scale", 1.0)  # states of earlier versions lack it
-        losses = self._losses(batch, stage)
-        values = {name: float(value.detach()) for name, value in losses.items()}
-        if not math.isfinite(values["total"]):
-            raise self._stop("loss", batch.clips.names)
-        self.model.zero_grad(set_to_none=True)
-        self.head.zero_grad(set_to_none=True)
-        losses["total"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.settings.optimiser.clip_norm
+    def _steps(self, request: StopRequest) -> Iterator[dict[str, float]]:
+        arriving = self._batches()
+        self.meter.restart()
+        while self.step < self.steps:
+            status = self.train_step(arriving, request)
+            is_last = self.step == self.steps or status == _STOP_AFTER_STEP
+            if self._is_due(self.settings.log_every):
+                yield self._read_out()
+            if self._is_due(self.settings.validation.every):
+                yield self.validate()
+            if is_last or self._is_due(self.settings.save_every):
+                self.save()
+            if is_last and self.step < self.steps:
+                self.stopped_by = self.processes.maximum(request.signal)
+                return
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and (self.step % every == 0 or self.step == self.steps)
+
+    def _batches(self) -> Iterator[TrainingBatch]:
+        """This process's batches from the next step on."""
+        count = self.settings.optimiser.accumulation * self.processes.count
+        stream = (
+            DatasetStream(self.settings, self.datasets, count)
+            if self.datasets
+            else GeneratedStream(self.settings, self.model.image_size, count)
         )
+        return batches(
+            stream,
+            self.step,
+            self.steps,
+            self.settings.workers,
+            self.processes.rank,
+            self.processes.count,
+        )
+
+    def train_step(self, arriving: Iterator[TrainingBatch], request: StopRequest) -> int:
+        """One step on the next batches; returns whether to stop after it. Raises UserError."""
+        settings = self.settings.optimiser
+        rate = learning_rate(self.step, self.steps, settings)
+        for group in (group for each in self.optimisers for group in each.param_groups):
+            group["lr"] = rate * group["scale"]
+        self.module.zero_grad(set_to_none=True)
+        sums: dict[str, float] = {}
+        status = _FINE
+        names: tuple[str, ...] = ()
+        for number in range(settings.accumulation):
+            batch = next(arriving)
+            names += batch.clips.names
+            self._count_flops(batch)
+            with self.shared.accumulating(number + 1 == settings.accumulation):
+                losses, agreed = self._losses(batch, request)
+                status = max(status, agreed)
+                (losses["total"] / settings.accumulation).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach()) / settings.accumulation
+            self.skipped += batch.clips.skipped
+        self.shared.finish_gradients()
+        norm = clip_gradients(self.model.parameters(), settings.clip_norm)
+        if not math.isfinite(norm):
+            raise self._stop(NotANumberError("gradient", names))
         for optimiser in self.optimisers:
             optimiser.step()
-        update_average(
-            self.average, self.model.state_dict(), self.settings.optimiser.average, self.step
-        )
-        self.step += 1
-        if batch.clips.skipped:
-            self.unreadable += len(batch.clips.skipped)
-            self._log({"step": self.step, "skipped": batch.clips.skipped})
-        return values | {"gradient_norm": float(norm), "learning_rate": rate}
+        if settings.average:
+            parameters = dict(self.model.named_parameters())
+            update_average(self.average, parameters, settings.average, self.step)
+        self.progress.step += 1
+        self.progress.counted += 1
+        self.meter.count(len(names) * self.processes.count, self._flops_of_step)
+        for name, value in (sums | {"gradient_norm": norm, "learning_rate": rate}).items():
+            self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value
+        return status
 
-    def _losses(self, batch: TrainingBatch, stage: StageSettings) -> dict[str, Tensor]:
-        """Mean losses over the frames of a clip, and their weighted sum as `total`."""
+    def _peak_flops(self) -> float | None:
+        """What all devices together reach, where it is to be known."""
+        given = self.settings.peak_tflops
+        if given is None:
+            return None
+        if given != "measure":
+            return 1e12 * given * self.processes.count
+        dtype = getattr(torch, self.settings.dtype)
+        return measure_peak_flops(self.processes.device, dtype) * self.processes.count
+
+    def _count_flops(self, batch: TrainingBatch) -> None:
+        """What a step of this stage takes on all devices, counted once where the devices' peak is known."""
+        stage = stage_at(self.settings.stages, self.step)
+        if self.meter.peak_flops is None or self._counted_stage is stage:
+            return
+        self._counted_stage = stage
+        try:
+            flops = count_flops(self.shared, self.model, batch, stage)
+        except NotANumberError:  # the step itself will find it
+            return
+        self.head.zero_grad(set_to_none=True)
+        self._flops_of_step = flops * self.settings.optimiser.accumulation * self.processes.count
+
+    def _losses(self, batch: TrainingBatch, request: StopRequest) -> tuple[dict[str, Tensor], int]:
+        """Losses of a batch, and whether the processes stop after this step; raises UserError in all if one fails."""
+        problem: NotANumberError | None = None
         losses: dict[str, Tensor] = {}
-        frames = self._on_device(batch.clips.frames)
-        if batch.clips.colour is not None:
-            frames = adjust_colour(frames, batch.clips.colour, batch.clips.sizes)
-        with self._autocast():
-            pixels, groups = self._preprocess(frames, batch.clips.sizes, stage.image_size)
-            image = self.model.encode_image(pixels)
-            if stage.expressions:
-                losses = self._mask_losses(image, batch.clips, groups, stage)
-            total = [getattr(self.settings.loss, name) * value for name, value in losses.items()]
-            if (
-                batch.attributes is not None
-                and batch.owner is not None
-                and self.settings.loss.objects
-            ):
-                seen = (self._on_device(t.flatten(0, 1)) for t in (batch.attributes, batch.owner))
-                objects = self.head(image, *seen)
-                total.append(self.settings.loss.objects * torch.stack(list(objects.values())).sum())
-                losses |= objects
-        return losses | {"total": torch.stack(total).sum()}
+        try:
+            losses = self.shared(batch, stage_at(self.settings.stages, self.step))
+        except NotANumberError as error:
+            problem = error
+        status = _FAILED if problem else _STOP_AFTER_STEP if request.signal else _FINE
+        agreed = self.processes.maximum(status)
+        if problem:
+            raise self._stop(problem) from None
+        if agreed == _FAILED:
+            raise UserError(f"another process stopped at step {self.step} and says why")
+        return losses, agreed
 
-    def _preprocess(
-        self, frames: Tensor, sizes: Sequence[tuple[int, int]], image_size: int | None
-    ) -> tuple[Tensor, list[SizeGroup]]:
-        """Pixels (B * T, 3, S, S) of frames (B, T, H, W, 3), and the stretches of clips of one size."""
-        groups, pixels, begin = [], [], 0
-        for (height, width), clips in groupby(sizes):
-            end = begin + len(list(clips))
-            part = frames[begin:end, :, :height, :width].flatten(0, 1)
-            prepared, size = self.model.preprocess(part, image_size)
-            groups.append(SizeGroup(begin, end, size))
-            pixels.append(prepared)
-            begin = end
-        return torch.cat(pixels), groups
-
-    def _mask_losses(
-        self, image: ImageFeatures, clips: ClipBatch, groups: list[SizeGroup], stage: StageSettings
-    ) -> dict[str, Tensor]:
-        """Means over a clip's frames; each frame's track tokens go into the next."""
-        count, frames = clips.frames.shape[:2]
-        masks = self._on_device(clips.masks.flatten(0, 1))
-        clip_index = torch.arange(count, device=masks.device).repeat_interleave(stage.expressions)
-        text = self.model.encode_text([text for row in clips.texts for text in row])
-        track, steps = None, []
-        for t in range(frames):
-            output = self.model.decode(image, text, clip_index * frames + t, track)
-            finite = output.logits.isfinite().flatten(1).all(dim=1)
-            if not finite.all():
-                wrong = sorted(set(clip_index[~finite].tolist()))
-                raise self._stop("predicted mask", [clips.names[index] for index in wrong])
-            track = output.track_token
-            steps.append(self._frame_losses(output, masks[:, t], groups, stage))
-        return {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
-
-    def _frame_losses(
-        self, output: MaskOutput, masks: Tensor, groups: list[SizeGroup], stage: StageSettings
-    ) -> dict[str, Tensor]:
-        """Means over the expressions of one frame of every clip, whose masks (P, H, W) are padded to the largest."""
-        image_size = stage.image_size or self.model.image_size
-        losses: dict[str, Tensor] = {}
-        for group in groups:
-            rows = slice(group.begin * stage.expressions, group.end * stage.expressions)
-            height, width = group.size.original
-            part = mask_losses(
-                output._replace(logits=output.logits[rows], iou=output.iou[rows]),
-                masks[rows, :height, :width],
-                group.size,
-                image_size,
-                self.settings.loss,
-                stage.loss_scale,
-            )
-            if self.settings.loss.target:
-                part["target"] = self.head.targets(
-                    output.object_token[rows], masks[rows, :height, :width]
-                )
-            share = (group.end - group.begin) / groups[-1].end
-            for name, value in part.items():
-                losses[name] = losses[name] + share * value if name in losses else share * value
-        return losses
-
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.settings.device, non_blocking=True)
-
-    def _stop(self, what: str, names: Sequence[str]) -> UserError:
-        saved = self.step - self.step % self.settings.save_every
+    def _stop(self, problem: NotANumberError) -> UserError:
+        names = problem.names
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        kept = (
+            "no state was saved before it"
+            if self.saved_step is None
+            else f"the state of step {self.saved_step} is kept in {self.output}"
+        )
         return UserError(
-            f"the {what} is not a number at step {self.step} (seed {self.settings.seed}), on {'; '.join(names[:_NAMED])}{more}; "
-            f"the state of step {saved} is kept in {self.output}: lower optimiser.learning_rate, or look at the data"
+            f"the {problem.what} is not a number at step {self.step} (seed {self.settings.seed}), on {'; '.join(names[:_NAMED])}"
+            f"{more}; {kept}: lower optimiser.learning_rate, or look at the data"
         )
 
-    def _autocast(self) -> Any:
-        if self.settings.dtype == "float32":
-            return nullcontext()
-        return torch.autocast(
-            self.settings.device.split(":")[0], getattr(torch, self.settings.dtype)
-        )
+    def _read_out(self) -> dict[str, float]:
+        """Log the means since the last line."""
+        self._log_skipped()
+        progress = self.progress
+        own = {name: value / progress.counted for name, value in progress.sums.items()}
+        record = self.processes.means(own) | {"step": self.step} | self.meter.read()
+        if progress.unreadable:
+            record["unreadable"] = progress.unreadable
+        progress.sums, progress.counted = {}, 0
+        self.log.write(record)
+        return record
+
+    def _log_skipped(self) -> None:
+        skipped = [text for texts in self.processes.gather(self.skipped) for text in texts]
+        self.skipped = []
+        if skipped:
+            self.progress.unreadable += len(skipped)
+            self.log.write({"step": self.step, "skipped": skipped})
+
+    def validate(self) -> dict[str, float]:
+        """Score the averaged model, log it, draw examples; the best so far is saved as `best/`."""
+        assert self.clips is not None
+        is_sharded = self.settings.parallel == "sharded"
+        # Sharded weights are gathered frame by frame, so every process must go through the same frames.
+        begin, every = (0, 1) if is_sharded else (self.processes.rank, self.processes.count)
+        with self.averaged(), self.shared.gathered():
+            self.model.eval()
+            own = score_clips(
+                self.model, self.clips, range(begin, len(self.clips), every), self._draw
+            )
+            self.model.train()
+        rows = own if is_sharded else [row for part in self.processes.gather(own) for row in part]
+        region, contour = torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist()
+        score = (region + contour) / 2
+        record = {"step": self.step, "J": region, "F": contour, "J&F": score}
+        self.log.write(record)
+        if self.progress.best is None or score > self.progress.best:
+            self.progress.best, self.progress.best_step = score, self.step
+            self._save_model("best")
+        self.meter.restart()
+        return record
+
+    def _draw(self, index: int, image: Any) -> None:
+        if index >= self.settings.validation.examples or not self.processes.is_first:
+            return
+        from PIL import Image
+
+        folder = self.output / "examples"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f"{self.step:06d}_{index:02d}.png")
+        self.log.picture(f"example_{index:02d}", image, self.step)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the model's weights are the averaged ones."""
+        if not self.average:
+            yield
+            return
+        trained = self._trained()
+        kept = {name: local(value).clone() for name, value in trained.items()}
+        try:
+            self._fill(trained, {name: local(value) for name, value in self.average.items()})
+            yield
+        finally:
+            self._fill(trained, kept)
+
+    @staticmethod
+    @torch.no_grad()
+    def _fill(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            local(targets[name]).copy_(value)
 
     def averaged_model(self) -> RefSAM:
-        """A copy of the model in eval mode with the averaged weights."""
-        model = copy.deepcopy(self.model)
-        model.load_state_dict(self.average)
-        return model.eval()
+        """A copy of the model, in eval mode, with the averaged weights; every process must ask for it."""
+        return RefSAM.from_checkpoint(self._checkpoint(delta=False)).to(self.processes.device)
+
+    def _checkpoint(self, delta: bool) -> Checkpoint:
+        with self.averaged():
+            stored = self.model.to_checkpoint(delta)
+            tensors = {n: whole(t).detach().cpu().clone() for n, t in stored.tensors.items()}
+        return Checkpoint(stored.config, tensors, stored.kind, stored.tokenizer, stored.sources)
+
+    def _save_model(self, name: str) -> None:
+        """Write the averaged model: without what stands in SAM's file, where the model stands on one."""
+        stands_on_sam = "sam" in self.model.sources and self.model.config.frozen
+        stored = self._checkpoint(self.settings.delta and stands_on_sam)
+        if self.processes.is_first:
+            write_checkpoint(self.output / name, stored)
+            self.model.generate_model_card().save(self.output / name / "README.md")
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def _copy_of_trained(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self._trained().items()}
 
     def save(self) -> None:
-        """Write the resumable state; the one before stays as `state.previous.pt`."""
-        state = {
-            "model": self.model.state_dict(),
-            "average": self.average,
-            "head": self.head.state_dict(),
-            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-            "step": self.step,
-        }
-        path = self.output / "state.pt"
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        if path.exists():
-            os.replace(path, self.output / "state.previous.pt")
-        os.replace(temporary, path)
+        """Write the resumable state; the one before stays beside it."""
+        self._log_skipped()
+        state = self._weights() | self._optimiser_state()
+        # In one order: all processes gather the same tensor at a time.
+        tensors = {n: whole(state[n]).detach().cpu().contiguous() for n in sorted(state)}
+        # Each process has sums of its own: the mean over them is what the log gets.
+        self.progress.sums = self.processes.means(self.progress.sums)
+        if self.processes.is_first:
+            write_state(self.output, tensors, self.progress)
+        self.saved_step = self.step
 
-    def resume(self) -> None:
-        """Load the newest state that can be read, if there is one."""
-        for name in ("state.pt", "state.previous.pt"):
-            path = self.output / name
-            if not path.exists():
-                continue
-            try:
-                state = torch.load(path, map_location=self.settings.device, weights_only=True)
-            except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-                self._log({"step": self.step, "damaged": f"{path}: {error}"})
-                continue
-            self.model.load_state_dict(state["model"])
-            self.head.load_state_dict(state["head"])
-            for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
-                optimiser.load_state_dict(saved)
-            self.average, self.step = state["average"], state["step"]
-            return
+    def _weights(self) -> dict[str, Tensor]:
+        """What training changes in the module, and its running average, by name."""
+        frozen = {n for n, p in self.module.named_parameters() if not p.requires_grad}
+        weights = {n: t for n, t in self.module.state_dict().items() if n not in frozen}
+        return weights | {f"average.{name}": value for name, value in self.average.items()}
 
-    def _log(self, record: dict[str, Any]) -> dict[str, Any]:
-        with open(self.output / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        return record
+    def _optimiser_state(self) -> dict[str, Tensor]:
+        """What the optimisers remember of each parameter that was stepped."""
+        state = {}
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        for optimiser in self.optimisers:
+            for parameter, values in optimiser.state.items():
+                for key, value in values.items():
+                    state[f"optimiser.{key}.{names[parameter]}"] = value
+        return state
+
+    def resume(self) -> list[str]:
+        """Load the newest state that is whole, if there is one; in words, what was wrong with a newer one and what is new."""
+        found = read_state(self.output) if self.processes.is_first else None
+        tensors, progress, problems = found or ({}, None, [])
+        progress, problems = self.processes.from_first((progress, problems))
+        if progress is None:
+            return []
+        if problems:
+            problems.append(f"going on from step {progress.step}")
+        if progress.frozen != self.progress.frozen:
+            raise UserError(
+                f"{self.output}: its state was trained on other frozen weights than those of start and model: put them back"
+            )
+        for what in ("threads", "processes"):
+            before, now = getattr(progress, what), getattr(self.progress, what)
+            if before != now:
+                problems.append(f"{before} {what} before, now {now}: losses will differ slightly")
+                setattr(progress, what, now)
+        self._load(self.processes.tensors_from_first(tensors))
+        self.progress, self.saved_step = progress, progress.step
+        return problems
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        expected = self._weights()
+        stored = {name for name in tensors if not name.startswith("optimiser.")}
+        if wrong := sorted(stored ^ expected.keys()):
+            raise UserError(
+                f"{self.output}: its state is of another model ({shorten(wrong)} differ): take another output"
+            )
+        self._fill(
+            expected,
+            {n: local(spread_like(tensors[n], expected[n])) for n in expected},
+        )
+        parameters = dict(self.module.named_parameters())
+        owner = {id(p): o for o in self.optimisers for g in o.param_groups for p in g["params"]}
+        for name in sorted(tensors.keys() - stored):
+            _, key, parameter = name.split(".", 2)
+            target = parameters[parameter]
+            value = tensors[name]
+            # The number of steps is no tensor of the parameter's shape, and never sharded.
+            placed = value.to(target.device) if key == "step" else spread_like(value, target)
+            owner[id(target)].state[target][key] = placed
+
+    def _note(self, kind: str, texts: Sequence[str]) -> None:
+        """Say and log what is no number."""
+        if texts and self.processes.is_first:
+            for text in texts:
+                self.say(f"{kind}: {text}")
+            self.log.write({"step": self.step, kind: list(texts)})
 
 
 def _build_model(settings: TrainingSettings, datasets: Sequence[ReferringDataset]) -> RefSAM:
     if settings.start is not None:
-        return RefSAM.from_pretrained(settings.start)
-    values = dict(settings.model)
-    preset = values.pop("preset", None)
-    config = RefSAMConfig.preset(preset) if preset else config_from_dict(RefSAMConfig, values)
-    return RefSAM(config, tokenizer=word_tokenizer([*vocabulary(), *_words(datasets)]))
+        return RefSAM.from_pretrained(settings.start, sam=settings.sam)
+    return RefSAM(
+        settings.architecture, tokenizer=word_tokenizer([*vocabulary(), *_words(datasets)])
+    )
 
 
 def _words(datasets: Sequence[ReferringDataset]) -> list[str]:

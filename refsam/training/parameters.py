@@ -1,11 +1,14 @@
-"""Parameter groups, the learning rate's course, and the running average of the weights."""
+"""Parameter groups, the learning rate's course, clipping, and the running average of the weights."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from refsam.errors import UserError
+from refsam.training.distributed import are_sharded, local, whole
 from refsam.training.settings import OptimiserSettings
 
 
@@ -13,10 +16,11 @@ def build_optimisers(model: nn.Module, settings: OptimiserSettings) -> list[torc
     """AdamW over the trainable parameters, and Muon over linear layers' weights where asked.
 
     Vectors, tokens and position tables are not decayed. The `scale` of a group is its learning rate as a multiple of the
-    settings'. Raises UserError for a rate of a part that the model does not have or that is frozen.
+    settings'; what is sharded and what is not are in different groups. Raises UserError for a rate of a part that the model does
+    not have or that is frozen.
     """
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    adamw: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    adamw: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     muon: dict[float, list[nn.Parameter]] = {}
     trained = set()
     for name, parameter in model.named_parameters():
@@ -29,15 +33,15 @@ def build_optimisers(model: nn.Module, settings: OptimiserSettings) -> list[torc
             muon.setdefault(scale, []).append(parameter)
             continue
         free = parameter.ndim <= 1 or any(k in name for k in ("rel_pos", "pos_embed", "token"))
-        adamw.setdefault((scale, free), []).append(parameter)
+        adamw.setdefault((scale, free, are_sharded([parameter])), []).append(parameter)
     if unknown := sorted(set(settings.rates) - trained):
         raise UserError(
             f"optimiser.rates: nothing to train in {', '.join(unknown)}, want some of {', '.join(sorted(trained))}"
         )
     decay, rate = settings.weight_decay, settings.learning_rate
     groups = [
-        {"params": adamw[scale, free], "weight_decay": 0.0 if free else decay, "scale": scale}
-        for scale, free in sorted(adamw)
+        {"params": adamw[key], "weight_decay": 0.0 if key[1] else decay, "scale": key[0]}
+        for key in sorted(adamw)
     ]
     optimisers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
@@ -59,13 +63,27 @@ def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:
     return settings.learning_rate * (settings.final_rate + (1 - settings.final_rate) * cosine)
 
 
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
+    """Scale the gradients so that the norm of all together is at most `limit`; returns the norm before."""
+    groups: dict[bool, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups.setdefault(are_sharded([parameter]), []).append(parameter)
+    norms = [
+        whole(get_total_norm([p.grad for p in group if p.grad is not None]))
+        for group in groups.values()
+    ]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    for group in groups.values():
+        clip_grads_with_norm_(group, limit, norm)
+    return float(norm)
+
+
 @torch.no_grad()
 def update_average(
-    average: dict[str, Tensor], state: dict[str, Tensor], decay: float, step: int
+    average: dict[str, Tensor], parameters: dict[str, nn.Parameter], decay: float, step: int
 ) -> None:
-    """Move the running average towards the state, in place; faster at the start."""
+    """Move the running average towards the parameters of the same names, in place; faster at the start."""
     decay = min(decay, (1 + step) / (10 + step))
-    moving = [name for name, value in state.items() if value.is_floating_point()]
-    torch._foreach_lerp_([average[n] for n in moving], [state[n] for n in moving], 1 - decay)
-    for name in state.keys() - set(moving):
-        average[name].copy_(state[name])
+    current = [local(parameters[name]) for name in average]
+    torch._foreach_lerp_([local(value) for value in average.values()], current, 1 - decay)

@@ -1,6 +1,6 @@
 """What a training run is configured by: the YAML files in `configs/`."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     ConfigDict,
@@ -9,11 +9,14 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 from pydantic.dataclasses import dataclass
 
+from refsam.config import PRESETS, RefSAMConfig, config_from_dict
 from refsam.data.augmentation import Augmentation
+from refsam.errors import ConfigError
 
 _CLOSED = ConfigDict(extra="forbid")
 
@@ -24,7 +27,8 @@ class StageSettings:
 
     `clips` per batch, `frames` per clip, `expressions` per clip (0: only the image encoder is trained, by `loss.objects`);
     `image_size` that the frames are drawn and seen at, in pixels (None: the model's); `style` of the generated scenes;
-    `loss_scale` shrinks the size at which the mask loss is taken.
+    `loss_scale` shrinks the size at which the mask loss is taken; `back_frames`: gradients reach back through track tokens by so
+    many frames at most (None: the whole clip).
     """
 
     steps: PositiveInt
@@ -34,6 +38,7 @@ class StageSettings:
     image_size: PositiveInt | None = None
     style: Literal["full", "larger", "few and large"] = "full"
     loss_scale: Literal[1, 2] = 1
+    back_frames: PositiveInt | None = None
 
 
 @dataclass(frozen=True, config=_CLOSED)
@@ -42,7 +47,8 @@ class OptimiserSettings:
 
     With `muon` the weights of linear layers are stepped by Muon at the same rate instead: a model that starts from nothing
     learns in fewer steps. `rates` gives parts of the model, such as mask_decoder, a learning rate of their own, with the same
-    course.
+    course. `accumulation` adds up the gradients of so many batches before each step. `average` is the decay of the running
+    average of the weights that is validated and saved as the model (None: the weights themselves are).
     """
 
     muon: bool = False
@@ -52,9 +58,8 @@ class OptimiserSettings:
     warm_up_steps: NonNegativeInt = 300
     final_rate: NonNegativeFloat = 0.01
     clip_norm: PositiveFloat = 1.0
-    average: PositiveFloat = (
-        0.999  # decay of the running average of the weights that is saved as the model
-    )
+    accumulation: PositiveInt = 1
+    average: Annotated[float, Field(gt=0, lt=1)] | None = 0.999
 
 
 @dataclass(frozen=True, config=_CLOSED)
@@ -103,18 +108,43 @@ class DataSettings:
 
 
 @dataclass(frozen=True, config=_CLOSED)
-class TrainingSettings:
-    """One run: model, data, optimiser, and where it writes.
+class ValidationSettings:
+    """What the model is scored on, every `every` steps and at the end (None: never).
 
-    `model` is `{preset: NAME}` or a whole RefSAMConfig; `start` a checkpoint to begin from; `output` the folder of the log,
-    the resumable state and the final model; `workers` processes draw the batches ahead (0: the training's own).
+    `clips` videos of `dataset`, spread evenly over its list, or generated clips of what training never draws; the first `frames`
+    annotated frames of each; pictures of the first `examples` of them.
+    """
+
+    every: PositiveInt | None = None
+    dataset: DatasetSettings | None = None
+    clips: PositiveInt = 20
+    frames: PositiveInt = 8
+    examples: NonNegativeInt = 4
+
+
+@dataclass(frozen=True, config=_CLOSED)
+class TrainingSettings:
+    """One run: model, data, optimiser, how it is computed, and where it writes.
+
+    `model` is a preset by name with entries to change, as in `{preset: vit_b, prompt_dim: 128}`, or a whole RefSAMConfig;
+    `start` a checkpoint to begin from, whose own configuration counts, `sam` SAM's file or folder if that one is a delta;
+    `output` the folder of log, state and models; `workers` processes draw the batches ahead (0: the training's own).
+    `text_cache` is a folder that keeps what a frozen text encoder says about each expression.
+
+    `recompute` keeps the input of each block of the image encoder only and computes the rest again: less memory, more time.
+    `compile` gives the image encoder to torch.compile. `parallel` says what several processes share: `data` alone, or the
+    weights, gradients and optimiser's state too (`sharded`). `peak_tflops` of one device, given or measured, makes the log tell
+    what part of it is used. `delta`: a model that stands on SAM's file is saved without what it left as it was.
     """
 
     model: dict[str, Any]
     stages: tuple[StageSettings, ...]
     output: str
     start: str | None = None
+    sam: str | None = None
+    text_cache: str | None = None
     data: DataSettings = Field(default_factory=DataSettings)
+    validation: ValidationSettings = Field(default_factory=ValidationSettings)
     seed: int = 0
     optimiser: OptimiserSettings = Field(default_factory=OptimiserSettings)
     loss: LossSettings = Field(default_factory=LossSettings)
@@ -122,13 +152,59 @@ class TrainingSettings:
     device: str = "cpu"
     threads: NonNegativeInt = 0
     workers: NonNegativeInt = 0
+    recompute: bool = False
+    compile: bool = False
+    parallel: Literal["data", "sharded"] = "data"
+    peak_tflops: PositiveFloat | Literal["measure"] | None = None
+    delta: bool = True
     save_every: PositiveInt = 200
     log_every: PositiveInt = 20
 
+    @field_validator("model")
+    @classmethod
+    def _check_model(cls, model: dict[str, Any]) -> dict[str, Any]:
+        _architecture(model)
+        return model
+
     @model_validator(mode="after")
     def _check(self) -> "TrainingSettings":
-        if self.data.datasets and self.loss.objects:
-            raise ValueError("loss.objects: datasets do not tell what it needs, want 0")
-        if self.data.datasets and not all(stage.expressions for stage in self.stages):
-            raise ValueError("stages: expressions is 0 somewhere, which datasets do not allow")
+        problems = {
+            "loss.objects: datasets do not tell what it needs, want 0": (
+                self.data.datasets and self.loss.objects
+            ),
+            "stages: expressions is 0 somewhere, which datasets do not allow": (
+                self.data.datasets and not all(stage.expressions for stage in self.stages)
+            ),
+            "optimiser.muon: needs whole matrices, want parallel: data": (
+                self.parallel == "sharded" and self.optimiser.muon
+            ),
+            "sam: only a start that is a delta stands on it": self.sam and not self.start,
+        }
+        if failed := [message for message, fails in problems.items() if fails]:
+            raise ValueError("; ".join(failed))
         return self
+
+    @property
+    def architecture(self) -> RefSAMConfig:
+        """The configuration that `model` means."""
+        return _architecture(self.model)
+
+
+def _architecture(model: dict[str, Any]) -> RefSAMConfig:
+    """A preset with the other entries put over its own, or a whole configuration; raises ConfigError."""
+    values = dict(model)
+    preset = values.pop("preset", None)
+    if preset is None:
+        return config_from_dict(RefSAMConfig, values)
+    if preset not in PRESETS:
+        raise ConfigError(f"preset: got {preset!r}, wanted one of {', '.join(PRESETS)}")
+    return config_from_dict(RefSAMConfig, _merged(PRESETS[preset], values))
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Nested plain values with the entries of others put over them."""
+    result = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result

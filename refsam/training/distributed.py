@@ -1,0 +1,189 @@
+"""One run on several processes: who they are, what they agree on, and how they share a model's weights.
+
+`torchrun` starts them, on one machine or many. Nothing but the data has to be visible to all of them: the first process alone
+reads and writes the output folder.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from refsam.errors import UserError
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the `count` of a run; `device` is what it computes on."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device: str) -> "Processes":
+        """Join those that torchrun started, or be the only one without it; a GPU each where `device` is "cuda"."""
+        place = torch.device(device)
+        if not dist.is_torchelastic_launched():
+            return cls(0, 1, place)
+        if place.type == "cuda":
+            place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(place)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), place)
+
+    def leave(self) -> None:
+        """End what `join` began."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that reads and writes the output folder."""
+        return self.rank == 0
+
+    def maximum(self, value: int) -> int:
+        """The largest of all processes' values."""
+        if self.count == 1:
+            return value
+        values = torch.tensor(value, device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return int(values)
+
+    def means(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean of each entry over the processes, whose dictionaries have the same keys."""
+        if self.count == 1:
+            return values
+        rows = self.gather(values)
+        return {name: sum(row[name] for row in rows) / self.count for name in values}
+
+    def gather(self, value: Value) -> list[Value]:
+        """Every process's value, by rank; small ones, they are pickled."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: Value) -> Value:
+        """The first process's value, for all of them; a small one, it is pickled."""
+        if self.count == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+    def tensors_from_first(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The first process's tensors on every process, which hands in an empty dictionary if it is another."""
+        if self.count == 1:
+            return tensors
+        shapes = self.from_first({name: (t.shape, t.dtype) for name, t in tensors.items()})
+        received = {}
+        for name, (shape, dtype) in shapes.items():
+            value = tensors[name] if self.is_first else torch.empty(shape, dtype=dtype)
+            value = value.to(self.device)
+            dist.broadcast(value, src=0)
+            received[name] = value.cpu()
+        return received
+
+
+class SharedModule:
+    """How several processes share `module`: called like it, with one backward for each call.
+
+    `data`: each has all weights, and gradients are averaged (DistributedDataParallel). `sharded`: weights, gradients and the
+    optimiser's state are spread over them (`fully_shard`), block by block. `whole` are the blocks' first norms, each of
+    which the block before computes, and the scalars, which cannot be sharded: every process has them.
+    """
+
+    def __init__(self, module: nn.Module, parallel: str, processes: Processes) -> None:
+        self.processes = processes
+        self.whole: list[nn.Parameter] = []
+        self.module: Any = module
+        if parallel == "sharded":
+            self._shard(module)
+        elif processes.count > 1:
+            # Not every stage uses every part, and none uses the three mask tokens' networks that RefSAM does not read.
+            self.module = DistributedDataParallel(module, find_unused_parameters=True)
+
+    def _shard(self, module: nn.Module) -> None:
+        if not dist.is_initialized():
+            raise UserError("parallel: got sharded, want processes started by torchrun for it")
+        mesh = init_device_mesh(self.processes.device.type, (self.processes.count,))
+        blocks = list(module.get_submodule("model.image_encoder.blocks").children())
+        firsts = [p for block in blocks for p in block.get_submodule("norm1").parameters()]
+        # The blocks' outputs are never changed in place, which is what this warns of.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
+        self.whole = [*firsts, *(p for p in module.parameters() if p.ndim == 0)]
+        for block in blocks:
+            fully_shard(block, mesh=mesh, ignored_params=set(self.whole))
+        fully_shard(module, mesh=mesh, ignored_params=set(self.whole))
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.module(*arguments)
+
+    @contextmanager
+    def accumulating(self, is_last: bool) -> Iterator[None]:
+        """Around forward and backward of one of several batches of a step: processes exchange gradients in the last only."""
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(is_last)
+            yield
+        elif isinstance(self.module, DistributedDataParallel) and not is_last:
+            with self.module.no_sync():
+                yield
+        else:
+            yield
+
+    def finish_gradients(self) -> None:
+        """Average the gradients of what `fully_shard` left whole; to be called after the last backward of a step."""
+        for parameter in self.whole:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad.div_(self.processes.count)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within, methods of the module can be called, not only the module itself; blocks still gather themselves."""
+        if not isinstance(self.module, FSDPModule):
+            yield
+            return
+        self.module.unshard()
+        try:
+            yield
+        finally:
+            self.module.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, gathered from all processes if it is sharded, which all of them must ask for."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same on all processes, on the device of another one and sharded as that is."""
+    tensor = tensor.to(like.device)
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def are_sharded(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of the tensors is spread over processes."""
+    return any(isinstance(tensor, DTensor) for tensor in tensors)

@@ -1,0 +1,39 @@
+"""SIGTERM and Ctrl-C ask a run to stop after its step."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """Within a `with` block, `signal` is the first of SIGTERM and SIGINT that arrived, 0 before that.
+
+    A second SIGINT interrupts at once. Python handles signals in the main thread only: elsewhere nothing is caught.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = self.signal or number
+
+
+def ignore_stop_signals() -> None:
+    """For processes that serve the one that handles them: a terminal and torchrun signal all of a group."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

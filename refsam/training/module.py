@@ -1,0 +1,149 @@
+"""What is trained as one module, and the losses of a batch as its forward: what several processes share."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from refsam.data.clips import ClipBatch
+from refsam.data.colour import adjust_colour
+from refsam.model import FrameSize, ImageFeatures, MaskOutput, RefSAM, TextPrompt
+from refsam.training.batches import TrainingBatch
+from refsam.training.losses import mask_losses
+from refsam.training.objects import ObjectHead
+from refsam.training.settings import StageSettings, TrainingSettings
+from refsam.training.text_features import TextFeatures
+
+
+class NotANumberError(ValueError):
+    """What came out as NaN or infinite, and which samples it was computed on."""
+
+    def __init__(self, what: str, names: Sequence[str]) -> None:
+        super().__init__(what)
+        self.what = what
+        self.names = tuple(names)
+
+
+class SizeGroup(NamedTuple):
+    """Clips `begin` to `end` of a batch, the end not included, whose frames have one size."""
+
+    begin: int
+    end: int
+    size: FrameSize
+
+
+class TrainingModule(nn.Module):
+    """The model, and the heads that only training has; a frozen text encoder speaks through `features`."""
+
+    def __init__(self, model: RefSAM, settings: TrainingSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.model = model
+        self.head = ObjectHead(model.config.prompt_dim, model.config.image_encoder.patch_size)
+        is_trained = any(p.requires_grad for p in model.text_encoder.parameters())
+        self.features = (
+            None if is_trained else TextFeatures(model.text_encoder, settings.text_cache)
+        )
+
+    def forward(self, batch: TrainingBatch, stage: StageSettings) -> dict[str, Tensor]:
+        """Mean losses over the frames of a clip, and their weighted sum as `total`; raises NotANumberError."""
+        losses: dict[str, Tensor] = {}
+        frames = self._on_device(batch.clips.frames)
+        if batch.clips.colour is not None:
+            frames = adjust_colour(frames, batch.clips.colour, batch.clips.sizes)
+        with self._autocast():
+            pixels, groups = self._preprocess(frames, batch.clips.sizes, stage.image_size)
+            image = self.model.encode_image(pixels)
+            if stage.expressions:
+                losses = self._mask_losses(image, batch.clips, groups, stage)
+            total = [getattr(self.settings.loss, name) * value for name, value in losses.items()]
+            if (
+                batch.attributes is not None
+                and batch.owner is not None
+                and self.settings.loss.objects
+            ):
+                seen = (self._on_device(t.flatten(0, 1)) for t in (batch.attributes, batch.owner))
+                objects = self.head(image, *seen)
+                total.append(self.settings.loss.objects * torch.stack(list(objects.values())).sum())
+                losses |= objects
+        losses["total"] = torch.stack(total).sum()
+        if not losses["total"].isfinite():
+            raise NotANumberError("loss", batch.clips.names)
+        return losses
+
+    def _preprocess(
+        self, frames: Tensor, sizes: Sequence[tuple[int, int]], image_size: int | None
+    ) -> tuple[Tensor, list[SizeGroup]]:
+        """Pixels (B * T, 3, S, S) of frames (B, T, H, W, 3), and the stretches of clips of one size."""
+        groups, pixels, begin = [], [], 0
+        for (height, width), clips in groupby(sizes):
+            end = begin + len(list(clips))
+            part = frames[begin:end, :, :height, :width].flatten(0, 1)
+            prepared, size = self.model.preprocess(part, image_size)
+            groups.append(SizeGroup(begin, end, size))
+            pixels.append(prepared)
+            begin = end
+        return torch.cat(pixels), groups
+
+    def _encode_text(self, texts: Sequence[str]) -> TextPrompt:
+        if self.features is None:
+            return self.model.encode_text(texts)
+        return self.model.project_text(self.features(texts))
+
+    def _mask_losses(
+        self, image: ImageFeatures, clips: ClipBatch, groups: list[SizeGroup], stage: StageSettings
+    ) -> dict[str, Tensor]:
+        """Means over a clip's frames; each frame's track tokens go into the next."""
+        count, frames = clips.frames.shape[:2]
+        masks = self._on_device(clips.masks.flatten(0, 1))
+        clip_index = torch.arange(count, device=masks.device).repeat_interleave(stage.expressions)
+        text = self._encode_text([text for row in clips.texts for text in row])
+        track, steps = None, []
+        for t in range(frames):
+            if track is not None and stage.back_frames and t % stage.back_frames == 0:
+                track = track.detach()
+            output = self.model.decode(image, text, clip_index * frames + t, track)
+            finite = output.logits.isfinite().flatten(1).all(dim=1)
+            if not finite.all():
+                wrong = sorted(set(clip_index[~finite].tolist()))
+                raise NotANumberError("predicted mask", [clips.names[index] for index in wrong])
+            track = output.track_token
+            steps.append(self._frame_losses(output, masks[:, t], groups, stage))
+        return {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
+
+    def _frame_losses(
+        self, output: MaskOutput, masks: Tensor, groups: list[SizeGroup], stage: StageSettings
+    ) -> dict[str, Tensor]:
+        """Means over the expressions of one frame of every clip, whose masks (P, H, W) are padded to the largest."""
+        image_size = stage.image_size or self.model.image_size
+        losses: dict[str, Tensor] = {}
+        for group in groups:
+            rows = slice(group.begin * stage.expressions, group.end * stage.expressions)
+            height, width = group.size.original
+            part = mask_losses(
+                output._replace(logits=output.logits[rows], iou=output.iou[rows]),
+                masks[rows, :height, :width],
+                group.size,
+                image_size,
+                self.settings.loss,
+                stage.loss_scale,
+            )
+            if self.settings.loss.target:
+                part["target"] = self.head.targets(
+                    output.object_token[rows], masks[rows, :height, :width]
+                )
+            share = (group.end - group.begin) / groups[-1].end
+            for name, value in part.items():
+                losses[name] = losses[name] + share * value if name in losses else share * value
+        return losses
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.model.device, non_blocking=True)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.settings.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.model.device.type, getattr(torch, self.settings.dtype))

@@ -1,0 +1,130 @@
+"""What a run tells about itself: speed, memory, how much of the device it uses, and curves for TensorBoard."""
+
+import json
+import os
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_GIB = 2**30
+# Side of the square matrices whose product tells what a device reaches, and how often it is taken.
+_PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
+_PRODUCTS = 5
+
+
+class Meter:
+    """Speed and memory since the last reading; `flops` of a step on all devices, whose peak is `peak_flops`, where known."""
+
+    def __init__(self, device: torch.device, peak_flops: float | None) -> None:
+        self.device = device
+        self.peak_flops = peak_flops
+        self.steps, self.clips, self.flops = 0, 0, 0
+        self.begin = time.perf_counter()
+
+    def count(self, clips: int, flops: int) -> None:
+        """A step is done, on so many clips and with so many operations."""
+        self.steps += 1
+        self.clips += clips
+        self.flops += flops
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading, and the most memory that this process ever held, in GiB."""
+        seconds = time.perf_counter() - self.begin
+        values = {
+            "seconds_per_step": seconds / self.steps,
+            "clips_per_second": self.clips / seconds,
+            "peak_memory_gib": peak_memory(self.device) / _GIB,
+        }
+        if self.peak_flops:
+            values["mfu"] = self.flops / seconds / self.peak_flops
+        self.restart()
+        return values
+
+    def restart(self) -> None:
+        """Begin to count anew: what comes between a reading and the next step is no training."""
+        self.steps, self.clips, self.flops = 0, 0, 0
+        self.begin = time.perf_counter()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak: on a GPU of tensors, on a CPU of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@torch.no_grad()
+def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of the fastest of a few large matrix products, two for each multiplication with addition."""
+    side = _PRODUCT_SIDE.get(device.type, 2048)
+    left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(_PRODUCTS):
+        begin = time.perf_counter()
+        product = left @ right
+        product[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - begin)
+    return 2 * side**3 / min(seconds)
+
+
+class Log:
+    """`log.jsonl` of an output folder, and its curves where TensorBoard is installed; in other processes than the first, nothing.
+
+    A run that goes on from `step` first takes back what an earlier one logged behind it.
+    """
+
+    def __init__(self, folder: Path, step: int, active: bool) -> None:
+        self.path = folder / "log.jsonl"
+        self.curves: Any = None
+        self.problems: list[str] = []
+        self.active = active
+        if not active:
+            return
+        self._take_back(step)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.problems.append("no curves for TensorBoard: pip install 'refsam[train]'")
+            return
+        self.curves = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """A line of the log; its numbers, but `step`, as points of curves."""
+        if not self.active:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.curves is not None:
+            for name, value in record.items():
+                if isinstance(value, int | float) and name != "step":
+                    self.curves.add_scalar(name, value, record["step"])
+
+    def picture(self, name: str, image: NDArray[np.uint8], step: int) -> None:
+        """An image (H, W, 3) uint8 RGB beside the curves."""
+        if self.curves is not None:
+            self.curves.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write what TensorBoard has not written yet."""
+        if self.curves is not None:
+            self.curves.close()
+
+    def _take_back(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except ValueError:  # the line that a killed run was writing
+                continue
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)

@@ -1,0 +1,93 @@
+"""The resumable state of a run: one safetensors file, the one before it, and a checksum that tells a damaged one."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from refsam.errors import UserError
+
+STATE, PREVIOUS = "state.safetensors", "state.previous.safetensors"
+# What versions before safetensors wrote; continuing would begin anew without a word.
+_FORMER = "state.pt"
+
+
+@dataclass
+class Progress:
+    """How far a run is, beside its tensors.
+
+    `sums` of the losses of the `counted` steps since the last line of the log, `skipped` and `unreadable` files, the `best`
+    validation score and its step; `frozen` is the digest of the weights that are not trained, which no state holds.
+    """
+
+    step: int = 0
+    counted: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    unreadable: int = 0
+    best: float | None = None
+    best_step: int = 0
+    frozen: str = ""
+    threads: int = 0
+    processes: int = 1
+
+
+def write_state(folder: Path, tensors: Mapping[str, Tensor], progress: Progress) -> None:
+    """Write the state under another name and rename it; the newest there was stays as the previous one."""
+    path = folder / STATE
+    temporary = path.with_suffix(".tmp")
+    metadata = {"progress": json.dumps(asdict(progress)), "digest": digest(tensors)}
+    save_file(dict(tensors), temporary, metadata)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    if path.exists():
+        os.replace(path, folder / PREVIOUS)
+    os.replace(temporary, path)
+
+
+def read_state(folder: Path) -> tuple[dict[str, Tensor], Progress, list[str]] | None:
+    """The newest state that is whole, and in words what is wrong with a newer one; None where there is none at all.
+
+    Raises UserError where there are states and none of them is whole.
+    """
+    problems: list[str] = []
+    for path in (folder / STATE, folder / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            return *_read(path), problems
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            problems.append(f"{path} is damaged ({error})")
+    if problems:
+        raise UserError(f"{'; '.join(problems)}: remove what is damaged to begin anew")
+    if (folder / _FORMER).exists():
+        raise UserError(
+            f"{folder / _FORMER} is the state of an earlier version, which this one cannot read: move it, or take another output"
+        )
+    return None
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Progress]:
+    with safe_open(path, "pt") as file:
+        metadata: dict[str, Any] = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    if digest(tensors) != metadata["digest"]:
+        raise ValueError("its checksum differs")
+    return tensors, Progress(**json.loads(metadata["progress"]))
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values of tensors, in the order of their names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy())
+    return total.hexdigest()

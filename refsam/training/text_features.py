@@ -1,0 +1,94 @@
+"""What a frozen text encoder says about each expression, computed once for all steps, processes and runs."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from refsam.model.pretrained_text_encoder import PretrainedTextEncoder
+from refsam.model.text_encoder import CachedTextEncoder, EncodedText
+from refsam.training.state import digest
+
+_IN_MEMORY = 4096
+
+
+class TextFeatures:
+    """Called like the text encoder, whose output it keeps in memory and, with `folder`, on disk.
+
+    Each expression is encoded alone and without autocast, so that its tokens do not depend on which others a batch holds: a run
+    that was resumed, or continued by other processes, sees the same bits. On disk every expression is a file of its own below
+    a folder named after the encoder and its weights; it is written under another name and renamed, so processes may
+    share the folder, and one that cannot be read is written anew.
+    """
+
+    def __init__(self, encoder: CachedTextEncoder, folder: str | Path | None = None) -> None:
+        self.encoder = encoder
+        self.folder = None if folder is None else Path(folder) / identity(encoder)
+        self._tokens = lru_cache(_IN_MEMORY)(self._read_or_encode)
+
+    def __call__(self, expressions: Sequence[str]) -> EncodedText:
+        """P expressions to tokens (P, T, Ct), float32 on the host; raises ExpressionError."""
+        rows = [self._tokens(expression) for expression in expressions]
+        lengths = torch.tensor([len(row) for row in rows])
+        return EncodedText(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)
+
+    def file(self, expression: str) -> Path | None:
+        """Where an expression's tokens are kept; None without a folder."""
+        if self.folder is None:
+            return None
+        name = hashlib.sha256(expression.encode()).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def _read_or_encode(self, expression: str) -> Tensor:
+        """The tokens (T, Ct) of one expression."""
+        path = self.file(expression)
+        if path is not None and (tokens := _read(path)) is not None:
+            return tokens
+        with torch.no_grad(), torch.autocast(self.encoder_device.type, enabled=False):
+            encoded = self.encoder([expression])
+        tokens = encoded.tokens[0, : int(encoded.lengths[0])].float().cpu()
+        if path is not None:
+            _write(path, tokens)
+        return tokens
+
+    @property
+    def encoder_device(self) -> torch.device:
+        """Where the encoder computes."""
+        return next(chain(self.encoder.parameters(), self.encoder.buffers())).device
+
+
+def identity(encoder: CachedTextEncoder) -> str:
+    """A folder's name that no other encoder, and none with other weights, has."""
+    if not isinstance(encoder, PretrainedTextEncoder):
+        tokenizer = getattr(encoder, "tokenizer", None)
+        words = tokenizer.to_str() if tokenizer is not None else ""
+        weights = digest(encoder.state_dict())
+        return f"small-{hashlib.sha256((words + weights).encode()).hexdigest()[:32]}"
+    source = encoder.source()
+    if source.sha256 is None:  # not on this machine yet, or in several files
+        _, loaded = encoder.load()
+        source = encoder.source()
+    weights = source.sha256 or digest(loaded.state_dict())
+    return f"{encoder.name.strip('/').replace('/', '--')}-{weights[:32]}"
+
+
+def _read(path: Path) -> Tensor | None:
+    try:
+        return load_file(path)["tokens"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def _write(path: Path, tokens: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(save({"tokens": tokens.contiguous()}))
+    os.replace(file.name, path)

@@ -1,0 +1,116 @@
+"""A run that is killed and started again, through the command line: its losses are those of one that was not, bit by bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from refsam.config import config_from_yaml
+from refsam.training.loop import Trainer
+from refsam.training.settings import TrainingSettings
+from tests.data import fixtures
+from tests.tiny_model import CONFIG
+
+STEPS = 36
+
+
+def write_configuration(folder: Path, name: str) -> Path:
+    """A run on a small dataset: two workers' worth of everything that a resumed run must repeat."""
+    content = {
+        "model": json.loads(json.dumps(CONFIG)),
+        "output": str(folder / name),
+        "data": {
+            "datasets": [{"name": "ref-youtube-vos", "root": str(folder / "videos")}],
+            "augmentation": {"short_sides": [40, 56], "long_side": 80, "crop": 0.0},
+        },
+        "stages": [
+            {"steps": STEPS // 2, "clips": 2, "expressions": 2},
+            {"steps": STEPS // 2, "clips": 1, "frames": 2, "expressions": 1},
+        ],
+        "loss": {"focal": 1.0, "dice": 1.0, "iou": 0.5},
+        "threads": 1,
+        "workers": 1,
+        "save_every": 7,
+        "log_every": 1,
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def start(configuration: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "refsam", "train", str(configuration)]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def run_until(process: subprocess.Popen[str], step: int, number: int) -> str:
+    """Send the process, and those that serve it, the signal once it has told of the step; what it says after that."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(f"step {step}/"):
+            os.killpg(process.pid, number)
+            break
+    rest = process.stdout.read()
+    process.wait(timeout=60)
+    return rest
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    """What the log says of each step, without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    names = ("step", "total", "focal", "dice", "iou", "gradient_norm", "learning_rate")
+    return [{name: line[name] for name in names} for line in lines if "total" in line]
+
+
+@pytest.fixture
+def one_thread() -> None:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_killed_twice_and_resumed_the_curve_is_the_same(tmp_path: Path) -> None:
+    fixtures.write_ref_youtube_vos(tmp_path / "videos")
+    whole = write_configuration(tmp_path, "whole")
+    for _ in Trainer(config_from_yaml(TrainingSettings, whole)).run():
+        pass
+    assert len(curve(tmp_path / "whole")) == STEPS
+
+    cut = write_configuration(tmp_path, "cut")
+    killed = start(cut)
+    run_until(killed, 6, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
+    reached = curve(tmp_path / "cut")[-1]["step"]
+    assert 6 <= reached < STEPS and not (tmp_path / "cut/model").exists()
+
+    ended = start(cut)
+    said = run_until(ended, 20, signal.SIGTERM)
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step" in said and "the same command goes on from it" in said
+    stopped_at = curve(tmp_path / "cut")[-1]["step"]
+    assert 20 <= stopped_at < STEPS
+    assert f"after step {stopped_at} of {STEPS}" in said
+
+    resumed = start(cut)
+    output, _ = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, output
+    assert output.startswith(f"step {stopped_at + 1}/"), "a signal loses no step"
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    models = [
+        (tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "cut")
+    ]
+    assert models[0] == models[1]
