@@ -10,7 +10,7 @@ OUT ?= out
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-gpu sanitize compute-sanitizer bench gpu-report lint format libraries venv clean
+.PHONY: demo test test-slow test-gpu sanitize compute-sanitizer bench gpu-report docs lint format libraries venv clean
 
 demo: libraries
 	$(BIN)/refsam demo --out $(OUT)/demo --overwrite
@@ -55,6 +55,10 @@ gpu-report: libraries
 	$(BIN)/python -m benchmarks.gpu_report --out $(OUT)/gpu-report
 
 SOURCES = csrc/*.h csrc/*/* tests/csrc/*.cu tests/csrc/*/*.h tests/csrc/*/*.cpp
+# The site, in out/site; warnings are errors.
+docs: venv
+	$(BIN)/mkdocs build --strict --quiet
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

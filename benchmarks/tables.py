@@ -1,4 +1,4 @@
-"""`python -m benchmarks.tables [--check]`: writes the tables of README and docs from the committed results.
+"""`python -m benchmarks.tables [--check]`: writes the tables of README and docs from the committed results and docs/errors.yaml.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is one of `_TABLES`.
 """
@@ -9,9 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-PAGES = ("README.md", "docs/status.md", "docs/performance.md", "refsam/weights/nano/README.md")
+PAGES = (
+    "README.md",
+    "docs/status.md",
+    "docs/performance.md",
+    "docs/troubleshooting.md",
+    "refsam/weights/nano/README.md",
+)
 _REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -120,7 +128,38 @@ def _operators_cpu() -> str:
     )
 
 
+def _ui_cpu() -> str:
+    if not (RESULTS / "ui_cpu.json").exists():
+        return "Not measured yet."
+    result = _result("ui_cpu")
+    medians = result["medians"]
+    lines = [
+        "| | asked | measured |",
+        "|---|--:|--:|",
+        f"| first page after `refsam ui`, s | at most 8 | {medians['first_page_seconds']:.2f} |",
+        f"| first overlay of a 720p clip after the button, s | at most 3 | {medians['first_overlay_seconds']:.2f} |",
+        f"| model loaded after `refsam ui`, s | | {medians['model_seconds']:.2f} |",
+        "",
+        f"{_machine(result, 'cores')}, the browser on the same machine, medians of {len(result['runs'])} runs.",
+    ]
+    return "\n".join(lines)
+
+
+def _errors() -> str:
+    """The messages that users meet, from docs/errors.yaml, by what they are about."""
+    lines = []
+    for group in yaml.safe_load((ROOT / "docs" / "errors.yaml").read_text(encoding="utf-8")):
+        lines += [f"### {group['group']}", "", "| it says | because | do |", "|---|---|---|"]
+        for error in group["errors"]:
+            says = re.sub(r"\{[^}]*\}", "...", error["says"]).replace("|", "\\|")
+            lines.append(f"| `{says}` | {error['why']} | {error['do']} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 _TABLES = {
+    "ui_cpu": _ui_cpu,
+    "errors": _errors,
     "nano_generated": _nano_generated,
     "nano_targets": _nano_targets,
     "encoder_cpu": _encoder_cpu,

@@ -9,13 +9,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from refsam import __version__
 from refsam.errors import UserError
 from refsam.ui.downloads import RunLengths, encode_run_lengths, write_run_lengths, write_zip
 from refsam.ui.uploads import Limits, open_upload
@@ -232,7 +232,7 @@ class Job:
 
     def _facts(self) -> dict[str, Any]:
         return {
-            "refsam": __version__,
+            "refsam": version("refsam"),
             "model": self._engine.name,
             "source": self._upload.name,
             "complete": self._stopped_by is None,
