@@ -200,7 +200,7 @@ def test_cuda_library_compiles_for_every_architecture(
         (k, a) for k in kernels for a in wanted
     }
     assert not [k for k in resources if k.spill_stores + k.spill_loads > 64]
-    assert not python_symbols(plan.link.output)
+    assert_stable(plan.link.output)
 
 
 def python_symbols(library: Path) -> list[str]:
@@ -211,13 +211,6 @@ def python_symbols(library: Path) -> list[str]:
     ]
 
 
-def test_cpu_library_has_no_python_abi() -> None:
-    library = build.PACKAGE / "_C_cpu.so"
-    if not library.is_file():
-        pytest.skip(f"_C_cpu.so was not built: {libraries.why_not_built('_C_cpu')}")
-    assert not python_symbols(library)
-
-
 def symbols(file: Path, *options: str) -> list[tuple[str, str]]:
     """Kind and name of a file's symbols, as nm tells them."""
     command = ["nm", *options, str(file)]
@@ -225,15 +218,21 @@ def symbols(file: Path, *options: str) -> list[tuple[str, str]]:
     return [tuple(line.split()[-2:]) for line in lines]  # type: ignore[misc]
 
 
+def assert_stable(library: Path) -> None:
+    """Of torch nothing is used but the C functions of torch 2.10, which keep their meaning between versions."""
+    audit = pytest.importorskip("torch_abi_audit").inspect_extension(library)
+    assert audit.torch.uses_torch
+    assert audit.torch.stable, audit.torch.unstable_symbols
+    assert audit.torch.min_torch_version == "2.10.0"
+    assert not audit.torch.unknown_shim_symbols
+    assert not python_symbols(library)
+
+
 def test_cpu_library_uses_the_stable_abi_only() -> None:
-    """Of torch nothing is used but its C functions, which keep their meaning between versions."""
     library = build.PACKAGE / "_C_cpu.so"
     if not library.is_file():
         pytest.skip(f"_C_cpu.so was not built: {libraries.why_not_built('_C_cpu')}")
-    undefined = [name for _, name in symbols(library, "-D", "--undefined-only")]
-    assert [name for name in undefined if name.startswith(("aoti_torch_", "torch_"))]
-    mangled = ("_ZN2at", "_ZN3c10", "_ZN5torch", "_ZNK2at", "_ZNK3c10", "_ZNK5torch")
-    assert not [name for name in undefined if name.startswith(mangled)]
+    assert_stable(library)
 
 
 def test_sources_for_an_instruction_set_share_no_function() -> None:
