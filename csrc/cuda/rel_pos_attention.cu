@@ -60,6 +60,41 @@ __device__ inline void make_terms(float* terms, int stride, const Queries<kHeadD
   }
 }
 
+// Starts to copy kWidth chunks of 16 bytes, from `first` on, of a tile's keys and values. All
+// chunks of a thread lie in one column of the tile.
+template <int kHeadDim, int kWidth, typename Element>
+__device__ inline void copy_chunks(Element* keys, const Window<Element>& window,
+                                   const TilePosition& position, int first) {
+  constexpr int kRows = kThreads / kWidth / kTileColumns;  // of the tile at a time
+  const int lane = threadIdx.x / kWidth, channel = (first + threadIdx.x % kWidth) * kChunk;
+  const int x = position.column + lane % kTileColumns;
+  int y = position.row + lane / kTileColumns;
+  const int64_t offset = window.channels + channel;
+  const Element* token = window.token(y, x) + offset;
+  const Element* padding =
+      window.padding && x < window.key_width ? window.padding + offset : nullptr;
+  Element* to = keys + lane * kTileStride<kHeadDim> + channel;
+#pragma unroll
+  for (int row = 0; row < kTileRows; row += kRows, y += kRows) {
+    const Element* from = y < window.key_height ? padding : nullptr;
+    if (y < window.height && x < window.width) from = token;
+    cp_async_16(to, from, from);
+    cp_async_16(to + kTileKeys * kTileStride<kHeadDim>, from ? from + window.channels : from, from);
+    token += kRows * window.row_stride;
+    to += kRows * kTileColumns * kTileStride<kHeadDim>;
+  }
+}
+
+// Starts to copy a tile of keys and the values behind it.
+template <int kHeadDim, typename Element>
+__device__ inline void copy_tile(Element* keys, const Window<Element>& window,
+                                 const TilePosition& position) {
+  constexpr int kChunks = kHeadDim / kChunk, kWhole = kChunks / 8 * 8;
+  if constexpr (kWhole > 0) copy_chunks<kHeadDim, 8>(keys, window, position, 0);
+  if constexpr (kChunks > kWhole)
+    copy_chunks<kHeadDim, kChunks - kWhole>(keys, window, position, kWhole);
+}
+
 template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(kThreads)
     rel_pos_attention_kernel(const RelPosAttention call, unsigned blocks_per_window, float scale) {
@@ -99,23 +134,18 @@ __global__ void __launch_bounds__(kThreads)
                        window.key_width, scale, stage);
   __syncthreads();  // the stage is free, the warp's terms are there
 
-  const auto copy_tile = [&](const TilePosition& position, Element* keys) {
-    copy_keys<kHeadDim>(keys, keys + kTile, kTileKeys, window.channels, [&](int i) {
-      return window.key(position.row + i / kTileColumns, position.column + i % kTileColumns);
-    });
-  };
   const int tiles = (window.key_height + kTileRows - 1) / kTileRows *
                     ((window.key_width + kTileColumns - 1) / kTileColumns);
   Statistics statistics;
   float result[kHeadDim / 8][4] = {};
   float of_columns[2][2][2];  // of a query: 8 columns apart, and the next column
   TilePosition here, next;
-  copy_tile(next, stage);
+  copy_tile<kHeadDim>(stage, window, next);
   cp_async_commit();
   for (int tile = 0; tile < tiles; ++tile, here.advance(window.key_height)) {
     const Element* const keys = stage + tile % 2 * 2 * kTile;
     next.advance(window.key_height);
-    if (tile + 1 < tiles) copy_tile(next, stage + (tile + 1) % 2 * 2 * kTile);
+    if (tile + 1 < tiles) copy_tile<kHeadDim>(stage + (tile + 1) % 2 * 2 * kTile, window, next);
     cp_async_commit();
     cp_async_wait<1>();
     __syncthreads();

@@ -39,21 +39,19 @@ struct Window {
 
   __device__ int tokens() const { return height * width; }
 
-  __device__ const Element* query(int token) const {
-    const int y = token / width;
-    return queries + y * row_stride + (token - y * width) * column_stride;
+  __device__ const Element* token(int y, int x) const {
+    return queries + y * row_stride + x * column_stride;
   }
 
-  // The key at a place in the window, null where there is none or where it is zero.
-  __device__ const Element* key(int y, int x) const {
-    if (y < height && x < width) return queries + channels + y * row_stride + x * column_stride;
-    return padding && y < key_height && x < key_width ? padding + channels : nullptr;
+  __device__ const Element* query(int index) const {
+    const int y = index / width;
+    return token(y, index - y * width);
   }
 
   // The token's place among all tokens of the grid, counted from the window's first.
-  __device__ int64_t place(int token) const {
-    const int y = token / width;
-    return static_cast<int64_t>(y) * grid_width + (token - y * width);
+  __device__ int64_t place(int index) const {
+    const int y = index / width;
+    return static_cast<int64_t>(y) * grid_width + (index - y * width);
   }
 };
 
@@ -98,20 +96,6 @@ __device__ inline void copy_rows(Element* rows, int count, int thread, int threa
     const int row = i / kChunks, channel = i % kChunks * kChunk;
     const Element* from = source(row);
     cp_async_16(rows + row * kTileStride<kHeadDim> + channel, from ? from + channel : from, from);
-  }
-}
-
-// The same for keys and their values, which lie `channels` behind them.
-template <int kHeadDim, typename Element, typename Source>
-__device__ inline void copy_keys(Element* keys, Element* values, int count, int channels,
-                                 const Source& source) {
-  constexpr int kChunks = kHeadDim / kChunk;
-  for (int i = threadIdx.x; i < count * kChunks; i += kThreads) {
-    const int row = i / kChunks, channel = i % kChunks * kChunk;
-    const int to = row * kTileStride<kHeadDim> + channel;
-    const Element* from = source(row);
-    cp_async_16(keys + to, from ? from + channel : from, from);
-    cp_async_16(values + to, from ? from + channels + channel : from, from);
   }
 }
 

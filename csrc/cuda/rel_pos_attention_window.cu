@@ -23,6 +23,25 @@ constexpr int kTermsBytes = kWarpQueries * kTermsStride * sizeof(float);
 template <int kHeadDim>
 constexpr int kScratch = std::max<int>(kTermsBytes, kWarpQueries* kTileStride<kHeadDim> * 2);
 
+// Starts to copy all keys of the window and their values.
+template <int kHeadDim, typename Element>
+__device__ inline void copy_keys(Element* keys, Element* values, const Window<Element>& window) {
+  constexpr int kChunks = kHeadDim / kChunk;
+  const int channels = window.channels;
+  for (int i = threadIdx.x; i < kKeys * kChunks; i += kThreads) {
+    const int key = i / kChunks, channel = i % kChunks * kChunk;
+    const int y = key / kSide, x = key % kSide;
+    const Element* from = nullptr;
+    if (y < window.height && x < window.width)
+      from = window.token(y, x) + channels + channel;
+    else if (window.padding && y < window.key_height && x < window.key_width)
+      from = window.padding + channels + channel;
+    const int to = key * kTileStride<kHeadDim> + channel;
+    cp_async_16(keys + to, from, from);
+    cp_async_16(values + to, from ? from + channels : from, from);
+  }
+}
+
 template <int kHeadDim, typename Element>
 __device__ inline void make_terms(float* terms, const Queries<kHeadDim>& queries,
                                   const Element* table, const int (&position)[2], int keys,
@@ -67,8 +86,7 @@ __global__ void __launch_bounds__(kThreads)
   Element* const scratch =
       tables + 2 * kTableRows * kStride + warp_id() * (kScratch<kHeadDim> / sizeof(Element));
   float* const terms = reinterpret_cast<float*>(scratch);
-  copy_keys<kHeadDim>(keys, values, kKeys, window.channels,
-                      [&](int i) { return window.key(i / kSide, i % kSide); });
+  copy_keys<kHeadDim>(keys, values, window);
   copy_rows<kHeadDim>(tables, 2 * kTableRows, threadIdx.x, kThreads, [&](int i) {
     const auto* table =
         static_cast<const Element*>(i < kTableRows ? call.rel_pos_h : call.rel_pos_w);
