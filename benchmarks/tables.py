@@ -157,6 +157,33 @@ def _errors() -> str:
     return "\n".join(lines)
 
 
+def _cuda_resources() -> str:
+    path = RESULTS / "cuda_resources.json"
+    if not path.exists():
+        return "Not compiled yet."
+    result = json.loads(path.read_text(encoding="utf-8"))
+    kernels: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        name = row["kernel"].partition("<")[0]
+        kernels.setdefault((row["source"], name), []).append(row)
+    lines = [
+        "| source | kernel | variants | registers | most bytes spilled |",
+        "|---|---|--:|--:|--:|",
+        *(_resources_line(*names, rows) for names, rows in kernels.items()),
+    ]
+    architectures = sorted({row["architecture"] for row in result["rows"]})
+    targets = ", ".join(f"sm_{architecture}" for architecture in architectures)
+    origin = result["provenance"]
+    return "\n".join([*lines, "", f"{targets}; {origin['nvcc']}, commit {origin['commit'][:7]}."])
+
+
+def _resources_line(source: str, kernel: str, rows: list[dict[str, Any]]) -> str:
+    variants = len({row["kernel"] for row in rows})
+    registers = [row["registers"] for row in rows]
+    spilled = max(row["spill_bytes"] for row in rows)
+    return f"| `{source}` | `{kernel}` | {variants} | {min(registers)} to {max(registers)} | {spilled} |"
+
+
 _TABLES = {
     "ui_cpu": _ui_cpu,
     "errors": _errors,
@@ -164,6 +191,7 @@ _TABLES = {
     "nano_targets": _nano_targets,
     "encoder_cpu": _encoder_cpu,
     "operators_cpu": _operators_cpu,
+    "cuda_resources": _cuda_resources,
 }
 
 

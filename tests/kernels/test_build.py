@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import cuda_resources
 from refsam_kernels import build, libraries
 
 
@@ -181,12 +182,30 @@ def test_kernel_resources_reads_ptxas(tmp_path: Path) -> None:
     assert found == [build.KernelResources("scale", "sm_90", 72, 8, 12)]
 
 
-@pytest.mark.slow
-def test_cuda_library_compiles_for_every_architecture(
+def test_report_of_resources_refuses_spills(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    step = build.Step(tmp_path / "scale.cu.o", (tmp_path / "scale.cu",), ())
+    log = (
+        "ptxas info    : Compiling entry function '_ZN4ours5scaleILi64EEEvPf' for 'sm_90'\n"
+        "    16 bytes stack frame, {} bytes spill stores, 32 bytes spill loads\n"
+        "ptxas info    : Used 72 registers, used 0 barriers\n"
+    )
+    plan = build.Plan("_C_cuda", (step,), step, {"compiler": "nvcc 13"})
+    monkeypatch.setattr(build, "cuda_plan", lambda: plan)
+    monkeypatch.setattr(build, "execute", lambda plan: None)
+    out = tmp_path / "resources.json"
+    for stores, code in ((32, 0), (33, 1)):
+        step.log.write_text(log.format(stores))
+        assert cuda_resources.main(["--out", str(out)]) == code
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["kernel"] == "scale<64>"
+    assert (row["source"], row["architecture"], row["spill_bytes"]) == ("scale.cu", 90, 65)
+
+
+@pytest.mark.slow
+def test_cuda_library_compiles_for_every_architecture() -> None:
     """Needs nvcc, not a GPU: every architecture of the list is there and no kernel spills more than 64 bytes."""
-    monkeypatch.setattr(build, "build_root", lambda: tmp_path)
     try:
         plan = build.cuda_plan()
     except build.LeftOut as reason:
