@@ -17,7 +17,7 @@ PACKAGES = {"refsam": ROOT / "refsam", "refsam_kernels": ROOT / "kernels" / "ref
 LAYERS = [
     {"refsam.cli"},
     {"refsam.training", "refsam.evaluation", "refsam.ui"},
-    {"refsam.session"},
+    {"refsam.session", "refsam.export"},
     {"refsam.data", "refsam.video", "refsam.metrics"},
     {"refsam.model"},
     {"refsam.checkpoint", "refsam.config"},
@@ -93,6 +93,7 @@ def test_every_module_has_a_layer() -> None:
     [
         ("refsam.cli.segment", "refsam.session", True),
         ("refsam.model.adapter", "refsam.session", False),
+        ("refsam.export", "refsam.session", False),
         ("refsam.training.loop", "refsam.evaluation.masks", False),
         ("refsam.ui.jobs", "refsam.session", True),
         ("refsam.evaluation.masks", "refsam.ui.jobs", False),

@@ -7,6 +7,7 @@ Every operator is a function that works on any device, is differentiable and is 
 
 from refsam_kernels.adapter_mlp.op import adapter_mlp
 from refsam_kernels.adapter_projection.op import adapter_projection
+from refsam_kernels.decomposition import decompositions
 from refsam_kernels.dense_attention.op import dense_attention
 from refsam_kernels.dispatch import BackendError, use_backend
 from refsam_kernels.feed_forward import AdapterWeights
@@ -32,6 +33,7 @@ __all__ = [
     "PackedMasks",
     "adapter_mlp",
     "adapter_projection",
+    "decompositions",
     "dense_attention",
     "mask_loss",
     "mask_postprocess",
