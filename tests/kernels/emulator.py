@@ -39,6 +39,7 @@ def build_emulated(target: Path, sanitize: bool = False, names: Sequence[str] = 
 
     Raises `LeftOut` if a tool is missing, `BuildError` if a source does not compile.
     """
+    target = target.resolve()
     target.mkdir(parents=True, exist_ok=True)
     with (target / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
