@@ -1,9 +1,8 @@
 // A block has kRows pixels of one expression. It holds as many levels of them as fit its shared
 // memory, takes all their products with the words, mixes features and attention in registers (a
 // warp has whole rows), and multiplies each mixture once.
-#include <math_constants.h>
-
 #include <algorithm>
+#include <cmath>
 
 #include "dense_attention.h"
 #include "launch.h"
@@ -46,11 +45,11 @@ struct Layout {
 __device__ inline void add_softmax(float (&attention)[kMostWordsOfLane], const float* logits,
                                    int length, float scale, float share) {
   float values[kMostWordsOfLane];
-  float highest = -CUDART_INF_F;
+  float highest = -INFINITY;
 #pragma unroll
   for (int i = 0; i < kMostWordsOfLane; ++i) {
     const int word = lane_id() + i * kWarpSize;
-    values[i] = word < length ? scale * logits[word] : -CUDART_INF_F;
+    values[i] = word < length ? scale * logits[word] : -INFINITY;
     highest = fmaxf(highest, values[i]);
   }
   highest = warp_max(highest);
@@ -66,7 +65,7 @@ __device__ inline void add_softmax(float (&attention)[kMostWordsOfLane], const f
 }
 
 template <typename T, int kRows>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     dense_attention_kernel(DenseAttention call, int levels_at_once) {
   constexpr int kTiles = kRows / kFragment;
   constexpr int kRowsOfWarp = kRows / kWarps;

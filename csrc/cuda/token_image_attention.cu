@@ -2,9 +2,8 @@
 // keys, through which it goes in tiles with an online softmax. Few queries meet many keys in many
 // blocks then. The second joins the parts in their order, projects, adds the residual and
 // normalises: a block has 16 queries.
-#include <math_constants.h>
-
 #include <algorithm>
+#include <cmath>
 
 #include "launch.h"
 #include "tile.h"
@@ -37,8 +36,8 @@ constexpr size_t attend_bytes(int warps) {
 
 // The online softmax of a lane's two rows.
 struct RowState {
-  float highest = -CUDART_INF_F;  // in units of log(2)
-  float total = 0.0f;             // of this lane's columns
+  float highest = -INFINITY;  // in units of log(2)
+  float total = 0.0f;         // of this lane's columns
 
   // Takes the largest logit of further keys; returns the factor of everything that was summed.
   __device__ float raise(float logit) {
@@ -79,13 +78,13 @@ __device__ inline void soften(float (&logits)[kLogits][4], float (&sums)[kSums][
                               RowState (&rows)[2], int count, float scale) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float highest = -CUDART_INF_F;
+    float highest = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kLogits; ++i)
 #pragma unroll
       for (int j = 2 * half; j < 2 * half + 2; ++j) {
         const bool is_key = 8 * i + fragment_column() + j % 2 < count;
-        logits[i][j] = is_key ? logits[i][j] * scale : -CUDART_INF_F;
+        logits[i][j] = is_key ? logits[i][j] * scale : -INFINITY;
         highest = fmaxf(highest, logits[i][j]);
       }
     const float factor = rows[half].raise(warp_max<4>(highest));
@@ -140,7 +139,7 @@ __device__ inline void store_part(const TokenImageAttention& call, const Place& 
 }
 
 template <typename T, int kHead>
-__global__ void __launch_bounds__(kMostAttendWarps* kWarpSize)
+__global__ void __launch_bounds__(kMostAttendWarps* kWarpSize, 1)
     attend_kernel(TokenImageAttention call) {
   constexpr int kStride = tile_stride<T>(kKeys<T>);
   const int threads = static_cast<int>(blockDim.x), queries = threads / kWarpSize * kFragment;
@@ -159,10 +158,11 @@ __global__ void __launch_bounds__(kMostAttendWarps* kWarpSize)
     const T* data = static_cast<const T*>(tokens) + place.of_head(call, count) + first;
     return Matrix<T>{data, count, 1, call.head_width, exist};
   };
-  load_tile(q, query_stride,
-            rows_of(call.q, call.queries, place.first_query,
-                    min(queries, call.queries - place.first_query)),
-            kHead, queries, threads);
+  if (begin < end) {  // else all of the part's keys are padding
+    const int count = min(queries, call.queries - place.first_query);
+    load_tile(q, query_stride, rows_of(call.q, call.queries, place.first_query, count), kHead,
+              queries, threads);
+  }
   float sums[kHead / 8][4] = {};
   RowState rows[2];
   for (int first = begin; first < end; first += kKeys<T>) {
@@ -192,7 +192,7 @@ __device__ inline void make_factors(const TokenImageAttention& call, int64_t exp
     if (query >= call.queries) continue;
     const int64_t head = expression * call.heads + i / kFinishRows;
     const int64_t start = head * call.key_parts * call.queries + query;
-    float highest = -CUDART_INF_F, total = 0.0f;
+    float highest = -INFINITY, total = 0.0f;
     for (int part = 0; part < call.key_parts; ++part)
       highest = fmaxf(highest, call.highest[start + static_cast<int64_t>(part) * call.queries]);
     for (int part = 0; part < call.key_parts; ++part) {
@@ -267,7 +267,8 @@ __host__ __device__ int attended_elements(const TokenImageAttention& call) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kFinishWarps* kWarpSize) finish_kernel(TokenImageAttention call) {
+__global__ void __launch_bounds__(kFinishWarps* kWarpSize, 1)
+    finish_kernel(TokenImageAttention call) {
   constexpr int kStride = tile_stride<T>(kFinishRows);
   const int tiles = (call.queries + kFinishRows - 1) / kFinishRows;
   const int64_t expression = blockIdx.x / tiles;
