@@ -73,7 +73,8 @@ class PromptAndMaskGraph(nn.Module):
         has_track (P,) bool. Returns logits (P, 4h, 4w), iou (P,) and the next track (P, C).
         """
         side = self.model.config.image_encoder.image_size // self.model.image_encoder.patch_size
-        prompt = Prompt(*self.model.cross_modal_mlp(tokens, lengths), lengths)
+        words, sentence = self.model.cross_modal_mlp(tokens, lengths)
+        prompt = Prompt(words, sentence, lengths)
         output = self.model.decode(
             ImageFeatures(levels[0], levels, (side, side)),
             cast(TextPrompt, prompt),

@@ -1,4 +1,4 @@
-"""optimize() on tiny random SAMs of segment-anything and transformers: same outputs, same gradients, and back."""
+"""optimize() on tiny random SAMs of segment-anything, transformers and timm: same outputs, same gradients, and back."""
 
 import copy
 import pickle
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from refsam_kernels.integrations import optimize
 from tests.sam_modeling import load_sam_modeling, randomise, sam_image_encoder
+from tests.timm_modeling import timm_image_encoder, torchvision_to_import
 
 # As optimize() states it, of the largest value; gradients add up more terms.
 TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
@@ -63,10 +64,18 @@ def transformers_encoder(
     return randomise(transformers.SamModel._from_config(whole, attn_implementation=attention))
 
 
+def timm_encoder(grid: int = 8, **changes: Any) -> nn.Module:
+    """timm's image encoder of the same sizes."""
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "window_size": 3, "neck_chans": 16}
+    sizes |= {"img_size": 4 * grid, "patch_size": 4, "global_attn_indexes": (1,)}
+    return timm_image_encoder(**(sizes | changes))
+
+
 ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "segment_anything": sam_encoder,
     "transformers_sdpa": transformers_encoder,
     "transformers_eager": lambda grid=8: transformers_encoder(grid, "eager"),
+    "timm": timm_encoder,
 }
 each_encoder = pytest.mark.parametrize("make", ENCODERS.values(), ids=ENCODERS.keys())
 
@@ -178,7 +187,12 @@ def test_hooks_of_every_module_run(make: Callable[..., nn.Module]) -> None:
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: called.add(name))
     features(model, pixels_of())
-    assert called == {name for name, m in model.named_modules() if not isinstance(m, nn.ModuleList)}
+    uncalled = ("q_norm", "k_norm", "attn_drop")  # timm's, which do nothing between qkv and proj
+    assert called == {
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.ModuleList) and not name.endswith(uncalled)
+    }
 
 
 def make_optimized(make: Callable[..., nn.Module]) -> nn.Module:
@@ -188,7 +202,7 @@ def make_optimized(make: Callable[..., nn.Module]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("make", [sam_encoder, transformers_encoder])
+@pytest.mark.parametrize("make", [sam_encoder, transformers_encoder, timm_encoder])
 def test_compiles_without_a_break(make: Callable[..., nn.Module]) -> None:
     model = make()
     optimize(model)
@@ -216,28 +230,150 @@ def test_transformers_checkpoints_activations_and_returns_hidden_states() -> Non
     assert_close(model.vision_encoder.pos_embed.grad, plain)
 
 
+def assert_masks_equal(found: Tensor, wanted: Tensor, logits: Tensor) -> None:
+    """Masks (bool) equal but where the original's logits are about zero, relative to the largest."""
+    assert found.dtype == torch.bool
+    assert found.shape == wanted.shape
+    certain = logits.abs() > 1e-4 * logits.abs().max()
+    assert certain.float().mean() > 0.99
+    assert torch.equal(found[certain], wanted[certain])
+
+
+def calls_of(run: Callable[[], object]) -> dict[str, int]:
+    """How often each operator of this library runs."""
+    with torch.profiler.profile() as profile:
+        run()
+    return {
+        event.key.removeprefix("refsam_kernels::"): event.count
+        for event in profile.key_averages()
+        if event.key.startswith("refsam_kernels::")
+    }
+
+
+def points(count: int = 3) -> tuple[Tensor, Tensor]:
+    return torch.rand(count, 2, 2) * 32, torch.ones(count, 2)
+
+
+@pytest.mark.parametrize("multimask", [False, True])
 @torch.inference_mode()
-def test_sam_from_points_to_masks() -> None:
+def test_sam_from_points_to_masks(multimask: bool) -> None:
     model = sam()
-    points = {"point_coords": torch.rand(3, 2, 2) * 32, "point_labels": torch.ones(3, 2)}
-    image = {"image": pixels_of()[0] * 50 + 100, "original_size": (20, 30), **points}
-    wanted = model([image], multimask_output=True)[0]
+    coordinates, labels = points()
+    record = {"image": torch.rand(3, 22, 32) * 255, "original_size": (20, 30)}
+    batch = [record | {"point_coords": coordinates, "point_labels": labels}]
+    (wanted,) = model(batch, multimask_output=multimask)
+    logits = model.postprocess_masks(wanted["low_res_logits"], (22, 32), (20, 30))
     optimize(model)
-    found = model([image], multimask_output=True)[0]
+    calls = calls_of(lambda: batch.append(model(batch[:1], multimask_output=multimask)[0]))
+    found = batch[1]
+    assert calls == {"rel_pos_attention": 2, "mask_upscale": 1, "mask_postprocess": 1}
+    assert found.keys() == wanted.keys()
     assert_close(found["low_res_logits"], wanted["low_res_logits"], 1e-4)
     assert_close(found["iou_predictions"], wanted["iou_predictions"], 1e-4)
-    assert found["masks"].shape == wanted["masks"].shape == (3, 3, 20, 30)
+    assert_masks_equal(found["masks"], wanted["masks"], logits)
 
 
 @torch.inference_mode()
-def test_transformers_sam_from_points_to_masks() -> None:
+def test_sam_predictor_from_points_to_masks() -> None:
+    with torchvision_to_import():
+        from segment_anything.predictor import SamPredictor
+    predictor, image = SamPredictor(sam()), torch.rand(1, 3, 22, 32) * 255
+    prompts = points()
+    predictor.set_torch_image(image, (20, 30))
+    wanted, iou, low = predictor.predict_torch(*prompts)
+    logits = predictor.predict_torch(*prompts, return_logits=True)[0]
+    with optimize(predictor):
+        predictor.set_torch_image(image, (20, 30))
+        masks, our_iou, our_low = predictor.predict_torch(*prompts)
+        our_logits = predictor.predict_torch(*prompts, return_logits=True)[0]
+        predictor.reset_image()
+        with pytest.raises(RuntimeError, match="An image must be set"):
+            predictor.predict_torch(*prompts)
+    assert_masks_equal(masks, wanted, logits)
+    for found, exact in ((our_iou, iou), (our_low, low), (our_logits, logits)):
+        assert_close(found, exact, 1e-4)
+    assert "predict_torch" not in vars(predictor)
+
+
+@pytest.mark.parametrize("multimask", [False, True])
+@torch.inference_mode()
+def test_transformers_sam_from_points_to_masks(multimask: bool) -> None:
     model = transformers_encoder(model="SamModel")
     inputs = {"pixel_values": pixels_of(), "input_points": torch.rand(2, 3, 2, 2) * 32}
+    inputs["multimask_output"] = multimask
     wanted = model(**inputs)
     optimize(model)
-    found = model(**inputs)
-    assert_close(found.pred_masks, wanted.pred_masks, 1e-4)
-    assert_close(found.iou_scores, wanted.iou_scores, 1e-4)
+    outputs: list[Any] = []
+    calls = calls_of(lambda: outputs.append(model(**inputs)))
+    assert calls == {"rel_pos_attention": 2, "mask_upscale": 1}
+    assert_close(outputs[0].pred_masks, wanted.pred_masks, 1e-4)
+    assert_close(outputs[0].iou_scores, wanted.iou_scores, 1e-4)
+
+
+@torch.inference_mode()
+def test_transformers_processor_makes_masks() -> None:
+    from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+
+    processor = SamImageProcessorPil(pad_size={"height": 64, "width": 64})
+    masks = [torch.randn(2, 3, 16, 16), torch.randn(1, 3, 16, 16)]
+    sizes = {
+        "original_sizes": torch.tensor([[30, 50], [80, 40]]),
+        "reshaped_input_sizes": torch.tensor([[38, 64], [64, 32]]),
+    }
+    wanted = processor.post_process_masks(masks, **sizes, mask_threshold=0.2)
+    logits = processor.post_process_masks(masks, **sizes, binarize=False)
+    with optimize(processor):
+        found = processor.post_process_masks(masks, **sizes, mask_threshold=0.2)
+        unchanged = processor.post_process_masks(masks, **sizes, binarize=False)
+        of_arrays = processor.post_process_masks([m.numpy() for m in masks], **sizes)
+    for ours, theirs, exact, same in zip(found, wanted, logits, unchanged, strict=True):
+        assert_masks_equal(ours, theirs, exact - 0.2)
+        assert torch.equal(same, exact)
+    assert [mask.shape for mask in of_arrays] == [mask.shape for mask in wanted]
+    assert "post_process_masks" not in vars(processor)
+
+
+def decoder_inputs(library: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A mask decoder and what it takes for two prompts; its image embedding wants gradients."""
+    image = torch.randn(1, 32, 8, 8, requires_grad=True)
+    if library == "segment_anything":
+        names = ("image_embeddings", "image_pe", "sparse_prompt_embeddings")
+        return sam().mask_decoder, dict(
+            zip(names, (image, torch.randn(1, 32, 8, 8), torch.randn(2, 3, 32)), strict=True),
+            dense_prompt_embeddings=torch.randn(2, 32, 8, 8),
+            multimask_output=True,
+        )
+    names = ("image_embeddings", "image_positional_embeddings", "sparse_prompt_embeddings")
+    return transformers_encoder(model="SamModel").mask_decoder, dict(
+        zip(names, (image, torch.randn(1, 32, 8, 8), torch.randn(1, 2, 3, 32)), strict=True),
+        dense_prompt_embeddings=torch.randn(1, 32, 8, 8),
+        multimask_output=True,
+    )
+
+
+@pytest.mark.parametrize("library", ["segment_anything", "transformers"])
+def test_decoder_trains_as_before(library: str) -> None:
+    decoder, inputs = decoder_inputs(library)
+    image = inputs["image_embeddings"]
+
+    def gradients() -> dict[str, Tensor]:
+        decoder.zero_grad()
+        image.grad = None
+        masks, iou = decoder(**inputs)
+        (masks.square().sum() + iou.sum()).backward()
+        named = {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
+        return {name: grad.clone() for name, grad in {**named, "image": image.grad}.items()}
+
+    wanted = gradients()
+    with optimize(decoder):
+        found = gradients()
+    assert "forward" not in vars(decoder)
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        # A hypernetwork that no wanted mask needs has no gradient; the original gives it zeros.
+        ours = found.get(name, torch.zeros_like(gradient))
+        atol = GRADIENT_TOLERANCE * max(float(gradient.abs().max()), 1e-3 * largest)
+        torch.testing.assert_close(ours, gradient, rtol=0, atol=atol)
 
 
 def with_adapter() -> nn.Module:
@@ -259,6 +395,33 @@ def with_other_encoder() -> nn.Module:
     return model
 
 
+def of_class(name: str) -> nn.Module:
+    """A module of a class of this name."""
+    return type(name, (nn.Module,), {})()
+
+
+def with_part(attribute: str, class_name: str) -> nn.Module:
+    """segment-anything's `Sam` around a part of another library."""
+    model = sam()
+    setattr(model, attribute, of_class(class_name))
+    return model
+
+
+def of_another_version() -> nn.Module:
+    """A decoder whose method takes something that is not known here."""
+    decoder = sam().mask_decoder
+    decoder.__class__ = type(
+        "MaskDecoder", (type(decoder),), {"predict_masks": lambda self, image_embeddings, prompts: None}
+    )  # fmt: skip
+    return decoder
+
+
+def with_tanh() -> nn.Module:
+    model = transformers_encoder(model="SamModel")
+    model.mask_decoder.activation = nn.GELU("tanh")
+    return model
+
+
 def without_positions() -> nn.Module:
     return load_sam_modeling().ImageEncoderViT(
         img_size=32, patch_size=4, embed_dim=32, depth=1, num_heads=2, out_chans=16
@@ -269,9 +432,36 @@ def without_positions() -> nn.Module:
     ("make", "words"),
     [
         (lambda: nn.Linear(2, 2), "model: got a Linear, wanted one of Sam, ImageEncoderViT"),
-        (lambda: "sam", "model: got a str, wanted a torch.nn.Module"),
+        (lambda: "sam", "model: got a str, wanted one of Sam"),
         (with_adapter, r"model.blocks.0: got members \['Space_Adapter', 'attn'"),
         (with_other_encoder, "model.image_encoder: got a Conv2d, wanted ImageEncoderViT"),
+        (
+            lambda: with_part("image_encoder", "TinyViT"),
+            r"got a TinyViT, wanted ImageEncoderViT \(MobileSAM .* give model.mask_decoder to",
+        ),
+        (
+            lambda: with_part("mask_decoder", "MaskDecoderHQ"),
+            r"got a MaskDecoderHQ, wanted MaskDecoder \(SAM-HQ .* give model.image_encoder to",
+        ),
+        (lambda: of_class("SAM2Base"), r"model: got a SAM2Base, .*\(SAM 2 and later have another"),
+        (
+            lambda: of_class("Sam2Model"),
+            r"model: got a Sam2Model, .*\(SAM 2 and later have another",
+        ),
+        (lambda: of_class("SamHQModel"), r"got a SamHQModel, .*\(SAM-HQ is served only in its own"),
+        (
+            of_another_version,
+            "model.predict_masks: got parameters image_embeddings, prompts, wanted .*: this version of",
+        ),
+        (
+            with_tanh,
+            "model.mask_decoder, its activation: got GELU.approximate='tanh'., wanted the exact",
+        ),
+        (
+            lambda: timm_encoder(qk_norm=True),
+            "blocks.0.attn.q_norm: got a LayerNorm, wanted qk_norm=F",
+        ),
+        (lambda: timm_encoder(attn_drop_rate=0.1), "blocks.0.attn.attn_drop: got 0.1, wanted 0"),
         (with_other_qkv, "model.blocks.1.attn.qkv: got .*Sequential, wanted torch.nn.Linear"),
         (without_positions, "model.blocks.0.attn.use_rel_pos: got False, wanted True"),
         (lambda: make_optimized(sam_encoder), "model.blocks.0.forward: got one that was replaced"),

@@ -1,51 +1,91 @@
-"""Makes other libraries' SAM faster in place: segment-anything's and transformers'.
+"""Makes other libraries' SAM faster in place: segment-anything's, transformers' and timm's.
 
 Classes are recognised by their names and checked by their parts; none of these libraries is imported.
 """
 
 from collections.abc import Callable
-
-from torch import nn
+from typing import Any
 
 from refsam_kernels.arguments import require
-from refsam_kernels.integrations import segment_anything, transformers
+from refsam_kernels.integrations import (
+    segment_anything,
+    segment_anything_masks,
+    timm,
+    transformers,
+    transformers_masks,
+)
 from refsam_kernels.integrations.replacement import Optimization, Replacement
 
 __all__ = ["Optimization", "optimize"]
 
-MODELS: dict[str, Callable[[nn.Module], list[Replacement]]] = {
-    "Sam": segment_anything.replacements,
+MODELS: dict[str, Callable[[Any], list[Replacement]]] = {
+    "Sam": segment_anything_masks.of_sam,
     "ImageEncoderViT": segment_anything.replacements,
-    "SamModel": transformers.replacements,
+    "MaskDecoder": segment_anything_masks.of_decoder,
+    "SamPredictor": segment_anything_masks.of_predictor,
+    "SamModel": transformers_masks.of_model,
     "SamVisionModel": transformers.replacements,
     "SamVisionEncoder": transformers.replacements,
+    "SamMaskDecoder": transformers_masks.of_decoder,
+    "SamProcessor": transformers_masks.of_processor,
+    "SamImageProcessor": transformers_masks.of_processor,
+    "SamImageProcessorPil": transformers_masks.of_processor,
+    "VisionTransformerSAM": timm.replacements,
+}
+
+_NEWER = "SAM 2 and later have another image encoder: nothing here can stand for its parts"
+_ADVICE = {
+    "TinyViT": "MobileSAM has SAM's mask decoder: give model.mask_decoder to optimize() instead",
+    "MaskDecoderHQ": "SAM-HQ has SAM's image encoder: give model.image_encoder to optimize() instead",
+    "SamHQModel": "SAM-HQ is served only in its own library: give its image_encoder to optimize()",
+    "SamAutomaticMaskGenerator": "give its predictor to optimize() instead",
+    "SAM2Base": _NEWER,
+    "SAM2ImagePredictor": _NEWER,
+    "Sam2Model": _NEWER,
+    "Sam2VideoModel": _NEWER,
+    "Sam2VisionModel": _NEWER,
+    "Sam3Model": _NEWER,
 }
 
 
-def optimize(model: nn.Module) -> Optimization:
+def optimize(model: Any) -> Optimization:
     """Makes a SAM compute with this library's operators, in place, in training as in inference.
 
     The image encoder's attention never makes its weights or bias, and its windows are neither copied
-    nor padded. Parameters, buffers and the state dict stay what they are; sub-modules are called as
-    before, so their hooks and later changes of their weights are heeded. Gradients are those of the
-    original. Outputs differ by the order of sums: at most 1e-5 of the largest value in float32, in
-    bfloat16 at most twice what the original is off.
+    nor padded; the mask decoder's upscaling is one operator, and masks never exist as logits of the
+    frame's size. Parameters, buffers and the state dict stay what they are; sub-modules are called as
+    before, so their hooks and later changes of their weights are heeded; only the upscaling's modules
+    are read, not called. Gradients are those of the original.
+
+    Outputs differ by the order of sums: in float32 features by at most 1e-5 of their largest value,
+    logits of masks by 1e-4, and masks where a logit is within 1e-5 of the threshold, relative to the
+    largest; in bfloat16 features at most twice what the original is off.
 
     Args:
-        model: segment-anything's `Sam` or `ImageEncoderViT`, transformers' `SamModel`, `SamVisionModel`
-            or `SamVisionEncoder` (attention eager or SDPA), or a subclass; any dtype, device and size.
+        model: segment-anything's `Sam`, `SamPredictor`, `ImageEncoderViT` or `MaskDecoder`; transformers'
+            `SamModel`, `SamVisionModel`, `SamVisionEncoder` or `SamMaskDecoder` (attention eager or SDPA),
+            and `SamProcessor` or `SamImageProcessor`, whose `post_process_masks` refuses logits that are not
+            finite; timm's `VisionTransformerSAM`; or a sub-class. Any dtype, device and size.
 
     Returns:
         The handle whose `undo()` restores the model. transformers' `output_attentions` has nothing to
         give until then.
 
     Raises:
-        ValueError: the model is of another kind, was optimized already, or differs inside from the class
-            that it is named after (adapters, dropout in attention, no relative positions); it is
-            unchanged then.
+        ValueError: the model is of another kind, was optimized already, differs inside from the class
+            that it is named after (adapters, dropout in attention, no relative positions), or comes from
+            a version of its library whose methods take other arguments; it is unchanged then.
     """
-    require(isinstance(model, nn.Module), "model", f"a {type(model).__name__}", "a torch.nn.Module")
     names = [parent.__name__ for parent in type(model).__mro__]
     known = [name for name in names if name in MODELS]
-    require(bool(known), "model", f"a {names[0]}", f"one of {', '.join(MODELS)}")
-    return Optimization(MODELS[known[0]](model))
+    require(bool(known), "model", f"a {names[0]}", f"one of {', '.join(MODELS)}{_advice(names)}")
+    try:
+        return Optimization(MODELS[known[0]](model))
+    except ValueError as error:
+        parts = (getattr(model, part, None) for part in ("image_encoder", "mask_decoder"))
+        raise ValueError(f"{error}{_advice([type(part).__name__ for part in parts])}") from None
+
+
+def _advice(class_names: list[str]) -> str:
+    """What to do with models of these classes, behind the message that refuses them."""
+    return "".join(f" ({_ADVICE[name]})" for name in class_names if name in _ADVICE)

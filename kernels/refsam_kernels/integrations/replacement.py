@@ -1,30 +1,44 @@
 """Methods of single modules replaced in place, after checks that they are the methods that one knows."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from refsam_kernels.packed_linear import PackedCopy, is_unhooked
 from refsam_kernels.rel_pos_attention.op import rel_pos_attention
+
+# Tokens that an MLP computes at a time on a CPU: what lies between its layers stays in the cache.
+ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Replacement:
     """A function for a method of one module; it takes the module first, then what the method takes.
 
-    `path` says in errors where the module stands in the model.
+    `path` says in errors where the module stands in the model. `parameters` are what the class's method
+    must take, if given: another version of the library, which takes others, may compute something else.
     """
 
     path: str
-    module: nn.Module
+    module: Any
     function: Callable[..., Any]
     method: str = "forward"
+    parameters: tuple[str, ...] | None = None
 
     def reasons(self) -> Iterator[str]:
         """Why the method cannot be replaced, in words."""
+        names = tuple(inspect.signature(getattr(type(self.module), self.method)).parameters)[1:]
+        if self.parameters is not None and names != self.parameters:
+            library = type(self.module).__module__.partition(".")[0]
+            yield (
+                f"{self.path}.{self.method}: got parameters {', '.join(names)}, wanted "
+                f"{', '.join(self.parameters)}: this version of {library} is not one that is known here"
+            )
         if self.method in vars(self.module):
             yield (
                 f"{self.path}.{self.method}: got one that was replaced before (by optimize() or another "
@@ -119,34 +133,82 @@ def structure_reasons(
 
 
 def attention_reasons(path: str, attention: Any, class_names: set[str]) -> Iterator[str]:
-    """Why `attend` cannot stand for the attention of a SAM image encoder."""
+    """Why `Attend` cannot stand for the attention of a SAM image encoder."""
     if not getattr(attention, "use_rel_pos", True):
         yield f"{path}.use_rel_pos: got False, wanted True"
         return
     reasons = list(
         structure_reasons(path, attention, class_names, {"qkv", "proj", "rel_pos_h", "rel_pos_w"})
     )
-    yield from reasons
-    # Padding tokens have qkv(0), which is the bias of a plain linear layer only.
-    if not reasons and type(attention.qkv) is not nn.Linear:
+    yield from reasons or qkv_reasons(path, attention)
+
+
+def qkv_reasons(path: str, attention: Any) -> Iterator[str]:
+    """Padding tokens have qkv(0), which is the bias of a plain linear layer only."""
+    if type(attention.qkv) is not nn.Linear:
         kind = type(attention.qkv)
         yield f"{path}.qkv: got {kind.__module__}.{kind.__name__}, wanted torch.nn.Linear"
 
 
-def attend(
-    attention: Any, tokens: torch.Tensor, *, num_heads: int, window_size: int
-) -> torch.Tensor:
-    """SAM's attention on a grid of tokens (B, h, w, D) float, to the same shape; no windows are copied.
+class Attend:
+    """SAM's attention on a grid of tokens, in the place of an attention module; no windows are copied.
 
-    `window_size` 0 attends globally. `qkv` and `proj` are called as modules: their hooks run.
-    Follows segment-anything `modeling/image_encoder.py`, `Block` and `Attention`.
+    `window_size` 0 attends globally. `qkv` and `proj` are called as modules, unless packed copies may
+    stand for them. Follows segment-anything `modeling/image_encoder.py`, `Block` and `Attention`.
     """
-    attended = rel_pos_attention(
-        attention.qkv(tokens),
-        attention.rel_pos_h,
-        attention.rel_pos_w,
-        num_heads=num_heads,
-        window_size=window_size,
-        qkv_bias=attention.qkv.bias if window_size else None,
-    )
-    return attention.proj(attended)
+
+    def __init__(self, *, num_heads: int, window_size: int) -> None:
+        self.num_heads, self.window_size = num_heads, window_size
+        self.qkv, self.proj = PackedCopy(), PackedCopy()
+
+    def __call__(self, attention: Any, tokens: Tensor) -> Tensor:
+        """Tokens (B, h, w, D) float to the same shape."""
+        attended = rel_pos_attention(
+            _linear(self.qkv, attention.qkv, tokens),
+            attention.rel_pos_h,
+            attention.rel_pos_w,
+            num_heads=self.num_heads,
+            window_size=self.window_size,
+            qkv_bias=attention.qkv.bias if self.window_size else None,
+        )
+        return _linear(self.proj, attention.proj, attended)
+
+
+def _linear(copy: PackedCopy, module: Any, x: Tensor) -> Tensor:
+    return copy(module, x) if copy.serves(module, x) else module(x)
+
+
+class Perceptron:
+    """SAM's `lin2(gelu(lin1(x)))`, in the place of an MLP module.
+
+    The modules are called as they are, unless packed copies may stand for all three.
+    """
+
+    def __init__(self) -> None:
+        self.lin1, self.lin2 = PackedCopy(gelu=True), PackedCopy()
+
+    def __call__(self, mlp: Any, x: Tensor) -> Tensor:
+        """(..., D) float to the same shape."""
+        served = self.lin1.serves(mlp.lin1, x) and self.lin2.serves(mlp.lin2, x)
+        if not (served and is_unhooked(mlp.act)):
+            return mlp.lin2(mlp.act(mlp.lin1(x)))
+        rows = x.flatten(0, -2)
+        result = torch.empty_like(rows)
+        for part, target in zip(rows.split(ROWS), result.split(ROWS), strict=True):
+            target.copy_(self.lin2(mlp.lin2, self.lin1(mlp.lin1, part)))
+        return result.view(x.shape)
+
+
+def perceptron_replacement(path: str, mlp: Any) -> Iterator[Replacement]:
+    """The replacement of an MLP; none for one that is another inside, which goes on as it is."""
+    members = {name for name, _ in mlp.named_children()} | set(mlp._parameters)
+    if members == {"lin1", "act", "lin2"} and _is_exact_gelu(mlp.act):
+        yield Replacement(path, mlp, Perceptron())
+
+
+def _is_exact_gelu(activation: Any) -> bool:
+    if type(activation) is nn.GELU:
+        return activation.approximate == "none"
+    # transformers' own module, which holds the function that it calls.
+    is_theirs = type(activation).__name__ == "GELUActivation"
+    return is_theirs and getattr(activation, "act", None) is nn.functional.gelu

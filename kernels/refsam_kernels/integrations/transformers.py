@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from refsam_kernels.integrations.replacement import (
+    Attend,
     Replacement,
-    attend,
     attention_reasons,
     encoder_of,
+    perceptron_replacement,
     refuse,
     structure_reasons,
 )
@@ -40,9 +41,11 @@ def _layer_reasons(path: str, layer: Any) -> Iterator[str]:
 
 
 def _layer_replacements(path: str, layer: Any) -> Iterator[Replacement]:
-    yield Replacement(path, layer, _layer)
-    windowed = partial(_attention, window_size=layer.window_size)
-    yield Replacement(f"{path}.attn", layer.attn, windowed)
+    yield Replacement(path, layer, _layer, parameters=("hidden_states",))
+    attend = Attend(num_heads=layer.attn.num_attention_heads, window_size=layer.window_size)
+    wanted = ("hidden_states", "output_attentions")
+    yield Replacement(f"{path}.attn", layer.attn, partial(_attention, attend), parameters=wanted)
+    yield from perceptron_replacement(f"{path}.mlp", layer.mlp)
 
 
 def _layer(layer: Any, hidden_states: Tensor) -> Tensor:
@@ -53,12 +56,10 @@ def _layer(layer: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _attention(
+    attend: Attend,
     attention: Any,
     hidden_states: Tensor,
     output_attentions: bool | None = None,
-    *,
-    window_size: int,
 ) -> tuple[Tensor, None]:
     """`SamVisionAttention.forward`; like SDPA's it returns no weights, asked for or not."""
-    heads = attention.num_attention_heads
-    return attend(attention, hidden_states, num_heads=heads, window_size=window_size), None
+    return attend(attention, hidden_states), None

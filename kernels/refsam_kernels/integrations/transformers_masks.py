@@ -1,0 +1,132 @@
+"""transformers' `SamModel`, `SamMaskDecoder` and the processors of SAM: from features to masks."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refsam_kernels.integrations import transformers
+from refsam_kernels.integrations.mask_decoder import upscale, upscaling_reasons
+from refsam_kernels.integrations.replacement import Replacement, refuse, structure_reasons
+from refsam_kernels.mask_postprocess.op import mask_postprocess
+
+MEMBERS = {
+    "transformer", "iou_token", "mask_tokens", "upscale_conv1", "upscale_conv2", "upscale_layer_norm", "activation",
+    "output_hypernetworks_mlps", "iou_prediction_head",
+}  # fmt: skip
+EMBEDDINGS = (
+    "image_embeddings", "image_positional_embeddings", "sparse_prompt_embeddings", "dense_prompt_embeddings",
+    "multimask_output", "attention_similarity", "target_embedding",
+)  # fmt: skip
+SIZES = (
+    "masks", "original_sizes", "reshaped_input_sizes", "mask_threshold", "binarize", "pad_size"
+)  # fmt: skip
+
+
+def of_model(model: Any) -> list[Replacement]:
+    """What to replace in a `SamModel`: image encoder and mask decoder."""
+    decoder = of_decoder(model.mask_decoder, "model.mask_decoder")
+    return transformers.replacements(model) + decoder
+
+
+def of_decoder(decoder: Any, path: str = "model") -> list[Replacement]:
+    """What to replace in a `SamMaskDecoder`. Raises `ValueError` where it is another one inside."""
+    refuse(list(_decoder_reasons(path, decoder)))
+    return [Replacement(path, decoder, _decoder, parameters=EMBEDDINGS)]
+
+
+def of_processor(processor: Any) -> list[Replacement]:
+    """What to replace in a `SamProcessor` or in one of its image processors: the way from logits to masks."""
+    image_processor = getattr(processor, "image_processor", processor)
+    method = "post_process_masks"
+    return [Replacement("model", image_processor, _post_process_masks, method, SIZES)]
+
+
+def _decoder_reasons(path: str, decoder: Any) -> Iterator[str]:
+    reasons = list(structure_reasons(path, decoder, {"SamMaskDecoder"}, MEMBERS))
+    yield from reasons or upscaling_reasons(
+        path,
+        decoder.upscale_conv1,
+        decoder.upscale_layer_norm,
+        (decoder.activation,),
+        decoder.upscale_conv2,
+    )
+
+
+def _decoder(
+    decoder: Any,
+    image_embeddings: Tensor,
+    image_positional_embeddings: Tensor,
+    sparse_prompt_embeddings: Tensor | None,
+    dense_prompt_embeddings: Tensor,
+    multimask_output: bool,
+    attention_similarity: Tensor | None = None,
+    target_embedding: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`SamMaskDecoder.forward`; only the masks that are wanted are computed."""
+    own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+    batch, count, tokens = len(image_embeddings), 1, own.expand(len(image_embeddings), 1, -1, -1)
+    if sparse_prompt_embeddings is not None:
+        count = sparse_prompt_embeddings.shape[1]
+        tokens = torch.cat([tokens.expand(-1, count, -1, -1), sparse_prompt_embeddings], dim=2)
+    image = (image_embeddings + dense_prompt_embeddings).repeat_interleave(count, 0)
+    tokens, pixels = decoder.transformer(
+        point_embeddings=tokens.to(own.dtype),
+        image_embeddings=image,
+        image_positional_embeddings=image_positional_embeddings.repeat_interleave(count, 0),
+        attention_similarity=attention_similarity,
+        target_embedding=target_embedding,
+    )
+    wanted = range(1, decoder.num_mask_tokens) if multimask_output else range(1)
+    hyper = [decoder.output_hypernetworks_mlps[i](tokens[:, :, 1 + i]) for i in wanted]
+    masks = upscale(
+        pixels.flatten(0, 1).unflatten(1, image.shape[2:]),
+        torch.stack(hyper, dim=2).flatten(0, 1),
+        decoder.upscale_conv1,
+        decoder.upscale_layer_norm,
+        decoder.upscale_conv2,
+    )
+    iou = decoder.iou_prediction_head(tokens[:, :, 0])[:, :, wanted.start : wanted.stop]
+    return masks.unflatten(0, (batch, count)), iou
+
+
+def _post_process_masks(
+    processor: Any,
+    masks: Sequence[Any],
+    original_sizes: Any,
+    reshaped_input_sizes: Any,
+    mask_threshold: float = 0.0,
+    binarize: bool = True,
+    pad_size: dict[str, int] | None = None,
+) -> list[Tensor]:
+    """`post_process_masks`; where logits are wanted, or the model's image is no square, the class's own."""
+    pad = processor.pad_size if pad_size is None else pad_size
+    if not binarize or pad["height"] != pad["width"]:
+        arguments = (
+            masks,
+            original_sizes,
+            reshaped_input_sizes,
+            mask_threshold,
+            binarize,
+            pad_size,
+        )
+        return type(processor).post_process_masks(processor, *arguments)
+    sizes = zip(masks, _pairs(reshaped_input_sizes), _pairs(original_sizes), strict=True)
+    results = []
+    for logits, input_size, output_size in sizes:
+        logits = torch.as_tensor(logits)
+        flat = mask_postprocess(
+            logits.flatten(0, 1),
+            image_size=pad["height"],
+            input_size=input_size,
+            output_size=output_size,
+            threshold=mask_threshold,
+        )
+        results.append(flat.unflatten(0, logits.shape[:2]))
+    return results
+
+
+def _pairs(sizes: Any) -> list[tuple[int, int]]:
+    """Sizes as integers, from a list, a tensor or an array (B, 2)."""
+    return [(int(height), int(width)) for height, width in sizes]
