@@ -21,7 +21,7 @@ from refsam.training.batches import stage_at
 from refsam.training.loop import Trainer
 from refsam.training.monitoring import measure_peak_flops
 from refsam.training.settings import ValidationSettings
-from refsam.training.validation import GeneratedClips, open_clips, score_clips
+from refsam.training.validation import GeneratedClips, open_clips, predict, score_clips
 from refsam_kernels import (
     AdapterWeights,
     AttentionWeights,
@@ -95,8 +95,8 @@ def test_an_expression_that_is_not_understood_marks_nothing(folder: Path) -> Non
     listing.write_text(json.dumps(content))
     clips = open_clips(ValidationSettings(**validation(folder)), 64)
     assert clips is not None
-    # Rectangles are in view in every frame.
-    assert {region for region, _ in score_clips(tiny_model(), clips, range(2))} == {0.0}
+    assert clips[0].texts[0] == "xylophone" and clips[0].masks.any()
+    assert not predict(tiny_model(), clips[0]).any()
 
 
 def test_masks_that_are_not_public_are_refused(folder: Path) -> None:
@@ -204,7 +204,10 @@ CALLS = {
 def test_operations_of_an_operator_are_those_of_its_formula(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch counts the products of the formula, forward; the backward has twice as many."""
+    """torch counts the products of the formula, forward; the backward has twice as many.
+
+    Dense attention is the exception: half of its projection is taken of the words, which are few.
+    """
     operator = name.partition(",")[0]
     module = __import__(f"refsam_kernels.{operator}.reference", fromlist=["forward"])
     plain, forward = FlopCounterMode(display=False), module.forward
@@ -214,12 +217,14 @@ def test_operations_of_an_operator_are_those_of_its_formula(
             return forward(*arguments)
 
     monkeypatch.setattr(module, "forward", counted)
-    CALLS[name]("reference")
+    with torch.no_grad():
+        CALLS[name]("reference")
     monkeypatch.undo()
     ours = FlopCounterMode(display=False, custom_mapping=flops._formulas())
     with ours:
         result = CALLS[name]("fallback")
-    assert ours.get_total_flops() == pytest.approx(plain.get_total_flops(), rel=0.15)
+    spared = 2 * 2 * 36 * C * C if operator == "dense_attention" else 0
+    assert ours.get_total_flops() == plain.get_total_flops() - spared
     both = FlopCounterMode(display=False, custom_mapping=flops._formulas())
     with both:
         CALLS[name]("fallback").sum().backward()
