@@ -1,6 +1,7 @@
 """`python -m benchmarks.gpu_report --out FOLDER`: all that there is to know of this machine's GPU in one folder, without network.
 
-GPU tests, tuned tiles, benchmarks (they run with the tuned tiles), and what the kernels need of the GPU's architecture.
+The compiled libraries that lie here, built elsewhere perhaps, are loaded first; what cannot be loaded is built here. Then GPU
+tests, tuned tiles, benchmarks (they run with the tuned tiles), and what the kernels need of the GPU's architecture.
 """
 
 import argparse
@@ -13,11 +14,14 @@ import torch
 from benchmarks.__main__ import main as run_benchmarks
 from benchmarks.compile_gate import main as compile_gate
 from benchmarks.tune import main as tune
+from refsam_kernels import build, libraries
 from refsam_kernels.compilation import ARCHITECTURES
+
+LIBRARIES = ("cpu", "cuda")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Writes info.txt, tests.txt, tuned.json, cuda.jsonl and compile_gate.json.
+    """Writes libraries.txt, info.txt, tests.txt, tuned.json, cuda.jsonl and compile_gate.json.
 
     Returns 1 if a test failed, a result was wrong or a kernel spills; 2 without a GPU.
     """
@@ -32,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("gpu-report needs a CUDA device; there is none here, so nothing was measured")
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
+    load_or_build(options.out / "libraries.txt")
     record([sys.executable, "-m", "refsam_kernels.info"], options.out / "info.txt")
     tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:benchmark"]
     failed = record(tests, options.out / "tests.txt")
@@ -41,6 +46,36 @@ def main(arguments: list[str] | None = None) -> int:
     )
     spilled = compile_for(options.out / "compile_gate.json")
     return int(bool(failed or wrong or spilled))
+
+
+def load_or_build(path: Path) -> None:
+    """Writes whether the compiled libraries of the package can be loaded, and if not, builds them and tries again."""
+    refusals = {name: refusal(name) for name in LIBRARIES}
+    lines = [described(name, reason) for name, reason in refusals.items()]
+    if any(refusals.values()):
+        record([sys.executable, "-P", build.__file__], path.with_name("build.txt"))
+        lines.append("Built here, see build.txt:")
+        lines += [described(name, refusal(name)) for name in LIBRARIES]
+    path.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def refusal(name: str) -> str | None:
+    """Why a new process cannot load the library, None if it can."""
+    code = f"from refsam_kernels import libraries; libraries.load({name!r})"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    return (result.stderr.strip() or "it ended").splitlines()[-1] if result.returncode else None
+
+
+def described(name: str, reason: str | None) -> str:
+    """One line about a library: what it was built with if it can be loaded, why not otherwise."""
+    if reason:
+        return f"_C_{name}.so cannot be loaded: {reason}"
+    entry = libraries.report_of(f"_C_{name}", libraries.folder())
+    facts = ", ".join(f"{key} {value}" for key, value in entry.items() if key != "built")
+    return f"_C_{name}.so is loaded ({facts or 'nothing is known of its build'})"
 
 
 def compile_for(path: Path) -> int:
