@@ -4,12 +4,21 @@ Nothing is copied to the device and no shape depends on values, so that CUDA gra
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from refsam_kernels import libraries
 
 _library = libraries.load("cuda")
+
+
+def not_supported_reasons(tensor: Tensor, *settings: Any) -> list[str]:
+    """Why the library has no kernels for the device of the logits or words; empty if it has."""
+    return libraries.reasons_against_device(tensor)
+
+
+bits_not_supported_reasons = runs_not_supported_reasons = not_supported_reasons
 
 
 def forward(
