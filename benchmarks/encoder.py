@@ -10,7 +10,7 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -173,10 +173,20 @@ def errors(found: dict[str, Tensor], exact: Tensor) -> dict[str, float]:
 
 
 def run_group(
-    config: RefSAMConfig, sam: nn.Module, dtype: str, exact: Tensor, pixels: Tensor, repeats: int
+    config: RefSAMConfig,
+    sam: nn.Module,
+    dtype: str,
+    exact: Tensor,
+    pixels: Tensor,
+    repeats: int,
+    only: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
-    """Rows of one dtype; a provider with a wrong result has `wrong` and no times."""
-    compared = {provider.name: provider for provider in providers(dtype)}
+    """Rows of one dtype, `only` of the providers so named if there are names, and of the baseline.
+
+    A provider with a wrong result has `wrong` and no times.
+    """
+    wanted = {BASELINE, *only} if only else {provider.name for provider in providers(dtype)}
+    compared = {p.name: p for p in providers(dtype) if p.name in wanted}
     calls, skipped = usable_calls(list(compared.values()), config, sam, pixels)
     before = errors({name: call() for name, call in calls.items()}, exact)
     limit = TOLERANCE if dtype == "float32" else 2 * before[BASELINE]
@@ -260,6 +270,13 @@ def main() -> int:
     parser.add_argument("--image-size", type=int, default=1024)
     parser.add_argument("--depth", type=int, help="blocks, for a quick try: the last is global")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="providers by name; the baseline is always there",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("out/bench/encoder_cpu.jsonl"))
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -283,7 +300,8 @@ def main() -> int:
         pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
         exact = sam(pixels)
         for dtype in options.dtypes:
-            for row in run_group(config, sam, dtype, exact, pixels, options.repeats):
+            group = (config, sam, dtype, exact, pixels, options.repeats, options.only)
+            for row in run_group(*group):
                 rows.append(row | {"provenance": origin})
                 print(table_line(row), flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
