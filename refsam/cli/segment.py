@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from refsam.cli.allocation import keep_freed_memory
 from refsam.cli.options import (
     CheckpointOption,
     DeviceOption,
@@ -173,6 +174,7 @@ def load_model(
     Raises:
         UserError: no such checkpoint, or a dtype that the device lacks.
     """
+    keep_freed_memory()
     precision = choose_dtype(dtype, device)
     from refsam.model import RefSAM
 

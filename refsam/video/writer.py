@@ -240,7 +240,7 @@ class _OverlayVideo:
     def write(self, image: np.ndarray, time: float) -> None:
         if self._container is None:
             self._open(*image.shape[:2])
-        picture = av.VideoFrame.from_ndarray(self._fit(image), format="rgb24")
+        picture = av.VideoFrame.from_numpy_buffer(self._fit(image), format="rgb24")
         self._last = max(self._last + 1, round(time / self._time_base))
         picture.pts, picture.time_base = self._last, self._time_base
         self._mux(picture)
