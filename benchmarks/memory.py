@@ -62,8 +62,7 @@ def run(device: str, frames: int, folder: Path) -> list[dict[str, float]]:
         writer = ResultWriter(folder / "out", EXPRESSIONS, fps=RATE, time_base=1 / RATE)
         with writer, closing(read_ahead(session, source)) as pairs:
             for frame, prepared in pairs:
-                result = session.step(prepared)
-                writer.write(frame, result.masks.cpu().numpy(), result.scores.cpu().numpy())
+                writer.write(frame, *session.step(prepared).on_host())
                 if (frame.index + 1) % EVERY == 0:
                     rows.append(row(frame.index + 1, device))
             writer.finish()

@@ -145,6 +145,45 @@ def _ui_cpu() -> str:
     return "\n".join(lines)
 
 
+def _frame_cpu() -> str:
+    if not (RESULTS / "frame_cpu.json").exists():
+        return "Not measured yet."
+    result = _result("frame_cpu")
+    before, after = result["medians"]["before"], result["medians"]["after"]
+    lines = ["| core-milliseconds of a frame | before | after |", "|---|--:|--:|"]
+    lines += [f"| {name} | {before[name]:.1f} | {after[name]:.1f} |" for name in before]
+    what = f"nano, one expression, 720p, medians of {len(result['rounds']['after'])} rounds"
+    commits = f"commits {result['base'][:7]} and {result['commit'][:7]}"
+    return "\n".join([*lines, "", f"{what}, {_machine(result, 'cores')}, {commits}."])
+
+
+def _choices_cpu() -> str:
+    if not (RESULTS / "choices_cpu.json").exists():
+        return "Not measured yet."
+    result = _result("choices_cpu")
+    lines = ["| | | core ms | ms by the clock | kB | PSNR, dB |", "|---|---|--:|--:|--:|--:|"]
+    lines += [
+        f"| {row['part']} | {row['choice']} | {row['core_ms']:.1f} | {row['clock_ms']:.1f} "
+        f"| {row.get('kilobytes', '')} | {row.get('psnr_db', '')} |"
+        for row in result["rows"]
+    ]
+    return "\n".join([*lines, "", f"For one 720p frame, {_machine(result, 'cores')}."])
+
+
+def _memory_cpu() -> str:
+    if not (RESULTS / "memory_cpu.json").exists():
+        return "Not measured yet."
+    result = _result("memory_cpu")
+    rows, growth = result["rows"], result["growth"]["host_mib_for_each_thousand_frames"]
+    first, last = rows[min(9, len(rows) - 1)], rows[-1]
+    return (
+        f"Resident memory after {first['frames']} frames: {first['host_mib']:.0f} MiB; after {last['frames']}: "
+        f"{last['host_mib']:.0f} MiB; by least squares {growth:+.2f} MiB for each thousand frames.\n\n"
+        f"nano, two expressions, everything written, {_machine(result, 'cores')}.\n\n"
+        "![Resident memory over the frames](images/memory.svg)"
+    )
+
+
 def _errors() -> str:
     """The messages that users meet, from docs/errors.yaml, by what they are about."""
     lines = []
@@ -186,6 +225,9 @@ def _resources_line(source: str, kernel: str, rows: list[dict[str, Any]]) -> str
 
 _TABLES = {
     "ui_cpu": _ui_cpu,
+    "frame_cpu": _frame_cpu,
+    "choices_cpu": _choices_cpu,
+    "memory_cpu": _memory_cpu,
     "errors": _errors,
     "nano_generated": _nano_generated,
     "nano_targets": _nano_targets,

@@ -35,6 +35,12 @@ DtypeOption = Annotated[
         metavar="NAME",
     ),
 ]
+GraphsOption = Annotated[
+    bool,
+    typer.Option(
+        "--cuda-graphs", help="Record a frame's work on the GPU once and replay it (experimental)."
+    ),
+]
 # Multiplications with the image encoder's weights for one frame: nano has 0.7e9, ViT-B 350e9.
 _SMALL_MODEL = 4e9
 _MOST_THREADS_OF_SMALL = 4

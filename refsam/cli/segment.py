@@ -14,6 +14,7 @@ from refsam.cli.options import (
     CheckpointOption,
     DeviceOption,
     DtypeOption,
+    GraphsOption,
     OutOption,
     OverwriteOption,
     check_names,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from refsam.model import RefSAM
-    from refsam.session import EncodedFrame, PreparedFrame, VideoSession
+    from refsam.session import EncodedFrame, FrameGraphs, PreparedFrame, VideoSession
     from refsam.video import Frame, ResultWriter
 
 app = typer.Typer(rich_markup_mode="markdown")
@@ -57,6 +58,7 @@ def segment(
         bool, typer.Option("--overlay/--no-overlay", help="Also write overlay.mp4.")
     ] = True,
     overwrite: OverwriteOption = False,
+    graphs: GraphsOption = False,
 ) -> None:
     """Segment what the text says, in every frame.
 
@@ -78,7 +80,7 @@ def segment(
 
     check_output(out, overwrite=overwrite)
     with open_source(source) as reader:
-        session, precision = load_session(checkpoint, text, device, dtype)
+        session, precision = load_session(checkpoint, text, device, dtype, graphs=graphs)
         from refsam.session import read_ahead
 
         writer = ResultWriter(
@@ -129,6 +131,7 @@ class Run:
             else str(self.stopped_by) or "interrupted",
             "device": str(session.model.device),
             **precision_facts(session.model, precision),
+            **graph_facts(session.graphs),
             "timings": {
                 "seconds": round(self.seconds, 3),
                 "seconds_to_first_mask": round(self.seconds_to_first_mask or 0.0, 3),
@@ -192,8 +195,29 @@ def precision_facts(model: "RefSAM", precision: "torch.dtype") -> dict[str, str]
     return {key: str(dtype).removeprefix("torch.") for key, dtype in names.items()}
 
 
+def make_graphs(model: "RefSAM") -> "FrameGraphs":
+    """CUDA graphs for a model.
+
+    Raises:
+        UserError: it is not on a GPU.
+    """
+    from refsam.session import FrameGraphs
+
+    if model.device.type != "cuda":
+        raise UserError(f"--cuda-graphs: the model is on {model.device}; want --device cuda")
+    return FrameGraphs(model)
+
+
+def graph_facts(graphs: "FrameGraphs | None") -> dict[str, dict[str, float]]:
+    """What ``result.json`` says of CUDA graphs where there are any: how many, and the memory that they hold."""
+    if graphs is None:
+        return {}
+    memory = round(graphs.memory_bytes / 2**20, 1)
+    return {"cuda_graphs": {"count": graphs.count, "memory_mib": memory}}
+
+
 def load_session(
-    checkpoint: str, expressions: list[str], device: str, dtype: str
+    checkpoint: str, expressions: list[str], device: str, dtype: str, *, graphs: bool = False
 ) -> tuple["VideoSession", "torch.dtype"]:
     """Load a model onto a device and begin a session with it.
 
@@ -203,7 +227,7 @@ def load_session(
     model, precision = load_model(checkpoint, choose_device(device), dtype)
     from refsam.session import VideoSession
 
-    session = VideoSession(model, expressions)
+    session = VideoSession(model, expressions, graphs=make_graphs(model) if graphs else None)
     for expression, words in zip(expressions, session.unknown_words, strict=True):
         if words:
             named = ", ".join(words)
@@ -243,8 +267,7 @@ def segment_frames(
         with progress("segmenting", expected_frames) as advance, autocast:
             for frame, prepared in frames:
                 begun = time.perf_counter()
-                result = session.step(prepared)
-                masks, scores = result.masks.cpu().numpy(), result.scores.cpu().numpy()
+                masks, scores = session.step(prepared).on_host()
                 now = time.perf_counter()
                 run.seconds_in_model += now - begun
                 if isinstance(prepared, EncodedFrame):

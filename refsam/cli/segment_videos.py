@@ -10,11 +10,12 @@ from refsam.cli.options import (
     CheckpointOption,
     DeviceOption,
     DtypeOption,
+    GraphsOption,
     check_names,
     choose_device,
 )
 from refsam.cli.progress import progress
-from refsam.cli.segment import check_expressions, load_model, precision_facts
+from refsam.cli.segment import check_expressions, load_model, make_graphs, precision_facts
 from refsam.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def segment_videos(
     overlay: Annotated[
         bool, typer.Option("--overlay/--no-overlay", help="Also write overlay.mp4.")
     ] = True,
+    graphs: GraphsOption = False,
 ) -> None:
     """Segment many videos; run it again to go on where it was ended.
 
@@ -93,6 +95,7 @@ def segment_videos(
             batch_size=batch_size or (8 if place.type == "cuda" else 1),
             overlay=overlay,
             share=share,
+            graphs=make_graphs(model) if graphs else None,
             settings={
                 "refsam": __version__,
                 "model": checkpoint,

@@ -42,6 +42,18 @@ class FrameResult:
     logits: Tensor
     scores: Tensor
 
+    def on_host(self) -> tuple[np.ndarray, np.ndarray]:
+        """Masks and scores as arrays in host memory, from a GPU by way of pinned memory; waits for them."""
+        if self.masks.device.type != "cuda":
+            return self.masks.numpy(), self.scores.numpy()
+        found = [
+            torch.empty_like(t, device="cpu", pin_memory=True) for t in (self.masks, self.scores)
+        ]
+        for host, tensor in zip(found, (self.masks, self.scores), strict=True):
+            host.copy_(tensor, non_blocking=True)
+        torch.cuda.current_stream(self.masks.device).synchronize()
+        return found[0].numpy(), found[1].numpy()
+
 
 class VideoSession:
     """Frames in, masks out, online. Sessions in several threads may share one model.
@@ -75,6 +87,7 @@ class VideoSession:
         if graphs is not None and graphs.model is not model:
             raise ValueError("graphs: got those of another model")
         self.model = model
+        self.graphs = graphs
         self._runner = model if graphs is None else graphs
         self._expressions = list(expressions)
         self._unknown = list(self._encode(self._expressions).unknown) if expressions else []

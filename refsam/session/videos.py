@@ -163,7 +163,7 @@ class _Lane:
     def write(self, frame: "Frame", result: FrameResult) -> None:
         """Queue a result."""
         assert self._writer is not None
-        self._writer.write(frame, result.masks.cpu().numpy(), result.scores.cpu().numpy())
+        self._writer.write(frame, *result.on_host())
 
     def finish(self, settings: dict[str, Any]) -> VideoOutcome:
         """Put the results in place if there are any."""

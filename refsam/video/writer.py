@@ -25,8 +25,8 @@ from refsam.video.reader import Frame
 _OUTPUTS = ("masks", "overlay.mp4", "result.json")  # the last one says that the others are in place
 _STAGING = ".refsam-unfinished"
 _QUEUE_DEPTH = 4
-# A quarter of preset veryfast's time at its size and error (docs/performance.md).
-_H264 = {"preset": "ultrafast", "crf": "22", "x264-params": "cabac=1:no-deblock=0"}
+# A fraction of preset veryfast's time at its size and error (docs/performance.md).
+H264_OPTIONS = {"preset": "ultrafast", "crf": "22", "x264-params": "cabac=1:no-deblock=0"}
 _FINEST_TIME_BASE = Fraction(1, 90000)
 
 
@@ -264,7 +264,7 @@ class _OverlayVideo:
         )
         rate = self._fps.limit_denominator(1001)
         self._stream = self._container.add_stream("libx264", rate=rate)
-        self._stream.options = _H264
+        self._stream.options = H264_OPTIONS
         self._stream.height, self._stream.width = self._size
         self._stream.pix_fmt = "yuv420p"
         self._stream.codec_context.time_base = self._time_base
