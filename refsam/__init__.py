@@ -11,9 +11,18 @@ _LAZY = {
     "VideoSession": "refsam.session",
     "FrameResult": "refsam.session",
     "segment_video": "refsam.session",
+    "segment_videos": "refsam.session",
 }
 
-__all__ = ["FrameResult", "RefSAM", "RefSAMConfig", "VideoSession", "__version__", "segment_video"]
+__all__ = [
+    "FrameResult",
+    "RefSAM",
+    "RefSAMConfig",
+    "VideoSession",
+    "__version__",
+    "segment_video",
+    "segment_videos",
+]
 
 
 def __getattr__(name: str) -> Any:
