@@ -222,10 +222,8 @@ class Job:
     def _draw(self, frame: Frame, masks: np.ndarray, scores: np.ndarray) -> bytes:
         """The frame with its masks, as JPEG of at most `_PREVIEW_SIDE` pixels."""
         captions = [
-            caption(text, score, visible)
-            for text, score, visible in zip(
-                self.expressions, scores, masks.any(axis=(1, 2)), strict=True
-            )
+            caption(text, score, bool(mask.any()))
+            for text, score, mask in zip(self.expressions, scores, masks, strict=True)
         ]
         image, small = _shrink(frame.image, masks, _PREVIEW_SIDE)
         return encode_jpeg(draw_overlay(image, small, captions))
@@ -254,9 +252,9 @@ def first_frame(path: Path, root: Path, limits: Limits) -> tuple[bytes, str]:
     Raises:
         UserError: the clip cannot be taken.
     """
-    with open_upload(path, root, limits) as source, closing(iter(source)) as frames:
+    with open_upload(path, root, limits) as source:
         try:
-            image = next(frames).image
+            image = next(iter(source)).image
         except UserError as error:
             raise UserError(str(error).replace(str(path), path.name)) from error
         height, width = image.shape[:2]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.data_classes import FileData
 
 from refsam.errors import UserError
 from refsam.ui.jobs import Job, Progress, first_frame
@@ -26,6 +27,7 @@ STYLE = """
 _INTRODUCTION = """# refsam
 Say what you want segmented in a video; get its masks, frame by frame. Choose a clip, write one object per line, press the button.
 """
+_CAMERA = {"video": {"width": {"ideal": 1280}, "height": {"ideal": 720}}}
 _IDLE = "Choose a clip and say what to segment."
 
 
@@ -90,12 +92,19 @@ def _clip_choices(limits: Limits) -> tuple[gr.File, gr.Video, gr.Button]:
         webcam = gr.Video(
             label="Record a clip",
             sources=["webcam"],
-            webcam_options=gr.WebcamOptions(mirror=False),
+            webcam_options=gr.WebcamOptions(mirror=False, constraints=_CAMERA),
             elem_id="webcam",
         )
+        # gradio would run the program ffmpeg to take away the sound of a clip that was recorded without any. In a subclass
+        # this would make it write a stub file beside this one.
+        webcam.preprocess = _recorded_file
     with gr.Tab("Sample"):
         sample = gr.Button("Take the generated sample clip", elem_id="sample")
     return upload, webcam, sample
+
+
+def _recorded_file(recording: FileData | None) -> str | None:
+    return recording.path if recording else None
 
 
 class Actions:
@@ -184,7 +193,7 @@ class Actions:
         }
 
     def _ended(self, job: Job) -> dict[Any, Any]:
-        buttons = {
+        buttons: dict[Any, Any] = {
             self.run_button: gr.Button(interactive=True),
             self.stop_button: gr.Button(interactive=False),
         }
@@ -192,15 +201,13 @@ class Actions:
             message = _error(job.error) if job.error else "Cancelled before the first frame."
             return buttons | {self.status: message}
         files = (job.downloads.masks, job.downloads.run_lengths, job.downloads.overlay)
+        for button, file in zip(self.downloads, files, strict=True):
+            buttons[button] = gr.DownloadButton(value=str(file), visible=True)
         last = job.progress.frames - 1
         return buttons | {
             self.status: _say(job, job.progress),
             self.view: _picture(job.preview(last)),
             self.frame: gr.Slider(maximum=max(1, last), value=last, visible=last > 0),
-            **{
-                button: gr.DownloadButton(value=str(file), visible=True)
-                for button, file in zip(self.downloads, files, strict=True)
-            },
         }
 
     def cancel(self, request: gr.Request) -> str:

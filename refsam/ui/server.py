@@ -49,6 +49,9 @@ def serve(
             return
         finally:
             visitors.close()
+            page.server.force_exit = (
+                True  # open pages hold connections for ever: do not wait for them
+            )
             page.close(verbose=False)
 
 
