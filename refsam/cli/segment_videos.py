@@ -79,30 +79,40 @@ def segment_videos(
     model, precision = load_model(checkpoint, place, dtype)
     import torch
 
+    outcomes: list[VideoOutcome] = []
+    total = len(videos) if share.world_size == 1 else None
     autocast = torch.autocast(place.type, precision, enabled=precision != torch.float32)
-    with progress("segmenting", None, "videos") as advance, autocast:
+    with progress("segmenting", total, "videos") as advance, autocast:
 
         def note(outcome: "VideoOutcome") -> None:
+            outcomes.append(outcome)
             if outcome.problem is not None:
                 typer.echo(f"refsam: {outcome.problem}", err=True)
             advance()
 
-        outcomes = run(
-            model,
-            videos,
-            expressions,
-            out,
-            batch_size=batch_size or (8 if place.type == "cuda" else 1),
-            overlay=overlay,
-            share=share,
-            graphs=make_graphs(model) if graphs else None,
-            settings={
-                "refsam": __version__,
-                "model": checkpoint,
-                **precision_facts(model, precision),
-            },
-            advance=note,
-        )
+        try:
+            run(
+                model,
+                videos,
+                expressions,
+                out,
+                batch_size=batch_size or (8 if place.type == "cuda" else 1),
+                overlay=overlay,
+                share=share,
+                graphs=make_graphs(model) if graphs else None,
+                settings={
+                    "refsam": __version__,
+                    "model": checkpoint,
+                    **precision_facts(model, precision),
+                },
+                advance=note,
+            )
+        except KeyboardInterrupt:
+            typer.echo(
+                f"refsam: interrupted; {len(outcomes)} of the videos are done: the same command goes on",
+                err=True,
+            )
+            raise typer.Exit(130) from None
     _report(outcomes, out)
 
 

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from refsam.cli import main
+from refsam.video import ResultWriter
 from tests.tiny_model import tiny_model
 from tests.video.clips import write_video
 
@@ -99,3 +100,24 @@ def test_wrong_lists(checkpoint: Path, tmp_path: Path, content: str) -> None:
     result = run(checkpoint, "--list", listing, "--text", "dog", "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert str(listing) in result.stderr.splitlines()[-1]
+
+
+def test_interrupted_run_says_how_to_go_on(
+    checkpoint: Path, videos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = ResultWriter.finish
+
+    def interrupted(writer: ResultWriter, **facts: object) -> Path:
+        if writer.out.name == second.stem:
+            raise KeyboardInterrupt
+        return finish(writer, **facts)
+
+    first, second = sorted(videos, key=lambda video: -video.stat().st_size)
+    monkeypatch.setattr(ResultWriter, "finish", interrupted)
+    result = run(checkpoint, first, second, "--text", "dog", "--out", tmp_path / "out")
+    assert result.exit_code == 130
+    assert "interrupted; 1 of the videos are done" in result.stderr.splitlines()[-1]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [first.stem]
+    monkeypatch.undo()
+    result = run(checkpoint, first, second, "--text", "dog", "--out", tmp_path / "out")
+    assert "1 videos segmented, 1 done before" in result.stdout

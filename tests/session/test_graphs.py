@@ -198,3 +198,7 @@ def test_graphs_on_a_gpu_equal_kernels_one_by_one(dtype: torch.dtype) -> None:
             tolerance = 1e-4 if dtype == torch.float32 else 0.05
             assert (found - expected).abs().max() <= tolerance * expected.abs().max()
     assert graphs.memory_bytes > 0
+    result = VideoSession(model, TEXTS[:2], graphs=graphs).step(images[0])
+    masks, scores = result.on_host()
+    assert (masks == result.masks.cpu().numpy()).all()
+    assert (scores == result.scores.cpu().numpy()).all()

@@ -1,0 +1,70 @@
+"""How many threads and which memory the command line takes."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from refsam import RefSAMConfig
+from refsam.cli import options
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from refsam.cli.allocation import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for turn in range(40):
+    if turn == 20:
+        before = faults()
+    arrays = [np.ones(3_000_000, np.uint8) for _ in range(4)]
+    del arrays
+print((faults() - before) // 20)
+"""
+
+
+def faults(mode: str) -> int:
+    """Page faults of a turn that makes and frees twelve megabytes."""
+    command = [sys.executable, "-c", FAULTS, mode]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_used_again() -> None:
+    assert faults("give back") > 1000
+    assert faults("keep") < 100
+
+
+@pytest.mark.parametrize(
+    ("preset", "cores", "threads"),
+    [("nano", 1, 1), ("nano", 2, 1), ("nano", 4, 3), ("nano", 64, 4), ("vit_b", 64, None)],
+)
+def test_small_models_take_few_threads(
+    monkeypatch: pytest.MonkeyPatch, preset: str, cores: int, threads: int | None
+) -> None:
+    taken: list[int] = []
+    model = SimpleNamespace(device=torch.device("cpu"), config=RefSAMConfig.preset(preset))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(options, "available_cores", lambda: cores)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    options.choose_threads(model)  # type: ignore[arg-type]
+    expected = [] if threads is None else [threads]
+    assert taken == expected
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    options.choose_threads(model)  # type: ignore[arg-type]
+    assert taken == expected
+
+
+def test_torchrun_says_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for rank, expected in ((None, 0), ("2", 2), ("5", 1), ("x", 0)):
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        if rank is not None:
+            monkeypatch.setenv("LOCAL_RANK", rank)
+        assert options.choose_device("auto") == torch.device("cuda", expected)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert options.choose_device("auto") == torch.device("cpu")
