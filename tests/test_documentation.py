@@ -22,7 +22,7 @@ from tests.video.clips import write_video
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OPERATORS = sorted(p.parent.name for p in ROOT.glob("kernels/refsam_kernels/*/README.md"))
-PROGRAMS = ("refsam", "python", "make", "pip")
+PROGRAMS = ("refsam", "python", "make", "pip", "torchrun")
 FENCE = re.compile(r"^(<!-- run: no -->\n)?```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -90,6 +90,8 @@ def parse(words: list[str]) -> None:
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_commands_exist_and_have_these_options(words: list[str]) -> None:
+    if words[0] == "torchrun":
+        words = words[words.index("refsam") :]
     program, *rest = words
     if program == "refsam":
         parse(["1" if word == "N" else word for word in words])
