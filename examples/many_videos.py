@@ -1,0 +1,51 @@
+"""Many videos, shared by the processes of torchrun; what was finished is not done again.
+
+    torchrun --nproc-per-node 2 examples/many_videos.py videos/*.mp4 --text "the red car" --out out
+    python examples/many_videos.py videos/*.mp4 --text "the red car" --out out       # one process
+
+Each video gets a folder as `refsam segment` writes it. One that cannot be read does not stop the others; a run that
+was killed is continued by starting it again.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from refsam import RefSAM
+from refsam.session import VideoOutcome, segment_videos
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Segments this process's share; returns 1 if a video could not be segmented."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("videos", nargs="+")
+    parser.add_argument("--text", action="append", required=True, help="what to segment; repeat it")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--checkpoint", default="nano")
+    parser.add_argument("--batch-size", type=int, default=1, help="frames encoded together")
+    options = parser.parse_args(arguments)
+    rank = int(os.environ.get("RANK", "0"))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    model = RefSAM.from_pretrained(options.checkpoint).to(device)
+
+    def report(outcome: VideoOutcome) -> None:
+        state = outcome.problem or ("done earlier" if outcome.was_done else "done")
+        print(f"process {rank}: {outcome.source}: {outcome.frames} frames, {state}", flush=True)
+
+    outcomes = segment_videos(
+        model,
+        options.videos,
+        options.text,
+        options.out,
+        batch_size=options.batch_size,
+        advance=report,
+    )
+    return int(any(outcome.problem for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
