@@ -82,6 +82,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/metrics/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt torch
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	# Without torchvision, which it needs but not for SAM, and which would bring another torch.
+	$(BIN)/python -m pip install --constraint constraints.txt --no-deps timm
 	touch $(STAMP)
 
 clean:

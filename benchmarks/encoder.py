@@ -1,4 +1,4 @@
-"""`python -m benchmarks.encoder --out FILE`: the image encoder on the CPU against segment-anything and transformers.
+"""`python -m benchmarks.encoder --out FILE`: the image encoder on the CPU against segment-anything, transformers and timm.
 
 All share one set of random weights, and adapters are untrained: every result must be segment-anything's. Each dtype is a
 group of its own: checked, timed in turn, checked again. Memory is that of a first call in a process of its own, packed
@@ -27,11 +27,13 @@ from refsam.model.build import build_image_encoder
 from refsam_kernels import use_backend
 from refsam_kernels.integrations import optimize
 from tests.sam_modeling import sam_image_encoder
+from tests.timm_modeling import timm_image_encoder
 
-BASELINE, COMPILED, SDPA = (
+BASELINE, COMPILED, SDPA, TIMM = (
     "segment-anything",
     "segment-anything, torch.compile",
     "transformers, SDPA",
+    "timm",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Relative to the largest value, in float32; in bfloat16 twice what segment-anything's own is off.
@@ -63,6 +65,7 @@ def providers(dtype: str, device: str = "cpu") -> Iterator[Provider]:
     yield Provider(BASELINE, dtype)
     yield Provider(COMPILED, dtype)
     yield Provider(SDPA, dtype)
+    yield Provider(TIMM, dtype)
     for backend in backends_of("rel_pos_attention", device):
         if backend != "reference":
             ours = f"refsam, {backend}"
@@ -71,6 +74,7 @@ def providers(dtype: str, device: str = "cpu") -> Iterator[Provider]:
             yield Provider(f"{ours}, with adapters", dtype, backend, packed=True, adapters=True)
             yield Provider(f"{BASELINE}, optimize(), {backend}", dtype, backend)
             yield Provider(f"{SDPA}, optimize(), {backend}", dtype, backend)
+            yield Provider(f"{TIMM}, optimize(), {backend}", dtype, backend)
 
 
 def random_sam(config: RefSAMConfig) -> nn.Module:
@@ -91,7 +95,7 @@ def random_sam(config: RefSAMConfig) -> nn.Module:
 def make(provider: Provider, config: RefSAMConfig, sam: nn.Module) -> Callable[[Tensor], Tensor]:
     """The provider with segment-anything's weights: pixels (1, 3, S, S) float32 to (1, C, h, w)."""
     dtype = DTYPES[provider.dtype]
-    if provider.name.startswith((BASELINE, SDPA)):
+    if provider.name.startswith((BASELINE, SDPA, TIMM)):
         return make_theirs(provider, config, sam)
     ratio = config.image_encoder.adapter_ratio if provider.adapters else 0.0
     encoder = build_image_encoder(config.override(f"image_encoder.adapter_ratio={ratio}")).eval()
@@ -111,9 +115,12 @@ def make(provider: Provider, config: RefSAMConfig, sam: nn.Module) -> Callable[[
 def make_theirs(
     provider: Provider, config: RefSAMConfig, sam: nn.Module
 ) -> Callable[[Tensor], Tensor]:
-    """segment-anything's or transformers' own encoder, made faster by `optimize` where a backend is named."""
+    """Another library's own encoder, made faster by `optimize` where a backend is named."""
     dtype = DTYPES[provider.dtype]
-    model = sam if provider.name.startswith(BASELINE) else transformers_encoder(config, sam)
+    model = sam
+    if not provider.name.startswith(BASELINE):
+        of_library = timm_encoder if provider.name.startswith(TIMM) else transformers_encoder
+        model = of_library(config, sam)
     if dtype != torch.float32:
         model = copy.deepcopy(model).to(dtype)
     if provider.name == COMPILED:
@@ -155,6 +162,26 @@ def transformers_encoder(config: RefSAMConfig, sam: nn.Module) -> nn.Module:
         for ours, theirs in _TRANSFORMERS_NAMES.items():
             name = name.replace(ours, theirs)
         state[f"vision_encoder.{name}"] = tensor
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def timm_encoder(config: RefSAMConfig, sam: nn.Module) -> nn.Module:
+    """timm's VisionTransformerSAM with segment-anything's weights, which it shares."""
+    sizes = config.image_encoder
+    model = timm_image_encoder(
+        img_size=sizes.image_size,
+        patch_size=sizes.patch_size,
+        embed_dim=sizes.embed_dim,
+        depth=sizes.depth,
+        num_heads=sizes.num_heads,
+        mlp_ratio=sizes.mlp_ratio,
+        window_size=sizes.window_size,
+        global_attn_indexes=sizes.global_blocks,
+        neck_chans=config.prompt_dim,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )
+    state = {name.replace("mlp.lin", "mlp.fc"): tensor for name, tensor in sam.state_dict().items()}
     model.load_state_dict(state, assign=True)
     return model
 
@@ -215,7 +242,7 @@ def usable_calls(
     for provider in compared:
         encode = cache(partial(make, provider, config, sam))
         call = partial(encode_with, encode, pixels)
-        needs_others = provider.name.startswith((COMPILED, SDPA))
+        needs_others = provider.name.startswith((COMPILED, SDPA, TIMM))
         reason = unusable(call) if needs_others else None
         if reason is None:
             calls[provider.name] = call

@@ -106,6 +106,35 @@ def _encoder_line(row: dict[str, Any], baseline: dict[str, Any]) -> str:
     return f"{name} {seconds:.2f} ({low:.2f} to {high:.2f}) | {row['speedup']:.2f}x | {share} {row['error']:.0e} |"
 
 
+def _integrations_cpu() -> str:
+    """Each library's encoder before and after `optimize()`, by the best backend."""
+    if not (RESULTS / "encoder_cpu.jsonl").exists():
+        return "Not measured yet."
+    rows = {(row["name"], row["dtype"]): row for row in _rows("encoder_cpu")}
+    lines = [
+        "| image encoder of | dtype | before, s | after, s | as fast | memory, MiB | after |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for (name, dtype), before in rows.items():
+        after = rows.get((f"{name}, optimize(), cpu", dtype))
+        if after is not None:
+            lines.append(f"| {name} | {dtype} | {_before_and_after(before, after)} |")
+    origin = next(iter(rows.values()))["provenance"]
+    what = f"{origin['model']}, {origin['image_size']} pixels, one image"
+    machine = f"{_machine(origin, 'threads')}, commit {origin['commit'][:7]}"
+    return "\n".join([*lines, "", f"{what}, {machine}. Memory is that above the weights."])
+
+
+def _before_and_after(before: dict[str, Any], after: dict[str, Any]) -> str:
+    for row in (before, after):
+        for word in ("skipped", "wrong"):
+            if word in row:
+                return f"{word}: {row[word]} | | | |"
+    times = [1e-3 * row["median_ms"] for row in (before, after)]
+    memory = [f"{row['peak_memory_bytes'] / 2**20:.0f}" for row in (before, after)]
+    return f"{times[0]:.2f} | {times[1]:.2f} | {times[0] / times[1]:.2f}x | {' | '.join(memory)}"
+
+
 def _operators_cpu() -> str:
     rows = _rows("rel_pos_attention_cpu") + _rows("masks_cpu")
     lines = [
@@ -232,6 +261,7 @@ _TABLES = {
     "nano_generated": _nano_generated,
     "nano_targets": _nano_targets,
     "encoder_cpu": _encoder_cpu,
+    "integrations_cpu": _integrations_cpu,
     "operators_cpu": _operators_cpu,
     "cuda_resources": _cuda_resources,
 }

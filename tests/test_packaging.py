@@ -26,6 +26,7 @@ SOURCES = [
     "README.md",
     "LICENSE",
     "NOTICE",
+    "THIRD_PARTY_NOTICES.md",
 ]
 
 

@@ -9,7 +9,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-import pytest
 from torch import nn
 
 from tests.sam_modeling import randomise
@@ -64,9 +63,7 @@ def torchvision_to_import() -> Iterator[None]:
 
 
 def timm_image_encoder(**sizes: Any) -> nn.Module:
-    """timm's `VisionTransformerSAM` with SAM's options, these sizes and random weights; skips without timm."""
-    if not importlib.util.find_spec("timm"):
-        pytest.skip("timm is not installed: pip install --no-deps timm")
+    """timm's `VisionTransformerSAM` with SAM's options, these sizes and random weights; ImportError without timm."""
     with torchvision_to_import():
         from timm.models.vision_transformer_sam import VisionTransformerSAM
     model = VisionTransformerSAM(**sizes, use_rel_pos=True, num_classes=0, global_pool="")

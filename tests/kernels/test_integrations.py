@@ -1,6 +1,7 @@
 """optimize() on tiny random SAMs of segment-anything, transformers and timm: same outputs, same gradients, and back."""
 
 import copy
+import importlib.util
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,8 @@ def transformers_encoder(
 
 def timm_encoder(grid: int = 8, **changes: Any) -> nn.Module:
     """timm's image encoder of the same sizes."""
+    if not importlib.util.find_spec("timm"):
+        pytest.skip("timm is not installed: pip install --no-deps timm")
     sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "window_size": 3, "neck_chans": 16}
     sizes |= {"img_size": 4 * grid, "patch_size": 4, "global_attn_indexes": (1,)}
     return timm_image_encoder(**(sizes | changes))
