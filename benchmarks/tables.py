@@ -213,6 +213,87 @@ def _memory_cpu() -> str:
     )
 
 
+def _loop_cpu() -> str:
+    if not (RESULTS / "loop_cpu.jsonl").exists():
+        return "Not measured yet."
+    rows = _rows("loop_cpu")
+    lines = [
+        "| | dtype | a frame (p20 to p80), s | frames/s | against the loop | asked | encoder, s | decoder, s | rest, % |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        *(_loop_line(row) for row in rows),
+    ]
+    origin = rows[0]["provenance"]
+    height, width = rows[0]["frame_size"]
+    what = f"{origin['model']} at {origin['image_size']} pixels, {rows[0]['expressions']} expressions, {width} x {height}"
+    machine = (
+        f"{rows[0]['rounds']} rounds, {_machine(origin, 'threads')}, commit {origin['commit'][:7]}"
+    )
+    return "\n".join([*lines, "", f"{what}, {machine}."])
+
+
+def _loop_line(row: dict[str, Any]) -> str:
+    name = f"| {row['provider']} | {row['dtype']} |"
+    if "wrong" in row:
+        return f"{name} wrong: {row['wrong']} | | | | | | |"
+    seconds, low, high = (1e-3 * row[key] for key in ("median_ms", "p20_ms", "p80_ms"))
+    line = f"{name} {seconds:.2f} ({low:.2f} to {high:.2f}) | {1 / seconds:.3f} | {row['speedup']:.2f}x |"
+    if "asked_speedup" not in row:
+        return f"{line} | | | |"
+    parts = f"{1e-3 * row['encoder_ms']:.2f} | {1e-3 * row['decoder_ms']:.2f} | {row['overhead_percent']:.1f} |"
+    return f"{line} {row['asked_speedup']}x | {parts}"
+
+
+def _expressions_cpu() -> str:
+    if not (RESULTS / "expressions_cpu.jsonl").exists():
+        return "Not measured yet."
+    rows = _rows("expressions_cpu")
+    lines = [
+        "| encoder's products | expressions | a frame (p20 to p80), s | times one |",
+        "|---|--:|--:|--:|",
+    ]
+    for row in rows:
+        name = f"| {row['dtype']} | {row['expressions']} |"
+        if "wrong" in row:
+            lines.append(f"{name} wrong: {row['wrong']} | |")
+            continue
+        seconds, low, high = (1e-3 * row[key] for key in ("median_ms", "p20_ms", "p80_ms"))
+        lines.append(f"{name} {seconds:.2f} ({low:.2f} to {high:.2f}) | {row['times_one']:.3f} |")
+    origin = rows[0]["provenance"]
+    what = f"{origin['model']} at {origin['image_size']} pixels, a 720p frame to masks of its size"
+    return "\n".join(
+        [*lines, "", f"{what}, {_machine(origin, 'threads')}, commit {origin['commit'][:7]}."]
+    )
+
+
+def _bench_cpu() -> str:
+    if not (RESULTS / "bench" / "cpu.jsonl").exists():
+        return "Not measured yet."
+    rows = _rows("bench/cpu")
+    lines = [
+        "| | | median (p20 to p80), ms | against the first | of the limit | memory, MiB |",
+        "|---|---|--:|--:|--:|--:|",
+        *(_bench_line(row) for row in rows),
+    ]
+    origin = rows[0]["provenance"]
+    return "\n".join([*lines, "", f"{_machine(origin, 'threads')}, commit {origin['commit'][:7]}."])
+
+
+def _bench_line(row: dict[str, Any]) -> str:
+    ceiling = ", does less: a limit" if row.get("is_ceiling") else ""
+    name = f"| {row['operator']}, {row['case']} | {row['provider']}{ceiling} |"
+    for word in ("skipped", "wrong"):
+        if word in row:
+            return f"{name} {word}: {row[word]} | | | |"
+    speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}x"
+    memory = row["peak_memory_bytes"]
+    used = "" if memory is None else f"{memory / 2**20:.1f}"
+    limits = [f"{row['percent_of_ceiling']:.0f} %"]
+    if not ceiling:
+        limits += [f"{share:.0f} % of {other}" for other, share in row["percent_of"].items()]
+    times = f"{row['median_ms']:.2f} ({row['p20_ms']:.2f} to {row['p80_ms']:.2f})"
+    return f"{name} {times} | {speedup} | {', '.join(limits)} | {used} |"
+
+
 def _errors() -> str:
     """The messages that users meet, from docs/errors.yaml, by what they are about."""
     lines = []
@@ -257,6 +338,9 @@ _TABLES = {
     "frame_cpu": _frame_cpu,
     "choices_cpu": _choices_cpu,
     "memory_cpu": _memory_cpu,
+    "loop_cpu": _loop_cpu,
+    "expressions_cpu": _expressions_cpu,
+    "bench_cpu": _bench_cpu,
     "errors": _errors,
     "nano_generated": _nano_generated,
     "nano_targets": _nano_targets,

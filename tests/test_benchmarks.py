@@ -232,6 +232,14 @@ def test_tables_of_the_pages_are_those_of_the_committed_results() -> None:
     assert tables.main(["--check"]) == 0
 
 
+def test_the_table_of_a_run() -> None:
+    rows = list(run.run_case(case_of(plain=1, wrong=2), "cpu", CEILING, 0.01))
+    good, wrong = (tables._bench_line(row) for row in rows)
+    assert good.startswith("| operator, case | plain |") and "1.00x" in good
+    assert "wrong: got 2.0" in wrong
+    assert good.count("|") == wrong.count("|") == 7
+
+
 def test_a_stale_table_would_be_found() -> None:
     text = "<!-- table: nano_targets -->\nold\n<!-- end -->"
     assert "old" not in tables.fill(text)

@@ -1,6 +1,7 @@
 """SAM's mask decoder and the part of its prompt encoder that RefSAM needs."""
 
 import math
+from collections.abc import Hashable
 from itertools import pairwise
 
 import torch
@@ -9,20 +10,44 @@ from torch.nn import functional as F
 
 from refsam.model.image_encoder import NORM_2D_EPS, LayerNorm2d
 from refsam.model.two_way_transformer import TwoWayTransformer
+from refsam.model.weights import weights_key
 from refsam_kernels import mask_upscale
+
+# Pixels' values that a CPU holds for all expressions that it decodes at a time. The C library returns what is larger than some
+# megabytes to the system, and every page that it gets again costs more than the sum that is written there.
+ELEMENTS = 2**21
 
 
 class RandomPositionEncoding(nn.Module):
-    """Sines and cosines of random frequencies (segment-anything, modeling/prompt_encoder.py)."""
+    """Sines and cosines of random frequencies (segment-anything, modeling/prompt_encoder.py).
+
+    The last grid's encoding is kept, and given out again as the same tensor: `token_image_attention` remembers the
+    products of positions that it has seen before.
+    """
 
     positional_encoding_gaussian_matrix: Tensor
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, dim // 2))
+        self._made: tuple[Hashable, Tensor] | None = None
 
-    def forward(self, height: int, width: int) -> Tensor:
-        """The encoding (1, height * width, dim) of a grid, float32."""
+    def forward(self, height: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The encoding (1, height * width, dim) of a grid, computed in float32."""
+        matrix = self.positional_encoding_gaussian_matrix
+        # A CUDA graph's own memory must not be kept, and its replays follow the matrix.
+        is_recorded = matrix.is_cuda and torch.cuda.is_current_stream_capturing()
+        if is_recorded or torch.compiler.is_compiling():
+            return self._encode(height, width).to(dtype)
+        key, made = (height, width, dtype, weights_key([matrix])), self._made
+        if made is None or made[0] != key:
+            # Tensors made in inference mode could not be used outside it, and nothing made of them is remembered.
+            with torch.inference_mode(False), torch.no_grad():
+                made = key, self._encode(height, width).to(dtype)
+            self._made = made
+        return made[1]
+
+    def _encode(self, height: int, width: int) -> Tensor:
         matrix = self.positional_encoding_gaussian_matrix.float()
         y = (torch.arange(height, device=matrix.device) + 0.5) / height
         x = (torch.arange(width, device=matrix.device) + 0.5) / width
@@ -96,6 +121,26 @@ class MaskDecoder(nn.Module):
         Returns mask logits (P, num_masks, 4h, 4w), predicted IoUs (P, num_masks) and the
         transformer's mask tokens (P, num_masks, C), for the first num_masks mask tokens.
         """
+        parts = _parts(image)
+        if len(parts) <= 1:
+            return self._predict(image, image_pe, sparse, lengths, grid, num_masks)
+        predicted = []
+        for part in parts:
+            prompts, valid = _trim(sparse[part], None if lengths is None else lengths[part])
+            predicted.append(self._predict(image[part], image_pe, prompts, valid, grid, num_masks))
+        logits, iou, mask_tokens = (torch.cat(each) for each in zip(*predicted, strict=True))
+        return logits, iou, mask_tokens
+
+    def _predict(
+        self,
+        image: Tensor,
+        image_pe: Tensor,
+        sparse: Tensor,
+        lengths: Tensor | None,
+        grid: tuple[int, int],
+        num_masks: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `forward`."""
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([own.expand(sparse.shape[0], -1, -1), sparse], dim=1)
         lengths = None if lengths is None else lengths + len(own)
@@ -112,3 +157,16 @@ class MaskDecoder(nn.Module):
             eps=NORM_2D_EPS,
         )
         return logits, self.iou_prediction_head(tokens[:, 0])[:, :num_masks], mask_tokens
+
+
+def _parts(image: Tensor) -> list[slice]:
+    """Which expressions of (P, N, C) are computed at a time: on a CPU that records no gradients a few; none named is all."""
+    if image.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return []
+    size = max(1, ELEMENTS // image[0].numel())
+    return [slice(start, start + size) for start in range(0, len(image), size)]
+
+
+def _trim(sparse: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Prompts (P, T, C) without what is padding for all of them."""
+    return sparse if lengths is None else sparse[:, : int(lengths.max())], lengths

@@ -297,8 +297,8 @@ class RefSAM(
             track = torch.where(track_valid[:, None], track, 0.0).to(sparse.dtype)
             sparse, lengths = _append_token(sparse, lengths, track, track_valid)
         logits, iou, mask_tokens = self.mask_decoder(
-            image.embedding[image_index] + dense,
-            self.prompt_encoder.pe_layer(*image.grid).to(dense.dtype),
+            _add_image(dense, image.embedding, image_index),
+            self.prompt_encoder.pe_layer(*image.grid, dense.dtype),
             sparse,
             lengths,
             image.grid,
@@ -331,6 +331,15 @@ class RefSAM(
                 f"track_valid: got shape {tuple(track_valid.shape)}, wanted ({count},) and a track"
             )
         return image_index
+
+
+def _add_image(dense: Tensor, embedding: Tensor, image_index: Tensor) -> Tensor:
+    """Dense prompts (P, N, C), which may be overwritten, plus the embedding (B, N, C) of each expression's image."""
+    if len(embedding) != 1:
+        embedding = embedding[image_index]
+    if dense.dtype == embedding.dtype:
+        return dense.add_(embedding)
+    return dense + embedding
 
 
 def _append_token(

@@ -1,17 +1,21 @@
 """The parts between encoder and mask: cross-modal MLP, dense attention, decoder, tracking."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from refsam.model import mask_decoder
 from refsam.model.cross_modal_mlp import CrossModalMLP
 from refsam.model.dense_attention import HierarchicalDenseAttention
 from refsam.model.image_encoder import LayerNorm2d
-from refsam.model.mask_decoder import MaskDecoder
+from refsam.model.mask_decoder import MaskDecoder, RandomPositionEncoding
 from refsam.model.tracking import TrackingModule
 from refsam.model.two_way_transformer import TwoWayTransformer
 from tests.sam_modeling import randomise
+from tests.tiny_model import tiny_model
 
 
 def unit(*shape: int) -> torch.Tensor:
@@ -136,3 +140,45 @@ def test_fewer_masks_are_the_first_of_all() -> None:
     every = decoder(image, image_pe, sparse, None, (4, 5), num_masks=4)
     for a, b in zip(one, every, strict=True):
         torch.testing.assert_close(a, b[:, :1], atol=1e-5, rtol=1e-5)
+
+
+def test_positions_are_made_once_and_follow_their_weights() -> None:
+    layer = RandomPositionEncoding(32)
+    first = layer(4, 6)
+    with torch.inference_mode():
+        assert layer(4, 6) is first and not first.is_inference()
+    assert layer(4, 6, torch.bfloat16).dtype == torch.bfloat16
+    assert layer(6, 4).shape == (1, 24, 32) and not torch.equal(layer(6, 4), first)
+    other = RandomPositionEncoding(32)
+    expected = other(4, 6).clone()
+    layer(4, 6)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(4, 6), expected)
+    assert list(layer.state_dict()) == ["positional_encoding_gaussian_matrix"]
+
+
+def test_positions_made_without_autograd_serve_training() -> None:
+    layer = RandomPositionEncoding(32)
+    with torch.inference_mode():
+        layer(4, 6)
+    weight = torch.ones(32, requires_grad=True)
+    (layer(4, 6) @ weight).sum().backward()
+    assert weight.grad is not None and weight.grad.abs().sum() > 0
+
+
+def test_decoding_a_few_expressions_at_a_time_changes_nothing() -> None:
+    decoder = tiny_model().mask_decoder
+    generator = torch.Generator().manual_seed(0)
+    image, pe = (
+        torch.randn(5, 16, 32, generator=generator),
+        torch.randn(1, 16, 32, generator=generator),
+    )
+    sparse, lengths = torch.randn(5, 7, 32, generator=generator), torch.tensor([3, 1, 7, 2, 2])
+    for valid in (lengths, None):
+        arguments = image, pe, sparse, valid, (4, 4)
+        expected = decoder(*arguments)  # autograd is on: all at once
+        with torch.no_grad(), mock.patch.object(mask_decoder, "ELEMENTS", 2 * image[0].numel()):
+            found = decoder(*arguments)
+        for value, wanted in zip(found, expected, strict=True):
+            assert value.shape == wanted.shape
+            torch.testing.assert_close(value, wanted.detach(), rtol=0, atol=1e-5)

@@ -4,7 +4,7 @@ A transposed convolution with kernel 2 and stride 2 has no overlap: every input 
 product, so pixels stay rows and channels columns until the end. Only the M masks, not the C/8 channels, are shuffled into place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.chunks import chunked_gradients, chunks, map_chunks
+
+ProductGelu = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 PER_EXPRESSION = (True, True) + (False,) * 6
 # Where the convolutions' weights stand among the tensors, each followed by its bias.
@@ -23,13 +25,15 @@ def forward(*arguments: Any) -> Tensor:
     """Like `reference.forward`: products in the dtype of the features, LayerNorm in float32 at least."""
     *tensors, eps = arguments
     packed = _pack(tensors)
-    return map_chunks(partial(_formula, eps=eps), packed, PER_EXPRESSION, _slices(packed))
+    product = _fused_product if _has_fused_product(tensors[0]) else _product_gelu
+    formula = partial(_formula, eps=eps, product_gelu=product)
+    return map_chunks(formula, packed, PER_EXPRESSION, _slices(packed))
 
 
 def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Like `reference.backward`; the upscaled features are computed again."""
     *tensors, eps, needs = arguments
-    packed, formula = _pack(tensors), partial(_formula, eps=eps)
+    packed, formula = _pack(tensors), partial(_formula, eps=eps, product_gelu=_product_gelu)
     gradients = list(
         chunked_gradients(formula, packed, PER_EXPRESSION, _slices(packed), needs, grad)
     )
@@ -71,17 +75,37 @@ def _formula(
     conv2_weight: Tensor,
     conv2_bias: Tensor,
     eps: float,
+    product_gelu: ProductGelu,
 ) -> Tensor:
     expressions, height, width, _ = features.shape
     dtype = torch.promote_types(features.dtype, torch.float32)
-    x = _quadruple(features.flatten(1, 2), conv1_weight, conv1_bias)
+    x = _quadruple(F.linear(features.flatten(1, 2), conv1_weight, conv1_bias))
     x = F.layer_norm(x.to(dtype), x.shape[-1:], norm_weight.to(dtype), norm_bias.to(dtype), eps)
-    x = F.gelu(_quadruple(F.gelu(x).to(features.dtype), conv2_weight, conv2_bias))
+    x = _quadruple(product_gelu(F.gelu(x).to(features.dtype), conv2_weight, conv2_bias))
     masks = x @ hyper.mT  # (P, pixels, M): per pixel of the features 2 x 2 blocks of 2 x 2
     masks = masks.unflatten(1, (height, width, 2, 2, 2, 2)).permute(0, 7, 1, 3, 5, 2, 4, 6)
     return masks.reshape(expressions, hyper.shape[1], 4 * height, 4 * width)
 
 
-def _quadruple(x: Tensor, columns: Tensor, bias: Tensor) -> Tensor:
-    """A transposed convolution, kernel 2, stride 2: (P, n, C) -> (P, 4n, out), the 2 x 2 results of a pixel together."""
-    return F.linear(x, columns, bias).unflatten(2, (4, -1)).flatten(1, 2)
+def _quadruple(columns: Tensor) -> Tensor:
+    """A transposed convolution, kernel 2, stride 2, from its product: (P, n, 4 out) -> (P, 4n, out), a pixel's 2 x 2 together."""
+    return columns.unflatten(2, (4, -1)).flatten(1, 2)
+
+
+def _product_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x weight^T + bias), differentiable."""
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def _fused_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same by oneDNN, which writes the result once; torch.compile calls it for this, torch has no public function."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+
+
+def _has_fused_product(features: Tensor) -> bool:
+    return (
+        features.device.type == "cpu"
+        and features.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )

@@ -1,4 +1,4 @@
-"""The frame's benchmark at a tiny size: the loop's masks are the command's, and wrong masks get no time."""
+"""The command against the loop, at a tiny size: the loop's masks are the command's, and wrong masks get no time."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import frames
+from benchmarks import loop, tables
 from benchmarks.per_expression import PerExpressionLoop
 from refsam import RefSAM, VideoSession
 from tests.tiny_model import tiny_model
@@ -26,24 +26,24 @@ def model() -> RefSAM:
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("clip") / "clip.mp4"
-    frames.write_clip(path, 3, SIZE)
+    loop.write_clip(path, 3, SIZE)
     return path
 
 
 def measured(model: RefSAM, clip: Path, **changes: Any) -> dict[str, dict[str, Any]]:
     """Rows by provider and dtype, with the command in this process."""
-    run = changes.get("run", frames.segment_once)
-    rows = frames.measure(model, clip, EXPRESSIONS, rounds=1, run=run)
+    run = changes.get("run", loop.segment_once)
+    rows = loop.measure(model, clip, EXPRESSIONS, rounds=1, run=run)
     return {f"{row['provider']}, {row['dtype']}": row for row in rows}
 
 
 def test_the_loop_gives_a_sessions_masks(model: RefSAM) -> None:
-    loop, session = PerExpressionLoop(model), VideoSession(model, EXPRESSIONS, optimize=False)
+    theirs, session = PerExpressionLoop(model), VideoSession(model, EXPRESSIONS, optimize=False)
     prompts = [model.encode_text([text]) for text in EXPRESSIONS]
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         frame = torch.randint(256, (*SIZE, 3), dtype=torch.uint8, generator=generator)
-        logits, masks = loop.step(frame, prompts)
+        logits, masks = theirs.step(frame, prompts)
         decided = logits.abs() > 1e-5 * logits.abs().max()
         assert not ((masks != session.step(frame).masks) & decided).any()
         assert 0.02 < masks.float().mean() < 0.98
@@ -62,12 +62,15 @@ def test_rows_of_the_loop_and_the_command(model: RefSAM, clip: Path) -> None:
         parts = row["encoder_ms"] + row["decoder_ms"]
         assert 0 < parts < row["median_ms"]
         assert row["overhead_percent"] == pytest.approx(100 * (1 - parts / row["median_ms"]))
-        assert "rest" in frames.table_line(row)
+        assert "rest" in loop.table_line(row)
+    lines = [tables._loop_line(row) for row in rows.values()]
+    assert all(line.count("|") == 10 for line in lines)
+    assert "15x" in lines[2]
 
 
 def test_wrong_masks_get_no_time(model: RefSAM, clip: Path) -> None:
-    def spoil(task: frames.Task) -> dict[str, float]:
-        seconds = frames.segment_once(task)
+    def spoil(task: loop.Task) -> dict[str, float]:
+        seconds = loop.segment_once(task)
         path = Path(task.out) / "masks/01/00001.png"
         with Image.open(path) as image:
             flipped = image.convert("L").point(lambda value: 255 - value)
@@ -78,17 +81,18 @@ def test_wrong_masks_get_no_time(model: RefSAM, clip: Path) -> None:
     rows = measured(model, clip, run=spoil)
     row = rows["refsam segment, auto"]
     assert "decided pixels of frame 1 differ" in row["wrong"] and "median_ms" not in row
-    assert "WRONG" in frames.table_line(row)
+    assert "WRONG" in loop.table_line(row)
+    assert tables._loop_line(row).count("|") == 10
     assert "wrong" not in rows["refsam segment, float32"]
 
 
 def test_the_command_line_writes_rows(tmp_path: Path) -> None:
     row = {"provider": "p", "dtype": "float32", "median_ms": 1.0, "p20_ms": 1.0, "p80_ms": 1.0}
     with (
-        mock.patch.object(frames, "make_model", return_value=tiny_model()),
-        mock.patch.object(frames, "measure", return_value=iter([row | {"speedup": 1.0}])),
-        mock.patch.object(frames, "SIZE", SIZE),
+        mock.patch.object(loop, "make_model", return_value=tiny_model()),
+        mock.patch.object(loop, "measure", return_value=iter([row | {"speedup": 1.0}])),
+        mock.patch.object(loop, "SIZE", SIZE),
     ):
-        assert frames.main(["--frames", "1", "--out", str(tmp_path / "rows.jsonl")]) == 0
+        assert loop.main(["--frames", "1", "--out", str(tmp_path / "rows.jsonl")]) == 0
     (line,) = (tmp_path / "rows.jsonl").read_text().splitlines()
     assert json.loads(line)["provenance"]["image_size"] == 1024

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.frames --out FILE`: `refsam segment` with four expressions against one encoder pass per expression.
+"""`python -m benchmarks.loop --out FILE`: `refsam segment` with four expressions against one encoder pass per expression.
 
 The command reads a 720p clip and writes masks, overlay and result.json, all of which is timed; once its products are float32,
 once its dtype is automatic. The loop over segment-anything's modules (`benchmarks.per_expression`) computes masks of the frame's
@@ -89,7 +89,7 @@ def written_masks(out: Path, frame: int, count: int) -> Tensor:
 
 def run_segment(task: Task) -> dict[str, float]:
     """What `segment_once` returns, in a process of its own whose threads wait as the command has them wait."""
-    command = [sys.executable, "-m", "benchmarks.frames", "--segment", json.dumps(asdict(task))]
+    command = [sys.executable, "-m", "benchmarks.loop", "--segment", json.dumps(asdict(task))]
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
     result = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
@@ -199,14 +199,14 @@ def write_clip(path: Path, frames: int, size: tuple[int, int]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints and writes one JSON line for each row; returns 1 if masks were wrong."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.frames", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loop", description=__doc__)
     parser.add_argument("--model", choices=["vit_b", "vit_l", "vit_h"], default="vit_b")
     parser.add_argument("--image-size", type=int, default=1024)
     parser.add_argument("--depth", type=int, help="blocks, for a quick try: the last is global")
     parser.add_argument("--expressions", type=int, default=4)
     parser.add_argument("--frames", type=int, default=6, help="of the clip")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("out/bench/frames_cpu.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("out/bench/loop_cpu.jsonl"))
     parser.add_argument("--segment", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.segment:
