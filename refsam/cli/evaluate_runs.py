@@ -13,6 +13,7 @@ from refsam.cli.options import (
     check_names,
     choose_device,
     choose_dtype,
+    choose_encoder_dtype,
 )
 from refsam.cli.progress import progress
 from refsam.errors import UserError
@@ -254,6 +255,7 @@ def _run(
     share = Share.of_environment()
     place = choose_device(device)
     model = RefSAM.from_pretrained(checkpoint).to(place).eval()
+    model.optimize(choose_encoder_dtype(dtype))
     runner = Runner(model, checkpoint, rules, choose_dtype(dtype, place), missing)
     with (
         listing_problems(),

@@ -133,6 +133,7 @@ class Runner:
             "image_size": self.model.image_size,
             "device": self.model.device.type,
             "dtype": str(self.precision).removeprefix("torch."),
+            "encoder_dtype": str(self._encoder_dtype()).removeprefix("torch."),
             "data_sha256": _data_sha256(units),
         }
 
@@ -152,6 +153,12 @@ class Runner:
             for _, text in texts
             if self.rules.text(text) in refused
         }
+
+    def _encoder_dtype(self) -> torch.dtype:
+        """What the image encoder's products are computed in: autocast's dtype, else what `optimize` chose."""
+        if self.precision != torch.float32:
+            return self.precision
+        return self.model.image_encoder.product_dtype
 
     def predict(
         self, benchmark: Benchmark, unit: Unit, run: RunFolder, refused: Mapping[str, str]

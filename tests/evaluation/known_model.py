@@ -32,6 +32,11 @@ class ColourModel(nn.Module):
         self.fails_after, self.failure = fails_after, failure
         self.seen = []
         self.text_encoder = _TextEncoder(refuses)
+        self.image_encoder = SimpleNamespace(product_dtype=torch.float32)
+
+    def optimize(self, dtype=None):
+        self.image_encoder.product_dtype = dtype or torch.bfloat16
+        return self
 
     def encode_text(self, texts):
         self.text_encoder(texts)

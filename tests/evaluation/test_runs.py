@@ -437,6 +437,7 @@ def test_the_command_prints_rules_scores_speed_and_report(davis, tmp_path, capsy
     page = (tmp_path / "out/report.html").read_text()
     assert "frames/s" in page
     assert "weights_sha256" in page
+    assert "encoder_dtype" in page and "bfloat16" in page  # the model was optimized
     # Once more: nothing is left to do, the scores are the same.
     before = files_of(tmp_path / "out/predictions")
     assert command(monkeypatch, *words) == 0
