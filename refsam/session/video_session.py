@@ -204,15 +204,14 @@ def _step_asked(
     turns: list[tuple[VideoSession, PreparedFrame | EncodedFrame]],
 ) -> list[FrameResult]:
     """`step_together` of sessions that have expressions."""
-    results: dict[int, FrameResult] = {}
+    if not turns:
+        return []
     sessions, frames = [session for session, _ in turns], [frame for _, frame in turns]
-    image = _features(sessions[0]._runner, frames) if turns else None
+    image = _features(sessions[0]._runner, frames)
+    results: dict[int, FrameResult] = {}
     for rows in _rounds(sessions):
-        assert image is not None
-        found = _decode(
-            image, rows, [sessions[row] for row in rows], [frames[r].size for r in rows]
-        )
-        results |= zip(rows, found, strict=True)
+        at = [sessions[row] for row in rows], [frames[row].size for row in rows]
+        results |= zip(rows, _decode(image, rows, *at), strict=True)
     return [results[row] for row in range(len(turns))]
 
 
