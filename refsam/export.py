@@ -5,6 +5,7 @@ track token goes out of one frame's call and into the next one's. What stands ar
 resizing a frame as `refsam.model.preprocessing` does, the text encoder, resizing logits to masks.
 """
 
+import copy
 import json
 import logging
 import shutil
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from refsam.errors import UserError
 from refsam.model import RefSAM, TextPrompt
 from refsam.model.features import ImageFeatures
-from refsam_kernels import decompositions, use_backend
+from refsam_kernels import decompositions
 
 FORMATS = ("onnx", "torch")
 FACTS_FILE = "export.json"
@@ -50,7 +51,7 @@ class ImageEncoderGraph(nn.Module):
 
     def __init__(self, model: RefSAM) -> None:
         super().__init__()
-        self.model = model
+        self.model = _with_parts(model, "image_encoder", "dense_attention")
 
     def forward(self, pixels: Tensor) -> Tensor:
         """See `RefSAM.encode_image`; the embedding is the first level."""
@@ -62,7 +63,9 @@ class PromptAndMaskGraph(nn.Module):
 
     def __init__(self, model: RefSAM) -> None:
         super().__init__()
-        self.model = model
+        parts = ("prompt_encoder", "cross_modal_mlp", "dense_attention", "mask_decoder", "tracking")
+        self.model = _with_parts(model, *parts)
+        self.side = model.image_size // model.config.image_encoder.patch_size
 
     def forward(
         self, levels: Tensor, tokens: Tensor, lengths: Tensor, track: Tensor, has_track: Tensor
@@ -72,17 +75,23 @@ class PromptAndMaskGraph(nn.Module):
         levels (L, 1, N, C), tokens (P, T, Ct) of the text encoder, lengths (P,) int64, track (P, C),
         has_track (P,) bool. Returns logits (P, 4h, 4w), iou (P,) and the next track (P, C).
         """
-        side = self.model.config.image_encoder.image_size // self.model.image_encoder.patch_size
         words, sentence = self.model.cross_modal_mlp(tokens, lengths)
         prompt = Prompt(words, sentence, lengths)
         output = self.model.decode(
-            ImageFeatures(levels[0], levels, (side, side)),
+            ImageFeatures(levels[0], levels, (self.side, self.side)),
             cast(TextPrompt, prompt),
             None,
             track,
             has_track,
         )
         return output.logits, output.iou, output.track_token
+
+
+def _with_parts(model: RefSAM, *names: str) -> RefSAM:
+    """The same model with these parts only, shared: an exported program holds whatever its module does."""
+    part = copy.copy(model)
+    part._modules = {name: model._modules[name] for name in names}
+    return part
 
 
 @dataclass(frozen=True)
@@ -313,7 +322,7 @@ def _name_sizes(graph: Any, dynamic: Mapping[str, Mapping[int, str]]) -> None:
 
 def results_of(graph: Graph, call: Any) -> list[Sequence[Tensor]]:
     """The outputs for the example inputs and for smaller ones."""
-    with torch.no_grad(), use_backend("reference"):
+    with torch.no_grad():
         every = [call(**inputs) for inputs in (graph.inputs, graph.other_inputs())]
     return [(outputs,) if isinstance(outputs, Tensor) else outputs for outputs in every]
 

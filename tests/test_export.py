@@ -91,6 +91,13 @@ def test_no_operator_of_ours_is_left(exported: Path) -> None:
         assert {node.domain for node in graph.graph.node} <= {""}
 
 
+def test_each_graph_holds_its_own_weights(model: RefSAM) -> None:
+    encoder, decoder = ({name for name, _ in g.module.named_parameters()} for g in graphs_of(model))
+    both = {f"model.{name}" for name, _ in model.named_parameters()}
+    assert encoder | decoder == {name for name in both if "text_encoder" not in name}
+    assert {name.split(".")[1] for name in encoder & decoder} == {"dense_attention"}
+
+
 def test_facts_say_what_the_files_hold(model: RefSAM, exported: Path) -> None:
     facts = json.loads((exported / "export.json").read_text())
     assert facts["image_size"] == model.image_size

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import HfApi, PyTorchModelHubMixin
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +18,7 @@ from refsam import checkpoint
 from refsam.checkpoint import Checkpoint, Source
 from refsam.config import RefSAMConfig
 from refsam.errors import CheckpointError
-from refsam.model import build
+from refsam.model import build, model_card
 from refsam.model.adapter import Adapter
 from refsam.model.features import FrameSize, ImageFeatures, MaskOutput, TextPrompt
 from refsam.model.preprocessing import preprocess
@@ -25,16 +26,6 @@ from refsam.model.text_encoder import CachedTextEncoder, EncodedText
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
-
-
-MODEL_CARD = """---
-{{ card_data }}
----
-
-# A RefSAM checkpoint
-
-Referring video object segmentation: `refsam segment clip.mp4 --text "the red cup" --checkpoint THIS_FOLDER --out out`.
-"""
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +37,7 @@ class RefSAM(
     license="apache-2.0",
     pipeline_tag="image-segmentation",
     paper_url="https://arxiv.org/abs/2307.00997",
-    model_card_template=MODEL_CARD,
+    model_card_template=model_card.TEMPLATE,
 ):
     """Referring video object segmentation on SAM (arXiv 2307.00997).
 
@@ -142,17 +133,62 @@ class RefSAM(
         """Write a checkpoint folder; with delta only what stands on SAM's file, and which file that is.
 
         The other arguments are those of huggingface_hub's mixin; config is ignored, it is the model's own.
-        Raises CheckpointError if the folder cannot be written or a delta does not know its SAM file.
+        model_card_kwargs: what `refsam.model.model_card` leaves open (model_name, training, results,
+        limitations). Raises CheckpointError if the folder cannot be written or a delta does not know its SAM
+        file; with push_to_hub as that does.
         """
-        directory = Path(save_directory)
-        checkpoint.write_checkpoint(directory, self.to_checkpoint(delta))
+        directory, stored = Path(save_directory), self.to_checkpoint(delta)
+        checkpoint.write_checkpoint(directory, stored)
         if not (directory / "README.md").exists():
-            self.generate_model_card(**model_card_kwargs or {}).save(directory / "README.md")
+            arguments = model_card.card_arguments(stored, model_card_kwargs)
+            self.generate_model_card(**arguments).save(directory / "README.md")
         if not push_to_hub:
             return None
         return self.push_to_hub(
-            repo_id or directory.name, model_card_kwargs=model_card_kwargs, **push_options
+            repo_id or directory.name,
+            delta=delta,
+            model_card_kwargs=model_card_kwargs,
+            **push_options,
         )
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        delta: bool = False,
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+        commit_message: str = "Upload a RefSAM checkpoint",
+        model_card_kwargs: dict[str, Any] | None = None,
+    ) -> str:
+        """Upload a checkpoint with its model card to the Hugging Face Hub; returns the commit's address.
+
+        delta: as for `save_pretrained`; the other arguments are those of huggingface_hub's mixin. Raises
+        CheckpointError if the checkpoint cannot be written, or the Hub refuses it (no token, no right, no
+        connection).
+        """
+        arguments = {"repo_id": repo_id, **(model_card_kwargs or {})}
+        with tempfile.TemporaryDirectory() as folder:
+            directory = Path(folder) / "checkpoint"
+            self.save_pretrained(directory, delta=delta, model_card_kwargs=arguments)
+            try:
+                hub = HfApi(token=token)
+                found = hub.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
+                return hub.upload_folder(
+                    repo_id=found,
+                    folder_path=directory,
+                    commit_message=commit_message,
+                    revision=branch,
+                    create_pr=create_pr,
+                )
+            # Its errors share no base: HTTP, validation, no token, no connection.
+            except Exception as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise CheckpointError(
+                    f"push_to_hub: {repo_id!r} cannot be written: {reason}"
+                ) from None
 
     def to_checkpoint(self, delta: bool = False) -> Checkpoint:
         """What `save_pretrained` writes; raises CheckpointError for a delta without a known base."""
