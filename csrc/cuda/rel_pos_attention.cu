@@ -95,15 +95,51 @@ __device__ inline void copy_tile(Element* keys, const Window<Element>& window,
     copy_chunks<kHeadDim, kChunks - kWhole>(keys, window, position, kWhole);
 }
 
+// Of each of the lane's queries the terms of its four columns of a tile.
+__device__ inline void load_column_terms(float (&of_columns)[2][4], const float* terms,
+                                         int stride) {
+  const int row = lane_id() / 4, column = lane_id() % 4 * 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const float2 pair =
+          *reinterpret_cast<const float2*>(terms + (row + 8 * half) * stride + 4 * i + column);
+      of_columns[half][i] = pair.x;
+      of_columns[half][i + 1] = pair.y;
+    }
+  }
+}
+
+// Scores begin as the sums of both axes' terms; two fragments are a row of the tile.
+__device__ inline void begin_scores(float (&scores)[kTileKeys / 8][4], const float* row_terms,
+                                    int stride, const float (&of_columns)[2][4]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float4 rows =
+        *reinterpret_cast<const float4*>(row_terms + (lane_id() / 4 + 8 * half) * stride);
+    const float of_rows[kTileRows] = {rows.x, rows.y, rows.z, rows.w};
+#pragma unroll
+    for (int n = 0; n < kTileKeys / 8; ++n) {
+      scores[n][2 * half] = of_rows[n / 2] + of_columns[half][n % 2 * 2];
+      scores[n][2 * half + 1] = of_rows[n / 2] + of_columns[half][n % 2 * 2 + 1];
+    }
+  }
+}
+
+// As many as fit into the shared memory of sm_90 for a grid of 64 x 64: registers need not be
+// fewer.
+template <int kHeadDim>
+constexpr int kMostBlocks = kHeadDim <= 64 ? 3 : 2;
+
 template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMostBlocks<kHeadDim>)
     rel_pos_attention_kernel(const RelPosAttention call, unsigned blocks_per_window, float scale) {
   const auto window = locate<Element>(call, blockIdx.x / blocks_per_window);
   const int first = static_cast<int>(blockIdx.x % blocks_per_window) * kQueries;
   const int last = window.tokens() - 1;
   if (first > last) return;
   const int warp_first = first + warp_id() * kWarpQueries;
-  const int row = lane_id() / 4, column = lane_id() % 4 * 2;
 
   constexpr int kTile = kTileKeys * kTileStride<kHeadDim>;
   const int row_stride = row_terms_stride(call.key_height());
@@ -124,7 +160,7 @@ __global__ void __launch_bounds__(kThreads)
   int y[2], x[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int token = min(warp_first + row + 8 * half, last);
+    const int token = min(warp_first + lane_id() / 4 + 8 * half, last);
     y[half] = token / window.width;
     x[half] = token % window.width;
   }
@@ -138,7 +174,7 @@ __global__ void __launch_bounds__(kThreads)
                     ((window.key_width + kTileColumns - 1) / kTileColumns);
   Statistics statistics;
   float result[kHeadDim / 8][4] = {};
-  float of_columns[2][2][2];  // of a query: 8 columns apart, and the next column
+  float of_columns[2][4];
   TilePosition here, next;
   copy_tile<kHeadDim>(stage, window, next);
   cp_async_commit();
@@ -149,28 +185,9 @@ __global__ void __launch_bounds__(kThreads)
     cp_async_commit();
     cp_async_wait<1>();
     __syncthreads();
+    if (here.row == 0) load_column_terms(of_columns, column_terms + here.column, column_stride);
     float scores[kTileKeys / 8][4];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int query = row + 8 * half;
-      if (here.row == 0) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float2 pair = *reinterpret_cast<const float2*>(
-              column_terms + query * column_stride + here.column + 8 * i + column);
-          of_columns[half][i][0] = pair.x;
-          of_columns[half][i][1] = pair.y;
-        }
-      }
-      const float4 four =
-          *reinterpret_cast<const float4*>(row_terms + query * row_stride + here.row);
-      const float of_rows[kTileRows] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int n = 0; n < kTileKeys / 8; ++n) {
-        scores[n][2 * half] = of_rows[n / 2] + of_columns[half][n % 2][0];
-        scores[n][2 * half + 1] = of_rows[n / 2] + of_columns[half][n % 2][1];
-      }
-    }
+    begin_scores(scores, row_terms + here.row, row_stride, of_columns);
     multiply_rows<kHeadDim>(scores, queries, keys);
     float shrink[2];
     exponentiate(scores, statistics, shrink, scale);

@@ -5,9 +5,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from refsam_kernels import BackendError, libraries, rel_pos_attention
@@ -73,6 +76,26 @@ def test_whole_windows_need_no_padding() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_tiles_match_reference(dtype: torch.dtype) -> None:
     check((1, 32, 32, 1, 32, 0), "bias", dtype)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_matches_reference_at_any_size(data: st.DataObject) -> None:
+    case = (
+        data.draw(st.integers(1, 2)),
+        data.draw(st.integers(1, 17)),
+        data.draw(st.integers(1, 17)),
+        data.draw(st.integers(1, 2)),
+        data.draw(st.sampled_from([32, 64, 80])),
+        data.draw(st.sampled_from([0, 3, 8, 14, 20])),
+    )
+    tensors = list(inputs_of(case).values())
+    options = (case[3], case[5], data.draw(st.sampled_from(["bias", "mask"])))
+    forward = torch.ops.refsam_kernels.rel_pos_attention
+    out, log_sum_exp = forward(*(x.to(DEVICE) for x in tensors), *options, "cuda")
+    exact = reference.forward(*(x.double() for x in tensors), *options)
+    checks.assert_close("output", out.cpu(), exact[0], checks.TOLERANCES[torch.float16])
+    checks.assert_close("log_sum_exp", log_sum_exp.cpu(), exact[1], 2e-6)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="too large for the emulator")
@@ -143,6 +166,19 @@ def test_layout_of_qkv_does_not_matter(layout: str) -> None:
     found = operator_of(LAYOUT)(**inputs, backend="cuda")
     inputs["qkv"] = qkv.contiguous()
     assert torch.equal(found, operator_of(LAYOUT)(**inputs, backend="cuda"))
+
+
+@pytest.mark.slow  # asks for 9 GB of memory, of which it touches a few pages
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has no memory that is not touched")
+def test_large_strides_are_read_without_overflow() -> None:
+    """Rows so far apart that their distance in elements does not fit 32 bits."""
+    stride = 2**31 + 8
+    room = torch.from_numpy(np.empty(2 * stride + 384, np.float16))  # torch would fill it
+    dense = inputs_of((1, 3, 2, 1, 32, 0))
+    far = room.as_strided(dense["qkv"].shape, (0, stride, 96, 1)).copy_(dense["qkv"])
+    operator = operator_of((1, 3, 2, 1, 32, 0))
+    wanted = operator(**dense, backend="cuda")
+    assert torch.equal(operator(**dense | {"qkv": far}, backend="cuda"), wanted)
 
 
 def test_tables_and_bias_may_lie_anywhere() -> None:
