@@ -164,12 +164,6 @@ std::string in_words(const uint3& index) {
 
 Thread& running() { return *launch->threads[launch->current]; }
 
-[[noreturn]] void stop(const std::string& message) {
-  launch->error = "thread " + in_words(running().index) + ": " + message;
-  change(running().fibre, launch->program);
-  __builtin_unreachable();
-}
-
 // Lets the next thread run that can, or the program if none can; returns when it is this one's
 // turn.
 void pass_on() {
@@ -218,7 +212,7 @@ bool complete(size_t waiting) {
 void end_thread() {
   Thread& self = running();
   for (const auto& group : self.copies)
-    if (!group.empty()) stop("a thread ends with copies that it did not wait for");
+    if (!group.empty()) fail("a thread ends with copies that it did not wait for");
   self.ended = true;
   for (size_t i = 0; i < launch->threads.size(); ++i)
     if (launch->threads[i]->waits) complete(i);
@@ -319,7 +313,11 @@ int lane_id() { return static_cast<int>(launch->current) % kLanes; }
 
 char* dynamic_shared() { return launch->shared.data(); }
 
-void fail(const std::string& message) { stop(message); }
+void fail(const std::string& message) {
+  launch->error = "thread " + in_words(running().index) + ": " + message;
+  change(running().fibre, launch->program);
+  __builtin_unreachable();
+}
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
   static std::mutex one_at_a_time;

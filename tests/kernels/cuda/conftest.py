@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from refsam_kernels import libraries
 from tests.kernels.emulator import IS_EMULATED
 
 
@@ -12,6 +13,15 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Outside the emulator they need a GPU."""
     if not IS_EMULATED:
         item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def library_is_built() -> None:
+    """A GPU alone does not suffice."""
+    try:
+        libraries.load("cuda")
+    except ImportError as reason:
+        pytest.skip(f"gpu: {reason}")
 
 
 @pytest.fixture(autouse=True)
