@@ -13,6 +13,7 @@ _OPERATORS = sorted(p.parent.name for p in ROOT.glob("kernels/refsam_kernels/*/R
 _ELSEWHERE = {
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
+    "examples.md": "examples/README.md",
     "nano.md": "refsam/weights/nano/README.md",
     **{f"kernels/{name}.md": f"kernels/refsam_kernels/{name}/README.md" for name in _OPERATORS},
 }

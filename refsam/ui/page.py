@@ -177,11 +177,13 @@ class Actions:
             yield {self.status: _error(error)}
             return
         yield self._started()
-        shown = 0
-        for progress in job.updates():
-            shown = progress.frames
-            yield {self.view: _picture(job.preview(shown - 1)), self.status: _say(job, progress)}
-        yield self._ended(job)
+        try:
+            for progress in job.updates():
+                picture = _picture(job.preview(progress.frames - 1))
+                yield {self.view: picture, self.status: _say(job, progress)}
+            yield self._ended(job)
+        except FileNotFoundError:  # the visitor has left meanwhile, and the files with them
+            return
 
     def _started(self) -> dict[Any, Any]:
         hidden = {button: gr.DownloadButton(visible=False) for button in self.downloads}

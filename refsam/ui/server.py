@@ -81,6 +81,12 @@ def _open(visitors: Visitors, host: str, port: int | None):  # type: ignore[no-u
             theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             css=STYLE,
         )
+    except (
+        ValueError
+    ) as error:  # gradio looks whether the page can be reached, through a proxy if there is one
+        raise UserError(
+            f"the page at {host} cannot be reached from this machine: set NO_PROXY={host}, or choose another --host"
+        ) from error
     except OSError as error:
         raise UserError(
             f"{host}:{port or '7860 to 7959'} cannot be listened at: choose another --host or --port"

@@ -17,6 +17,9 @@ import pytest
 from PIL import Image
 
 from refsam.cli import main
+from refsam.errors import UserError
+from refsam.ui import serve
+from refsam.ui.jobs import Engine
 from tests.browser import ARGUMENTS, CHROMIUM
 from tests.video.clips import write_video
 
@@ -199,3 +202,16 @@ def test_an_address_that_is_taken_is_refused(server: Server, capsys) -> None:
         main(["ui", "--port", port])
     assert caught.value.code == 2
     assert "choose another --host or --port" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_page(tmp_path: Path) -> None:
+    """After the server has answered; nothing is left."""
+
+    def load() -> Engine:
+        raise UserError("no such checkpoint")
+
+    lines: list[str] = []
+    with pytest.raises(UserError, match="no such checkpoint"):
+        serve(load, folder=tmp_path, announce=lines.append)
+    assert len(lines) == 1 and "http://127.0.0.1:" in lines[0]
+    assert not list(tmp_path.iterdir())
