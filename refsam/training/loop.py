@@ -16,6 +16,7 @@ from refsam.data import ReferringDataset
 from refsam.data.generated.grammar import vocabulary
 from refsam.errors import UserError
 from refsam.model import RefSAM, word_tokenizer
+from refsam.model.model_card import card_arguments
 from refsam.training.batches import (
     DatasetStream,
     GeneratedStream,
@@ -326,7 +327,8 @@ class Trainer:
         stored = self._checkpoint(self.settings.delta and stands_on_sam)
         if self.processes.is_first:
             write_checkpoint(self.output / name, stored)
-            self.model.generate_model_card().save(self.output / name / "README.md")
+            card = self.model.generate_model_card(**card_arguments(stored, None))
+            card.save(self.output / name / "README.md")
 
     def _trained(self) -> dict[str, Tensor]:
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
