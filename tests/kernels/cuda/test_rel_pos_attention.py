@@ -228,6 +228,14 @@ def test_window_much_larger_than_the_grid() -> None:
     assert torch.equal(out, wanted)
 
 
+def test_largest_window_that_shared_memory_holds() -> None:
+    case = (1, 2, 2, 1, 80, 96)
+    inputs = inputs_of(case)
+    exact = operator_of(case)(**checks.cast(inputs, torch.float64), backend="fallback")
+    found = operator_of(case)(**inputs, backend="cuda")
+    checks.assert_close("output", found, exact, checks.TOLERANCES[torch.float16])
+
+
 @pytest.mark.slow
 def test_opcheck() -> None:
     tensors = [x.to(DEVICE) for x in inputs_of(SMALL).values()]
