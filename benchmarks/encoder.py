@@ -8,6 +8,7 @@ copies of the weights included, compilation left out. A peer that cannot run her
 import argparse
 import copy
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -38,6 +39,7 @@ BASELINE, COMPILED, SDPA, TIMM = (
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Relative to the largest value, in float32; in bfloat16 twice what segment-anything's own is off.
 TOLERANCE = 1e-4
+MEMORY_RUNS = 3
 _TRANSFORMERS_NAMES = {
     "patch_embed.proj.": "patch_embed.projection.",
     "blocks.": "layers.",
@@ -269,11 +271,14 @@ def time_in_turn(calls: dict[str, Callable[[], Tensor]], repeats: int) -> dict[s
 
 
 def memory_of(provider: Provider, config: RefSAMConfig) -> int | None:
-    """Bytes that a first call needs at its peak above the weights, measured in a process of its own."""
+    """Bytes that a first call needs at its peak above the weights: the median of several processes, whose heaps vary."""
     task = json.dumps({"provider": asdict(provider), "config": config.to_dict()})
     command = [sys.executable, "-m", "benchmarks.encoder", "--memory-of", task]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return json.loads(result.stdout.splitlines()[-1])
+    found = []
+    for _ in range(MEMORY_RUNS):
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        found.append(json.loads(result.stdout.splitlines()[-1]))
+    return None if None in found else int(statistics.median(found))
 
 
 def print_memory(task: str) -> None:

@@ -108,9 +108,9 @@ def _encoder_line(row: dict[str, Any], baseline: dict[str, Any]) -> str:
 
 def _integrations_cpu() -> str:
     """Each library's encoder before and after `optimize()`, by the best backend."""
-    if not (RESULTS / "encoder_cpu.jsonl").exists():
+    if not (RESULTS / "integrations_cpu.jsonl").exists():
         return "Not measured yet."
-    rows = {(row["name"], row["dtype"]): row for row in _rows("encoder_cpu")}
+    rows = {(row["name"], row["dtype"]): row for row in _rows("integrations_cpu")}
     lines = [
         "| image encoder of | dtype | before, s | after, s | as fast | memory, MiB | after |",
         "|---|---|--:|--:|--:|--:|--:|",
