@@ -26,6 +26,7 @@ from benchmarks.provenance import ROOT, collect
 from refsam.config import config_from_dict
 from refsam.data.clips import ClipBatch
 from refsam.model import RefSAM
+from refsam.model.block import Block
 from refsam.training.batches import TrainingBatch
 from refsam.training.module import TrainingModule
 from refsam.training.parameters import clip_gradients
@@ -50,7 +51,7 @@ class SegmentAnythingStep(nn.Module):
         self.ours = ours
         model, sizes = ours.model, ours.model.config.image_encoder
         modeling = load_sam_modeling()
-        self.encoder = modeling.ImageEncoderViT(
+        self.encoder: Any = modeling.ImageEncoderViT(
             img_size=sizes.image_size,
             patch_size=sizes.patch_size,
             embed_dim=sizes.embed_dim,
@@ -67,7 +68,7 @@ class SegmentAnythingStep(nn.Module):
         state = model.image_encoder.state_dict()
         self.encoder.load_state_dict(state, strict=False, assign=True)
         self.encoder.requires_grad_(not freeze)
-        self.decoder = self._build_decoder(modeling, model)
+        self.decoder: Any = self._build_decoder(modeling, model)
         self.hidden: Tensor
         self.decoder.transformer.register_forward_hook(self._keep_tokens)
         self.levels: list[Tensor] = []
@@ -99,6 +100,7 @@ class SegmentAnythingStep(nn.Module):
         for index, (block, own) in enumerate(
             zip(self.encoder.blocks, model.image_encoder.blocks, strict=True)
         ):
+            assert isinstance(own, Block)
             if own.Space_Adapter is not None:
                 block.attn.register_forward_hook(partial(_add_adapter, own.Space_Adapter))
                 block.mlp.register_forward_hook(partial(_add_parallel, own.MLP_Adapter))

@@ -183,8 +183,9 @@ class Trainer:
         self.progress.step += 1
         self.progress.counted += 1
         self.meter.count(len(names) * self.processes.count, self._flops_of_step)
-        for name, value in (sums | {"gradient_norm": norm, "learning_rate": rate}).items():
-            self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value
+        sums |= {"gradient_norm": norm, "learning_rate": rate}
+        for name, of_step in sums.items():
+            self.progress.sums[name] = self.progress.sums.get(name, 0.0) + of_step
         return status
 
     def _peak_flops(self) -> float | None:
@@ -357,11 +358,11 @@ class Trainer:
     def _optimiser_state(self) -> dict[str, Tensor]:
         """What the optimisers remember of each parameter that was stepped."""
         state = {}
-        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         for optimiser in self.optimisers:
             for parameter, values in optimiser.state.items():
                 for key, value in values.items():
-                    state[f"optimiser.{key}.{names[parameter]}"] = value
+                    state[f"optimiser.{key}.{names[id(parameter)]}"] = value
         return state
 
     def resume(self) -> list[str]:
