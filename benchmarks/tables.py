@@ -17,6 +17,7 @@ PAGES = (
     "README.md",
     "docs/status.md",
     "docs/performance.md",
+    "docs/training.md",
     "docs/troubleshooting.md",
     "refsam/weights/nano/README.md",
 )
@@ -333,6 +334,37 @@ def _resources_line(source: str, kernel: str, rows: list[dict[str, Any]]) -> str
     return f"| `{source}` | `{kernel}` | {variants} | {min(registers)} to {max(registers)} | {spilled} |"
 
 
+def _training_cpu() -> str:
+    if not (RESULTS / "training_cpu.json").exists():
+        return "Not measured yet."
+    result = _result("training_cpu")
+    baseline = result["rows"][0]
+    lines = [
+        "| a training step on | median (p20 to p80), s | steps/s | as fast | memory of the step, MiB | of the process, MiB | against the first |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+        *(_training_line(row, baseline) for row in result["rows"]),
+    ]
+    what = f"{result['model']}, {result['image_size']} pixels, one clip of {result['frames']} frames, one sentence, float32"
+    machine = _machine(result, "threads")
+    return "\n".join([*lines, "", f"{what}, {machine}, commit {result['commit'][:7]}."])
+
+
+def _training_line(row: dict[str, Any], baseline: dict[str, Any]) -> str:
+    if "wrong" in row:
+        return f"| {row['name']} | wrong: {row['wrong']} | | | | | |"
+    seconds, low, high = (1e-3 * row[key] for key in ("median_ms", "p20_ms", "p80_ms"))
+    step, process = row["step_memory_bytes"], row["process_memory_bytes"]
+    memory = "| | |"
+    if step is not None:
+        share = 100 * process / baseline["process_memory_bytes"]
+        own = 100 * step / baseline["step_memory_bytes"]
+        memory = f"{step / 2**20:.0f} | {process / 2**20:.0f} | {own:.0f} % and {share:.0f} % |"
+    return (
+        f"| {row['name']} | {seconds:.2f} ({low:.2f} to {high:.2f}) | {row['steps_per_second']:.3f} | "
+        f"{row['speedup']:.2f}x | {memory}"
+    )
+
+
 _TABLES = {
     "ui_cpu": _ui_cpu,
     "frame_cpu": _frame_cpu,
@@ -347,6 +379,7 @@ _TABLES = {
     "encoder_cpu": _encoder_cpu,
     "integrations_cpu": _integrations_cpu,
     "operators_cpu": _operators_cpu,
+    "training_cpu": _training_cpu,
     "cuda_resources": _cuda_resources,
 }
 
