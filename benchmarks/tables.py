@@ -340,7 +340,7 @@ def _training_cpu() -> str:
     result = _result("training_cpu")
     baseline = result["rows"][0]
     lines = [
-        "| a training step on | median (p20 to p80), s | steps/s | as fast | memory of the step, MiB | of the process, MiB | against the first |",
+        "| a training step on | median (p20 to p80), s | steps/s | as fast | step, MiB | process, MiB | against the first |",
         "|---|--:|--:|--:|--:|--:|--:|",
         *(_training_line(row, baseline) for row in result["rows"]),
     ]
