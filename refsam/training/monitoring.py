@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 _GIB = 2**30
 # Side of the square matrices whose product tells what a device reaches, and how often it is taken.
-_PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
+_PRODUCT_SIDE = {"cpu": 1024, "cuda": 8192}
 _PRODUCTS = 5
 
 
@@ -62,7 +62,7 @@ def peak_memory(device: torch.device) -> int:
 @torch.no_grad()
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of the fastest of a few large matrix products, two for each multiplication with addition."""
-    side = _PRODUCT_SIDE.get(device.type, 2048)
+    side = _PRODUCT_SIDE.get(device.type, _PRODUCT_SIDE["cpu"])
     left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(_PRODUCTS):
