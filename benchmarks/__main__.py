@@ -35,7 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.compare:
-            return compare.report(*options.compare, options.threshold)
+            before, after = options.compare
+            return compare.report(before, after, options.threshold)
         return measure(options)
     except ValueError as error:
         print(f"benchmarks: {error}", file=sys.stderr)

@@ -119,7 +119,7 @@ def make_theirs(
 ) -> Callable[[Tensor], Tensor]:
     """Another library's own encoder, made faster by `optimize` where a backend is named."""
     dtype = DTYPES[provider.dtype]
-    model = sam
+    model: Any = sam
     if not provider.name.startswith(BASELINE):
         of_library = timm_encoder if provider.name.startswith(TIMM) else transformers_encoder
         model = of_library(config, sam)

@@ -131,11 +131,12 @@ def measure_ceiling(device: str) -> Ceiling:
     """Copies a large tensor and multiplies two large matrices of each dtype."""
     count, side = (2**28, 8192) if device == "cuda" else (2**25, 2048)
     source, target = (torch.ones(count, device=device) for _ in range(2))
-    providers: dict[Any, Callable[[], Any]] = {"copy": lambda: target.copy_(source)}
-    for dtype in (torch.float32, torch.bfloat16):
+    providers: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source)}
+    dtypes = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
+    for name, dtype in dtypes.items():
         left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
-        providers[dtype] = partial(torch.mm, left, right)
+        providers[name] = partial(torch.mm, left, right)
     best = {name: t.p20_ms for name, t in time_interleaved(providers, device, 2.0).items()}
     copied, computed = 2 * source.nbytes, 2 * side**3
-    rate = 1e3 * copied / best.pop("copy")
-    return Ceiling(rate, {dtype: 1e3 * computed / time for dtype, time in best.items()})
+    products = {dtype: 1e3 * computed / best[name] for name, dtype in dtypes.items()}
+    return Ceiling(1e3 * copied / best["copy"], products)

@@ -5,6 +5,7 @@ same masks. As in our sessions, text is encoded once, padding is left out and th
 """
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks.encoder import random_sam
 from refsam import RefSAM
+from refsam.model.adapter import Adapter
 from refsam.model.block import ADAPTER_SCALE, Block
 from refsam.model.features import TextPrompt
 from tests.sam_modeling import load_sam_modeling
@@ -19,6 +21,10 @@ from tests.sam_modeling import load_sam_modeling
 
 class AdaptedBlock(nn.Module):
     """segment-anything's block with the adapters of one of ours, which see the padding of windows too."""
+
+    block: Any
+    space: Adapter | None
+    parallel: Adapter | None
 
     def __init__(self, modeling: ModuleType, block: nn.Module, ours: Block) -> None:
         super().__init__()
@@ -52,14 +58,15 @@ class PerExpressionLoop:
         self.model, self.autocast = model, autocast
         modeling, config = load_sam_modeling(), model.config
         with torch.device("meta"):
-            self.encoder = random_sam(config)
+            self.encoder = _image_encoder(model)
             self.decoder = _mask_decoder(modeling, model)
             self.positions = modeling.prompt_encoder.PositionEmbeddingRandom(config.prompt_dim // 2)
-        for theirs, ours in (
+        copied: tuple[tuple[Any, nn.Module], ...] = (
             (self.encoder, model.image_encoder),
             (self.decoder, model.mask_decoder),
             (self.positions, model.prompt_encoder.pe_layer),
-        ):
+        )
+        for theirs, ours in copied:
             theirs.load_state_dict(
                 ours.state_dict(), strict=theirs is not self.encoder, assign=True
             )
@@ -129,7 +136,11 @@ class PerExpressionLoop:
         self.object_token = output[0][:, 1]
 
 
-def _mask_decoder(modeling: ModuleType, model: RefSAM) -> nn.Module:
+def _image_encoder(model: RefSAM) -> Any:
+    return random_sam(model.config)
+
+
+def _mask_decoder(modeling: ModuleType, model: RefSAM) -> Any:
     sizes, dim = model.config.mask_decoder, model.config.prompt_dim
     transformer = modeling.TwoWayTransformer(
         depth=sizes.depth,
