@@ -115,7 +115,7 @@ class Graph:
             name: {dim: sizes[size] for dim, size in self.dynamic.get(name, {}).items()}
             for name in self.inputs
         }
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             program = torch.export.export(
                 self.module, (), dict(self.inputs), dynamic_shapes=shapes, strict=False
             )
@@ -292,7 +292,7 @@ def _write(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Holds back what the exporter says of itself: deprecations, operators of packages that are not installed."""
+    """Holds back what torch's exporters say of themselves: deprecations, packages that are not installed."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
