@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 # Their assertions are to explain themselves like those of a test file.
-pytest.register_assert_rewrite("tests.kernels.mask_postprocess_cases")
+pytest.register_assert_rewrite(
+    "tests.kernels.mask_postprocess_cases", "tests.kernels.rel_pos_attention_cases"
+)
 
 
 def poisoned(create: Callable[..., Tensor]) -> Callable[..., Tensor]:

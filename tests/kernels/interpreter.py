@@ -31,11 +31,11 @@ def run_interpreted(operator: str, *options: str) -> None:
     run_tests(FOLDER / f"test_{operator}.py", {"TRITON_INTERPRET": "1"}, *options)
 
 
-def on_device(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator for tensors on the CPU, computed on the GPU where there is one; its results are back on the CPU."""
+def on_device(operator: Callable[..., Any], device: str = DEVICE) -> Callable[..., Any]:
+    """The operator for tensors on the CPU, computed on the device, the GPU where there is one; results are back on the CPU."""
 
     def moved(*, backend: str | None, **tensors: Tensor) -> Any:
-        result = operator(backend=backend, **{k: x.to(DEVICE) for k, x in tensors.items()})
+        result = operator(backend=backend, **{k: x.to(device) for k, x in tensors.items()})
         return tuple(x.cpu() for x in result) if isinstance(result, tuple) else result.cpu()
 
     return moved

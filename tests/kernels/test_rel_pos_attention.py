@@ -1,4 +1,7 @@
-"""rel_pos_attention: every backend against the formula, the formula against segment-anything and the one-hot form."""
+"""rel_pos_attention: every backend against the formula, the formula against segment-anything and the one-hot form.
+
+What all backends share is in `rel_pos_attention_cases`.
+"""
 
 from functools import partial
 from typing import Any
@@ -12,9 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from refsam_kernels import libraries, rel_pos_attention
-from refsam_kernels.rel_pos_attention import fallback, reference
+from refsam_kernels.rel_pos_attention import fallback
 from refsam_kernels.rel_pos_attention.regions import regions
 from tests.kernels import operator_checks as checks
+from tests.kernels.rel_pos_attention_cases import RelPosAttentionCases, make_inputs, operator_of
 from tests.sam_modeling import load_sam_modeling, randomise
 
 
@@ -57,31 +61,22 @@ CASES = {  # images, height, width, heads, head dim, window
 }
 
 
-def make_inputs(
-    images: int,
-    height: int,
-    width: int,
-    heads: int,
-    head_dim: int,
-    window: int,
-    dtype: torch.dtype = torch.float64,
-) -> dict[str, Tensor]:
-    """Tensors by name, of the size that they have in SAM's checkpoints."""
-    generator = torch.Generator().manual_seed(42)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    return {
-        "qkv": normal(images, height, width, 3 * heads * head_dim),
-        "rel_pos_h": 0.3 * normal(2 * (window or height) - 1, head_dim),
-        "rel_pos_w": 0.3 * normal(2 * (window or width) - 1, head_dim),
-        "qkv_bias": normal(3 * heads * head_dim),
-    }
+class TestReference(RelPosAttentionCases):
+    backend = "reference"
+    case = CASES["window4-of-13x9"]
+    dtype = torch.float64
 
 
-def operator_of(case: tuple[int, ...], pad_mode: str = "bias") -> checks.Operator:
-    return partial(rel_pos_attention, num_heads=case[3], window_size=case[5], pad_mode=pad_mode)
+class TestFallback(RelPosAttentionCases):
+    backend = "fallback"
+    case = CASES["window4-of-13x9"]
+    dtype = torch.float64
+
+
+@pytest.mark.skipif(bool(why_not_compiled()), reason=why_not_compiled())
+class TestCpu(RelPosAttentionCases):
+    backend = "cpu"
+    case = CASES["window4-of-13x9"]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -192,18 +187,6 @@ def test_masked_padding_is_attention_within_the_crop() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_missing_bias_is_zero(backend: str) -> None:
-    case = CASES["window4-of-13x9"]
-    inputs = make_inputs(*case, dtype=EXACT[backend])
-    bias = inputs.pop("qkv_bias")
-    found = checks.run(operator_of(case), inputs, backend)
-    zero = checks.run(operator_of(case), {**inputs, "qkv_bias": torch.zeros_like(bias)}, backend)
-    torch.testing.assert_close(found[0], zero[0])
-    for name, gradient in found[1].items():
-        torch.testing.assert_close(gradient, zero[1][name])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_whole_windows_are_the_same_in_every_pad_mode(backend: str) -> None:
     case = CASES["window4-of-8x12"]
     inputs = make_inputs(*case, dtype=EXACT[backend])
@@ -213,24 +196,6 @@ def test_whole_windows_are_the_same_in_every_pad_mode(backend: str) -> None:
     assert torch.equal(bias[0][0], mask[0][0])
     assert torch.equal(bias[0][0], none[0][0])
     assert not any(result[1]["qkv_bias"].any() for result in (bias, mask, none))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_frozen_tables_change_no_other_gradient(backend: str) -> None:
-    """dq has the relative part all the same: without it, it would be wrong by its own size."""
-    case = CASES["window4-of-13x9"]
-    inputs = make_inputs(*case, dtype=EXACT[backend])
-    _, every = checks.run(operator_of(case), inputs, backend)
-    _, found = checks.run(operator_of(case), inputs, backend, frozen=("rel_pos_h", "rel_pos_w"))
-    assert found.keys() == {"qkv", "qkv_bias"}
-    assert all(torch.equal(found[name], every[name]) for name in found)
-
-
-@pytest.mark.parametrize("backend", ARRANGED)
-def test_each_gradient_alone(backend: str) -> None:
-    case = CASES["window4-of-13x9"]
-    inputs = make_inputs(*case, dtype=EXACT[backend])
-    checks.check_single_gradients(operator_of(case), inputs, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -249,45 +214,14 @@ def test_tables_of_another_length_are_interpolated(backend: str) -> None:
     assert found[1]["rel_pos_h"].shape == (27, 80)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", ["slice", "permuted", "every-second-image", "expanded"])
-def test_layout_of_qkv_does_not_matter(backend: str, layout: str) -> None:
-    case = (2, 10, 7, 2, 16, 4)
-    inputs = make_inputs(*case, dtype=EXACT[backend])
-    qkv = inputs["qkv"]
-    if layout == "slice":
-        qkv = F.pad(qkv, (5, 2, 1, 0), value=float("nan"))[:, :, 1:, 5:-2]
-    elif layout == "permuted":
-        qkv = qkv.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
-    elif layout == "every-second-image":
-        qkv = qkv.repeat_interleave(2, 0)[::2]
-    else:
-        qkv = qkv[:1].expand(2, -1, -1, -1)
-    assert not qkv.is_contiguous()
-    inputs["qkv"] = qkv.contiguous()
-    wanted = operator_of(case)(**inputs, backend=backend)
-    inputs["qkv"] = qkv
-    torch.testing.assert_close(operator_of(case)(**inputs, backend=backend), wanted)
-
-
 @pytest.mark.parametrize("size", [0.0, 5.0], ids=["equal", "up-to-80"])
 @pytest.mark.parametrize("case", ["window4-of-10x10", "global-24x21"])
 @pytest.mark.parametrize("backend", ARRANGED)
-def test_extreme_logits(size: float, case: str, backend: str) -> None:
+def test_extreme_logits_of_several_blocks(size: float, case: str, backend: str) -> None:
     inputs = make_inputs(*CASES[case])
     width = inputs["qkv"].shape[-1]
     inputs["qkv"][..., : 2 * width // 3] *= size
     checks.check_matches_reference(operator_of(CASES[case]), inputs, backend, torch.float32)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_log_sum_exp_means_the_same_everywhere(backend: str) -> None:
-    case = CASES["window4-of-13x9"]
-    tensors = [tensor.float() for tensor in make_inputs(*case).values()]
-    saved = torch.ops.refsam_kernels.rel_pos_attention(*tensors, 3, 4, "bias", backend)[1]
-    exact = reference.forward(*(tensor.double() for tensor in tensors), 3, 4, "bias")[1]
-    assert saved.shape == (2, 3, 13, 9)
-    checks.assert_close("log_sum_exp", saved, exact, 1e-6)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -355,32 +289,6 @@ def test_reference_gradients_are_the_derivatives(window: int, pad_mode: str) -> 
     assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in tensors])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_repeats_bitwise_also_within_a_batch(backend: str) -> None:
-    case = CASES["window4-of-13x9"]
-    inputs = checks.cast(make_inputs(*case), torch.float32)
-    checks.check_repeats(operator_of(case), inputs, backend)
-    inputs["qkv"] = inputs["qkv"][:1].repeat(2, 1, 1, 1)
-    first, second = operator_of(case)(**inputs, backend=backend)
-    assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_empty_batch(backend: str) -> None:
-    inputs = make_inputs(0, 5, 6, 2, 4, 4, EXACT[backend])
-    out = rel_pos_attention(**inputs, num_heads=2, window_size=4, backend=backend)
-    assert out.shape == (0, 5, 6, 8)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend: str) -> None:
-    tensors = checks.cast(make_inputs(1, 5, 6, 2, 4, 4), torch.float32)
-    operator = torch.ops.refsam_kernels.rel_pos_attention.default
-    checks.check_schema_and_fakes(operator, (*tensors.values(), 2, 4, "bias", backend))
-    qkv, *tables, _ = tensors.values()
-    checks.check_schema_and_fakes(operator, (qkv, *tables, None, 2, 4, "mask", backend))
-
-
 def test_opcheck_of_the_backward() -> None:
     inputs = list(checks.cast(make_inputs(1, 5, 6, 2, 4, 4), torch.float32).values())
     saved = torch.ops.refsam_kernels.rel_pos_attention(*inputs, 2, 4, "bias", "")
@@ -399,23 +307,6 @@ def test_checkpoint_and_second_derivative() -> None:
     case = (1, 6, 5, 2, 8, 4)
     checks.check_checkpoint(operator_of(case), make_inputs(*case), "fallback")
     checks.check_second_derivative_raises(operator_of(case), make_inputs(*case), "qkv")
-
-
-def test_autocast_casts_the_operands() -> None:
-    case = CASES["window4-of-13x9"]
-    inputs = checks.cast(make_inputs(*case), torch.float32)
-
-    def under_autocast(**arguments: Any) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return operator_of(case)(**arguments)
-
-    outputs, gradients = checks.run(under_autocast, inputs, "fallback")
-    lowered = checks.run(operator_of(case), checks.cast(inputs, torch.bfloat16), "fallback")
-    assert torch.equal(outputs[0], lowered[0][0])
-    assert outputs[0].dtype == torch.bfloat16
-    for name, gradient in gradients.items():
-        assert gradient.dtype == torch.float32
-        assert torch.equal(gradient, lowered[1][name].float())
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

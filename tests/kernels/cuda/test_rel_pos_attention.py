@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,7 +17,7 @@ from refsam_kernels.rel_pos_attention import reference
 from tests.kernels import operator_checks as checks
 from tests.kernels.emulator import DEVICE
 from tests.kernels.interpreter import on_device
-from tests.kernels.test_rel_pos_attention import make_inputs
+from tests.kernels.rel_pos_attention_cases import RelPosAttentionCases, make_inputs
 
 DTYPES = [torch.float16, torch.bfloat16]
 CASES = {  # images, height, width, heads, head dim, window
@@ -39,7 +38,26 @@ LARGE_CASES = {  # SAM's own sizes, too much for the emulator
 }
 SMALL = (1, 6, 5, 2, 32, 4)  # windows with and without padding
 SAM_WINDOW = (1, 14, 9, 1, 64, 14)
-LAYOUT = (2, 6, 5, 2, 32, 4)
+
+
+class TestTiles(RelPosAttentionCases):
+    """The kernel of any grid and window."""
+
+    backend = "cuda"
+    case = SMALL
+    dtype = torch.float16
+    log_sum_exp_error = 2e-6
+    device = DEVICE
+
+    @pytest.mark.slow
+    def test_opcheck(self) -> None:
+        super().test_opcheck()
+
+
+class TestWholeWindow(TestTiles):
+    """The kernel of SAM's windows."""
+
+    case = SAM_WINDOW
 
 
 def operator_of(case: tuple[int, ...], pad_mode: str = "bias") -> Callable[..., Any]:
@@ -119,22 +137,6 @@ def test_one_token(window: int) -> None:
 
 
 @pytest.mark.parametrize("case", [SMALL, SAM_WINDOW], ids=["tiles", "whole-window"])
-@pytest.mark.parametrize("size", [0.0, 4.0], ids=["equal", "up-to-80"])
-def test_extreme_logits(case: tuple[int, ...], size: float) -> None:
-    inputs = make_inputs(*case)
-    inputs["qkv"][..., : 2 * case[3] * case[4]] *= size
-    checks.check_matches_reference(operator_of(case), inputs, "cuda", torch.float16)
-
-
-@pytest.mark.parametrize("case", [SMALL, SAM_WINDOW], ids=["tiles", "whole-window"])
-def test_missing_bias_is_zero(case: tuple[int, ...]) -> None:
-    inputs = inputs_of(case)
-    zero = {**inputs, "qkv_bias": torch.zeros_like(inputs.pop("qkv_bias"))}
-    found = operator_of(case)(**inputs, backend="cuda")
-    assert torch.equal(found, operator_of(case)(**zero, backend="cuda"))
-
-
-@pytest.mark.parametrize("case", [SMALL, SAM_WINDOW], ids=["tiles", "whole-window"])
 def test_nan_stays_visible(case: tuple[int, ...]) -> None:
     """A query that is NaN spoils its own output, and no other query's."""
     inputs = inputs_of(case)
@@ -143,29 +145,6 @@ def test_nan_stays_visible(case: tuple[int, ...]) -> None:
     out = operator_of(case)(**inputs, backend="cuda")
     assert out[0, 1, 2, :head_dim].isnan().all()
     assert out.isnan().sum() == head_dim
-
-
-@pytest.mark.parametrize(
-    "layout", ["slice", "odd-slice", "permuted", "every-second-image", "expanded"]
-)
-def test_layout_of_qkv_does_not_matter(layout: str) -> None:
-    inputs = inputs_of(LAYOUT)
-    qkv = inputs["qkv"].to(DEVICE)
-    if layout == "slice":  # read where it lies
-        qkv = F.pad(qkv, (8, 16, 1, 0), value=float("nan"))[:, :, 1:, 8:-16]
-    elif layout == "odd-slice":
-        qkv = F.pad(qkv, (5, 2, 1, 0), value=float("nan"))[:, :, 1:, 5:-2]
-    elif layout == "permuted":
-        qkv = qkv.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
-    elif layout == "every-second-image":
-        qkv = qkv.repeat_interleave(2, 0)[::2]
-    else:
-        qkv = qkv[:1].expand(2, -1, -1, -1)
-    assert not qkv.is_contiguous()
-    inputs["qkv"] = qkv
-    found = operator_of(LAYOUT)(**inputs, backend="cuda")
-    inputs["qkv"] = qkv.contiguous()
-    assert torch.equal(found, operator_of(LAYOUT)(**inputs, backend="cuda"))
 
 
 @pytest.mark.slow  # asks for 9 GB of memory, of which it touches a few pages
@@ -190,33 +169,6 @@ def test_tables_and_bias_may_lie_anywhere() -> None:
     assert torch.equal(operator_of(SMALL)(**inputs, backend="cuda"), wanted)
 
 
-@pytest.mark.parametrize("case", [SMALL, SAM_WINDOW], ids=["tiles", "whole-window"])
-def test_repeats_bitwise_also_within_a_batch(case: tuple[int, ...]) -> None:
-    inputs = inputs_of(case)
-    checks.check_repeats(operator_of(case), inputs, "cuda")
-    inputs["qkv"] = inputs["qkv"].repeat(2, 1, 1, 1)
-    first, second = operator_of(case)(**inputs, backend="cuda")
-    assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("case", [SMALL, SAM_WINDOW], ids=["tiles", "whole-window"])
-def test_log_sum_exp_means_the_same_everywhere(case: tuple[int, ...]) -> None:
-    tensors = list(inputs_of(case).values())
-    options = (case[3], case[5], "bias")
-    forward = torch.ops.refsam_kernels.rel_pos_attention
-    saved = forward(*(x.to(DEVICE) for x in tensors), *options, "cuda")[1]
-    exact = reference.forward(*(x.double() for x in tensors), *options)[1]
-    assert saved.dtype == torch.float32
-    checks.assert_close("log_sum_exp", saved.cpu(), exact, 2e-6)
-
-
-def test_empty_batch() -> None:
-    inputs = inputs_of((0, *SMALL[1:]))
-    outputs, gradients = checks.run(operator_of(SMALL), inputs, "cuda")
-    assert outputs[0].shape == (0, 6, 5, 64)
-    assert not any(gradient.any() for gradient in gradients.values())
-
-
 def test_window_much_larger_than_the_grid() -> None:
     """Without padding it is the grid, and the tables' middle."""
     case = (1, 2, 3, 1, 32, 3000)
@@ -234,21 +186,6 @@ def test_largest_window_that_shared_memory_holds() -> None:
     exact = operator_of(case)(**checks.cast(inputs, torch.float64), backend="fallback")
     found = operator_of(case)(**inputs, backend="cuda")
     checks.assert_close("output", found, exact, checks.TOLERANCES[torch.float16])
-
-
-@pytest.mark.slow
-def test_opcheck() -> None:
-    tensors = [x.to(DEVICE) for x in inputs_of(SMALL).values()]
-    arguments = (*tensors, 2, 4, "bias", "cuda")
-    checks.check_schema_and_fakes(torch.ops.refsam_kernels.rel_pos_attention.default, arguments)
-
-
-def test_autocast_casts_the_operands() -> None:
-    inputs = inputs_of(SMALL, torch.float32)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        found = operator_of(SMALL)(**inputs, backend="cuda")
-    lowered = checks.cast(inputs, torch.bfloat16)
-    assert torch.equal(found, operator_of(SMALL)(**lowered, backend="cuda"))
 
 
 REFUSED = {

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels import BackendError, rel_pos_attention
@@ -21,7 +20,8 @@ from tests.kernels.interpreter import (
     on_device,
     slow_in_interpreter,
 )
-from tests.kernels.test_rel_pos_attention import make_inputs, one_hot_attention
+from tests.kernels.rel_pos_attention_cases import RelPosAttentionCases, make_inputs
+from tests.kernels.test_rel_pos_attention import one_hot_attention
 
 CASES = {  # images, height, width, heads, head dim, window
     "window2-of-3x2": (1, 3, 2, 1, 16, 2),
@@ -44,6 +44,13 @@ LARGE_CASES = {  # SAM's own sizes, too much for the interpreter
     "global-80x48": (1, 80, 48, 2, 80, 0),
     "global-33x100": (1, 33, 100, 2, 128, 0),
 }
+
+
+class TestTriton(RelPosAttentionCases):
+    backend = "triton"
+    case = SMALL
+    autocast_dtype = torch.float16
+    device = DEVICE
 
 
 def operator_of(case: tuple[int, ...], pad_mode: str = "bias") -> Callable[..., Any]:
@@ -129,59 +136,6 @@ def test_agrees_with_attention_on_one_hots() -> None:
 
 
 @slow_in_interpreter
-@pytest.mark.parametrize("size", [0.0, 5.0], ids=["equal", "up-to-80"])
-def test_extreme_logits(size: float) -> None:
-    inputs = make_inputs(*SMALL)
-    inputs["qkv"][..., : 2 * 16] *= size
-    checks.check_matches_reference(operator_of(SMALL), inputs, "triton", torch.float32)
-
-
-@slow_in_interpreter
-def test_missing_bias_is_zero() -> None:
-    inputs = small_inputs()
-    zero = {**inputs, "qkv_bias": torch.zeros_like(inputs.pop("qkv_bias"))}
-    wanted = checks.run(operator_of(SMALL), zero, "triton")
-    found = checks.run(operator_of(SMALL), inputs, "triton")
-    assert torch.equal(found[0][0], wanted[0][0])
-    assert all(torch.equal(gradient, wanted[1][name]) for name, gradient in found[1].items())
-
-
-def test_frozen_tables_change_no_other_gradient() -> None:
-    """dq has the relative part all the same: without it, it would be wrong by its own size."""
-    _, every = checks.run(operator_of(SMALL), small_inputs(), "triton")
-    frozen = ("rel_pos_h", "rel_pos_w")
-    _, found = checks.run(operator_of(SMALL), small_inputs(), "triton", frozen)
-    assert found.keys() == {"qkv", "qkv_bias"}
-    assert all(torch.equal(found[name], every[name]) for name in found)
-
-
-@slow_in_interpreter
-def test_each_gradient_alone() -> None:
-    checks.check_single_gradients(operator_of(SMALL), small_inputs(), "triton")
-
-
-@slow_in_interpreter
-@pytest.mark.parametrize("layout", ["slice", "permuted", "every-second-image", "expanded"])
-def test_layout_of_qkv_does_not_matter(layout: str) -> None:
-    case = (2, 3, 2, 2, 16, 2)
-    inputs = checks.cast(make_inputs(*case), torch.float32)
-    qkv = inputs["qkv"].to(DEVICE)
-    if layout == "slice":
-        qkv = F.pad(qkv, (5, 2, 1, 0), value=float("nan"))[:, :, 1:, 5:-2]
-    elif layout == "permuted":
-        qkv = qkv.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
-    elif layout == "every-second-image":
-        qkv = qkv.repeat_interleave(2, 0)[::2]
-    else:
-        qkv = qkv[:1].expand(2, -1, -1, -1)
-    assert not qkv.is_contiguous()
-    inputs["qkv"] = qkv
-    found = operator_of(case)(**inputs, backend="triton")
-    inputs["qkv"] = qkv.contiguous()
-    assert torch.equal(found, operator_of(case)(**inputs, backend="triton"))
-
-
-@slow_in_interpreter
 def test_gradient_of_any_layout_is_taken() -> None:
     """The gradient of a sum is an expanded scalar, that of a transposed output transposed."""
     inputs = {name: x.to(DEVICE).requires_grad_() for name, x in small_inputs().items()}
@@ -192,37 +146,10 @@ def test_gradient_of_any_layout_is_taken() -> None:
     assert torch.equal(by_sum, by_ones)
 
 
-def test_repeats_bitwise_also_within_a_batch() -> None:
-    inputs = small_inputs()
-    checks.check_repeats(operator_of(SMALL), inputs, "triton")
-    inputs["qkv"] = inputs["qkv"].repeat(2, 1, 1, 1)
-    first, second = operator_of(SMALL)(**inputs, backend="triton")
-    assert torch.equal(first, second)
-
-
-def test_log_sum_exp_means_the_same_everywhere() -> None:
-    tensors = list(small_inputs().values())
-    forward = torch.ops.refsam_kernels.rel_pos_attention
-    saved = forward(*(x.to(DEVICE) for x in tensors), 1, 2, "bias", "triton")[1]
-    exact = reference.forward(*(x.double() for x in tensors), 1, 2, "bias")[1]
-    checks.assert_close("log_sum_exp", saved.cpu(), exact, 1e-6)
-
-
-def test_empty_batch() -> None:
-    inputs = checks.cast(make_inputs(0, 3, 2, 1, 16, 2), torch.float32)
-    outputs, gradients = checks.run(operator_of(SMALL), inputs, "triton")
-    assert outputs[0].shape == (0, 3, 2, 16)
-    assert not any(gradient.any() for gradient in gradients.values())
-
-
 @slow_in_interpreter
-def test_opcheck() -> None:
+def test_opcheck_of_the_backward() -> None:
     tensors = [x.to(DEVICE) for x in small_inputs().values()]
-    operators = torch.ops.refsam_kernels
-    options = (1, 2, "bias")
-    checks.check_schema_and_fakes(
-        operators.rel_pos_attention.default, (*tensors, *options, "triton")
-    )
+    operators, options = torch.ops.refsam_kernels, (1, 2, "bias")
     saved = operators.rel_pos_attention(*tensors, *options, "triton")
     for needs in ([True] * 4, [True, False, False, False], [False, True, False, True]):
         arguments = (saved[0], *tensors, *saved, *options, needs, "triton")
@@ -237,20 +164,6 @@ def test_compile_checkpoint_and_second_derivative() -> None:
         lambda backend, **tensors: operator_of(SMALL)(backend="triton", **tensors)
     )
     checks.check_second_derivative_raises(with_triton, inputs, "qkv")
-
-
-def test_autocast_casts_the_operands() -> None:
-    inputs = small_inputs()
-
-    def under_autocast(**arguments: Any) -> Tensor:
-        with torch.autocast(DEVICE, dtype=torch.float16):
-            return operator_of(SMALL)(**arguments)
-
-    outputs, gradients = checks.run(under_autocast, inputs, "triton")
-    lowered = checks.run(operator_of(SMALL), checks.cast(inputs, torch.float16), "triton")
-    assert outputs[0].dtype == torch.float16
-    assert torch.equal(outputs[0], lowered[0][0])
-    assert all(torch.equal(x, lowered[1][name].float()) for name, x in gradients.items())
 
 
 REFUSED = {
