@@ -59,13 +59,17 @@ def test_rows_of_the_loop_and_the_command(model: RefSAM, clip: Path) -> None:
     ]
     for row in list(rows.values())[1:]:
         assert "wrong" not in row and row["decided_share"] > 0.9
-        parts = row["encoder_ms"] + row["decoder_ms"]
-        assert 0 < parts < row["median_ms"]
-        assert row["overhead_percent"] == pytest.approx(100 * (1 - parts / row["median_ms"]))
+        assert all(0 < row[part] < row["median_ms"] for part in ("encoder_ms", "decoder_ms"))
+        assert 0 < row["overhead_percent"] < 100
         assert "rest" in loop.table_line(row)
     lines = [tables._loop_line(row) for row in rows.values()]
     assert all(line.count("|") == 10 for line in lines)
     assert "15x" in lines[2]
+
+
+def test_what_runs_at_once_counts_once() -> None:
+    assert loop.covered([(3.0, 5.0), (1.0, 2.0)]) == 3
+    assert loop.covered([(1.0, 4.0), (2.0, 3.0), (3.0, 6.0)]) == 5
 
 
 def test_wrong_masks_get_no_time(model: RefSAM, clip: Path) -> None:
