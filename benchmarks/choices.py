@@ -1,7 +1,7 @@
 """`python -m benchmarks.choices --out FILE`: what the choices in the path of a 720p frame rest on, on a CPU.
 
 Settings of H.264 and ways to a mask's PNG: processor time of all threads, bytes and, for H.264, the error of luminance. Threads
-for reading and for nano: processor time and time by the clock. All on the frames of a generated clip with its masks drawn.
+for reading and for nano: processor time and time by the clock. All on frames of three generated clips with their masks drawn.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from refsam.data.generated import generate_clip
 from refsam.video import draw_overlay
 from refsam.video.writer import H264_OPTIONS, encode_mask
 
-SIZE, DISTINCT, FRAMES = (720, 1280), 12, 48
-H264 = {
+SIZE, CLIPS, DISTINCT, FRAMES = (720, 1280), 3, 12, 72
+H264: dict[str, dict[str, object]] = {
     "veryfast, CRF 20": {"preset": "veryfast", "crf": "20"},
     "superfast, CRF 20": {"preset": "superfast", "crf": "20"},
     "ultrafast, CRF 22": {"preset": "ultrafast", "crf": "22"},
@@ -45,7 +46,9 @@ def measured(work: Callable[[int], Any], count: int) -> dict[str, float]:
     return {"core_ms": round(1000 * core / count, 2), "clock_ms": round(1000 * clock / count, 2)}
 
 
-def h264(path: Path, pictures: list[av.VideoFrame], options: dict[str, str], frames: int) -> None:
+def h264(
+    path: Path, pictures: list[av.VideoFrame], options: dict[str, object], frames: int, _: int
+) -> None:
     """Write pictures, forwards and backwards, as `refsam segment` does with these options."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=30)
@@ -81,18 +84,18 @@ def h264_rows(pictures: list[av.VideoFrame], frames: int) -> Iterator[dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         for name, options in H264.items():
-            cost = measured(lambda _, o=options: h264(path, pictures, o, frames), 1)
+            cost = measured(partial(h264, path, pictures, options, frames), 1)
             each = {key: round(value / frames, 2) for key, value in cost.items()}
             size = round(path.stat().st_size / frames / 1000, 1)
             noise = signal_to_noise(path, pictures)
             yield {"part": "H.264", "choice": name, **each, "kilobytes": size, "psnr_db": noise}
         for kind in ("AUTO", "SLICE"):
-            cost = measured(lambda _, k=kind: read(path, k), 1)
+            cost = measured(partial(read, path, kind), 1)
             each = {key: round(value / frames, 2) for key, value in cost.items()}
             yield {"part": "reading", "choice": f"threads {kind}", **each}
 
 
-def read(path: Path, threads: str) -> None:
+def read(path: Path, threads: str, _: int) -> None:
     """Decode a video to RGB."""
     with av.open(str(path)) as container:
         container.streams.video[0].thread_type = threads
@@ -108,6 +111,11 @@ def pillow(mask: np.ndarray, bits: int) -> bytes:
     return buffer.getvalue()
 
 
+def encode_one(way: Callable[[np.ndarray], bytes], masks: list[np.ndarray], index: int) -> None:
+    """The mask with that index as a PNG."""
+    way(masks[place(index, len(masks))])
+
+
 def png_rows(masks: list[np.ndarray], frames: int) -> Iterator[dict[str, Any]]:
     """Each way to a PNG."""
     ways: dict[str, Callable[[np.ndarray], bytes]] = {
@@ -116,7 +124,7 @@ def png_rows(masks: list[np.ndarray], frames: int) -> Iterator[dict[str, Any]]:
         "by hand, 8 bits, run lengths (chosen)": encode_mask,
     }
     for name, way in ways.items():
-        cost = measured(lambda i, w=way: w(masks[place(i, len(masks))]), frames)
+        cost = measured(partial(encode_one, way, masks), frames)
         size = round(float(np.mean([len(way(mask)) for mask in masks])) / 1000, 2)
         yield {"part": "PNG", "choice": name, **cost, "kilobytes": size}
 
@@ -148,8 +156,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     origin = collect("cpu")
-    clip = generate_clip(seed=0, frames=arguments.distinct, size=SIZE, kinds=("colour",))
-    images, masks = [*clip.frames.numpy()], [*clip.masks.numpy()[0]]
+    clips = [
+        generate_clip(seed=seed, frames=arguments.distinct, size=SIZE, kinds=("colour",))
+        for seed in range(CLIPS)
+    ]
+    images = [image for clip in clips for image in clip.frames.numpy()]
+    masks = [mask for clip in clips for mask in clip.masks.numpy()[0]]
     drawn = [draw_overlay(i, m[None], ["a caption"]) for i, m in zip(images, masks, strict=True)]
     pictures = [
         av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
@@ -159,7 +171,7 @@ def main() -> None:
     for found in (
         h264_rows(pictures, arguments.frames),
         png_rows(masks, arguments.frames),
-        thread_rows(images[0], clip.expressions[0], arguments.frames),
+        thread_rows(images[0], clips[0].expressions[0], arguments.frames),
     ):
         for row in found:
             print(json.dumps(row), flush=True)

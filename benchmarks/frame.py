@@ -38,11 +38,13 @@ def stages(clip: Path, expression: str) -> dict[str, float]:
     """Core-milliseconds of each stage of a frame."""
     import torch
 
-    from refsam.model import RefSAM
-    from refsam.video import open_source
+    from refsam.cli.segment import load_session
+    from refsam.video import draw_overlay, open_source
     from refsam_kernels import mask_postprocess
 
-    model = RefSAM.from_pretrained("nano").eval().optimize()
+    model = load_session("nano", [], "cpu", "auto")[
+        0
+    ].model  # threads and memory as the command has them
     found: dict[str, float] = {}
 
     def measured(name: str, work: Callable[[], Any]) -> Any:
@@ -76,18 +78,14 @@ def stages(clip: Path, expression: str) -> dict[str, float]:
                 for output in outputs
             ],
         )
+    pairs = list(zip(frames, masks, strict=True))
+    caption = [f"{expression}   0.97"]
+    measured("drawing", lambda: [draw_overlay(f.image, mask, caption) for f, mask in pairs])
     with tempfile.TemporaryDirectory() as folder:
-        for name, expressions, overlay in (
-            ("PNG", [expression], False),
-            ("H.264", [], True),
-            ("all writing", [expression], True),
-        ):
-            shown = [mask[: len(expressions)] for mask in masks]
-            out = Path(folder) / name
-            measured(
-                name, lambda o=out, e=expressions, v=overlay, m=shown: write(o, e, v, frames, m)
-            )
-    found["drawing"] = found.pop("all writing") - found["PNG"] - found["H.264"]
+        out = Path(folder)
+        measured("PNG", lambda: write(out / "masks", expression, False, pairs))
+        measured("all writing", lambda: write(out / "all", expression, True, pairs))
+    found["H.264"] = found.pop("all writing") - found["PNG"] - found["drawing"]
     return found
 
 
@@ -100,19 +98,16 @@ def decode_all(model: Any, encoded: list[Any], text: Any) -> list[Any]:
     return outputs
 
 
-def write(
-    out: Path, expressions: list[str], overlay: bool, frames: list[Any], masks: list[Any]
-) -> None:
-    """Everything that is written of these frames."""
+def write(out: Path, expression: str, overlay: bool, pairs: list[tuple[Any, Any]]) -> None:
+    """Everything that is written of these frames and masks."""
     import numpy as np
 
     from refsam.video import ResultWriter
 
     rate = Fraction(30)
-    scores = np.ones(len(expressions), np.float32)
-    with ResultWriter(out, expressions, fps=rate, time_base=1 / rate, overlay=overlay) as writer:
-        for frame, mask in zip(frames, masks, strict=True):
-            writer.write(frame, mask, scores)
+    with ResultWriter(out, [expression], fps=rate, time_base=1 / rate, overlay=overlay) as writer:
+        for frame, mask in pairs:
+            writer.write(frame, mask, np.ones(1, np.float32))
         writer.finish()
 
 
@@ -141,10 +136,10 @@ def measure_in(tree: Path, folder: Path, expression: str) -> dict[str, float]:
     """One round in a process of a tree; compiled libraries are this tree's."""
     libraries = os.environ.get("REFSAM_LIBRARIES", str(ROOT / "kernels" / "refsam_kernels"))
     paths = os.pathsep.join(map(str, (tree, tree / "kernels")))
-    environment = os.environ | {"PYTHONPATH": paths, "REFSAM_LIBRARIES": libraries}
+    variables = {"PYTHONPATH": paths, "REFSAM_LIBRARIES": libraries, "OMP_WAIT_POLICY": "PASSIVE"}
     words = [sys.executable, __file__, "--measure", str(folder), "--expression", expression]
     done = subprocess.run(
-        words, cwd=tree, env=environment, check=True, stdout=subprocess.PIPE, text=True
+        words, cwd=tree, env=os.environ | variables, check=True, stdout=subprocess.PIPE, text=True
     )
     return json.loads(done.stdout.splitlines()[-1])
 

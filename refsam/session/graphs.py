@@ -27,6 +27,7 @@ WORDS = (4, 8, 16, 32, 64)
 _WARM_UP_CALLS = 3  # kernels are compiled and tuned, libraries take their workspaces
 
 Function = Callable[..., tuple[Tensor, ...]]
+Key = tuple[Hashable, Hashable, Hashable]  # the function, what it depends on, its inputs' shapes
 
 
 class FrameGraphs:
@@ -173,7 +174,7 @@ class GraphCache:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
         self._lock = threading.Lock()
 
     @property

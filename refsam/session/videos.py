@@ -89,7 +89,7 @@ def segment_videos(
         VideoSession(model, texts)  # refuses what cannot be used before anything is done
     settings = dict(settings or {})
     own = (share or Share.of_environment()).of(jobs, lambda job: _size(job.source))
-    outcomes = [done for job in own if (done := _earlier(job, settings))]
+    outcomes = [found for job in own if (found := _earlier(job, settings))]
     for outcome in outcomes:
         advance(outcome)
     done = {outcome.folder for outcome in outcomes}
@@ -204,19 +204,21 @@ def _jobs(
     sources = [os.fspath(video) for video in videos]
     if isinstance(expressions, str) or not expressions:
         raise ValueError(f"expressions: got {expressions!r}, want a list of strings")
-    if all(isinstance(text, str) for text in expressions):
-        expressions = [expressions] * len(sources)
-    if len(expressions) != len(sources):
+    if all(isinstance(texts, str) for texts in expressions):
+        lists = [tuple(map(str, expressions))] * len(sources)
+    else:
+        lists = [tuple(texts) for texts in expressions]
+    if len(lists) != len(sources):
         raise ValueError(
-            f"expressions: got {len(expressions)} lists, want {len(sources)}, one for each video"
+            f"expressions: got {len(lists)} lists, want {len(sources)}, one for each video"
         )
     seen: Counter[str] = Counter()
     jobs = []
-    for source, texts in zip(sources, expressions, strict=True):
+    for source, texts in zip(sources, lists, strict=True):
         name = re.sub(r"[^\w.-]+", "-", Path(source).stem).lstrip(".") or "video"
         seen[name] += 1
         folder = out / (name if seen[name] == 1 else f"{name}-{seen[name]}")
-        jobs.append(_Job(source, tuple(texts), folder))
+        jobs.append(_Job(source, texts, folder))
     return jobs
 
 
