@@ -101,7 +101,7 @@ class SegmentAnythingStep(nn.Module):
             zip(self.encoder.blocks, model.image_encoder.blocks, strict=True)
         ):
             assert isinstance(own, Block)
-            if own.Space_Adapter is not None:
+            if own.Space_Adapter is not None and own.MLP_Adapter is not None:
                 block.attn.register_forward_hook(partial(_add_adapter, own.Space_Adapter))
                 block.mlp.register_forward_hook(partial(_add_parallel, own.MLP_Adapter))
             if index in model.image_encoder.intermediate_blocks:
