@@ -68,14 +68,15 @@ class SegmentAnythingStep(nn.Module):
         state = model.image_encoder.state_dict()
         self.encoder.load_state_dict(state, strict=False, assign=True)
         self.encoder.requires_grad_(not freeze)
-        self.decoder: Any = self._build_decoder(modeling, model)
+        decoder = self._build_decoder(modeling, model)
+        decoder.transformer.register_forward_hook(self._keep_tokens)
+        self.decoder: Any = decoder
         self.hidden: Tensor
-        self.decoder.transformer.register_forward_hook(self._keep_tokens)
         self.levels: list[Tensor] = []
         self._hook_blocks(model)
 
     @staticmethod
-    def _build_decoder(modeling: Any, model: RefSAM) -> nn.Module:
+    def _build_decoder(modeling: Any, model: RefSAM) -> Any:
         sizes, dim = model.config.mask_decoder, model.config.prompt_dim
         transformer = modeling.TwoWayTransformer(
             depth=sizes.depth,
@@ -84,7 +85,7 @@ class SegmentAnythingStep(nn.Module):
             mlp_dim=sizes.mlp_dim,
             attention_downsample_rate=sizes.downsample_rate,
         )
-        decoder: nn.Module = modeling.MaskDecoder(
+        decoder = modeling.MaskDecoder(
             transformer_dim=dim,
             transformer=transformer,
             iou_head_hidden_dim=sizes.iou_hidden_dim,
