@@ -18,6 +18,8 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None
     """Raises `ValueError` unless the tensor has this shape; a string stands for a dimension of any
     size, by its name.
     """
+    if tensor.shape == shape:  # as nearly always: a message takes longer than the check
+        return
     fits = tensor.dim() == len(shape) and all(
         isinstance(wanted, str) or got == wanted
         for got, wanted in zip(tensor.shape, shape, strict=True)
@@ -29,8 +31,8 @@ def check_same_device(**tensors: Tensor | None) -> None:
     """Raises `ValueError` unless all tensors lie on the first one's device."""
     (first_name, first), *others = [(name, t) for name, t in tensors.items() if t is not None]
     for name, tensor in others:
-        wanted = f"{first.device} as {first_name}"
-        require(tensor.device == first.device, name, tensor.device, wanted)
+        if tensor.device != first.device:
+            require(False, name, tensor.device, f"{first.device} as {first_name}")
 
 
 def check_same_dtype(**tensors: Tensor | None) -> None:
@@ -38,7 +40,8 @@ def check_same_dtype(**tensors: Tensor | None) -> None:
     (first_name, first), *others = [(name, t) for name, t in tensors.items() if t is not None]
     require(first.is_floating_point(), first_name, first.dtype, "a floating point dtype")
     for name, tensor in others:
-        require(tensor.dtype == first.dtype, name, tensor.dtype, f"{first.dtype} as {first_name}")
+        if tensor.dtype != first.dtype:
+            require(False, name, tensor.dtype, f"{first.dtype} as {first_name}")
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -288,11 +288,6 @@ def shaped(
     ]
 
 
-def or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
-    """The gradient that autograd gives for an output, or, where it gives none, zeros of the shape and dtype of `like`."""
-    return torch.zeros_like(like) if grad is None else grad
-
-
 def reasons_against(tokens: Tensor, residual: Tensor) -> list[str]:
     """Why the kernels on rows cannot compute these: their dtype, or rows too wide for the registers."""
     reasons = [

@@ -100,15 +100,22 @@ class Operator:
 
         They are what `torch.library.register_autograd` calls `setup_context` and `backward`.
         `ctx.backend` is the backend that the caller asked for by name, or "": the backward can run
-        on another thread, or after a `use_backend` block, and still keeps to it.
+        on another thread, or after a `use_backend` block, and still keeps to it. The gradient of an
+        output that nothing was made of is None, not of all outputs at once.
         """
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.backend = requested_backend(self.name, inputs[-1])
+            ctx.set_materialize_grads(False)  # else autograd makes zeros for all that is saved
             save(ctx, inputs, output)
 
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            if all(grad is None for grad in grads):
+                return (None,) * len(ctx.needs_input_grad)
+            return gradients(ctx, *grads)
+
         name = f"{NAMESPACE}::{self.name}"
-        register_autograd(name, gradients, setup_context=setup_context, lib=LIBRARY)
+        register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -119,6 +126,11 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     """The tensor, or in its place one without elements, since an operator cannot return None."""
     return like.new_empty(0) if tensor is None else tensor
+
+
+def or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
+    """The gradient that autograd gives for an output, or, where it gives none, zeros of the shape and dtype of `like`."""
+    return torch.zeros_like(like) if grad is None else grad
 
 
 def empty_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:

@@ -20,10 +20,15 @@ from refsam_kernels.feed_forward import (
     empty_kept,
     empty_statistics,
     named_adapter,
-    or_zeros,
     sum_dtype,
 )
-from refsam_kernels.registration import Operator, drop_skipped, empty_gradients, needs_gradient
+from refsam_kernels.registration import (
+    Operator,
+    drop_skipped,
+    empty_gradients,
+    needs_gradient,
+    or_zeros,
+)
 
 operator = Operator("adapter_mlp")
 
@@ -98,7 +103,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     x, _, *saved = output
     ctx.save_for_backward(*tensors, x, *saved)
     ctx.mark_non_differentiable(*saved)
-    ctx.set_materialize_grads(False)  # else it makes zeros for all that is saved
 
 
 def _gradients(

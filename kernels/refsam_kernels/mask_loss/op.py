@@ -8,7 +8,7 @@ from torch import Tensor
 
 from refsam_kernels.arguments import check_same_device, check_shape, require
 from refsam_kernels.mask_postprocess.op import check_resize
-from refsam_kernels.registration import Operator
+from refsam_kernels.registration import Operator, or_zeros
 from refsam_kernels.values import check_finite, check_range
 
 operator = Operator("mask_loss")
@@ -52,8 +52,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.mark_non_differentiable(output[2])
 
 
-def _gradients(ctx: Any, focal: Tensor, dice: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    gradient = _backward(focal, dice, *ctx.saved_tensors, *ctx.settings, ctx.backend)
+def _gradients(
+    ctx: Any, focal: Tensor | None, dice: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
+    *_, sums = saved = ctx.saved_tensors
+    grads = (or_zeros(focal, sums[0]), or_zeros(dice, sums[0]))
+    gradient = _backward(*grads, *saved, *ctx.settings, ctx.backend)
     return gradient, *(None,) * 7
 
 

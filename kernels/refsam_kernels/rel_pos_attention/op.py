@@ -61,7 +61,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.mark_non_differentiable(output[1])
 
 
-def _gradients(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:4])
     gradients = _backward(grad_out, *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
     return (*drop_skipped(gradients, needs), None, None, None, None)

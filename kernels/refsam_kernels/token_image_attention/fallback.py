@@ -56,9 +56,10 @@ def forward(
     wide = torch.promote_types(queries.dtype, torch.float32)
     norm = (norm_weight.to(wide), norm_bias.to(wide))
     result = queries.new_empty(queries.shape)
-    for part in [slice(len(queries))] if keep else _slices(queries, keys, len(q_weight)):
+    slices = _slices(queries, keys, len(q_weight), num_heads)
+    for part in [slice(len(queries))] if keep else slices:
         q, k, v = to_q(part), to_k(part), to_v(part)
-        attended, log_sum_exp = _attend(q, k, v, _part(key_lengths, part), num_heads)
+        attended, log_sum_exp = _attend_in_parts(q, k, v, _part(key_lengths, part), num_heads)
         update = torch.baddbmm(added, attended.mT, for_each(out_weight.mT, attended))
         x = update.to(wide).add_(queries[part])
         out, *statistics = torch.native_layer_norm(x, x.shape[-1:], *norm, eps)
@@ -112,7 +113,7 @@ def gradients(
     norm = (norm_weight.to(x.dtype), norm_bias.to(x.dtype))
     on_out = [x.new_zeros(t.shape) for t in (out_weight, out_bias, *norm)]
     on_queries, on_keys = torch.empty_like(queries), torch.empty_like(keys)
-    for part in _slices(queries, keys, len(q_weight)):
+    for part in _slices(queries, keys, len(q_weight), num_heads):
         on_x, on_update, *parameters = _output_backward(
             grad[part], x[part], statistics[part], attended[part], norm, out_weight.dtype
         )
@@ -169,6 +170,15 @@ def _output_backward(
     return on_x, on_update, on_weight, on_x.sum((0, 1)), *on_norm
 
 
+def _attend_in_parts(
+    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, num_heads: int
+) -> tuple[Tensor, ...]:
+    """`_attend`, some expressions at a time, so that their logits stay in the cache."""
+    slices = _slices(q.mT, k.mT, q.shape[1], num_heads)
+    parts = [_attend(q[p], k[p], v[p], _part(key_lengths, p), num_heads) for p in slices]
+    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, num_heads: int
 ) -> tuple[Tensor, Tensor]:
@@ -199,7 +209,8 @@ def _attend_backward(
     grads, qs, ks, vs = (_heads(t, num_heads) for t in (grad, q, k, v))
     weights = _softmax(_logits(qs, ks, key_lengths, num_heads))
     on_v = _product(grads, weights.to(v.dtype))
-    weighted = _outer(grads, vs) * weights
+    # Converted before it is multiplied: a product of two dtypes takes a CPU many times as long.
+    weighted = _outer(grads, vs).to(weights.dtype).mul_(weights)
     on_logits = weighted.addcmul_(weights, weighted.sum(dim=-1, keepdim=True), value=-1)
     on_logits = on_logits.mul_(qs.shape[1] ** -0.5).to(q.dtype)
     on_q, on_k = _product(ks, on_logits.mT), _product(qs, on_logits)
@@ -251,8 +262,11 @@ def without_padding(
     return keys.masked_fill(padding[..., None], 0.0), key_pe.masked_fill(unused[..., None], 0.0)
 
 
-def _slices(queries: Tensor, keys: Tensor, width: int) -> list[slice]:
-    elements = max(queries.shape[1], keys.shape[1]) * width
+def _slices(queries: Tensor, keys: Tensor, width: int, num_heads: int) -> list[slice]:
+    """Some expressions at a time, by the largest that lies in a CPU's cache: their tokens in the heads, or their logits."""
+    counts = queries.shape[1], keys.shape[1]
+    logits = num_heads * counts[0] * counts[1] if queries.device.type == "cpu" else 0
+    elements = max(max(counts) * width, logits)
     return list(chunks(len(queries), elements, queries.device)) or [slice(0)]
 
 

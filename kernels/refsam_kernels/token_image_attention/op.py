@@ -111,7 +111,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _gradients(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:14])
     gradients = _backward(grad, *ctx.saved_tensors, ctx.num_heads, ctx.eps, needs, ctx.backend)
     return *drop_skipped(gradients, needs), None, None, None, None, None
