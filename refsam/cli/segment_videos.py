@@ -1,5 +1,6 @@
 """``refsam segment-videos``: many sources, one folder of results for each."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,7 +114,18 @@ def segment_videos(
                 err=True,
             )
             raise typer.Exit(130) from None
+    _wait_for_the_others()
     _report(outcomes, out)
+
+
+def _wait_for_the_others() -> None:
+    """Under torchrun, return when every process is done: it ends all of them as soon as one exits with an error."""
+    from torch import distributed
+
+    if distributed.is_torchelastic_launched():
+        distributed.init_process_group("gloo", timeout=timedelta(days=365))
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def _report(outcomes: list["VideoOutcome"], out: Path) -> None:

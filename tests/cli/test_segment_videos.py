@@ -1,6 +1,8 @@
 """`refsam segment-videos`: arguments, lists, the summary and exit codes."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,27 @@ def test_interrupted_run_says_how_to_go_on(
     monkeypatch.undo()
     result = run(checkpoint, first, second, "--text", "dog", "--out", tmp_path / "out")
     assert "1 videos segmented, 1 done before" in result.stdout
+
+
+@pytest.mark.slow
+def test_torchrun_does_not_stop_the_others_for_a_missing_video(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """torchrun ends all processes as soon as one fails: that one waits until the others are done."""
+    long = write_video(tmp_path / "long.mp4", frames=120)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--no-python",
+    ]
+    command += [sys.executable, "-m", "refsam", "segment-videos", str(long), "nowhere.mp4"]
+    command += ["--text", "dog", "--out", str(tmp_path / "out"), "--checkpoint", str(checkpoint)]
+    result = subprocess.run(
+        [*command, "--device", "cpu"], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode != 0
+    assert "refsam: nowhere.mp4 does not exist" in result.stderr
+    assert report(tmp_path / "out" / "long")["frames"] == 120
