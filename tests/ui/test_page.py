@@ -139,6 +139,7 @@ def test_the_sample_brings_its_expressions(page) -> None:
     assert page.locator("#expressions textarea").input_value().count("\n") >= 1
 
 
+@pytest.mark.slow
 def test_a_recording_of_the_webcam_is_segmented(page) -> None:
     page.get_by_role("tab", name="Webcam").click()
     page.get_by_text("Click to Access Webcam").click()
@@ -167,6 +168,7 @@ def test_bad_uploads_are_answered_in_words(page, tmp_path: Path) -> None:
     page.get_by_text("Choose a clip first").wait_for()
 
 
+@pytest.mark.slow
 def test_uploads_that_are_too_large_are_answered_in_words(page, tmp_path: Path) -> None:
     (tmp_path / "large.mp4").write_bytes(bytes(6_000_000))
     upload(page, tmp_path / "large.mp4")
