@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -232,6 +233,8 @@ def _size(source: str) -> float:
 
 def _earlier(job: _Job, settings: dict[str, Any]) -> VideoOutcome | None:
     """The outcome of an earlier run that did this to its end; raises UserError if it did something else."""
+    from refsam.video.writer import STAGING
+
     file = job.folder / "result.json"
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
@@ -252,4 +255,7 @@ def _earlier(job: _Job, settings: dict[str, Any]) -> VideoOutcome | None:
         raise UserError(
             f"{job.folder} holds results of other settings: {'; '.join(different)}; give another folder with --out"
         )
-    return VideoOutcome(job.source, job.folder, frames, was_done=True) if complete else None
+    if not complete:
+        return None
+    shutil.rmtree(job.folder / STAGING, ignore_errors=True)  # of a run killed in its last moment
+    return VideoOutcome(job.source, job.folder, frames, was_done=True)

@@ -23,7 +23,7 @@ from refsam.video.overlay import caption, draw_overlay
 from refsam.video.reader import Frame
 
 _OUTPUTS = ("masks", "overlay.mp4", "result.json")  # the last one says that the others are in place
-_STAGING = ".refsam-unfinished"
+STAGING = ".refsam-unfinished"
 _QUEUE_DEPTH = 4
 # A fraction of the time of veryfast at CRF 20, and no larger error (docs/performance.md).
 H264_OPTIONS: dict[str, object] = {
@@ -71,7 +71,7 @@ class ResultWriter:
         self._fps = fps
         check_output(self.out, overwrite=overwrite)
         self._made = _make_folders(self.out)
-        self._staging = self.out / _STAGING
+        self._staging = self.out / STAGING
         shutil.rmtree(self._staging, ignore_errors=True)  # left by a run that was killed
         with _disk_errors(self.out):
             for index in range(len(expressions)):

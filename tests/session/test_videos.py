@@ -102,10 +102,12 @@ def test_done_videos_are_skipped(model: RefSAM, videos: list[Path], tmp_path: Pa
     out, seen = tmp_path / "out", list[VideoOutcome]()
     segment_videos(model, videos[:2], TEXTS, out)
     times = {file: file.stat().st_mtime_ns for file in out.rglob("*.png")}
+    (out / "a" / ".refsam-unfinished" / "old").mkdir(parents=True)  # killed in the last moment
     outcomes = segment_videos(model, videos, TEXTS, out, advance=seen.append)
     assert {o.folder.name: o.was_done for o in outcomes} == {n: n in "ab" for n in "abcd"}
     assert seen == outcomes
     assert {file: file.stat().st_mtime_ns for file in times} == times
+    assert not list(out.rglob(".refsam-unfinished"))
 
 
 def test_other_settings_are_refused(model: RefSAM, videos: list[Path], tmp_path: Path) -> None:
