@@ -151,6 +151,7 @@ def _write_variant(folder: Path, backend: str) -> None:
         "id": identifier,
         "version": VERSION,
         "license": LICENSE,
+        "python-depends": [],
         "backend": {"type": backend}
         | ({"archs": list(CUDA_CAPABILITIES)} if backend == "cuda" else {}),
         "digest": {
