@@ -99,10 +99,13 @@ def test_repeats_bitwise(inputs: dict[str, Tensor]) -> None:
     checks.check_repeats(operator_of(2), inputs, "cuda")
 
 
-def test_any_strides_checkpoint_and_compile() -> None:
+def test_any_strides_and_checkpoint() -> None:
     inputs = checks.cast(padded(make_inputs(*DIRECTIONS["to-tokens"], 16, 8, 1)), torch.float32)
     checks.check_checkpoint(operator_of(2), inputs, "cuda")
-    checks.check_compiles(operator_of(2), inputs, "cuda")
+    expected, found = (
+        operator_of(2)(**values, backend="cuda") for values in (inputs, checks.permuted(inputs))
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_autocast_keeps_the_residual(inputs: dict[str, Tensor]) -> None:
