@@ -32,9 +32,11 @@ def add_and_norm(
     keep: bool,
 ) -> Normed:
     """`feed_forward.add_and_norm` in one pass over the rows."""
-    tensors = (residual, first, second, norm_weight, norm_bias)
-    residual, first, second, *norm = (t if t is None else t.contiguous() for t in tensors)
-    x, normed, *statistics = _library.add_and_norm(residual, first, second, scale, *norm, eps, keep)
+    tensors = (second, norm_weight, norm_bias)
+    second, *norm = (tensor if tensor is None else tensor.contiguous() for tensor in tensors)
+    x, normed, *statistics = _library.add_and_norm(
+        residual.contiguous(), first.contiguous(), second, scale, *norm, eps, keep
+    )
     return Normed(x, None if norm_weight is None else normed, *statistics)
 
 

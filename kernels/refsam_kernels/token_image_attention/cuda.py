@@ -72,5 +72,6 @@ def forward(
     out, x, statistics, attended, log_sum_exp = _library.token_image_attention(
         *(tensor.contiguous() for tensor in tensors), lengths, num_heads, eps, keep
     )
-    made = (q, k, v) if keep else (queries.new_empty(0) for _ in range(3))
-    return Outputs(out, x, statistics, *made, attended, log_sum_exp)
+    if not keep:
+        q, k, v = (queries.new_empty(0) for _ in range(3))
+    return Outputs(out, x, statistics, q, k, v, attended, log_sum_exp)
