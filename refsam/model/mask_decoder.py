@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from refsam.model.image_encoder import NORM_2D_EPS, LayerNorm2d
 from refsam.model.two_way_transformer import TwoWayTransformer
-from refsam.model.weights import weights_key
-from refsam_kernels import mask_upscale
+from refsam_kernels import mask_upscale, weights_key
 
 # Pixels' values that a CPU holds for all expressions that it decodes at a time. The C library returns what is larger than some
 # megabytes to the system, and every page that it gets again costs more than the sum that is written there.

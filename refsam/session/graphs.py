@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from refsam.model.features import ImageFeatures, MaskOutput, TextPrompt
-from refsam.model.weights import weights_key
+from refsam_kernels import weights_key
 
 if TYPE_CHECKING:
     from refsam.model import RefSAM
