@@ -29,6 +29,9 @@ def poisoned(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @pytest.fixture(autouse=True)
 def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills uninitialised tensors of the library with NaN: an output that is not written cannot pass."""
+    # torch remembers for good what its factory functions are when a device is first made the default: let it be its own.
+    with torch.device("cpu"):
+        torch.empty(())
     for owner, names in (
         (torch, ("empty", "empty_like", "empty_strided")),
         (Tensor, ("new_empty", "new_empty_strided")),
