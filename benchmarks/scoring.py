@@ -1,7 +1,7 @@
 """`python -m benchmarks.scoring --out FILE`: `refsam evaluate masks` with one process and with two, in turn.
 
 As many videos, annotated frames and objects as Ref-YouTube-VOS's validation set: 202, 27 and 4, as palette PNGs at 480p.
-Every run must give the same scores.
+Every run must give the same scores. Each process has one thread: by default threads share a video's frames as well.
 """
 
 import argparse
@@ -61,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Not above: the processes import this module, and torch, which scoring does without, takes a second.
     from benchmarks.provenance import collect
 
+    os.environ["OMP_NUM_THREADS"] = "1"
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scoring", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
