@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from benchmarks import targets
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 PAGES = (
@@ -365,7 +367,12 @@ def _training_line(row: dict[str, Any], baseline: dict[str, Any]) -> str:
     )
 
 
+def _targets() -> str:
+    return targets.table(_result, _rows)
+
+
 _TABLES = {
+    "targets": _targets,
     "ui_cpu": _ui_cpu,
     "frame_cpu": _frame_cpu,
     "choices_cpu": _choices_cpu,
