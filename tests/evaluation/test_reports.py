@@ -1,7 +1,6 @@
 """Reports: one HTML page without network, the same as Markdown, and what they show of scored masks."""
 
 import re
-import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -28,10 +27,8 @@ from refsam.evaluation.reports import (
     as_markdown,
     write_report,
 )
+from tests.browser import CHROMIUM
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None
-)
 VOID_TAGS = {"meta", "img"}
 
 
