@@ -10,7 +10,10 @@ from torch import Tensor
 
 # Their assertions are to explain themselves like those of a test file.
 pytest.register_assert_rewrite(
-    "tests.kernels.mask_postprocess_cases", "tests.kernels.rel_pos_attention_cases"
+    "tests.kernels.adapter_cases",
+    "tests.kernels.backend_cases",
+    "tests.kernels.mask_postprocess_cases",
+    "tests.kernels.rel_pos_attention_cases",
 )
 
 

@@ -1,0 +1,111 @@
+"""What the kernels of every differentiable operator must do; `<operator>_cases.py` adds what its operator's must.
+
+A test file makes a class per backend, of its operator's cases and of `CudaCases` or `TritonCases`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from refsam_kernels import BackendError
+from tests.kernels import emulator, interpreter
+from tests.kernels import operator_checks as checks
+
+Size = tuple[Any, ...]  # what the operator's `make_inputs` takes
+
+
+class KernelCases:
+    """Needs sizes of inputs, what is refused and why; a test that asks for a `size` or `dtype` runs for the class's."""
+
+    backend: str
+    device: str
+    dtypes: list[torch.dtype]
+    sizes: Mapping[str, Size]
+    small: Size
+    frozen: tuple[tuple[str, ...], ...]
+    refused: Mapping[str, tuple[Size, torch.dtype, str]]
+    function: checks.Operator
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "size" in metafunc.fixturenames:
+            metafunc.parametrize("size", self.sizes.values(), ids=self.sizes)
+        if "dtype" in metafunc.fixturenames:
+            metafunc.parametrize("dtype", self.dtypes, ids=str)
+        if "half" in metafunc.fixturenames:
+            halves = [dtype for dtype in self.dtypes if dtype.itemsize == 2]
+            metafunc.parametrize("half", halves, ids=str)
+
+    @property
+    def operator(self) -> checks.Operator:
+        """The operator for tensors on the CPU, computed on the device."""
+        return interpreter.on_device(self.function, self.device)
+
+    def make_inputs(self, size: Size) -> dict[str, Tensor]:
+        """Tensors by name, in float64."""
+        raise NotImplementedError
+
+    def inputs(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        return checks.cast(self.make_inputs(self.small), dtype)
+
+    def run(self, inputs: checks.Inputs, frozen: tuple[str, ...] = ()) -> Any:
+        return checks.run(self.operator, inputs, self.backend, frozen)
+
+    def test_matches_reference(self, size: Size, dtype: torch.dtype) -> None:
+        inputs = self.make_inputs(size)
+        checks.check_matches_reference(self.operator, inputs, self.backend, dtype)
+
+    def test_repeats_bitwise(self) -> None:
+        checks.check_repeats(self.operator, self.inputs(), self.backend)
+
+    def test_each_gradient_alone(self) -> None:
+        checks.check_single_gradients(self.operator, self.inputs(), self.backend)
+
+    def test_frozen_inputs_change_no_other_gradient(self) -> None:
+        _, every = self.run(self.inputs())
+        for frozen in self.frozen:
+            _, found = self.run(self.inputs(), frozen)
+            assert found.keys() == every.keys() - set(frozen)
+            assert all(torch.equal(found[name], every[name]) for name in found)
+
+    def test_any_strides(self) -> None:
+        outputs, gradients = self.run(self.inputs())
+        found, found_gradients = self.run(checks.permuted(self.inputs()))
+        torch.testing.assert_close(found, outputs)
+        torch.testing.assert_close(found_gradients, gradients)
+
+    def test_checkpoint(self) -> None:
+        checks.check_checkpoint(self.operator, self.inputs(), self.backend)
+
+    def test_refuses_what_it_cannot_compute(self) -> None:
+        for size, dtype, reason in self.refused.values():
+            inputs = checks.cast(self.make_inputs(size), dtype)
+            with pytest.raises(BackendError, match=reason):
+                self.operator(**inputs, backend=self.backend)
+
+
+class TritonCases(KernelCases):
+    """In Triton's interpreter, or on a GPU."""
+
+    backend = "triton"
+    device = interpreter.DEVICE
+    dtypes = interpreter.DTYPES
+
+    def test_compiles_into_one_graph(self) -> None:
+        checks.check_compiles(self.operator, self.inputs(), self.backend)
+
+
+class CudaCases(KernelCases):
+    """In the emulator, or on a GPU."""
+
+    backend = "cuda"
+    device = emulator.DEVICE
+    dtypes = emulator.DTYPES
+
+    def test_inference_gives_the_bits_of_training(self, dtype: torch.dtype) -> None:
+        with torch.no_grad():
+            found = self.operator(**self.inputs(dtype), backend=self.backend)
+        trained, _ = self.run(self.inputs(dtype))
+        assert all(torch.equal(x, y) for x, y in zip(found, trained, strict=True))
