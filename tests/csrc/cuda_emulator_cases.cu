@@ -61,10 +61,37 @@ __global__ void wait_at_different_barriers(float* out) {
 
 __global__ void leave_out_oneself(float*) { __syncwarp(1u << (threadIdx.x % kWarpSize / 2)); }
 
-__global__ void forget_a_barrier(float* out) {
-  __shared__ float values[kThreads];
-  values[threadIdx.x] = 1.0f;
-  out[threadIdx.x] = values[threadIdx.x ^ 1] + values[kThreads - 1 - threadIdx.x];
+enum class Meet { kNowhere, kShuffle, kWarp, kBlock };
+
+template <Meet kMeet>
+void meet() {
+  if (kMeet == Meet::kShuffle) __shfl_xor_sync(kAllLanes, 0, 1);
+  if (kMeet == Meet::kWarp) __syncwarp();
+  if (kMeet == Meet::kBlock) __syncthreads();
+}
+
+// Twice by the same memory: from lane to lane for a distance of 1, of 32 from warp to warp.
+template <int kDistance, Meet kBeforeReading, Meet kBeforeWriting>
+__global__ void pass_numbers(float* out) {
+  __shared__ int numbers[kThreads];
+  int sum = 0;
+  for (int i = 0; i < 2; ++i) {
+    numbers[threadIdx.x] = i;
+    meet<kBeforeReading>();
+    sum += numbers[threadIdx.x ^ kDistance];
+    meet<kBeforeWriting>();
+  }
+  out[threadIdx.x] = sum;
+}
+
+template <Meet kMeet>
+__global__ void load_what_lanes_wrote(float* out) {
+  auto* rows = reinterpret_cast<uint32_t*>(dynamic_shared());  // (64, 4), 16 bytes each
+  for (int i = 0; i < 4; ++i) rows[kThreads * i + threadIdx.x] = 1;
+  meet<kMeet>();
+  uint32_t matrices[4];
+  ldmatrix_x4(matrices, rows + 4 * threadIdx.x);
+  out[threadIdx.x] = matrices[0];
 }
 
 __global__ void forget_to_write(float* out) {
@@ -77,7 +104,7 @@ __global__ void forget_to_set(float* out) {
   out[threadIdx.x] = values[threadIdx.x % 4] < -1e30f;
 }
 
-template <bool kWait>
+template <bool kWait, Meet kMeet = Meet::kBlock>
 __global__ void copy_later(float* out) {
   alignas(16) static const float source[8] = {1, 2, 3, 4, 5, 6, 7, 8};
   float* shared = reinterpret_cast<float*>(dynamic_shared());
@@ -86,7 +113,7 @@ __global__ void copy_later(float* out) {
     cp_async_commit();
   }
   if (kWait) cp_async_wait<0>();
-  __syncthreads();
+  meet<kMeet>();
   if (threadIdx.x < 16) out[threadIdx.x] = shared[threadIdx.x];
   __syncthreads();
   if (!kWait) cp_async_wait<0>();
@@ -156,10 +183,19 @@ const std::map<std::string, std::function<std::string()>> cases = {
     {"leave-early", [] { return results(leave_early); }},
     {"deadlock", [] { return results(wait_at_different_barriers); }},
     {"mask", [] { return results(leave_out_oneself); }},
-    {"no-barrier", [] { return results(forget_a_barrier); }},
+    {"lane-to-lane", [] { return results(pass_numbers<1, Meet::kWarp, Meet::kWarp>); }},
+    {"warp-to-warp", [] { return results(pass_numbers<32, Meet::kBlock, Meet::kBlock>); }},
+    {"read-too-early", [] { return results(pass_numbers<32, Meet::kNowhere, Meet::kBlock>); }},
+    {"write-too-early", [] { return results(pass_numbers<32, Meet::kBlock, Meet::kNowhere>); }},
+    {"barrier-of-too-few", [] { return results(pass_numbers<32, Meet::kBlock, Meet::kWarp>); }},
+    {"lane-reads-too-early", [] { return results(pass_numbers<1, Meet::kShuffle, Meet::kWarp>); }},
+    {"lane-writes-too-early", [] { return results(pass_numbers<1, Meet::kWarp, Meet::kShuffle>); }},
+    {"load", [] { return results(load_what_lanes_wrote<Meet::kBlock>, 1024); }},
+    {"load-too-early", [] { return results(load_what_lanes_wrote<Meet::kNowhere>, 1024); }},
     {"not-written", [] { return results(forget_to_write, sizeof(float) * kThreads); }},
     {"not-set", [] { return results(forget_to_set); }},
     {"copy", [] { return results(copy_later<true>, 64); }},
+    {"copy-without-barrier", [] { return results(copy_later<true, Meet::kShuffle>, 64); }},
     {"copy-not-waited-for", [] { return results(copy_later<false>, 64); }},
     {"copy-groups", [] { return results(copy_in_groups, 32 * kThreads); }},
     {"copy-forgotten", [] { return results(forget_copies, 64); }},

@@ -9,6 +9,7 @@ import argparse
 import fcntl
 import sysconfig
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ IS_EMULATED = libraries.cuda_is_emulated()
 # Without either, tests are collected all the same, to be skipped.
 DEVICE = "cuda" if torch.cuda.is_available() and not IS_EMULATED else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Accesses to memory call tests/csrc/cuda_emulator/races.cpp, functions that begin and end do not.
+WATCHED = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
 
 
 def run_emulated(operator: str, *options: str) -> None:
@@ -63,7 +66,13 @@ def emulated_plan(target: Path, sanitize: bool = False, names: Sequence[str] = (
     sources += sorted(EMULATOR.glob("*.cpp"))
     toolchain = {"compiler": build.first_line([compiler, "--version"])}
     return build.make_plan(
-        "_C_cuda", compiler, flags, target / "objects", sources, toolchain, emulating
+        "_C_cuda",
+        compiler,
+        flags,
+        target / "objects",
+        sources,
+        toolchain,
+        partial(emulating, sanitize=sanitize),
     )
 
 
@@ -74,10 +83,13 @@ def emulator_flags() -> list[str]:
     return [*flags, "-isystem", str(cuda_headers()), f"-I{build.source_root()}", f"-I{EMULATOR}"]
 
 
-def emulating(source: Path) -> list[str]:
-    """What the compiler reads before a source: the emulator's headers in the place of those with the same guards."""
+def emulating(source: Path, sanitize: bool = False) -> list[str]:
+    """What the compiler reads before a source: the emulator's headers in the place of those with the same guards.
+
+    A kernel shows its accesses to memory to the emulator, or with `sanitize` to AddressSanitizer: GCC does one of both.
+    """
     if source.suffix == ".cu":
-        return ["-include", "cuda_emulator.h", "-x", "c++"]
+        return ["-include", "cuda_emulator.h", "-x", "c++", *([] if sanitize else WATCHED)]
     own = source.parent == EMULATOR
     return [] if own else ["-include", "device.h", "-include", "launch.h"]
 

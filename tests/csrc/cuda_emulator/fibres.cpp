@@ -16,6 +16,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "races.h"
+
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -99,16 +101,16 @@ struct Thread {
 
 // One launch: its threads serve one block after another.
 struct Launch {
-  Launch(const std::function<void()>& kernel, size_t shared_bytes)
-      : kernel(kernel), shared_memory(new char[shared_bytes]) {
-    shared = {shared_memory.get(), shared_bytes};
-  }
+  Launch(const std::function<void()>& kernel, size_t shared_bytes, std::span<char> static_shared);
+  ~Launch();
 
   const std::function<void()>& kernel;
   std::vector<std::unique_ptr<Thread>> threads;
   std::unique_ptr<char[]> shared_memory;  // aligned to 16 bytes, watched by AddressSanitizer
-  std::span<char> shared;
-  std::span<char> static_shared;
+  std::span<char> shared, static_shared;
+  WatchedMemory watched, watched_static;
+  uint32_t block_barriers = 0;
+  std::array<uint32_t, kMostThreads / kLanes> warp_barriers{};
   Fibre program;
   std::deque<size_t> ready;
   size_t current;
@@ -117,6 +119,19 @@ struct Launch {
 };
 
 Launch* launch = nullptr;
+
+Launch::Launch(const std::function<void()>& kernel, size_t shared_bytes,
+               std::span<char> static_shared)
+    : kernel(kernel),
+      shared_memory(new char[shared_bytes]),
+      shared(shared_memory.get(), shared_bytes),
+      static_shared(static_shared),
+      watched(shared),
+      watched_static(static_shared) {
+  launch = this;
+}
+
+Launch::~Launch() { launch = nullptr; }
 
 // Memory of this library alone that is thread_local, for this thread: what kernels call __shared__.
 thread_local char shared_anchor;
@@ -260,6 +275,7 @@ void run_block(uint64_t number) {
     launch->ready.push_back(i);
   }
   std::shuffle(launch->ready.begin(), launch->ready.end(), launch->order);
+  pass_block_barrier();
   std::memset(launch->shared.data(), 0xff, launch->shared.size());
   std::memset(launch->static_shared.data(), 0xff, launch->static_shared.size());
   launch->current = launch->ready.front();
@@ -323,10 +339,8 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   check_launch(grid, block, shared_bytes);
-  Launch all(kernel, shared_bytes);
-  all.static_shared = static_shared_memory();
+  Launch all(kernel, shared_bytes, static_shared_memory());
   all.program.begun = true;
-  launch = &all;
   make_threads(block);
   position.block_size = block;
   position.grid_size = grid;
@@ -349,6 +363,22 @@ void meet(const Meeting& meeting, void* operand) {
   if (!complete(launch->current)) pass_on();
 }
 
+void pass_block_barrier() { ++launch->block_barriers; }
+
+void pass_warp_barrier() { ++launch->warp_barriers[launch->current / kLanes]; }
+
+void use_memory(const void* address, size_t bytes, bool writes) {
+  if (launch == nullptr) return;
+  for (WatchedMemory* memory : {&launch->watched, &launch->watched_static}) {
+    if (!memory->holds(address)) continue;
+    const unsigned warp = static_cast<unsigned>(launch->current) / kLanes;
+    const Moment now{warp, static_cast<unsigned>(lane_id()), launch->block_barriers,
+                     launch->warp_barriers[warp]};
+    const std::string wrong = memory->use(address, bytes, writes, now);
+    if (!wrong.empty()) fail(wrong);
+  }
+}
+
 void check_shared(const char* operation, const void* address, size_t bytes) {
   const auto* begin = static_cast<const char*>(address);
   const auto holds = [&](std::span<char> memory) {
@@ -365,6 +395,7 @@ void copy_later(void* shared_destination, const void* global_source, bool valid)
   check_shared("cp_async_16", shared_destination, 16);
   if (valid && reinterpret_cast<uintptr_t>(global_source) % 16 != 0)
     fail("cp_async_16: got a source that is not aligned to 16 bytes");
+  use_memory(shared_destination, 16, true);
   std::memset(shared_destination, 0xff, 16);
   running().copies.back().push_back(
       {static_cast<char*>(shared_destination), static_cast<const char*>(global_source), valid});
@@ -378,6 +409,7 @@ void wait_for_copies(int pending) {
   const size_t done = committed - std::min(committed, static_cast<size_t>(pending));
   for (size_t i = 0; i < done; ++i)
     for (const Copy& copy : groups[i]) {
+      use_memory(copy.destination, 16, true);
       if (copy.valid) std::memcpy(copy.destination, copy.source, 16);
       if (!copy.valid) std::memset(copy.destination, 0, 16);
     }

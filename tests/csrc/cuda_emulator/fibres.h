@@ -37,6 +37,18 @@ char* dynamic_shared();
 // Fails unless it is the address of `bytes` of shared memory, aligned to their number.
 void check_shared(const char* operation, const void* address, size_t bytes);
 
+// A function whose accesses to memory are not shown to use_memory.
+#define REFSAM_NOT_WATCHED [[gnu::no_sanitize("thread")]]
+
+// The thread that runs now is about to use memory; fails where that is shared memory which another
+// one uses too, one of them writing, without a barrier between.
+void use_memory(const void* address, size_t bytes, bool writes);
+
+// All threads of the block, or of the warp that runs now, have come to a barrier. Partial masks
+// count as the whole warp. No other operation of a warp orders what its lanes do to memory.
+void pass_block_barrier();
+void pass_warp_barrier();
+
 // Where threads meet: the operation's name and type, which must be the same for all of them, and
 // what is done with their operands (null for threads that have ended or are not named).
 struct Meeting {
@@ -70,6 +82,7 @@ Operand meet_block(const char* operation, Operand operand, Combine) {
     std::vector<Operand*> threads(count);
     for (size_t i = 0; i < count; ++i) threads[i] = static_cast<Operand*>(operands[i]);
     Combine{}(threads);
+    pass_block_barrier();
   };
   meet({operation, &typeid(Combine), 0, combine}, &operand);
   return operand;

@@ -60,8 +60,9 @@ void multiply(const std::array<Product*, 32>& lanes) {
   }
 }
 
+// Each lane has used its row as it came.
 template <bool kTransposed>
-void load_matrices(const std::array<Rows*, 32>& lanes) {
+REFSAM_NOT_WATCHED void load_matrices(const std::array<Rows*, 32>& lanes) {
   for (int lane = 0; lane < 32; ++lane) {
     for (int matrix = 0; matrix < 4; ++matrix) {
       uint16_t pair[2];
@@ -84,6 +85,7 @@ void check_whole_warp(const char* name, const Lanes& lanes) {
 template <bool kTransposed>
 void ldmatrix(const char* name, uint32_t (&matrices)[4], const void* row) {
   emulator::check_shared(name, row, 16);
+  emulator::use_memory(row, 16, false);
   const Rows rows{matrices, static_cast<const char*>(row)};
   emulator::meet_warp(name, 0xffffffffu, rows, [](auto& lanes) {
     check_whole_warp("ldmatrix", lanes);
