@@ -1,13 +1,13 @@
-"""What every kernel of adapter_mlp and adapter_projection must do: tokens, an adapter, a residual stream, a norm."""
+"""What every backend of adapter_mlp and adapter_projection must do: tokens, an adapter, a residual stream, a norm."""
 
 import torch
 
 from tests.kernels import operator_checks as checks
-from tests.kernels.backend_cases import KernelCases, Size
+from tests.kernels.backend_cases import BackendCases, Size
 from tests.kernels.test_adapter_mlp import ADAPTER, NORM, without
 
 
-class AdapterCases(KernelCases):
+class AdapterCases(BackendCases):
     empty: Size  # of shape (0, 3, 8)
 
     def test_untrained_adapter_changes_no_bit(self, dtype: torch.dtype) -> None:

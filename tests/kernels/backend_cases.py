@@ -1,6 +1,6 @@
-"""What the kernels of every differentiable operator must do; `<operator>_cases.py` adds what its operator's must.
+"""What every backend of a differentiable operator must do; `<operator>_cases.py` adds what its operator's must.
 
-A test file makes a class per backend, of its operator's cases and of `CudaCases` or `TritonCases`.
+A test file makes a class per backend, of `TorchCases`, `TritonCases` or `CudaCases` and of its operator's cases.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,12 @@ from refsam_kernels import BackendError
 from tests.kernels import emulator, interpreter
 from tests.kernels import operator_checks as checks
 
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 Size = tuple[Any, ...]  # what the operator's `make_inputs` takes
 
 
-class KernelCases:
-    """Needs sizes of inputs, what is refused and why; a test that asks for a `size` or `dtype` runs for the class's."""
+class BackendCases:
+    """Needs sizes of inputs; a test that asks for a `size`, a `dtype` or a `half` precision runs for the class's."""
 
     backend: str
     device: str
@@ -26,7 +27,6 @@ class KernelCases:
     sizes: Mapping[str, Size]
     small: Size
     frozen: tuple[tuple[str, ...], ...]
-    refused: Mapping[str, tuple[Size, torch.dtype, str]]
     function: checks.Operator
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
@@ -79,6 +79,22 @@ class KernelCases:
     def test_checkpoint(self) -> None:
         checks.check_checkpoint(self.operator, self.inputs(), self.backend)
 
+    def test_compiles_into_one_graph(self) -> None:
+        checks.check_compiles(self.operator, self.inputs(), self.backend)
+
+
+class TorchCases(BackendCases):
+    """In PyTorch, on the CPU."""
+
+    device = "cpu"
+    dtypes = DTYPES
+
+
+class KernelCases(BackendCases):
+    """Needs what is refused, and why."""
+
+    refused: Mapping[str, tuple[Size, torch.dtype, str]]
+
     def test_refuses_what_it_cannot_compute(self) -> None:
         for size, dtype, reason in self.refused.values():
             inputs = checks.cast(self.make_inputs(size), dtype)
@@ -93,9 +109,6 @@ class TritonCases(KernelCases):
     device = interpreter.DEVICE
     dtypes = interpreter.DTYPES
 
-    def test_compiles_into_one_graph(self) -> None:
-        checks.check_compiles(self.operator, self.inputs(), self.backend)
-
 
 class CudaCases(KernelCases):
     """In the emulator, or on a GPU."""
@@ -108,4 +121,13 @@ class CudaCases(KernelCases):
         with torch.no_grad():
             found = self.operator(**self.inputs(dtype), backend=self.backend)
         trained, _ = self.run(self.inputs(dtype))
-        assert all(torch.equal(x, y) for x, y in zip(found, trained, strict=True))
+        assert all(map(torch.equal, checks.outputs_of(found), trained))
+
+    def test_memory_that_is_not_aligned(self) -> None:
+        inputs = self.inputs(torch.float16)
+        views = {
+            name: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+            for name, x in inputs.items()
+        }
+        found, expected = (self.operator(**x, backend=self.backend) for x in (views, inputs))
+        assert all(map(torch.equal, checks.outputs_of(found), checks.outputs_of(expected)))

@@ -12,6 +12,7 @@ from torch import Tensor
 pytest.register_assert_rewrite(
     "tests.kernels.adapter_cases",
     "tests.kernels.backend_cases",
+    "tests.kernels.dense_attention_cases",
     "tests.kernels.mask_postprocess_cases",
     "tests.kernels.rel_pos_attention_cases",
 )

@@ -15,13 +15,6 @@ from tests.kernels.emulator import DEVICE
 class TestCuda(CudaCases, AdapterMlpCases):
     sizes = SIZES | {"several-warps": ((3, 1), 776, 1100, 4), "widest": ((2,), 8191, 4, 1)}
 
-    def test_memory_that_is_not_aligned(self) -> None:
-        inputs = self.inputs(torch.float16)
-        views = {name: torch.cat([x.new_zeros(1), x.flatten()])[1:] for name, x in inputs.items()}
-        views = {name: view.view(inputs[name].shape) for name, view in views.items()}
-        expected, found = (self.operator(**values, backend="cuda") for values in (inputs, views))
-        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
-
 
 ROWS, WIDE, LINE = (torch.zeros(*shape, device=DEVICE) for shape in ((3, 8), (3, 9), (8,)))
 
