@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.measure import summarise, time_cpu
 from benchmarks.provenance import collect
 from refsam import RefSAM, RefSAMConfig, VideoSession
+from refsam.allocation import keep_freed_memory
 
 SIZE = (720, 1280)
 # Of the largest logit: roundings of products that are cut into other parts; the decoder computes in float32.
@@ -89,6 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("out/bench/expressions_cpu.jsonl"))
     options = parser.parse_args(arguments)
+    keep_freed_memory()  # as `refsam segment` does
     origin = collect("cpu") | {"model": options.model, "image_size": options.image_size}
     model = make_model(options.model, options.image_size, options.depth)
     generator = torch.Generator().manual_seed(0)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from refsam.allocation import keep_freed_memory
 from refsam.evaluation.masks import evaluate_masks
 
 VIDEOS, FRAMES, OBJECTS = 60, 67, 2
@@ -62,6 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     from benchmarks.provenance import collect
 
     os.environ["OMP_NUM_THREADS"] = "1"
+    keep_freed_memory()  # as the command does
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scoring", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)

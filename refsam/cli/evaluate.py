@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from refsam import __version__
+from refsam.allocation import keep_freed_memory
 from refsam.cli.evaluate_runs import mevis, ref_davis17, ref_youtube_vos, refcoco
 from refsam.cli.progress import progress
 from refsam.cores import available_cores
@@ -89,6 +90,7 @@ def masks(
     from refsam.evaluation.reports import write_report
     from refsam.evaluation.results import as_json, check_writable, write_whole
 
+    keep_freed_memory()
     rules = find_protocol(protocol)
     for path in filter(None, (json, csv)):
         check_writable(path)

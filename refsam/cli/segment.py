@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from refsam.cli.allocation import keep_freed_memory
+from refsam.allocation import keep_freed_memory
 from refsam.cli.options import (
     CheckpointOption,
     DeviceOption,

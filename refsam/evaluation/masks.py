@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from refsam.allocation import keep_freed_memory
 from refsam.errors import UserError
 from refsam.evaluation.clips import Clip, Layout, RunLengths, Truth, find_clips
 from refsam.evaluation.problems import MaskProblemsError, Problem
@@ -329,7 +330,7 @@ def _as_done(jobs: Sequence[Job], processes: int) -> Iterator[tuple[int, ClipRes
     # The server imports once what all processes need; other start methods take no notice.
     context.set_forkserver_preload([__name__, "scipy.optimize"])
     longest_first = sorted(range(len(jobs)), key=lambda index: -len(jobs[index][0].frames))
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=keep_freed_memory) as pool:
         futures = {pool.submit(score_clip, *jobs[index]): index for index in longest_first}
         try:
             for future in as_completed(futures):

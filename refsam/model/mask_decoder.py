@@ -12,9 +12,9 @@ from refsam.model.image_encoder import NORM_2D_EPS, LayerNorm2d
 from refsam.model.two_way_transformer import TwoWayTransformer
 from refsam_kernels import mask_upscale, weights_key
 
-# Pixels' values that a CPU holds for all expressions that it decodes at a time. The C library returns what is larger than some
-# megabytes to the system, and every page that it gets again costs more than the sum that is written there.
-ELEMENTS = 2**21
+# Pixels' values that a CPU holds for all expressions that it decodes at a time: what is larger leaves its caches between two
+# operators, and is padded to the longest sentence.
+ELEMENTS = 2**20
 
 
 class RandomPositionEncoding(nn.Module):
@@ -143,7 +143,9 @@ class MaskDecoder(nn.Module):
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([own.expand(sparse.shape[0], -1, -1), sparse], dim=1)
         lengths = None if lengths is None else lengths + len(own)
-        tokens, image = self.transformer(tokens, image, image_pe, lengths)
+        # Without lengths every bit is segment-anything's: how many rows a product has decides its roundings.
+        wanted = None if lengths is None else 1 + num_masks
+        tokens, image = self.transformer(tokens, image, image_pe, lengths, wanted)
         mask_tokens = tokens[:, 1 : 1 + num_masks]
         hyper = [
             mlp(mask_tokens[:, index])

@@ -131,9 +131,14 @@ class TwoWayTransformer(nn.Module):
         self.norm_final_attn = nn.LayerNorm(dim)
 
     def forward(
-        self, tokens: Tensor, image: Tensor, image_pe: Tensor, lengths: Tensor | None = None
+        self,
+        tokens: Tensor,
+        image: Tensor,
+        image_pe: Tensor,
+        lengths: Tensor | None = None,
+        wanted: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Tokens (P, T, C), image (P, N, C), its positions (1, N, C) to tokens and image.
+        """Tokens (P, T, C), image (P, N, C), its positions (1, N, C) to the first `wanted` tokens (None: all) and image.
 
         lengths (P,) int64: the first entries of each row of tokens are valid, no key attends to the
         others; None means all.
@@ -144,7 +149,7 @@ class TwoWayTransformer(nn.Module):
         token_pe = tokens
         for layer in self.layers:
             tokens, image = layer(tokens, image, token_pe, image_pe, lengths, is_padding)
-        tokens = cross_attention(
-            self.final_attn_token_to_image, self.norm_final_attn, tokens, image, token_pe, image_pe
-        )
-        return tokens, image
+        last, norm = self.final_attn_token_to_image, self.norm_final_attn
+        # The last attention mixes no tokens with each other: those that nobody reads need not take part.
+        tokens, token_pe = tokens[:, :wanted], token_pe[:, :wanted]
+        return cross_attention(last, norm, tokens, image, token_pe, image_pe), image

@@ -13,7 +13,7 @@ from refsam.cli import options
 FAULTS = """
 import resource, sys
 import numpy as np
-from refsam.cli.allocation import keep_freed_memory
+from refsam.allocation import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def faults():

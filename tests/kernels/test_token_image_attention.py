@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from refsam_kernels import AttentionWeights, token_image_attention
+from refsam_kernels.token_image_attention import fallback
 from refsam_kernels.token_image_attention.positions import project_positions
 from tests.kernels import operator_checks as checks
 from tests.sam_modeling import load_sam_modeling, randomise
@@ -79,6 +80,48 @@ def test_matches_reference(
 
     # k_bias adds the same to all logits of a query, which changes nothing.
     checks.check_matches_reference(operator, inputs, backend, dtype, zero={"k_bias": "q_bias"})
+
+
+FOLDED = {  # queries, keys, heads, lengths given, dtype; the projection has 16 rows
+    "few-queries": (4, 30, 4, False, torch.float64, True),
+    "few-keys": (30, 4, 4, True, torch.float32, True),
+    "a-quarter-more-rows": (30, 5, 4, True, torch.float64, True),
+    "more-rows": (30, 6, 4, True, torch.float64, False),
+    "padded-pixels": (4, 30, 4, True, torch.float64, False),
+    "half-precision": (30, 4, 4, True, torch.bfloat16, False),
+}
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "padded", "dtype", "expected"), FOLDED.values(), ids=FOLDED
+)
+def test_few_tokens_are_folded(
+    queries: int,
+    keys: int,
+    heads: int,
+    padded: bool,
+    dtype: torch.dtype,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the rule says so, without the projections of the pixels; the result is that of the projections."""
+    inputs = {name: t.to(dtype) for name, t in make_inputs(3, queries, keys, 32, 16, 1).items()}
+    if padded:
+        inputs["key_lengths"] = 1 + torch.arange(3) % keys
+    rule, answers = fallback.is_cheaper_folded, []
+
+    def recorded(*arguments: Any) -> bool:
+        answers.append(rule(*arguments))
+        return answers[-1]
+
+    monkeypatch.setattr(fallback, "is_cheaper_folded", recorded)
+    with torch.no_grad():
+        found = attention(num_heads=heads, backend="fallback", **inputs)
+        monkeypatch.setattr(fallback, "is_cheaper_folded", lambda *_: False)
+        wanted = attention(num_heads=heads, backend="fallback", **inputs)
+    assert answers == [expected]
+    assert torch.equal(found, wanted) is not expected
+    torch.testing.assert_close(found, wanted)
 
 
 class Block(nn.Module):

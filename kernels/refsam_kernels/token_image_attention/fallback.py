@@ -6,6 +6,8 @@ cache what lies between.
 
 Two biases need no pass over the keys: that of k adds the same to all logits of a query, which changes nothing, and the softmax's
 weights sum to one, so that of v moves behind the attention and into the output projection's.
+
+Where nothing is kept for a gradient and the tokens are few, `folded` does without the projections of the pixels.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from refsam_kernels.chunks import chunks
+from refsam_kernels.token_image_attention.folded import Folded, is_cheaper_folded
 from refsam_kernels.token_image_attention.projection import (
     PositionGradient,
     Projection,
@@ -24,6 +27,45 @@ from refsam_kernels.token_image_attention.projection import (
 from refsam_kernels.values import valid_positions
 
 AttendBackward = Callable[..., Iterable[Tensor]]
+
+
+class _Projected:
+    """The sum of queries and update, (P, Tq, C), for some expressions at a time, by projections into the heads."""
+
+    def __init__(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        query_pe: Tensor,
+        key_pe: Tensor,
+        weights: tuple[Tensor, ...],
+        key_lengths: Tensor | None,
+        num_heads: int,
+        remember: bool,
+    ) -> None:
+        q_weight, q_bias, k_weight, _, v_weight, v_bias, out_weight, out_bias = weights
+        content = keys.to(k_weight.dtype)
+        self.queries, self.wide = queries, torch.promote_types(queries.dtype, torch.float32)
+        self.to_q = Projection(queries, query_pe, q_weight, q_bias, remember)
+        self.to_k = Projection(content, key_pe, k_weight, None, remember)
+        self.to_v = Projection(content, None, v_weight, None)
+        self.out_weight, self.added = out_weight, torch.addmv(out_bias, out_weight, v_bias)
+        self.key_lengths, self.num_heads = key_lengths, num_heads
+
+    def __call__(self, part: slice) -> Tensor:
+        return self.sum(self.heads(part)[3], part)
+
+    def heads(self, part: slice) -> tuple[Tensor, ...]:
+        """q, k, v and what is attended to, each (P, I, T), and log-sum-exps (P, heads, Tq)."""
+        q, k, v = self.to_q(part), self.to_k(part), self.to_v(part)
+        lengths = _part(self.key_lengths, part)
+        return q, k, v, *_attend_in_parts(q, k, v, lengths, self.num_heads)
+
+    def sum(self, attended: Tensor, part: slice) -> Tensor:
+        """The queries and the output projection of (P, I, Tq), in float32 at least."""
+        weight = for_each(self.out_weight.mT, attended)
+        update = torch.baddbmm(self.added, attended.mT, weight)
+        return update.to(self.wide).add_(self.queries[part])
 
 
 def forward(
@@ -48,26 +90,24 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """Like `reference.forward`: products in the dtype of the weights, sum, softmax and LayerNorm in float32 at least."""
     keys, key_pe = without_padding(keys, key_pe, key_lengths)
-    content = keys.to(k_weight.dtype)
-    to_q = Projection(queries, query_pe, q_weight, q_bias, remember=not keep)
-    to_k = Projection(content, key_pe, k_weight, None, remember=not keep)
-    to_v = Projection(content, None, v_weight, None)
-    added = torch.addmv(out_bias, out_weight, v_bias)
+    inputs = (queries, keys, query_pe, key_pe)
+    into_heads = (q_weight, q_bias, k_weight, k_bias, v_weight, v_bias)
+    rest = ((*into_heads, out_weight, out_bias), key_lengths, num_heads)
     wide = torch.promote_types(queries.dtype, torch.float32)
     norm = (norm_weight.to(wide), norm_bias.to(wide))
-    result = queries.new_empty(queries.shape)
-    slices = _slices(queries, keys, len(q_weight), num_heads)
-    for part in [slice(len(queries))] if keep else slices:
-        q, k, v = to_q(part), to_k(part), to_v(part)
-        attended, log_sum_exp = _attend_in_parts(q, k, v, _part(key_lengths, part), num_heads)
-        update = torch.baddbmm(added, attended.mT, for_each(out_weight.mT, attended))
-        x = update.to(wide).add_(queries[part])
+    if keep:  # made for all expressions at once, so that nothing need be joined
+        projected = _Projected(*inputs, *rest, remember=False)
+        every = slice(len(queries))
+        heads = projected.heads(every)
+        x = projected.sum(heads[3], every)
         out, *statistics = torch.native_layer_norm(x, x.shape[-1:], *norm, eps)
-        if keep:  # made for all expressions at once, so that nothing need be joined
-            kept = (x, torch.cat(statistics, dim=-1), q, k, v, attended, log_sum_exp)
-            return out.to(queries.dtype), *kept
-        result[part] = out  # while it is in the cache
-    return (result, *(queries.new_empty(0) for _ in range(7)))
+        return out.to(queries.dtype), x, torch.cat(statistics, dim=-1), *heads
+    is_folded = is_cheaper_folded(queries, keys, *rest)
+    sums = Folded(*inputs, *rest) if is_folded else _Projected(*inputs, *rest, remember=True)
+    shape = queries.shape[-1:]
+    slices = _slices(queries, keys, len(q_weight), num_heads)
+    parts = (torch.native_layer_norm(sums(part), shape, *norm, eps)[0] for part in slices)
+    return _joined(parts, slices, queries), *(queries.new_empty(0) for _ in range(7))
 
 
 def backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
@@ -268,6 +308,16 @@ def _slices(queries: Tensor, keys: Tensor, width: int, num_heads: int) -> list[s
     logits = num_heads * counts[0] * counts[1] if queries.device.type == "cpu" else 0
     elements = max(max(counts) * width, logits)
     return list(chunks(len(queries), elements, queries.device)) or [slice(0)]
+
+
+def _joined(parts: Iterable[Tensor], slices: Sequence[slice], queries: Tensor) -> Tensor:
+    """The parts of a result like the queries; each is written while it is in the cache, and one alone is not copied."""
+    if len(slices) == 1:
+        return next(iter(parts)).to(queries.dtype)
+    result = queries.new_empty(queries.shape)
+    for part, values in zip(slices, parts, strict=True):
+        result[part] = values
+    return result
 
 
 def _part(key_lengths: Tensor | None, part: slice) -> Tensor | None:

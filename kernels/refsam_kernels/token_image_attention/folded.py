@@ -1,0 +1,101 @@
+"""Attention between few tokens and many pixels that projects the tokens alone; nothing is kept for a gradient.
+
+A head's logits are `(Wq x)^T (Wk t) = x^T (Wq^T Wk t)`, and what it adds to a row is `Wo Wv` of a weighted sum of values. With
+the pixels' weights folded into the tokens', an attention is two products with the pixels as they are, of as many rows as
+there are heads times tokens: about what a projection of the pixels has, and instead of two projections, the logits and the
+weighted sum of each head. The biases of k and v are left out as in `fallback`.
+"""
+
+import torch
+from torch import Tensor
+
+from refsam_kernels.values import valid_positions
+
+
+class Folded:
+    """The sum of queries and update, (P, Tq, C), for some expressions at a time."""
+
+    def __init__(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        query_pe: Tensor,
+        key_pe: Tensor,
+        weights: tuple[Tensor, ...],
+        key_lengths: Tensor | None,
+        num_heads: int,
+    ) -> None:
+        """`weights` are those of q, k, v, each with its bias, then those of the output: (I, C), (I,), (C, I), (C,)."""
+        q_weight, q_bias, k_weight, _, v_weight, v_bias, out_weight, out_bias = weights
+        self.queries, self.keys, self.query_pe, self.key_pe = queries, keys, query_pe, key_pe
+        self.key_lengths = key_lengths
+        self.of_query, self.of_key, self.of_value, self.of_out = (
+            weight.unflatten(0, (num_heads, -1))  # (heads, d, C)
+            for weight in (q_weight, k_weight, v_weight, out_weight.T)
+        )
+        self.query_bias = q_bias.view(num_heads, 1, -1)
+        self.scale = self.of_query.shape[1] ** -0.5
+        self.added = torch.addmv(out_bias, out_weight, v_bias)
+
+    def __call__(self, part: slice) -> Tensor:
+        """The sum for the expressions in the slice."""
+        placed = _placed(self.queries, self.query_pe, part)
+        keys = _placed(self.keys, self.key_pe, part)
+        if placed.shape[1] <= keys.shape[1]:
+            return self._tokens_to_pixels(placed, keys, self.keys[part]).add_(self.queries[part])
+        lengths = None if self.key_lengths is None else self.key_lengths[part]
+        weights, values = self._pixels_to_tokens(placed, keys, self.keys[part], lengths)
+        return torch.baddbmm(self.queries[part], weights.mT, values)
+
+    def _tokens_to_pixels(self, tokens: Tensor, placed: Tensor, pixels: Tensor) -> Tensor:
+        """The update of tokens (P, T, C) with their positions, from pixels (P, N, C) with and without theirs."""
+        query = (tokens[:, None] @ self.of_query.mT + self.query_bias) * self.scale
+        logits = _rows(query @ self.of_key) @ placed.mT
+        mixed = (logits.softmax(dim=-1) @ pixels).unflatten(1, query.shape[1:3])
+        return (mixed @ self.of_value.mT @ self.of_out).sum(dim=1).add_(self.added)
+
+    def _pixels_to_tokens(
+        self, placed: Tensor, placed_tokens: Tensor, tokens: Tensor, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Weights (P, rows, N) and values (P, rows, C) whose product is the update of the pixels.
+
+        From pixels (P, N, C) with their positions and tokens (P, T, C) with and without theirs.
+        """
+        key = placed_tokens[:, None] @ self.of_key.mT * self.scale
+        offset = key @ self.query_bias.mT
+        if lengths is not None:
+            padding = ~valid_positions(lengths, tokens.shape[1])
+            offset = offset.masked_fill(padding[:, None, :, None], float("-inf"))
+        logits = torch.baddbmm(_rows(offset), _rows(key @ self.of_query), placed.mT)
+        weights = logits.unflatten(1, key.shape[1:3]).softmax(dim=2)
+        # Each head's weights sum to one, so each can bring its share of what is added to every pixel.
+        values = tokens[:, None] @ self.of_value.mT @ self.of_out + self.added / len(self.of_out)
+        return _rows(weights), _rows(values)
+
+
+def is_cheaper_folded(
+    queries: Tensor,
+    keys: Tensor,
+    weights: tuple[Tensor, ...],
+    key_lengths: Tensor | None,
+    num_heads: int,
+) -> bool:
+    """Whether there are about as few rows of heads and tokens as a projection of the pixels has.
+
+    Up to a quarter more cost less than the products of each head that they save (docs/performance.md). Not in half
+    precision, where the folded weights would be rounded, and not where pixels may be padding.
+    """
+    dtypes = {queries.dtype, keys.dtype, *(weight.dtype for weight in weights)}
+    tokens = min(queries.shape[1], keys.shape[1])
+    from_tokens = key_lengths is not None and queries.shape[1] <= keys.shape[1]
+    is_wide = dtypes <= {torch.float32, torch.float64} and len(dtypes) == 1
+    return is_wide and not from_tokens and 4 * num_heads * tokens <= 5 * len(weights[0])
+
+
+def _placed(tokens: Tensor, positions: Tensor, part: slice) -> Tensor:
+    return tokens[part] + (positions if len(positions) == 1 else positions[part])
+
+
+def _rows(of_heads: Tensor) -> Tensor:
+    """(P, heads, T, C) -> (P, heads * T, C)."""
+    return of_heads.flatten(1, 2)
