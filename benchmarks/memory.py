@@ -1,7 +1,8 @@
 """`python -m benchmarks.memory --out FILE.json --plot FILE.svg`: memory of `refsam segment`'s path over 10,000 frames.
 
-A clip is read, segmented by nano for two expressions and written, overlay too; every 100 frames the process's resident memory
-is noted, and on a GPU what torch has allocated there. Small frames keep it short: memory does not depend on what they show.
+A clip is read, segmented by nano for two expressions and written, overlay too, with weights and freed memory kept as the command
+keeps them; every 100 frames the process's resident memory is noted, and on a GPU what torch has allocated there. Small frames
+keep it short: memory does not depend on what they show.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 
 from benchmarks.provenance import collect
 from refsam import RefSAM, VideoSession
+from refsam.allocation import keep_freed_memory
 from refsam.session import read_ahead
 from refsam.video import ResultWriter, open_source
 
@@ -56,7 +58,8 @@ def run(device: str, frames: int, folder: Path) -> list[dict[str, float]]:
     """Segment the clip as the command does; one row for every EVERY frames."""
     clip = folder / "clip.mp4"
     write_clip(clip, frames)
-    session = VideoSession(RefSAM.from_pretrained("nano").to(device).eval(), EXPRESSIONS)
+    model = RefSAM.from_pretrained("nano").to(device).eval()
+    session = VideoSession(model.optimize(), EXPRESSIONS)
     rows = []
     with open_source(clip) as source:
         writer = ResultWriter(folder / "out", EXPRESSIONS, fps=RATE, time_base=1 / RATE)
@@ -65,6 +68,7 @@ def run(device: str, frames: int, folder: Path) -> list[dict[str, float]]:
                 writer.write(frame, *session.step(prepared).on_host())
                 if (frame.index + 1) % EVERY == 0:
                     rows.append(row(frame.index + 1, device))
+                    print(rows[-1], flush=True)
             writer.finish()
     return rows
 
@@ -111,6 +115,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--plot", type=Path, required=True)
     arguments = parser.parse_args()
+    keep_freed_memory()
     origin: dict[str, Any] = collect(arguments.device)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -101,17 +101,27 @@ def _without_padding(text: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _slices(text: Tensor, features: Tensor) -> Iterator[slice]:
-    return chunks(len(text), features[0, 0].numel(), text.device)
+    """Some expressions at a time, by what is made of each in between: its attention, of several images its pixels as well."""
+    _, images, pixels, channels = features.shape
+    each = text.shape[1] if images == 1 else channels
+    return chunks(len(text), each * pixels, text.device)
 
 
 def _attend(
     features: Tensor, text: Tensor, valid: Tensor, image_index: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Similarity and attention, (L, P, T, N) in float32 at least: pixels last, so that the softmax runs over whole vectors."""
-    levels = [text @ _of_expressions(level, image_index).mT for level in features]
+    levels = [_similarity(text, level, image_index) for level in features]
     similarity = torch.stack(levels).to(torch.promote_types(text.dtype, torch.float32))
     padding = torch.where(valid, 0.0, float("-inf")).to(similarity.dtype).unsqueeze(-1)
     return similarity, torch.addcmul(padding, similarity, scale.to(padding.dtype)).softmax(dim=2)
+
+
+def _similarity(text: Tensor, level: Tensor, image_index: Tensor) -> Tensor:
+    """(P, T, N) of text (P, T, C) and pixels (B, N, C): one product, which reads the pixels once, where there is one image."""
+    if len(level) == 1:
+        return (text.flatten(0, 1) @ level[0].T).unflatten(0, text.shape[:2])
+    return text @ _of_expressions(level, image_index).mT
 
 
 def _mix(features: Tensor, level_weights: Tensor) -> Tensor:
