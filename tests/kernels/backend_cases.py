@@ -38,10 +38,13 @@ class BackendCases:
             halves = [dtype for dtype in self.dtypes if dtype.itemsize == 2]
             metafunc.parametrize("half", halves, ids=str)
 
+    def operator_of(self, size: Size) -> checks.Operator:
+        """The operator for inputs of the size on the CPU, computed on the device."""
+        return interpreter.on_device(self.function, self.device)
+
     @property
     def operator(self) -> checks.Operator:
-        """The operator for tensors on the CPU, computed on the device."""
-        return interpreter.on_device(self.function, self.device)
+        return self.operator_of(self.small)
 
     def make_inputs(self, size: Size) -> dict[str, Tensor]:
         """Tensors by name, in float64."""
@@ -55,11 +58,12 @@ class BackendCases:
 
     def test_matches_reference(self, size: Size, dtype: torch.dtype) -> None:
         inputs = self.make_inputs(size)
-        checks.check_matches_reference(self.operator, inputs, self.backend, dtype)
+        checks.check_matches_reference(self.operator_of(size), inputs, self.backend, dtype)
 
     def test_repeats_bitwise(self) -> None:
         checks.check_repeats(self.operator, self.inputs(), self.backend)
 
+    @interpreter.slow_in_interpreter
     def test_each_gradient_alone(self) -> None:
         checks.check_single_gradients(self.operator, self.inputs(), self.backend)
 
@@ -99,7 +103,7 @@ class KernelCases(BackendCases):
         for size, dtype, reason in self.refused.values():
             inputs = checks.cast(self.make_inputs(size), dtype)
             with pytest.raises(BackendError, match=reason):
-                self.operator(**inputs, backend=self.backend)
+                self.operator_of(size)(**inputs, backend=self.backend)
 
 
 class TritonCases(KernelCases):
@@ -118,10 +122,17 @@ class CudaCases(KernelCases):
     dtypes = emulator.DTYPES
 
     def test_inference_gives_the_bits_of_training(self, dtype: torch.dtype) -> None:
+        inputs = self.inputs(dtype)
+        for tensor in inputs.values():
+            tensor.requires_grad_(tensor.is_floating_point())
         with torch.no_grad():
-            found = self.operator(**self.inputs(dtype), backend=self.backend)
+            found = self.operator(**inputs, backend=self.backend)
         trained, _ = self.run(self.inputs(dtype))
         assert all(map(torch.equal, checks.outputs_of(found), trained))
+
+    @pytest.mark.slow
+    def test_compiles_into_one_graph(self) -> None:
+        super().test_compiles_into_one_graph()
 
     def test_memory_that_is_not_aligned(self) -> None:
         inputs = self.inputs(torch.float16)

@@ -13,8 +13,11 @@ pytest.register_assert_rewrite(
     "tests.kernels.adapter_cases",
     "tests.kernels.backend_cases",
     "tests.kernels.dense_attention_cases",
+    "tests.kernels.mask_loss_cases",
     "tests.kernels.mask_postprocess_cases",
+    "tests.kernels.mask_upscale_cases",
     "tests.kernels.rel_pos_attention_cases",
+    "tests.kernels.token_image_attention_cases",
 )
 
 

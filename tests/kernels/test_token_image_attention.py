@@ -1,8 +1,10 @@
-"""token_image_attention: equal to segment-anything's attention blocks, padding, gradients, and its place among torch's tools."""
+"""token_image_attention: equal to segment-anything's attention blocks, the folded form, and its place among torch's tools.
+
+What all backends share is in `token_image_attention_cases`.
+"""
 
 import gc
 import weakref
-from itertools import product
 from typing import Any
 
 import pytest
@@ -13,73 +15,37 @@ from refsam_kernels import AttentionWeights, token_image_attention
 from refsam_kernels.token_image_attention import fallback
 from refsam_kernels.token_image_attention.positions import project_positions
 from tests.kernels import operator_checks as checks
+from tests.kernels.backend_cases import TorchCases
+from tests.kernels.token_image_attention_cases import (
+    ToImageCases,
+    ToTokensCases,
+    attention,
+    make_inputs,
+)
 from tests.sam_modeling import load_sam_modeling, randomise
 
 BACKENDS = ["reference", "fallback"]
-SIZES = {  # expressions, queries, keys, channels, internal width, heads, expressions of the positions
-    "one-of-all": (1, 1, 1, 8, 2, 1, 1),
-    "tokens-to-image": (3, 7, 63, 32, 16, 4, 1),
-    "image-to-tokens": (3, 63, 7, 32, 16, 4, 3),
-    "full-width": (2, 5, 5, 24, 24, 3, 2),
-}
 
 
-def attention(*, num_heads: int = 4, backend: str | None, **tensors: Tensor) -> Tensor:
-    """The operator with its weights by name."""
-    weights = AttentionWeights(*(tensors.pop(name) for name in AttentionWeights._fields))
-    return token_image_attention(weights=weights, num_heads=num_heads, backend=backend, **tensors)
+class TestReferenceToImage(TorchCases, ToImageCases):
+    backend = "reference"
 
 
-def make_inputs(
-    expressions: int, queries: int, keys: int, channels: int, internal: int, shared: int
-) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(42)
+class TestReferenceToTokens(TorchCases, ToTokensCases):
+    backend = "reference"
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    inward, outward = 2 * channels**-0.5, internal**-0.5
-    return {
-        "queries": normal(expressions, queries, channels),
-        "keys": normal(expressions, keys, channels),
-        "query_pe": normal(expressions, queries, channels),
-        "key_pe": normal(shared, keys, channels),
-        "q_weight": normal(internal, channels) * inward,
-        "q_bias": normal(internal),
-        "k_weight": normal(internal, channels) * inward,
-        "k_bias": normal(internal),
-        "v_weight": normal(internal, channels) * inward,
-        "v_bias": normal(internal),
-        "out_weight": normal(channels, internal) * outward,
-        "out_bias": normal(channels),
-        "norm_weight": normal(channels),
-        "norm_bias": normal(channels),
-    }
+class TestFallbackToImage(TorchCases, ToImageCases):
+    backend = "fallback"
+
+
+class TestFallbackToTokens(TorchCases, ToTokensCases):
+    backend = "fallback"
 
 
 @pytest.fixture
 def inputs() -> dict[str, Tensor]:
-    return make_inputs(3, 11, 9, 32, 16, 3) | {"key_lengths": torch.tensor([9, 1, 4])}
-
-
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("padded", [False, True], ids=["all-keys", "lengths"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_matches_reference(
-    backend: str, dtype: torch.dtype, padded: bool, sizes: tuple[int, ...]
-) -> None:
-    *shape, heads, shared = sizes
-    inputs = make_inputs(*shape, shared)
-    if padded:
-        expressions, keys = shape[0], shape[2]
-        inputs["key_lengths"] = 1 + torch.arange(expressions) * 5 % keys
-
-    def operator(**arguments: Any) -> Tensor:
-        return attention(num_heads=heads, **arguments)
-
-    # k_bias adds the same to all logits of a query, which changes nothing.
-    checks.check_matches_reference(operator, inputs, backend, dtype, zero={"k_bias": "q_bias"})
+    return make_inputs(3, 11, 9, 32, 16, 3, (9, 1, 4))
 
 
 FOLDED = {  # queries, keys, heads, lengths given, dtype; the projection has 16 rows
@@ -174,33 +140,6 @@ def test_equals_segment_anything(backend: str, image_first: bool) -> None:
             checks.assert_close("output", got, exact.double(), 1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_padding_changes_no_bit(inputs: dict[str, Tensor], backend: str) -> None:
-    padding = torch.arange(9) >= inputs["key_lengths"].unsqueeze(1)
-    outputs, gradients = checks.run(attention, inputs, backend)
-    spoiled = {
-        name: inputs[name].masked_fill(padding.unsqueeze(-1), float("nan"))
-        for name in ("keys", "key_pe")
-    }
-    found, found_gradients = checks.run(attention, inputs | spoiled, backend)
-    assert torch.equal(found[0], outputs[0])
-    for name, gradient in gradients.items():
-        assert torch.equal(found_gradients[name], gradient), name
-    assert not found_gradients["keys"][padding].any()
-    assert not found_gradients["key_pe"][padding].any()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_padding_is_as_if_absent(inputs: dict[str, Tensor], backend: str) -> None:
-    padded = attention(**inputs, backend=backend)
-    for i, length in enumerate(inputs["key_lengths"].tolist()):
-        own = {name: inputs[name][i : i + 1] for name in ("queries", "query_pe")}
-        own |= {name: inputs[name][i : i + 1, :length] for name in ("keys", "key_pe")}
-        weights = {name: x for name, x in inputs.items() if name not in (*own, "key_lengths")}
-        alone = attention(**own, **weights, backend=backend)
-        torch.testing.assert_close(alone[0], padded[i], rtol=0, atol=1e-12)
-
-
 def test_chunks_change_nothing(inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     inputs["query_pe"] = inputs["query_pe"][:1]
     outputs, gradients = checks.run(attention, inputs, "fallback")
@@ -231,11 +170,6 @@ def test_reference_gradients_are_the_derivatives() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_repeats_bitwise(inputs: dict[str, Tensor], backend: str) -> None:
-    checks.check_repeats(attention, checks.cast(inputs, torch.float32), backend)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     inputs = checks.cast(make_inputs(2, 3, 4, 6, 4, 1), torch.float32)
     arguments = (*inputs.values(), torch.tensor([4, 2]), 2, 1e-5, True, backend)
@@ -243,26 +177,8 @@ def test_opcheck(backend: str) -> None:
     checks.check_schema_and_fakes(operator, arguments)
 
 
-def test_compiles_into_one_graph(inputs: dict[str, Tensor]) -> None:
-    checks.check_compiles(attention, inputs, "fallback")
-
-
-def test_checkpoint_and_second_derivative(inputs: dict[str, Tensor]) -> None:
-    checks.check_checkpoint(attention, inputs, "fallback")
+def test_second_derivative(inputs: dict[str, Tensor]) -> None:
     checks.check_second_derivative_raises(attention, inputs, "q_weight")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_keeps_the_residual(inputs: dict[str, Tensor], backend: str) -> None:
-    """With projections to zero only the residual is left, which autocast must not round."""
-    inputs = checks.cast(inputs, torch.float32)
-    inputs |= {"out_weight": torch.zeros(32, 16), "out_bias": torch.zeros(32)}
-    inputs |= {"norm_weight": torch.ones(32), "norm_bias": torch.zeros(32)}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = attention(**inputs, backend=backend)
-    assert found.dtype == torch.float32
-    normed = torch.nn.functional.layer_norm(inputs["queries"], (32,))
-    torch.testing.assert_close(found, normed)
 
 
 def test_autocast_takes_keys_of_another_dtype(inputs: dict[str, Tensor]) -> None:
@@ -274,36 +190,6 @@ def test_autocast_takes_keys_of_another_dtype(inputs: dict[str, Tensor]) -> None
         wanted = attention(**(inputs | {"keys": inputs["keys"].float()}), backend=None)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
-
-
-def test_autocast_lowers_the_products(inputs: dict[str, Tensor]) -> None:
-    inputs = checks.cast(inputs, torch.float32)
-    outputs, gradients = checks.run(attention, inputs, "fallback")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, found_gradients = checks.run(attention, inputs, "fallback")
-    assert not torch.equal(found[0], outputs[0])
-    checks.assert_close("output", found[0], outputs[0].double(), 4e-2)
-    assert all(gradient.dtype == torch.float32 for gradient in found_gradients.values())
-    checks.assert_close("keys", found_gradients["keys"], gradients["keys"].double(), 8e-2)
-
-
-def test_no_expressions_below_the_public_function(inputs: dict[str, Tensor]) -> None:
-    """The operator itself takes an empty batch: a compiled graph may meet one."""
-    for name in ("queries", "keys", "query_pe", "key_pe", "key_lengths"):
-        inputs[name] = inputs[name][:0]
-    for backend, keep in product(BACKENDS, (False, True)):
-        arguments = (*inputs.values(), 4, 1e-5, keep, backend)
-        assert torch.ops.refsam_kernels.token_image_attention(*arguments)[0].shape == (0, 11, 32)
-
-
-def test_backends_keep_the_same(inputs: dict[str, Tensor]) -> None:
-    """The backward may run in another backend than the forward."""
-    tensors = tuple(inputs.values())
-    operators = torch.ops.refsam_kernels
-    kept = {b: operators.token_image_attention(*tensors, 4, 1e-5, True, b) for b in BACKENDS}
-    names = ("out", "x", "statistics", "q", "k", "v", "attended", "log_sum_exp")
-    for name, first, second in zip(names, *kept.values(), strict=True):
-        torch.testing.assert_close(first, second, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_shared_positions_are_projected_once(inputs: dict[str, Tensor]) -> None:
@@ -334,16 +220,6 @@ def test_remembered_positions_go_with_their_tensors(inputs: dict[str, Tensor]) -
     del positions
     gc.collect()
     assert product() is None
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_weights_that_change_in_place_are_seen(inputs: dict[str, Tensor], backend: str) -> None:
-    inputs["key_pe"] = inputs["key_pe"][:1].clone()
-    del inputs["key_lengths"]  # padding would make new positions
-    attention(**inputs, backend=backend)
-    inputs["k_weight"].mul_(3)
-    found = attention(**inputs, backend=backend)
-    torch.testing.assert_close(found, attention(**inputs, backend="reference"))
 
 
 def double(*shape: int) -> Tensor:
