@@ -1,4 +1,7 @@
-"""mask_loss: the losses of the resized logits, ignored pixels, gradients, and its place among torch's tools."""
+"""mask_loss: the plain formula, any size, gradients, and its place among torch's tools.
+
+What all backends share is in `mask_loss_cases`.
+"""
 
 from typing import Any
 
@@ -11,30 +14,24 @@ from torch import Tensor
 
 from refsam_kernels import mask_loss
 from tests.kernels import operator_checks as checks
+from tests.kernels.mask_loss_cases import SIZES, TOLERANCES, MaskLossCases, make_inputs
 
 BACKENDS = ["reference", "fallback"]
-SIZES = {  # logits, image_size, input_size, targets
-    "odd": ((3, 20, 20), 80, (50, 80), (37, 51)),
-    "portrait": ((2, 16, 16), 64, (64, 43), (150, 101)),
-    "one-pixel": ((1, 1, 1), 1, (1, 1), (1, 1)),
-    "shrinking": ((2, 33, 27), 70, (70, 9), (5, 3)),
-}
+
+
+class TestReference(MaskLossCases):
+    backend = "reference"
+    dtypes = tuple(TOLERANCES)
+
+
+class TestFallback(TestReference):
+    backend = "fallback"
 
 
 def loss(*, backend: str | None, **arguments: Any) -> tuple[Tensor, Tensor]:
     """The operator at the sizes that most tests use."""
     sizes: dict[str, Any] = {"image_size": 80, "input_size": (50, 80)}
     return mask_loss(**(sizes | arguments), backend=backend)
-
-
-def make_inputs(logits: tuple[int, ...], targets: tuple[int, ...]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(42)
-    shape = (logits[0], *targets)
-    return {
-        "logits": 6 * torch.randn(logits, generator=generator, dtype=torch.float64),
-        "targets": torch.rand(shape, generator=generator, dtype=torch.float64),
-        "ignore": torch.rand(shape, generator=generator) > 0.7,
-    }
 
 
 @pytest.fixture
@@ -86,70 +83,6 @@ def test_equals_the_plain_formula(
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
         (gradient,) = torch.autograd.grad(found[0].sum() + found[1].sum(), x)
         checks.assert_close("gradient", gradient, wanted_gradient.double(), 1e-6)
-
-
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.3])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_matches_reference(dtype: torch.dtype, gamma: float, inputs: dict[str, Tensor]) -> None:
-    """Soft targets and ignored pixels."""
-
-    def operator(**arguments: Any) -> tuple[Tensor, Tensor]:
-        return loss(gamma=gamma, alpha=0.4, **arguments)
-
-    frozen = ("targets",)
-    found, gradients = checks.run(operator, checks.cast(inputs, dtype), "fallback", frozen)
-    wanted, exact = checks.run(operator, checks.cast(inputs, dtype), "reference", frozen)
-    tolerance = 1e-13 if dtype == torch.float64 else 1e-6
-    for got, value in zip(found, wanted, strict=True):
-        torch.testing.assert_close(got, value, rtol=tolerance, atol=0)
-    checks.assert_close("gradient", gradients["logits"], exact["logits"].double(), tolerance)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_ignored_pixels_change_no_bit(inputs: dict[str, Tensor], backend: str) -> None:
-    """Whatever stands there, NaN included, and their gradient is that of the other pixels alone."""
-    outputs, gradients = checks.run(loss, inputs, backend, ("targets",))
-    for rubbish in (255.0, float("nan")):
-        spoiled = inputs | {"targets": inputs["targets"].masked_fill(inputs["ignore"], rubbish)}
-        found, found_gradients = checks.run(loss, spoiled, backend, ("targets",))
-        assert all(torch.equal(x, y) for x, y in zip(found, outputs, strict=True))
-        assert torch.equal(found_gradients["logits"], gradients["logits"])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_ignored_rows_are_as_if_absent(backend: str) -> None:
-    """Where nothing is resized, ignoring the lower rows gives the loss of the upper ones alone."""
-    logits = torch.randn(2, 12, 12, dtype=torch.float64)
-    targets = torch.rand(2, 12, 12) > 0.5
-    lower = torch.zeros_like(targets)
-    lower[:, 7:] = True
-    found = mask_loss(
-        logits, targets, image_size=12, input_size=(12, 12), ignore=lower, backend=backend
-    )
-    upper = mask_loss(logits, targets[:, :7], image_size=12, input_size=(7, 12), backend=backend)
-    torch.testing.assert_close(found, upper)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_everything_ignored(inputs: dict[str, Tensor], backend: str) -> None:
-    inputs["ignore"] = torch.ones_like(inputs["ignore"])
-    outputs, gradients = checks.run(loss, inputs, backend, ("targets",))
-    assert not outputs[0].any()
-    assert not outputs[1].any()
-    assert not gradients["logits"].any()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_extreme_logits_stay_finite(backend: str) -> None:
-    """Sure and right: no loss, no gradient. Sure and wrong: a focal loss that grows with the logit."""
-    inside = torch.tensor([True, False]).view(2, 1, 1).expand(2, 4, 4)
-    right = torch.where(inside, 200.0, -200.0)
-    for sign in (1, -1):
-        values = {"logits": sign * right, "targets": inside}
-        outputs, gradients = checks.run(loss, values, backend)
-        assert all(torch.isfinite(x).all() for x in (*outputs, gradients["logits"]))
-        expected = torch.zeros(2) if sign == 1 else torch.tensor([0.25 * 200, 0.75 * 200])
-        torch.testing.assert_close(outputs[0], expected)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -209,12 +142,6 @@ def test_reference_gradients_are_the_derivatives() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_repeats_bitwise(inputs: dict[str, Tensor], backend: str) -> None:
-    values = checks.cast(inputs, torch.float32)
-    checks.check_repeats(loss, values | {"targets": inputs["targets"] > 0.5}, backend)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("ignored", [False, True], ids=["all-pixels", "ignore"])
 def test_opcheck(backend: str, ignored: bool) -> None:
     values = make_inputs((2, 5, 4), (6, 7))
@@ -224,15 +151,10 @@ def test_opcheck(backend: str, ignored: bool) -> None:
     checks.check_schema_and_fakes(torch.ops.refsam_kernels.mask_loss.default, arguments)
 
 
-def test_compiles_into_one_graph(inputs: dict[str, Tensor]) -> None:
-    values = checks.cast(inputs, torch.float32) | {"targets": inputs["targets"] > 0.5}
-    checks.check_compiles(loss, values, "fallback")
-
-
-def test_checkpoint_and_second_derivative(inputs: dict[str, Tensor]) -> None:
-    values = inputs | {"targets": inputs["targets"] > 0.5}
-    checks.check_checkpoint(loss, values, "fallback")
-    checks.check_second_derivative_raises(loss, values, "logits")
+def test_second_derivative(inputs: dict[str, Tensor]) -> None:
+    checks.check_second_derivative_raises(
+        loss, inputs | {"targets": inputs["targets"] > 0.5}, "logits"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -259,16 +181,6 @@ def test_one_loss_alone_has_its_own_gradient(inputs: dict[str, Tensor], backend:
         wanted = plain_loss(x, targets, 80, (50, 80))[index].sum()
         found = loss(logits=x, targets=targets, backend=backend)[index].sum()
         torch.testing.assert_close(*(torch.autograd.grad(value, x)[0] for value in (found, wanted)))
-
-
-def test_no_masks_below_the_public_function(inputs: dict[str, Tensor]) -> None:
-    """The operator itself takes an empty batch: a compiled graph may meet one."""
-    logits, targets, ignore = (tensor[:0] for tensor in inputs.values())
-    for backend in BACKENDS:
-        outputs = torch.ops.refsam_kernels.mask_loss(
-            logits, targets, ignore, 80, [50, 80], 0.25, 2.0, backend
-        )
-        assert [tuple(x.shape) for x in outputs] == [(0,), (0,), (4, 0)]
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -1,4 +1,7 @@
-"""mask_upscale: equal to segment-anything's decoder, gradients, and its place among torch's tools."""
+"""mask_upscale: equal to segment-anything's decoder, gradients, and its place among torch's tools.
+
+What all backends share is in `mask_upscale_cases`.
+"""
 
 from typing import Any
 
@@ -8,47 +11,27 @@ from torch import Tensor
 
 from refsam_kernels import mask_upscale
 from tests.kernels import operator_checks as checks
+from tests.kernels.backend_cases import TorchCases
+from tests.kernels.mask_upscale_cases import SIZES, MaskUpscaleCases, make_inputs
 from tests.sam_modeling import load_sam_modeling, randomise
 
 BACKENDS = ["reference", "fallback"]
-SIZES = {  # expressions, height, width, channels, masks
-    "one-pixel": (1, 1, 1, 24, 1),
-    "odd": (3, 5, 7, 24, 4),
-    "one-mask": (2, 9, 1, 16, 1),
-}
+MANY_MASKS = (3, 5, 7, 24, 4)
 
 
-def make_inputs(
-    expressions: int, height: int, width: int, channels: int, masks: int
-) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(42)
+class TestReference(TorchCases, MaskUpscaleCases):
+    backend = "reference"
+    sizes = SIZES | {"many-masks": MANY_MASKS}
+    small = MANY_MASKS
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    middle, last = channels // 4, channels // 8
-    return {
-        "features": normal(expressions, height, width, channels),
-        "hyper": normal(expressions, masks, last),
-        "conv1_weight": normal(channels, middle, 2, 2) / channels**0.5,
-        "conv1_bias": normal(middle),
-        "norm_weight": normal(middle),
-        "norm_bias": normal(middle),
-        "conv2_weight": normal(middle, last, 2, 2) / middle**0.5,
-        "conv2_bias": normal(last),
-    }
+class TestFallback(TestReference):
+    backend = "fallback"
 
 
 @pytest.fixture
 def inputs() -> dict[str, Tensor]:
-    return make_inputs(*SIZES["odd"])
-
-
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_matches_reference(backend: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
-    checks.check_matches_reference(mask_upscale, make_inputs(*sizes), backend, dtype)
+    return make_inputs(*MANY_MASKS)
 
 
 @pytest.mark.parametrize("expressions", [1, 2])
@@ -72,36 +55,12 @@ def test_equals_segment_anything(backend: str, expressions: int) -> None:
         checks.assert_close("masks", found, wanted.double(), 1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_eps_stands_within_the_root(inputs: dict[str, Tensor], backend: str) -> None:
-    """With equal channels the variance is 0 and only eps is left."""
-    inputs["conv1_weight"].zero_()
-    inputs["conv1_bias"].fill_(3.0)
-    inputs["conv1_bias"][0] += 1e-3
-    small = mask_upscale(**inputs, backend=backend)
-    large = mask_upscale(**inputs, eps=1.0, backend=backend)
-    assert not torch.allclose(small, large, atol=1e-2)
-    torch.testing.assert_close(large, mask_upscale(**inputs, eps=1.0, backend="reference"))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_one_mask_is_that_of_all(inputs: dict[str, Tensor], backend: str) -> None:
-    together = mask_upscale(**inputs, backend=backend)
-    one = inputs | {"hyper": inputs["hyper"][:, 2:3]}
-    alone = mask_upscale(**one, backend=backend)
-    torch.testing.assert_close(alone, together[:, 2:3], rtol=0, atol=1e-12)
-
-
 def test_chunks_change_nothing(inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     outputs, gradients = checks.run(mask_upscale, inputs, "fallback")
     monkeypatch.setattr("refsam_kernels.chunks.ELEMENTS_ON_CPU", 2 * 16 * 5 * 7 * 3)
     found, found_gradients = checks.run(mask_upscale, inputs, "fallback")
     torch.testing.assert_close(found, outputs)
     torch.testing.assert_close(found_gradients, gradients)
-
-
-def test_fallback_leaves_out_gradients_that_are_not_wanted(inputs: dict[str, Tensor]) -> None:
-    checks.check_single_gradients(mask_upscale, inputs, "fallback")
 
 
 def test_reference_gradients_are_the_derivatives() -> None:
@@ -114,40 +73,14 @@ def test_reference_gradients_are_the_derivatives() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_repeats_bitwise(inputs: dict[str, Tensor], backend: str) -> None:
-    checks.check_repeats(mask_upscale, checks.cast(inputs, torch.float32), backend)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     inputs = checks.cast(make_inputs(2, 2, 3, 8, 2), torch.float32)
     operator = torch.ops.refsam_kernels.mask_upscale.default
     checks.check_schema_and_fakes(operator, (*inputs.values(), 1e-6, backend))
 
 
-def test_compiles_into_one_graph(inputs: dict[str, Tensor]) -> None:
-    checks.check_compiles(mask_upscale, inputs, "fallback")
-
-
-def test_checkpoint_and_second_derivative(inputs: dict[str, Tensor]) -> None:
-    checks.check_checkpoint(mask_upscale, inputs, "fallback")
+def test_second_derivative(inputs: dict[str, Tensor]) -> None:
     checks.check_second_derivative_raises(mask_upscale, inputs, "features")
-
-
-def test_autocast_lowers_the_products(inputs: dict[str, Tensor]) -> None:
-    inputs = checks.cast(inputs, torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        lowered = mask_upscale(**inputs)
-    assert lowered.dtype == torch.bfloat16
-    checks.assert_close("autocast", lowered, mask_upscale(**inputs).double(), 5e-2)
-
-
-def test_no_expressions_below_the_public_function(inputs: dict[str, Tensor]) -> None:
-    """The operator itself takes an empty batch: a compiled graph may meet one."""
-    inputs |= {name: inputs[name][:0] for name in ("features", "hyper")}
-    for backend in BACKENDS:
-        masks = torch.ops.refsam_kernels.mask_upscale(*inputs.values(), 1e-6, backend)
-        assert masks.shape == (0, 4, 20, 28)
 
 
 def double(*shape: int) -> Tensor:
