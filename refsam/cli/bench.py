@@ -22,7 +22,8 @@ def bench(
     full: Annotated[
         bool,
         typer.Option(
-            "--full", help="Every size, and training too: an hour or more; a few minutes without."
+            "--full",
+            help="Every size, and training too: an hour or more; some ten minutes without.",
         ),
     ] = False,
     device: Annotated[
