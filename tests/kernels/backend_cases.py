@@ -60,8 +60,8 @@ class BackendCases:
         inputs = self.make_inputs(size)
         checks.check_matches_reference(self.operator_of(size), inputs, self.backend, dtype)
 
-    def test_repeats_bitwise(self) -> None:
-        checks.check_repeats(self.operator, self.inputs(), self.backend)
+    def test_repeats_bitwise(self, dtype: torch.dtype) -> None:
+        checks.check_repeats(self.operator, self.inputs(dtype), self.backend)
 
     @interpreter.slow_in_interpreter
     def test_each_gradient_alone(self) -> None:
