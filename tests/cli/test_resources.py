@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from refsam import RefSAMConfig
 from refsam.cli import options
 
-HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 FAULTS = """
 import resource, sys
 import numpy as np
@@ -39,30 +37,6 @@ def faults(mode: str) -> int:
 def test_freed_memory_is_used_again() -> None:
     assert faults("give back") > 1000
     assert faults("keep") < 100
-
-
-ADVICE = """
-import torch
-from refsam.cli.segment import load_model
-load_model("nano", torch.device("cpu"), "auto")
-tensor = torch.ones(2**24)
-address, wanted = tensor.data_ptr() + 2**24, False
-for line in open("/proc/self/smaps"):
-    first, _, rest = line.partition("-")
-    if rest and not first.endswith(":") and " " not in first:
-        inside = int(first, 16) <= address < int(rest.split()[0], 16)
-    elif line.startswith("VmFlags:") and inside:
-        wanted = "hg" in line.split()
-print(wanted)
-"""
-
-
-@pytest.mark.skipif(not Path(HUGE_PAGES).exists(), reason="a kernel without huge pages")
-def test_torch_asks_for_huge_pages() -> None:
-    """The system is told of the pages under a large tensor that is made after the model is loaded."""
-    command = [sys.executable, "-c", ADVICE]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["True"]
 
 
 @pytest.mark.parametrize(
