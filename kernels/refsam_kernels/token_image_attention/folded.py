@@ -7,6 +7,7 @@ weighted sum of each head. The biases of k and v are left out as in `fallback`.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.values import valid_positions
@@ -26,16 +27,13 @@ class Folded:
         num_heads: int,
     ) -> None:
         """`weights` are those of q, k, v, each with its bias, then those of the output: (I, C), (I,), (C, I), (C,)."""
-        q_weight, q_bias, k_weight, _, v_weight, v_bias, out_weight, out_bias = weights
+        self.q_weight, self.q_bias, self.k_weight, _ = weights[:4]
+        self.v_weight, v_bias, self.out_weight, out_bias = weights[4:]
+        self.added = torch.addmv(out_bias, self.out_weight, v_bias)
         self.queries, self.keys, self.query_pe, self.key_pe = queries, keys, query_pe, key_pe
         self.key_lengths = key_lengths
-        self.of_query, self.of_key, self.of_value, self.of_out = (
-            weight.unflatten(0, (num_heads, -1))  # (heads, d, C)
-            for weight in (q_weight, k_weight, v_weight, out_weight.T)
-        )
-        self.query_bias = q_bias.view(num_heads, 1, -1)
-        self.scale = self.of_query.shape[1] ** -0.5
-        self.added = torch.addmv(out_bias, out_weight, v_bias)
+        self.num_heads = num_heads
+        self.scale = (len(self.q_weight) // num_heads) ** -0.5
 
     def __call__(self, part: slice) -> Tensor:
         """The sum for the expressions in the slice."""
@@ -49,10 +47,11 @@ class Folded:
 
     def _tokens_to_pixels(self, tokens: Tensor, placed: Tensor, pixels: Tensor) -> Tensor:
         """The update of tokens (P, T, C) with their positions, from pixels (P, N, C) with and without theirs."""
-        query = (tokens[:, None] @ self.of_query.mT + self.query_bias) * self.scale
-        logits = _rows(query @ self.of_key) @ placed.mT
+        query = self._heads(F.linear(tokens, self.q_weight, self.q_bias)) * self.scale
+        logits = _rows(query @ self._by_heads(self.k_weight)) @ placed.mT
         mixed = (logits.softmax(dim=-1) @ pixels).unflatten(1, query.shape[1:3])
-        return (mixed @ self.of_value.mT @ self.of_out).sum(dim=1).add_(self.added)
+        attended = mixed @ self._by_heads(self.v_weight).mT
+        return F.linear(attended.transpose(1, 2).flatten(2), self.out_weight, self.added)
 
     def _pixels_to_tokens(
         self, placed: Tensor, placed_tokens: Tensor, tokens: Tensor, lengths: Tensor | None
@@ -61,16 +60,25 @@ class Folded:
 
         From pixels (P, N, C) with their positions and tokens (P, T, C) with and without theirs.
         """
-        key = placed_tokens[:, None] @ self.of_key.mT * self.scale
-        offset = key @ self.query_bias.mT
+        key = self._heads(F.linear(placed_tokens, self.k_weight)) * self.scale
+        offset = key @ self.q_bias.view(self.num_heads, -1, 1)
         if lengths is not None:
             padding = ~valid_positions(lengths, tokens.shape[1])
             offset = offset.masked_fill(padding[:, None, :, None], float("-inf"))
-        logits = torch.baddbmm(_rows(offset), _rows(key @ self.of_query), placed.mT)
+        logits = torch.baddbmm(_rows(offset), _rows(key @ self._by_heads(self.q_weight)), placed.mT)
         weights = logits.unflatten(1, key.shape[1:3]).softmax(dim=2)
         # Each head's weights sum to one, so each can bring its share of what is added to every pixel.
-        values = tokens[:, None] @ self.of_value.mT @ self.of_out + self.added / len(self.of_out)
+        value = self._heads(F.linear(tokens, self.v_weight))
+        values = value @ self._by_heads(self.out_weight.T) + self.added / self.num_heads
         return _rows(weights), _rows(values)
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        """(P, T, I) -> (P, heads, T, d)."""
+        return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+    def _by_heads(self, weight: Tensor) -> Tensor:
+        """(I, C) -> (heads, d, C)."""
+        return weight.unflatten(0, (self.num_heads, -1))
 
 
 def is_cheaper_folded(
