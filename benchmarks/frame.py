@@ -42,9 +42,9 @@ def stages(clip: Path, expression: str) -> dict[str, float]:
     from refsam.video import draw_overlay, open_source
     from refsam_kernels import mask_postprocess
 
-    model = load_session("nano", [], "cpu", "auto")[
-        0
-    ].model  # threads and memory as the command has them
+    # Threads and memory as the command has them.
+    session, _ = load_session("nano", [], "cpu", "auto")
+    model = session.model
     found: dict[str, float] = {}
 
     def measured(name: str, work: Callable[[], Any]) -> Any:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from refsam_kernels.chunks import chunks
-from refsam_kernels.token_image_attention.folded import Folded, is_cheaper_folded
+from refsam_kernels.token_image_attention.folded import Folded, Inputs, is_cheaper_folded
 from refsam_kernels.token_image_attention.projection import (
     PositionGradient,
     Projection,
@@ -32,17 +32,8 @@ AttendBackward = Callable[..., Iterable[Tensor]]
 class _Projected:
     """The sum of queries and update, (P, Tq, C), for some expressions at a time, by projections into the heads."""
 
-    def __init__(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        query_pe: Tensor,
-        key_pe: Tensor,
-        weights: tuple[Tensor, ...],
-        key_lengths: Tensor | None,
-        num_heads: int,
-        remember: bool,
-    ) -> None:
+    def __init__(self, inputs: Inputs, remember: bool) -> None:
+        queries, keys, query_pe, key_pe, weights, self.key_lengths, self.num_heads = inputs
         q_weight, q_bias, k_weight, _, v_weight, v_bias, out_weight, out_bias = weights
         content = keys.to(k_weight.dtype)
         self.queries, self.wide = queries, torch.promote_types(queries.dtype, torch.float32)
@@ -50,7 +41,6 @@ class _Projected:
         self.to_k = Projection(content, key_pe, k_weight, None, remember)
         self.to_v = Projection(content, None, v_weight, None)
         self.out_weight, self.added = out_weight, torch.addmv(out_bias, out_weight, v_bias)
-        self.key_lengths, self.num_heads = key_lengths, num_heads
 
     def __call__(self, part: slice) -> Tensor:
         return self.sum(self.heads(part)[3], part)
@@ -90,20 +80,20 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """Like `reference.forward`: products in the dtype of the weights, sum, softmax and LayerNorm in float32 at least."""
     keys, key_pe = without_padding(keys, key_pe, key_lengths)
-    inputs = (queries, keys, query_pe, key_pe)
     into_heads = (q_weight, q_bias, k_weight, k_bias, v_weight, v_bias)
-    rest = ((*into_heads, out_weight, out_bias), key_lengths, num_heads)
+    weights = (*into_heads, out_weight, out_bias)
+    inputs = Inputs(queries, keys, query_pe, key_pe, weights, key_lengths, num_heads)
     wide = torch.promote_types(queries.dtype, torch.float32)
     norm = (norm_weight.to(wide), norm_bias.to(wide))
     if keep:  # made for all expressions at once, so that nothing need be joined
-        projected = _Projected(*inputs, *rest, remember=False)
+        projected = _Projected(inputs, remember=False)
         every = slice(len(queries))
         heads = projected.heads(every)
         x = projected.sum(heads[3], every)
         out, *statistics = torch.native_layer_norm(x, x.shape[-1:], *norm, eps)
         return out.to(queries.dtype), x, torch.cat(statistics, dim=-1), *heads
-    is_folded = is_cheaper_folded(queries, keys, *rest)
-    sums = Folded(*inputs, *rest) if is_folded else _Projected(*inputs, *rest, remember=True)
+    is_folded = is_cheaper_folded(inputs)
+    sums = Folded(inputs) if is_folded else _Projected(inputs, remember=True)
     shape = queries.shape[-1:]
     slices = _slices(queries, keys, len(q_weight), num_heads)
     parts = (torch.native_layer_norm(sums(part), shape, *norm, eps)[0] for part in slices)

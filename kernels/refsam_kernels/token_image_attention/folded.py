@@ -6,6 +6,8 @@ there are heads times tokens: about what a projection of the pixels has, and ins
 weighted sum of each head. The biases of k and v are left out as in `fallback`.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,27 +15,28 @@ from torch import Tensor
 from refsam_kernels.values import valid_positions
 
 
+class Inputs(NamedTuple):
+    """Tokens and positions (P, T, C), weights and biases of q, k, v and the output: (I, C), (I,), (C, I), (C,)."""
+
+    queries: Tensor
+    keys: Tensor
+    query_pe: Tensor
+    key_pe: Tensor
+    weights: tuple[Tensor, ...]
+    key_lengths: Tensor | None
+    num_heads: int
+
+
 class Folded:
     """The sum of queries and update, (P, Tq, C), for some expressions at a time."""
 
-    def __init__(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        query_pe: Tensor,
-        key_pe: Tensor,
-        weights: tuple[Tensor, ...],
-        key_lengths: Tensor | None,
-        num_heads: int,
-    ) -> None:
-        """`weights` are those of q, k, v, each with its bias, then those of the output: (I, C), (I,), (C, I), (C,)."""
+    def __init__(self, inputs: Inputs) -> None:
+        self.queries, self.keys, self.query_pe, self.key_pe = inputs[:4]
+        weights, self.key_lengths, self.num_heads = inputs[4:]
         self.q_weight, self.q_bias, self.k_weight, _ = weights[:4]
         self.v_weight, v_bias, self.out_weight, out_bias = weights[4:]
         self.added = torch.addmv(out_bias, self.out_weight, v_bias)
-        self.queries, self.keys, self.query_pe, self.key_pe = queries, keys, query_pe, key_pe
-        self.key_lengths = key_lengths
-        self.num_heads = num_heads
-        self.scale = (len(self.q_weight) // num_heads) ** -0.5
+        self.scale = (len(self.q_weight) // self.num_heads) ** -0.5
 
     def __call__(self, part: slice) -> Tensor:
         """The sum for the expressions in the slice."""
@@ -81,18 +84,13 @@ class Folded:
         return weight.unflatten(0, (self.num_heads, -1))
 
 
-def is_cheaper_folded(
-    queries: Tensor,
-    keys: Tensor,
-    weights: tuple[Tensor, ...],
-    key_lengths: Tensor | None,
-    num_heads: int,
-) -> bool:
+def is_cheaper_folded(inputs: Inputs) -> bool:
     """Whether there are about as few rows of heads and tokens as a projection of the pixels has.
 
     Up to a quarter more cost less than the products of each head that they save (docs/performance.md). Not in half
     precision, where the folded weights would be rounded, and not where pixels may be padding.
     """
+    queries, keys, _, _, weights, key_lengths, num_heads = inputs
     dtypes = {queries.dtype, keys.dtype, *(weight.dtype for weight in weights)}
     tokens = min(queries.shape[1], keys.shape[1])
     from_tokens = key_lengths is not None and queries.shape[1] <= keys.shape[1]
