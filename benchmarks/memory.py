@@ -1,7 +1,7 @@
 """`python -m benchmarks.memory --out FILE.json --plot FILE.svg`: memory of `refsam segment`'s path over 10,000 frames.
 
-A clip is read, segmented by nano for two expressions and written, overlay too, with weights and freed memory kept as the command
-keeps them; every 100 frames the process's resident memory is noted, and on a GPU what torch has allocated there. Small frames
+A clip is read, segmented by nano for two expressions and written, overlay too, with threads, weights and freed memory as the
+command has them; of every 100 frames the most resident memory is noted, and on a GPU what torch has allocated there. Small frames
 keep it short: memory does not depend on what they show.
 """
 
@@ -21,6 +21,7 @@ import torch
 from benchmarks.provenance import collect
 from refsam import RefSAM, VideoSession
 from refsam.allocation import keep_freed_memory
+from refsam.cli.options import choose_threads
 from refsam.session import read_ahead
 from refsam.video import ResultWriter, open_source
 
@@ -54,28 +55,29 @@ def resident_bytes() -> int:
     return pages * 4096
 
 
-def run(device: str, frames: int, folder: Path) -> list[dict[str, float]]:
+def run(model: RefSAM, frames: int, folder: Path) -> list[dict[str, float]]:
     """Segment the clip as the command does; one row for every EVERY frames."""
     clip = folder / "clip.mp4"
     write_clip(clip, frames)
-    model = RefSAM.from_pretrained("nano").to(device).eval()
     session = VideoSession(model.optimize(), EXPRESSIONS)
-    rows = []
+    rows, most = [], 0
     with open_source(clip) as source:
         writer = ResultWriter(folder / "out", EXPRESSIONS, fps=RATE, time_base=1 / RATE)
         with writer, closing(read_ahead(session, source)) as pairs:
             for frame, prepared in pairs:
                 writer.write(frame, *session.step(prepared).on_host())
+                most = max(most, resident_bytes())
                 if (frame.index + 1) % EVERY == 0:
-                    rows.append(row(frame.index + 1, device))
+                    rows.append(row(frame.index + 1, most, model.device.type))
                     print(rows[-1], flush=True)
+                    most = 0
             writer.finish()
     return rows
 
 
-def row(frames: int, device: str) -> dict[str, float]:
-    """Memory after so many frames, in MiB."""
-    found = {"frames": frames, "host_mib": round(resident_bytes() / 2**20, 2)}
+def row(frames: int, most: int, device: str) -> dict[str, float]:
+    """Memory after so many frames, in MiB: the most bytes that were resident since the row before, and the device's."""
+    found = {"frames": frames, "host_mib": round(most / 2**20, 2)}
     if device == "cuda":
         found["device_mib"] = round(torch.cuda.memory_allocated() / 2**20, 2)
     return found
@@ -116,10 +118,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, required=True)
     arguments = parser.parse_args()
     keep_freed_memory()
+    model = RefSAM.from_pretrained("nano").to(arguments.device).eval()
+    choose_threads(model)
     origin: dict[str, Any] = collect(arguments.device)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        rows = run(arguments.device, arguments.frames, Path(folder))
+        rows = run(model, arguments.frames, Path(folder))
     keys = [key for key in rows[0] if key != "frames"]
     summary = {f"{key}_for_each_thousand_frames": growth(rows, key) for key in keys}
     print(summary, f"in {time.perf_counter() - started:.0f} s")

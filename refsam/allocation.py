@@ -2,9 +2,14 @@
 
 import ctypes
 import sys
+from collections.abc import Generator, Iterable
+from typing import TypeVar
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 _GIBIBYTE = 2**30
+_FRAMES_BETWEEN = 100  # giving back takes milliseconds
+
+Item = TypeVar("Item")
 
 
 def keep_freed_memory() -> None:
@@ -13,7 +18,27 @@ def keep_freed_memory() -> None:
     By default it returns large ones to the system, which clears them page by page when they are wanted again: two
     thousand faults for a 720p frame.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    mallopt = _glibc("mallopt")
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)  # arrays that are mapped one by one are given back one by one
         mallopt(_M_TRIM_THRESHOLD, _GIBIBYTE)
+
+
+def returning_gaps(frames: Iterable[Item]) -> Generator[Item, None, None]:
+    """Pass frames on, and after every hundredth give the system the whole pages that glibc holds free.
+
+    What one thread makes and another frees, such as the small parts of a tensor, stays in the cache of the thread that
+    freed it, and so holds its place in the other's heap. Arrays that no longer fit between such places take new
+    memory, and the heap grows although no more is in use. glibc lets a program neither empty nor switch off
+    these caches, but `malloc_trim` gives back the pages of the gaps, in every heap.
+    """
+    malloc_trim = _glibc("malloc_trim")
+    for count, frame in enumerate(frames, start=1):
+        yield frame
+        if malloc_trim is not None and count % _FRAMES_BETWEEN == 0:
+            malloc_trim(0)
+
+
+def _glibc(name: str) -> "ctypes._NamedFuncPointer | None":
+    """A function of glibc; None elsewhere."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
