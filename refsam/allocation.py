@@ -27,10 +27,9 @@ def keep_freed_memory() -> None:
 def returning_gaps(frames: Iterable[Item]) -> Generator[Item, None, None]:
     """Pass frames on, and after every hundredth give the system the whole pages that glibc holds free.
 
-    What one thread makes and another frees, such as the small parts of a tensor, stays in the cache of the thread that
-    freed it, and so holds its place in the other's heap. Arrays that no longer fit between such places take new
-    memory, and the heap grows although no more is in use. glibc lets a program neither empty nor switch off
-    these caches, but `malloc_trim` gives back the pages of the gaps, in every heap.
+    The heap of the thread that encodes grows although hardly more is in use: what lives longer than a frame's temporary
+    arrays leaves gaps that glibc does not fill again. Giving their pages back lessens the growth and does not end it:
+    the next frames touch most of them again (docs/performance.md).
     """
     malloc_trim = _glibc("malloc_trim")
     for count, frame in enumerate(frames, start=1):
