@@ -15,11 +15,20 @@ _NAMELESS_WEIGHT = (
     0.15  # of "no name" among the shapes: it is by far the most frequent and says the least
 )
 _PLACE_UNIT = 16.0  # pixels
-_WEIGHTS = {"colour": 1.0, "shape": 0.5, "whole_shape": 1.0, "place": 1.0, "outline": 2.0}
+_WEIGHTS = {
+    "colour": 1.0,
+    "shape": 0.5,
+    "whole_shape": 1.0,
+    "place": 1.0,
+    "outline": 2.0,
+    "order": 0.3,
+}
+_MOST_COUNTED = 4.0  # "the fourth from the left" has three before it; beyond that nobody counts
+_SOFTNESS = {"place": 0.02, "size": 0.1}  # below these differences an object counts in part
 
 
 class ObjectHead(nn.Module):
-    """Linear readers of colour, shape, place and outline of objects from image tokens; thrown away after training.
+    """Linear readers of colour, shape, place, outline and order of objects from image tokens; thrown away after training.
 
     A mask loss alone teaches the encoder little about the objects that no sentence of the batch means, and nothing about
     shape for thousands of steps. `channels` is the width of the image embedding, `stride` the pixels per token.
@@ -33,6 +42,7 @@ class ObjectHead(nn.Module):
         self.whole_shape = nn.Linear(channels, len(SHAPE_CLASSES))
         self.place = nn.Linear(channels, 5)
         self.outline = nn.Linear(channels, stride * stride)
+        self.order = nn.Linear(channels, 6 * 4)
         self.target = nn.Linear(channels, 4)
 
     def forward(self, image: ImageFeatures, attributes: Tensor, owner: Tensor) -> dict[str, Tensor]:
@@ -40,7 +50,8 @@ class ObjectHead(nn.Module):
 
         Colour and shape are cross entropies per token and, `whole_shape`, over the mean of an object's tokens; `place` is the
         way to the middle of the object that is seen, where in the frame that is, and its size; `outline` is which pixels of a
-        token show an object.
+        token show an object; `order` is how many others lie on each side of the object and how many are smaller and larger: of
+        all, of its colour, of its shape and of both.
         """
         middle = self.stride // 2
         seen = attributes[:, middle :: self.stride, middle :: self.stride].long()
@@ -61,6 +72,7 @@ class ObjectHead(nn.Module):
             "whole_shape": self._whole_shape(tokens, index, seen[..., 1], counts),
             "place": _mean(place.sum(-1), share * on_object),
             "outline": self._outline(tokens, owner),
+            "order": self._order(tokens, owner, attributes, index, share),
         }
         return {name: _WEIGHTS[name] * loss for name, loss in losses.items()}
 
@@ -107,12 +119,60 @@ class ObjectHead(nn.Module):
         places = [2 * middle - 1 for middle in _shares(middles, owner)]
         return torch.stack([*ways, *places, _log_side(area_seen)], dim=-1)
 
+    def _order(
+        self, tokens: Tensor, owner: Tensor, attributes: Tensor, index: Tensor, share: Tensor
+    ) -> Tensor:
+        """How far the counts read from each token of an object that has a colour's name are off, where they are defined."""
+        counts, defined = count_others(owner, attributes)
+        chosen = index.flatten(1)[..., None].expand(-1, -1, counts.shape[-1])
+        truth, weight = (t.gather(1, chosen).view(*index.shape, -1) for t in (counts, defined))
+        errors = F.smooth_l1_loss(self.order(tokens).float(), truth, reduction="none", beta=0.3)
+        return 6 * _mean(errors, weight * share[..., None])
+
     def _outline(self, tokens: Tensor, owner: Tensor) -> Tensor:
         height, width = (side * self.stride for side in tokens.shape[1:3])
         covered = (owner >= 0).float()[:, None]
         covered = F.pad(covered, (0, width - owner.shape[2], 0, height - owner.shape[1]))
         pixels = F.pixel_unshuffle(covered, self.stride).movedim(1, -1)
         return F.binary_cross_entropy_with_logits(self.outline(tokens).float(), pixels)
+
+
+def count_others(owner: Tensor, attributes: Tensor) -> tuple[Tensor, Tensor]:
+    """How many other objects lie left, right, above and below each object, are smaller and larger, and where that is defined.
+
+    owner (B, H, W) and attributes (B, H, W, 2) as generated. Returns two tensors (B, MAX_OBJECTS + 1, 24), object i in row
+    i + 1: counts up to four, in part where it is close, and 1.0 where they count. The six are counted among all objects whose
+    colour has a name, among those of the object's own colour, of its own shape, and of both.
+    """
+    flat = owner.flatten(1).long() + 1
+    area = _sums(flat, torch.ones_like(flat, dtype=torch.float32))
+    y, x = _coordinates(owner)
+    middle = [_sums(flat, a.flatten().expand(flat.shape)) / area.clamp(min=1) for a in (x, y)]
+    x_share, y_share = _shares(middle, owner)
+    colour, shape = (
+        torch.zeros_like(area, dtype=torch.long).scatter(1, flat, a.flatten(1).long())
+        for a in attributes.unbind(-1)
+    )
+    seen = (area > 0) & (colour > 1)
+    same_colour, same_shape = (t[:, :, None] == t[:, None, :] for t in (colour, shape))
+    groups = torch.stack(
+        [torch.ones_like(same_colour), same_colour, same_shape, same_colour & same_shape]
+    )
+    is_other = ~torch.eye(seen.shape[1], dtype=torch.bool, device=owner.device)
+    groups = groups & (seen[:, :, None] & seen[:, None, :] & is_other)
+    beyond = [
+        torch.sigmoid((t[:, :, None] - t[:, None, :]) / softness)
+        for t, softness in (
+            (x_share, _SOFTNESS["place"]),
+            (y_share, _SOFTNESS["place"]),
+            (_log_side(area), _SOFTNESS["size"]),
+        )
+    ]
+    sides = torch.stack([side for b in beyond for side in (b, 1 - b)])
+    counts = torch.einsum("gbij,sbij->bisg", groups.float(), sides).clamp(max=_MOST_COUNTED)
+    has_shape = shape > 1
+    defined = torch.stack([seen, seen, seen & has_shape, seen & has_shape], dim=-1)
+    return counts.flatten(2), defined[:, :, None].expand(-1, -1, 6, -1).flatten(2).float()
 
 
 def _coordinates(frames: Tensor) -> tuple[Tensor, Tensor]:

@@ -150,13 +150,13 @@ def test_batches_drawn_ahead_are_the_same(tmp_path):
 
 
 def test_the_encoder_alone_learns_what_the_objects_are(tmp_path):
-    stage = {"steps": 30, "clips": 8, "expressions": 0, "style": "few and large"}
+    stage = {"steps": 40, "clips": 8, "expressions": 0, "style": "few and large"}
     changes = {
         "stages": [stage],
         "loss": {"objects": 1.0},
         "optimiser": {"muon": True, "learning_rate": 3e-3, "warm_up_steps": 3},
         "log_every": 10,
-        "save_every": 30,
+        "save_every": 40,
     }
     trainer = Trainer(settings(tmp_path, **changes))
     decoder = {k: v.clone() for k, v in trainer.model.mask_decoder.state_dict().items()}

@@ -18,15 +18,15 @@ SHAPE_CLASSES = ("background", "no name", *(shape.name for shape in NAMED_SHAPES
 
 # How often a training sentence is of each kind.
 _TRAINED_KINDS = {
-    "colour": 0.12,
-    "shape": 0.19,
-    "colour and shape": 0.19,
-    "size": 0.11,
-    "position": 0.12,
-    "order": 0.06,
-    "relation": 0.07,
+    "colour": 0.08,
+    "shape": 0.13,
+    "colour and shape": 0.13,
+    "size": 0.14,
+    "position": 0.1,
+    "order": 0.16,
+    "relation": 0.14,
     "plural": 0.02,
-    "absent": 0.12,
+    "absent": 0.1,
 }
 
 

@@ -31,6 +31,7 @@ class SceneStyle:
 STYLES = {
     "full": SceneStyle(),
     "larger": SceneStyle(areas=(0.01, 0.2)),
+    "many": SceneStyle((0.008, 0.08), (0.0, 0.0, 0.2, 0.25, 0.25, 0.15, 0.15), (0.8, 0.2), 0.3),
     "few and large": SceneStyle((0.08, 0.35), (0.5, 0.35, 0.15), (1.0,), 0.15),
 }
 
