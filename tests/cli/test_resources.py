@@ -26,10 +26,31 @@ for turn in range(40):
 print((faults() - before) // 20)
 """
 
+GAPS = """
+import sys
+from pathlib import Path
+import numpy as np
+from refsam.allocation import keep_freed_memory, returning_gaps
+keep_freed_memory()
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+arrays = [np.ones(64_000, np.uint8) for _ in range(1000)]
+arrays = arrays[::10]
+before = resident()
+passed_on = list(returning_gaps(range(int(sys.argv[1]))))
+assert passed_on == list(range(int(sys.argv[1])))
+print(before - resident())
+"""
+
 
 def faults(mode: str) -> int:
     """Page faults of a turn that makes and frees twelve megabytes."""
-    command = [sys.executable, "-c", FAULTS, mode]
+    return number_from(FAULTS, mode)
+
+
+def number_from(program: str, argument: str) -> int:
+    """What a program prints in a process of its own."""
+    command = [sys.executable, "-c", program, argument]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -37,6 +58,12 @@ def faults(mode: str) -> int:
 def test_freed_memory_is_used_again() -> None:
     assert faults("give back") > 1000
     assert faults("keep") < 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_gaps_between_arrays_are_returned_with_every_hundredth_frame() -> None:
+    assert number_from(GAPS, "99") < 1_000_000
+    assert number_from(GAPS, "100") > 40_000_000  # of 57.6
 
 
 @pytest.mark.parametrize(
