@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refsam.allocation import returning_gaps
 from refsam.cores import available_cores
 from refsam.session.graphs import FrameGraphs
 from refsam.session.preparation import EncodedFrame, PreparedFrame, prepare_all, prepare_now
@@ -326,7 +325,7 @@ def read_ahead(
     """
     from refsam.video import prefetch
 
-    with closing(prefetch(returning_gaps(prepare_all(session.model, frames)))) as prepared:
+    with closing(prefetch(prepare_all(session.model, frames))) as prepared:
         if not (encode and _has_a_core_for_the_encoder(session.model)):
             yield from prepared
             return
