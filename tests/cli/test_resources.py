@@ -75,7 +75,8 @@ def test_the_command_begins_anew_where_many_frames_are_segmented(
     command: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[str] = []
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # so that what is set below is taken back
+    monkeypatch.delenv("GLIBC_TUNABLES")
     monkeypatch.setattr(sys, "argv", ["refsam", command, "--help"])
     monkeypatch.setattr(os, "execv", lambda path, words: begun.append(os.environ["GLIBC_TUNABLES"]))
     with pytest.raises(SystemExit):
