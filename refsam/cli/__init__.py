@@ -99,7 +99,7 @@ def _root(
 
 
 def start() -> None:
-    """What the installed command runs: `main`, with memory that does not grow where many frames are segmented."""
+    """What the installed command runs: `main`, with memory that hardly grows where many frames are segmented."""
     if _WITH_MANY_FRAMES & {*sys.argv[1:]}:
         begin_without_caches()
     main(prog_name="refsam")

@@ -110,9 +110,8 @@ class ObjectHead(nn.Module):
         start = self.stride // 2
         ways, middles = [], []
         y, x = _coordinates(owner)
-        for axis in (x, y):
-            total = _sums(flat, axis.flatten().expand(flat.shape)).gather(1, chosen)
-            middles.append(total.view(index.shape) / area_seen)
+        for axis, middle in zip((x, y), _middles(owner, flat, area), strict=True):
+            middles.append(middle.gather(1, chosen).view(index.shape))
             ways.append(
                 (middles[-1] - axis[start :: self.stride, start :: self.stride]) / _PLACE_UNIT
             )
@@ -146,9 +145,7 @@ def count_others(owner: Tensor, attributes: Tensor) -> tuple[Tensor, Tensor]:
     """
     flat = owner.flatten(1).long() + 1
     area = _sums(flat, torch.ones_like(flat, dtype=torch.float32))
-    y, x = _coordinates(owner)
-    middle = [_sums(flat, a.flatten().expand(flat.shape)) / area.clamp(min=1) for a in (x, y)]
-    x_share, y_share = _shares(middle, owner)
+    x_share, y_share = _shares(_middles(owner, flat, area), owner)
     colour, shape = (
         torch.zeros_like(area, dtype=torch.long).scatter(1, flat, a.flatten(1).long())
         for a in attributes.unbind(-1)
@@ -173,6 +170,12 @@ def count_others(owner: Tensor, attributes: Tensor) -> tuple[Tensor, Tensor]:
     has_shape = shape > 1
     defined = torch.stack([seen, seen, seen & has_shape, seen & has_shape], dim=-1)
     return counts.flatten(2), defined[:, :, None].expand(-1, -1, 6, -1).flatten(2).float()
+
+
+def _middles(owner: Tensor, flat: Tensor, area: Tensor) -> list[Tensor]:
+    """x and y in pixels, (B, MAX_OBJECTS + 1) each, of the middle of what is seen; flat (B, N) numbers it, area counts it."""
+    y, x = _coordinates(owner)
+    return [_sums(flat, axis.flatten().expand(flat.shape)) / area.clamp(min=1) for axis in (x, y)]
 
 
 def _coordinates(frames: Tensor) -> tuple[Tensor, Tensor]:
