@@ -31,3 +31,14 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)  # arrays that are mapped one by one are given back one by one
         mallopt(_M_TRIM_THRESHOLD, _GIBIBYTE)
+
+
+def give_back_freed_memory() -> None:
+    """Return the pages that no array is on to the system, with glibc; nothing elsewhere.
+
+    Threads run a little differently for each frame, so that arrays come to lie in ever more places: now and then, what is
+    kept by `keep_freed_memory` must shrink to what is used again.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refsam.allocation import give_back_freed_memory
 from refsam.cores import available_cores
 from refsam.session.graphs import FrameGraphs
 from refsam.session.preparation import EncodedFrame, PreparedFrame, prepare_all, prepare_now
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from refsam.model.features import FrameSize, ImageFeatures
     from refsam.video import Frame
 
+
+# Giving it back takes a millisecond or two, and what is wanted again is cleared first.
+_FRAMES_OF_KEPT_MEMORY = 100
 
 AnyFrame = np.ndarray | Tensor | PreparedFrame | EncodedFrame
 
@@ -322,7 +326,18 @@ def read_ahead(
 
     They read and resize. Where torch computes with one thread of several cores they run the image encoder too,
     beside the decoder: only that waits for the frame before. encode=False leaves the encoder to `step_together`.
+    Memory that was freed goes back to the system every hundred frames.
     """
+    with closing(_read_ahead(session, frames, encode)) as pairs:
+        for count, pair in enumerate(pairs, start=1):
+            yield pair
+            if count % _FRAMES_OF_KEPT_MEMORY == 0:
+                give_back_freed_memory()
+
+
+def _read_ahead(
+    session: VideoSession, frames: "Iterable[Frame]", encode: bool
+) -> Generator[tuple["Frame", PreparedFrame | EncodedFrame], None, None]:
     from refsam.video import prefetch
 
     with closing(prefetch(prepare_all(session.model, frames))) as prepared:

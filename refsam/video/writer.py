@@ -8,6 +8,7 @@ import shutil
 import struct
 import threading
 import zlib
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -65,9 +66,10 @@ class ResultWriter:
     ) -> None:
         self.out = Path(out)
         self._expressions = list(expressions)
-        self._scores: list[list[float]] = [[] for _ in expressions]
-        self._areas: list[list[int]] = [[] for _ in expressions]
-        self._times: list[float] = []
+        # Arrays: lists would hold an object for every number of a long video.
+        self._scores = [array("d") for _ in expressions]
+        self._areas = [array("q") for _ in expressions]
+        self._times = array("d")
         self._fps = fps
         check_output(self.out, overwrite=overwrite)
         self._made = _make_folders(self.out)
@@ -136,7 +138,7 @@ class ResultWriter:
             "fps": float(self._fps),
             "times": [round(time, 6) for time in self._times],
             "expressions": [
-                {"text": text, "scores": scores, "areas": areas}
+                {"text": text, "scores": scores.tolist(), "areas": areas.tolist()}
                 for text, scores, areas in expressions
             ],
         }

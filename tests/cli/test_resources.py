@@ -40,6 +40,27 @@ def test_freed_memory_is_used_again() -> None:
     assert faults("keep") < 100
 
 
+GIVE_BACK = """
+import numpy as np
+from refsam.allocation import give_back_freed_memory, keep_freed_memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+keep_freed_memory()
+arrays = [np.ones(3_000_000, np.uint8) for _ in range(40)]
+del arrays[:-1]  # the last one lies above the others
+kept = resident()
+give_back_freed_memory()
+print(kept - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_goes_back_even_below_what_is_in_use() -> None:
+    command = [sys.executable, "-c", GIVE_BACK]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(ran.stdout) > 100_000_000
+
+
 BEGIN = """
 import os, sys
 from refsam.allocation import begin_without_caches

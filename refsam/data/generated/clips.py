@@ -1,6 +1,7 @@
 """Batches and single clips: frames, sentences and the masks that they mean."""
 
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -149,7 +150,7 @@ def _sample_sentences(
         # Most scenes do not allow every kind: ask for several, so that absent objects stay as rare as they should be.
         kinds = random.choice(names, size=5, p=weights / weights.sum())
         found = (grammar.sentence(scene, str(kind)) for kind in (*kinds, "absent"))
-        sentences += [sentence for sentence in found if sentence is not None][:1]
+        sentences += islice((sentence for sentence in found if sentence is not None), 1)
     return sentences
 
 

@@ -339,7 +339,7 @@ def _along(scene: Scene, index: int, side: str) -> np.ndarray:
 
 def _rank(scene: Scene, target: int, rivals: list[int], side: str, margin: float) -> int | None:
     """The target's place from that side, the same in every frame; None where it is unclear or somebody is out of view."""
-    if not all(scene.objects[i].in_view().all() for i in rivals):
+    if not all(scene.objects[i].in_view.all() for i in rivals):
         return None
     gaps = [_along(scene, i, side) - _along(scene, target, side) for i in rivals if i != target]
     if any(np.abs(gap).min() < margin or np.ptp(np.sign(gap)) > 0 for gap in gaps):
@@ -349,7 +349,7 @@ def _rank(scene: Scene, target: int, rivals: list[int], side: str, margin: float
 
 def _is_beside(scene: Scene, index: int, anchor: int, side: str) -> bool | None:
     """Whether the object lies on that side of the anchor in every frame; None where it is unclear."""
-    if not (scene.objects[index].in_view().all() and scene.objects[anchor].in_view().all()):
+    if not (scene.objects[index].in_view.all() and scene.objects[anchor].in_view.all()):
         return None
     gap = _along(scene, anchor, side) - _along(scene, index, side)
     if gap.min() > 0.08:

@@ -1,6 +1,7 @@
 """Random scenes: which objects there are, how they look and how they move. No pixels yet."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -60,6 +61,7 @@ class SceneObject:
     mottle: float  # how much of a photograph shows through
     shadow: float
 
+    @cached_property
     def in_view(self) -> np.ndarray:
         """(T,) bool: its centre lies inside the frame."""
         return np.all((self.centre > 0.01) & (self.centre < 0.99), axis=1)
