@@ -267,10 +267,10 @@ PRESETS: dict[str, dict[str, Any]] = {
             "image_size": 192,
             "patch_size": 8,
             "embed_dim": 128,
-            "depth": 6,
+            "depth": 7,
             "num_heads": 4,
             "window_size": 8,
-            "global_blocks": (2, 5),
+            "global_blocks": (2, 5, 6),
         },
         "text_encoder": {"kind": "small"},
         # Trained from scratch, the paper's nearly uniform attention would hardly move.

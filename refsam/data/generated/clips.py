@@ -19,15 +19,15 @@ SHAPE_CLASSES = ("background", "no name", *(shape.name for shape in NAMED_SHAPES
 
 # How often a training sentence is of each kind.
 _TRAINED_KINDS = {
-    "colour": 0.08,
+    "colour": 0.06,
     "shape": 0.13,
-    "colour and shape": 0.13,
-    "size": 0.14,
-    "position": 0.1,
-    "order": 0.16,
-    "relation": 0.14,
+    "colour and shape": 0.12,
+    "size": 0.13,
+    "position": 0.08,
+    "order": 0.27,
+    "relation": 0.12,
     "plural": 0.02,
-    "absent": 0.1,
+    "absent": 0.16,
 }
 
 
