@@ -21,7 +21,7 @@ _WEIGHTS = {
     "whole_shape": 1.0,
     "place": 1.0,
     "outline": 2.0,
-    "order": 0.7,
+    "order": 0.3,
 }
 _MOST_COUNTED = 4.0  # "the fourth from the left" has three before it; beyond that nobody counts
 _SOFTNESS = {"place": 0.02, "size": 0.1}  # below these differences an object counts in part

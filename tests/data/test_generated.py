@@ -54,8 +54,8 @@ def test_hues(name, expected):
 
 
 def test_attributes_are_those_of_the_object_that_is_seen():
-    batch = generate_batch(0, 1, clips=4, frames=2, expressions=6, size=SIZE)
-    assert batch.attributes.shape == (4, 2, *SIZE, 2)
+    batch = generate_batch(0, 1, clips=8, frames=2, expressions=6, size=SIZE)
+    assert batch.attributes.shape == (8, 2, *SIZE, 2)
     checked = 0
     for clip, sentences in enumerate(batch.sentences):
         for sentence, mask in zip(sentences, batch.masks[clip], strict=True):
