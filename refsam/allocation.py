@@ -3,10 +3,15 @@
 import ctypes
 import os
 import sys
+from collections.abc import Generator, Iterable
+from typing import TypeVar
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 _GIBIBYTE = 2**30
+_FRAMES_BETWEEN = 100  # giving back takes milliseconds
 _TUNABLES = "GLIBC_TUNABLES"
+
+Item = TypeVar("Item")
 
 
 def begin_without_caches() -> None:
@@ -27,18 +32,25 @@ def keep_freed_memory() -> None:
     By default it returns large ones to the system, which clears them page by page when they are wanted again: two
     thousand faults for a 720p frame.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    mallopt = _glibc("mallopt")
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)  # arrays that are mapped one by one are given back one by one
         mallopt(_M_TRIM_THRESHOLD, _GIBIBYTE)
 
 
-def give_back_freed_memory() -> None:
-    """Return the pages that no array is on to the system, with glibc; nothing elsewhere.
+def returning_gaps(frames: Iterable[Item]) -> Generator[Item, None, None]:
+    """Pass frames on, and after every hundredth give the system the whole pages that glibc holds free.
 
-    Threads run a little differently for each frame, so that arrays come to lie in ever more places: now and then, what is
-    kept by `keep_freed_memory` must shrink to what is used again.
+    Threads run a little differently for each frame, so that arrays come to lie in ever more places: memory would grow although
+    hardly more is in use (docs/performance.md).
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    malloc_trim = _glibc("malloc_trim")
+    for count, frame in enumerate(frames, start=1):
+        yield frame
+        if malloc_trim is not None and count % _FRAMES_BETWEEN == 0:
+            malloc_trim(0)
+
+
+def _glibc(name: str) -> "ctypes._NamedFuncPointer | None":
+    """A function of glibc; None elsewhere."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refsam.allocation import give_back_freed_memory
+from refsam.allocation import returning_gaps
 from refsam.cores import available_cores
 from refsam.session.graphs import FrameGraphs
 from refsam.session.preparation import EncodedFrame, PreparedFrame, prepare_all, prepare_now
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from refsam.model.features import FrameSize, ImageFeatures
     from refsam.video import Frame
 
-
-# Giving it back takes a millisecond or two, and what is wanted again is cleared first.
-_FRAMES_OF_KEPT_MEMORY = 100
 
 AnyFrame = np.ndarray | Tensor | PreparedFrame | EncodedFrame
 
@@ -328,27 +325,17 @@ def read_ahead(
     beside the decoder: only that waits for the frame before. encode=False leaves the encoder to `step_together`.
     Memory that was freed goes back to the system every hundred frames.
     """
-    with closing(_read_ahead(session, frames, encode)) as pairs:
-        for count, pair in enumerate(pairs, start=1):
-            yield pair
-            if count % _FRAMES_OF_KEPT_MEMORY == 0:
-                give_back_freed_memory()
-
-
-def _read_ahead(
-    session: VideoSession, frames: "Iterable[Frame]", encode: bool
-) -> Generator[tuple["Frame", PreparedFrame | EncodedFrame], None, None]:
     from refsam.video import prefetch
 
     with closing(prefetch(prepare_all(session.model, frames))) as prepared:
         if not (encode and _has_a_core_for_the_encoder(session.model)):
-            yield from prepared
+            yield from returning_gaps(prepared)
             return
         # Threads have modes of their own.
         dtype = torch.get_autocast_dtype("cpu")
         autocast = torch.autocast("cpu", dtype, enabled=torch.is_autocast_enabled("cpu"))
         with closing(prefetch(_encode_all(session, prepared, autocast), depth=2)) as encoded:
-            yield from encoded
+            yield from returning_gaps(encoded)
 
 
 def _has_a_core_for_the_encoder(model: "RefSAM") -> bool:

@@ -30,7 +30,12 @@ print((faults() - before) // 20)
 
 def faults(mode: str) -> int:
     """Page faults of a turn that makes and frees twelve megabytes."""
-    command = [sys.executable, "-c", FAULTS, mode]
+    return number_from(FAULTS, mode)
+
+
+def number_from(program: str, argument: str) -> int:
+    """What a program prints in a process of its own."""
+    command = [sys.executable, "-c", program, argument]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -40,25 +45,27 @@ def test_freed_memory_is_used_again() -> None:
     assert faults("keep") < 100
 
 
-GIVE_BACK = """
+GAPS = """
+import sys
+from pathlib import Path
 import numpy as np
-from refsam.allocation import give_back_freed_memory, keep_freed_memory
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
+from refsam.allocation import keep_freed_memory, returning_gaps
 keep_freed_memory()
-arrays = [np.ones(3_000_000, np.uint8) for _ in range(40)]
-del arrays[:-1]  # the last one lies above the others
-kept = resident()
-give_back_freed_memory()
-print(kept - resident())
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+arrays = [np.ones(64_000, np.uint8) for _ in range(1000)]
+arrays = arrays[::10]
+before = resident()
+passed_on = list(returning_gaps(range(int(sys.argv[1]))))
+assert passed_on == list(range(int(sys.argv[1])))
+print(before - resident())
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_freed_memory_goes_back_even_below_what_is_in_use() -> None:
-    command = [sys.executable, "-c", GIVE_BACK]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(ran.stdout) > 100_000_000
+def test_gaps_between_arrays_are_returned_with_every_hundredth_frame() -> None:
+    assert number_from(GAPS, "99") < 1_000_000
+    assert number_from(GAPS, "100") > 40_000_000  # of 57.6
 
 
 BEGIN = """

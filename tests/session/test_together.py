@@ -119,9 +119,9 @@ def test_read_ahead_gives_freed_memory_back_now_and_then(
 ) -> None:
     seen: list[int] = []
     calls: list[int] = []
-    monkeypatch.setattr("refsam.session.video_session._FRAMES_OF_KEPT_MEMORY", 3)
+    monkeypatch.setattr("refsam.allocation._FRAMES_BETWEEN", 3)
     monkeypatch.setattr(
-        "refsam.session.video_session.give_back_freed_memory", lambda: calls.append(len(seen))
+        "refsam.allocation._glibc", lambda name: lambda padding: calls.append(len(seen))
     )
     frames = (Frame(time, float(time), image) for time, image in enumerate(video(0, frames=8)))
     for frame, _ in read_ahead(VideoSession(model), frames):
