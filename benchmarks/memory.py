@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.provenance import collect
 from refsam import RefSAM, VideoSession
-from refsam.allocation import begin_without_caches, keep_freed_memory
+from refsam.allocation import keep_freed_memory
 from refsam.cli.options import choose_threads
 from refsam.session import read_ahead
 from refsam.video import ResultWriter, open_source
@@ -111,7 +111,6 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, write and draw."""
-    begin_without_caches()  # as the command does
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--frames", type=int, default=FRAMES)

@@ -1,5 +1,5 @@
 """``python -m refsam`` is the command ``refsam``."""
 
-from refsam.cli import start
+from refsam.cli import main
 
-start()
+main(prog_name="refsam")

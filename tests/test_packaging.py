@@ -85,7 +85,7 @@ def test_wheel_has_the_command(wheel: zipfile.ZipFile) -> None:
     (name,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     parser = configparser.ConfigParser()
     parser.read_string(wheel.read(name).decode())
-    assert parser["console_scripts"]["refsam"] == "refsam.cli:start"
+    assert parser["console_scripts"]["refsam"] == "refsam.cli:main"
 
 
 def test_version_stands_in_one_place(wheel: zipfile.ZipFile) -> None:

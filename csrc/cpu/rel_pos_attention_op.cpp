@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../rel_pos_attention_check.h"
+#include "../string_argument.h"
 #include "rel_pos_attention.h"
 
 namespace refsam::cpu {
@@ -139,11 +140,12 @@ int64_t count_heads(const RelPosAttention& call) {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& qkv, const Tensor& rel_pos_h,
                                    const Tensor& rel_pos_w, std::optional<Tensor> qkv_bias,
-                                   int64_t num_heads, int64_t window_size, std::string pad_mode,
-                                   std::string instruction_set) {
+                                   int64_t num_heads, int64_t window_size, StringHandle pad_mode,
+                                   StringHandle instruction_set) {
+  const std::string pads = take_string(pad_mode), wanted_set = take_string(instruction_set);
   RelPosAttention call =
-      describe(qkv, rel_pos_h, rel_pos_w, qkv_bias, num_heads, window_size, pad_mode);
-  const RelPosAttentionKernels& kernels = choose_kernels(instruction_set);
+      describe(qkv, rel_pos_h, rel_pos_w, qkv_bias, num_heads, window_size, pads);
+  const RelPosAttentionKernels& kernels = choose_kernels(wanted_set);
   const std::vector<int64_t> out_shape{call.images, call.height, call.width,
                                        call.heads * call.head_dim};
   const std::vector<int64_t> statistic_shape{call.images, call.heads, call.height, call.width};
@@ -183,11 +185,12 @@ void sum_slots(const std::vector<float>& slots, int64_t count, int64_t offset, T
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_out, const Tensor& qkv, const Tensor& rel_pos_h, const Tensor& rel_pos_w,
     std::optional<Tensor> qkv_bias, const Tensor& out, const Tensor& log_sum_exp, int64_t num_heads,
-    int64_t window_size, std::string pad_mode, bool needs_tables, std::string instruction_set) {
+    int64_t window_size, StringHandle pad_mode, bool needs_tables, StringHandle instruction_set) {
+  const std::string pads = take_string(pad_mode), wanted_set = take_string(instruction_set);
   RelPosAttentionBackward call{};
   RelPosAttention& shared = call.forward;
-  shared = describe(qkv, rel_pos_h, rel_pos_w, qkv_bias, num_heads, window_size, pad_mode);
-  const RelPosAttentionKernels& kernels = choose_kernels(instruction_set);
+  shared = describe(qkv, rel_pos_h, rel_pos_w, qkv_bias, num_heads, window_size, pads);
+  const RelPosAttentionKernels& kernels = choose_kernels(wanted_set);
   check_output("grad_out", grad_out, qkv, shared);
   check_output("out", out, qkv, shared);
   check_statistic("log_sum_exp", log_sum_exp, shared);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../rel_pos_attention_check.h"
+#include "../string_argument.h"
 #include "device.h"
 #include "rel_pos_attention.h"
 
@@ -77,9 +78,9 @@ RelPosAttention describe(const Tensor& qkv, const Tensor& rel_pos_h, const Tenso
 
 std::tuple<Tensor, Tensor> forward(const Tensor& qkv, const Tensor& rel_pos_h,
                                    const Tensor& rel_pos_w, std::optional<Tensor> qkv_bias,
-                                   int64_t num_heads, int64_t window_size, std::string pad_mode) {
+                                   int64_t num_heads, int64_t window_size, StringHandle pad_mode) {
   RelPosAttention call =
-      describe(qkv, rel_pos_h, rel_pos_w, qkv_bias, num_heads, window_size, pad_mode);
+      describe(qkv, rel_pos_h, rel_pos_w, qkv_bias, num_heads, window_size, take_string(pad_mode));
   const DeviceGuard guard(qkv);
   const std::vector<int64_t> out_shape{call.images, call.height, call.width, qkv.size(3) / 3};
   const std::vector<int64_t> statistic_shape{call.images, call.heads, call.height, call.width};

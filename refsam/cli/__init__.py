@@ -14,11 +14,9 @@ import typer
 from typer.core import TyperGroup
 
 from refsam import __version__
-from refsam.allocation import begin_without_caches
 from refsam.errors import UserError
 
 _COMMANDS = "segment segment-videos demo train evaluate data convert info bench export ui".split()
-_WITH_MANY_FRAMES = {"segment", "segment-videos", "ui"}
 _ROOT_OPTIONS = ("install_completion", "show_completion")  # typer gives them to every application
 # typer brings its own copy of click since 0.20, so the exceptions are found from typer's side.
 _CommandLineError: Any = typer.BadParameter.__mro__[2]
@@ -96,13 +94,6 @@ def _root(
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-
-
-def start() -> None:
-    """What the installed command runs: `main`, with memory that hardly grows where many frames are segmented."""
-    if _WITH_MANY_FRAMES & {*sys.argv[1:]}:
-        begin_without_caches()
-    main(prog_name="refsam")
 
 
 def _message(error: Exception) -> str | None:

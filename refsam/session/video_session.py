@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refsam.allocation import returning_gaps
 from refsam.cores import available_cores
 from refsam.session.graphs import FrameGraphs
 from refsam.session.preparation import EncodedFrame, PreparedFrame, prepare_all, prepare_now
@@ -323,19 +322,18 @@ def read_ahead(
 
     They read and resize. Where torch computes with one thread of several cores they run the image encoder too,
     beside the decoder: only that waits for the frame before. encode=False leaves the encoder to `step_together`.
-    Memory that was freed goes back to the system every hundred frames.
     """
     from refsam.video import prefetch
 
     with closing(prefetch(prepare_all(session.model, frames))) as prepared:
         if not (encode and _has_a_core_for_the_encoder(session.model)):
-            yield from returning_gaps(prepared)
+            yield from prepared
             return
         # Threads have modes of their own.
         dtype = torch.get_autocast_dtype("cpu")
         autocast = torch.autocast("cpu", dtype, enabled=torch.is_autocast_enabled("cpu"))
         with closing(prefetch(_encode_all(session, prepared, autocast), depth=2)) as encoded:
-            yield from returning_gaps(encoded)
+            yield from encoded
 
 
 def _has_a_core_for_the_encoder(model: "RefSAM") -> bool:

@@ -1,6 +1,5 @@
 """How many threads and which memory the command line takes."""
 
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 from refsam import RefSAMConfig
-from refsam.cli import options, start
+from refsam.cli import options
 
 FAULTS = """
 import resource, sys
@@ -29,13 +28,8 @@ print((faults() - before) // 20)
 
 
 def faults(mode: str) -> int:
-    """Page faults of a turn that makes and frees twelve megabytes."""
-    return number_from(FAULTS, mode)
-
-
-def number_from(program: str, argument: str) -> int:
-    """What a program prints in a process of its own."""
-    command = [sys.executable, "-c", program, argument]
+    """Page faults of a turn that makes and frees twelve megabytes, in a process of its own."""
+    command = [sys.executable, "-c", FAULTS, mode]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -43,73 +37,6 @@ def number_from(program: str, argument: str) -> int:
 def test_freed_memory_is_used_again() -> None:
     assert faults("give back") > 1000
     assert faults("keep") < 100
-
-
-GAPS = """
-import sys
-from pathlib import Path
-import numpy as np
-from refsam.allocation import keep_freed_memory, returning_gaps
-keep_freed_memory()
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-arrays = [np.ones(64_000, np.uint8) for _ in range(1000)]
-arrays = arrays[::10]
-before = resident()
-passed_on = list(returning_gaps(range(int(sys.argv[1]))))
-assert passed_on == list(range(int(sys.argv[1])))
-print(before - resident())
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_gaps_between_arrays_are_returned_with_every_hundredth_frame() -> None:
-    assert number_from(GAPS, "99") < 1_000_000
-    assert number_from(GAPS, "100") > 40_000_000  # of 57.6
-
-
-BEGIN = """
-import os, sys
-from refsam.allocation import begin_without_caches
-print("begun", flush=True)
-begin_without_caches()
-print(os.environ["GLIBC_TUNABLES"], *sys.argv[1:])
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-@pytest.mark.parametrize(
-    ("given", "tunables", "times"),
-    [
-        (None, "glibc.malloc.tcache_count=0", 2),
-        ("glibc.malloc.check=0", "glibc.malloc.check=0", 1),
-    ],
-)
-def test_a_program_begins_anew_without_caches_unless_it_is_told(
-    given: str | None, tunables: str, times: int
-) -> None:
-    environment = {name: text for name, text in os.environ.items() if name != "GLIBC_TUNABLES"}
-    environment |= {"GLIBC_TUNABLES": given} if given else {}
-    command = [sys.executable, "-c", BEGIN, "two words", "3"]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert ran.stdout.split("\n") == ["begun"] * times + [f"{tunables} two words 3", ""]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-@pytest.mark.parametrize(
-    ("command", "expected"), [("segment", "glibc.malloc.tcache_count=0"), ("info", None)]
-)
-def test_the_command_begins_anew_where_many_frames_are_segmented(
-    command: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun: list[str] = []
-    monkeypatch.setenv("GLIBC_TUNABLES", "")  # so that what is set below is taken back
-    monkeypatch.delenv("GLIBC_TUNABLES")
-    monkeypatch.setattr(sys, "argv", ["refsam", command, "--help"])
-    monkeypatch.setattr(os, "execv", lambda path, words: begun.append(os.environ["GLIBC_TUNABLES"]))
-    with pytest.raises(SystemExit):
-        start()
-    assert begun == ([expected] if expected else [])
 
 
 @pytest.mark.parametrize(

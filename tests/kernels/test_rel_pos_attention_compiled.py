@@ -13,6 +13,7 @@ from torch import Tensor
 from refsam_kernels import libraries, rel_pos_attention
 from refsam_kernels.dispatch import BackendError
 from refsam_kernels.rel_pos_attention import reference
+from tests.heap import bytes_left_by
 from tests.kernels import operator_checks as checks
 
 INSTRUCTION_SETS = ["portable", "avx2", "avx512", "avx512bf16"]
@@ -122,6 +123,25 @@ def test_result_does_not_depend_on_the_number_of_threads(sizes: Sizes, dtype: to
         torch.set_num_threads(threads)
     assert torch.equal(results[0][0][0], results[1][0][0])
     assert all(torch.equal(results[1][1][name], value) for name, value in results[0][1].items())
+
+
+def test_calls_leave_nothing_behind(library: Any) -> None:
+    """Torch's conversion of a string argument leaves 48 bytes of it behind, which no memory of frames can bear."""
+    sizes = (1, 6, 5, 2, 8, 4)
+    inputs = make_inputs(sizes)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+    bad = [*inputs.values(), 2, 4, "zero", ""]
+
+    def forward_and_backward() -> None:
+        torch.autograd.grad(operator_of(sizes)(**leaves).sum(), list(leaves.values()))
+
+    def fail() -> None:
+        with pytest.raises(RuntimeError, match="pad_mode"):
+            library.rel_pos_attention(*bad)
+
+    assert bytes_left_by(lambda: operator_of(sizes)(**inputs, backend="cpu")) < 16
+    assert bytes_left_by(forward_and_backward) < 16
+    assert bytes_left_by(fail) < 16
 
 
 def test_nan_stays_visible(instruction_set: str) -> None:
