@@ -1,6 +1,7 @@
 """Photographs that scikit-image and scikit-learn ship, as backgrounds."""
 
 from functools import cache
+from itertools import permutations
 from pathlib import Path
 
 import torch
@@ -25,6 +26,9 @@ _HELD_OUT = (
 def photographs(held_out: bool) -> tuple[Tensor, ...]:
     """The photographs of one side of the split, each (3, h, w) float32 RGB in 0..1 with a short side of 320 pixels.
 
+    Those for training come with their channels in every order: few have much colour, and what has a colour in a photograph is
+    easily taken for an object.
+
     Raises UserError where scikit-image or scikit-learn is not installed.
     """
     try:
@@ -39,7 +43,16 @@ def photographs(held_out: bool) -> tuple[Tensor, ...]:
         "sklearn": Path(sklearn.__file__).parent / "datasets" / "images",
     }
     names = _HELD_OUT if held_out else _TRAINED
-    return tuple(_load(folders[name.split("/")[0]] / name.split("/")[1]) for name in names)
+    images = [_load(folders[name.split("/")[0]] / name.split("/")[1]) for name in names]
+    if held_out:
+        return tuple(images)
+    return tuple(recoloured for image in images for recoloured in _recoloured(image))
+
+
+def _recoloured(image: Tensor) -> list[Tensor]:
+    """The image with its channels in every order, alone if it is grey."""
+    is_grey = bool((image[0] == image[1]).all() and (image[1] == image[2]).all())
+    return [image] if is_grey else [image[list(order)] for order in permutations(range(3))]
 
 
 def _load(path: Path) -> Tensor:
