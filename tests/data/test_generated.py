@@ -1,5 +1,7 @@
 """The generated clips: repeatable, and every sentence means exactly what its mask shows."""
 
+from typing import get_args, get_type_hints
+
 import numpy as np
 import pytest
 import torch
@@ -18,8 +20,9 @@ from refsam.data.generated.grammar import (
 )
 from refsam.data.generated.palette import COLOURS, to_rgb
 from refsam.data.generated.render import render
-from refsam.data.generated.scene import Scene, is_held_out, sample_scene
+from refsam.data.generated.scene import MAX_OBJECTS, STYLES, Scene, is_held_out, sample_scene
 from refsam.data.generated.shapes import NAMED_SHAPES, UNNAMED_SHAPES, blob
+from refsam.training.settings import StageSettings
 
 SIZE = (72, 128)
 
@@ -79,6 +82,17 @@ def test_a_style_sets_how_many_objects_there_are_and_how_large():
     assert large.max() <= 2  # three objects at most, no clutter
     assert full.max() > 2
     assert (large >= 0).float().mean() > (full >= 0).float().mean()
+    crowd = generate_batch(0, 1, style="crowd", **arguments).owner
+    assert (
+        crowd.flatten(1).amax(1).min() >= 3 and crowd.max() > 9
+    )  # a pair that is held out is left out
+
+
+def test_no_style_has_more_objects_than_are_counted():
+    assert set(get_args(get_type_hints(StageSettings)["style"])) == set(STYLES)
+    for style in STYLES.values():
+        assert len(style.counts) + len(style.clutter) - 1 <= MAX_OBJECTS
+        assert abs(sum(style.counts) - 1) < 1e-9 and abs(sum(style.clutter) - 1) < 1e-9
 
 
 def test_outlines_have_unit_area():

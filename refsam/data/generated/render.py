@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam.data.generated.scene import MAX_OBJECTS, Background, Scene
+from refsam.data.generated.scene import Background, Scene
 from refsam.data.generated.shapes import ANGLES
 
 _CANVAS = 1.25  # the background is drawn larger than the frame, so that the camera can move
@@ -27,7 +27,7 @@ def render(
     owner = torch.full((len(image), height, width), -1, dtype=torch.int8, device=device)
     texture = _texture(image, generator)
     tables = _tables(scenes, device)
-    for index in range(max(len(scene.objects) for scene in scenes)):
+    for index in range(tables["place"].shape[1]):
         image, owner = _draw_object(
             image, owner, texture, index, {k: v[:, index] for k, v in tables.items()}
         )
@@ -38,12 +38,13 @@ def render(
 
 
 def _tables(scenes: Sequence[Scene], device: torch.device) -> dict[str, Tensor]:
-    """The objects' parameters as (B*T, MAX_OBJECTS, ·) tensors; objects that a scene lacks have no area."""
+    """The objects' parameters as (B*T, O, ·) tensors, O the most that a scene has; objects that a scene lacks have no area."""
     frames = len(scenes[0].camera)
+    objects = max(len(scene.objects) for scene in scenes)
     rows: dict[str, list[list[list[float]]]] = {}
     for scene in scenes:
         for t in range(frames):
-            values = [_row(scene, index, t) for index in range(MAX_OBJECTS)]
+            values = [_row(scene, index, t) for index in range(objects)]
             for key in values[0]:
                 rows.setdefault(key, []).append([value[key] for value in values])
     return {

@@ -8,7 +8,7 @@ import numpy as np
 from refsam.data.generated import palette
 from refsam.data.generated.shapes import NAMED_SHAPES, UNNAMED_SHAPES, Shape, blob
 
-MAX_OBJECTS = 9
+MAX_OBJECTS = 20
 _ALL = list(range(len(palette.COLOURS)))
 _MUTED = {"brown", "black", "white", "grey"}
 _VIVID = [index for index in _ALL if palette.COLOURS[index].name not in _MUTED]
@@ -33,6 +33,7 @@ STYLES = {
     "full": SceneStyle(),
     "larger": SceneStyle(areas=(0.01, 0.2)),
     "many": SceneStyle((0.008, 0.08), (0.0, 0.0, 0.2, 0.25, 0.25, 0.15, 0.15), (0.8, 0.2), 0.3),
+    "crowd": SceneStyle((0.004, 0.02), (0.0,) * 7 + (0.1,) * 10, (0.8, 0.2), 0.2),
     "few and large": SceneStyle((0.08, 0.35), (0.5, 0.35, 0.15), (1.0,), 0.15),
 }
 
