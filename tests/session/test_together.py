@@ -114,21 +114,6 @@ def test_read_ahead_with_and_without_the_encoder(
             assert_same(session.step(ready), expected)
 
 
-def test_read_ahead_gives_freed_memory_back_now_and_then(
-    model: RefSAM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[int] = []
-    calls: list[int] = []
-    monkeypatch.setattr("refsam.allocation._FRAMES_BETWEEN", 3)
-    monkeypatch.setattr(
-        "refsam.allocation._glibc", lambda name: lambda padding: calls.append(len(seen))
-    )
-    frames = (Frame(time, float(time), image) for time, image in enumerate(video(0, frames=8)))
-    for frame, _ in read_ahead(VideoSession(model), frames):
-        seen.append(frame.index)
-    assert calls == [3, 6]
-
-
 def test_rejects_sessions_of_different_models(model: RefSAM) -> None:
     turns = [(VideoSession(m, ["dog"]), video(0)[0]) for m in (model, tiny_model(seed=1))]
     with pytest.raises(ValueError, match="turns: got sessions of different models"):
