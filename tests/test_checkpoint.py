@@ -342,6 +342,8 @@ def test_delta_names_the_file_it_lacks(
 def test_delta_refuses_another_sam_file(trained: RefSAM, sam_file: Path, tmp_path: Path) -> None:
     trained.sources = {"sam": Source("sam_vit_t.pth", "0" * 64)}
     trained.save_pretrained(tmp_path / "delta", delta=True)
+    with pytest.raises(CheckpointError, match=r"sam_vit_t.pth \(SHA-256 0{64}\)"):
+        RefSAM.from_pretrained(tmp_path / "delta")
     convert("sam", sam_file, "--out", tmp_path / "converted")
     for other in (sam_file, tmp_path / "converted"):
         with pytest.raises(CheckpointError, match=r"has SHA-256 .*, wanted sam_vit_t.pth"):

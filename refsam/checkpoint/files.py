@@ -40,7 +40,8 @@ class Source:
     url: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.name} (SHA-256 {self.sha256 or 'not recorded'}; get it from {self.url})"
+        where = f"; get it from {self.url}" if self.url else ""
+        return f"{self.name} (SHA-256 {self.sha256 or 'not recorded'}{where})"
 
 
 def _official(name: str, sha256: str) -> Source:
