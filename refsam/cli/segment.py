@@ -256,6 +256,7 @@ def segment_frames(
     """
     import torch
 
+    from refsam.cli.interrupts import held_back
     from refsam.cli.progress import progress
     from refsam.session import EncodedFrame
     from refsam.video import FrameDecodeError
@@ -264,7 +265,7 @@ def segment_frames(
     device = session.model.device
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     try:
-        with progress("segmenting", expected_frames) as advance, autocast:
+        with progress("segmenting", expected_frames) as advance, autocast, held_back() as check:
             for frame, prepared in frames:
                 begun = time.perf_counter()
                 masks, scores = session.step(prepared).on_host()
@@ -277,6 +278,7 @@ def segment_frames(
                 writer.write(frame, masks, scores)
                 run.frames += 1
                 advance()
+                check()
     except (FrameDecodeError, KeyboardInterrupt) as error:
         if run.frames == 0:
             raise
