@@ -1,7 +1,8 @@
-"""SIGTERM and Ctrl-C ask a run to stop after its step."""
+"""SIGTERM and Ctrl-C ask work to stop at a place where it can."""
 
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -9,18 +10,19 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Within a `with` block, `signal` is the first of SIGTERM and SIGINT that arrived, 0 before that.
+    """Within a `with` block, `signal` is the first of the signals that arrived, 0 before that; by default of SIGTERM and SIGINT.
 
     A second SIGINT interrupts at once. Python handles signals in the main thread only: elsewhere nothing is caught.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Sequence[signal.Signals] = _SIGNALS) -> None:
         self.signal = 0
+        self._signals = signals
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in self._signals}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -21,7 +21,7 @@ LAYERS = [
     {"refsam.data", "refsam.video", "refsam.metrics"},
     {"refsam.model"},
     {"refsam.checkpoint", "refsam.config"},
-    {"refsam.allocation", "refsam.cores", "refsam.errors", "refsam_kernels"},
+    {"refsam.allocation", "refsam.cores", "refsam.errors", "refsam.interruption", "refsam_kernels"},
 ]
 KERNELS_MAY_IMPORT = {"torch", "triton", "refsam_kernels"}
 

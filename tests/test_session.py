@@ -247,7 +247,7 @@ def test_reading_and_segmenting_overlap(model: RefSAM, monkeypatch: pytest.Monke
 
 
 def test_frames_leave_nothing_in_the_heap(model: RefSAM, frames: list[np.ndarray]) -> None:
-    """A hundred bytes a frame, never freed, kept arrays from lying where others had lain: 200 MiB in 10,000 frames."""
+    """Some hundred bytes a frame, never freed, kept arrays from lying where others had lain: 200 MiB in 10,000 frames."""
     session = VideoSession(model, ["the red circle", "the blue square"])
     assert bytes_left_by(lambda: session.step(frames[0])) < 16
 

@@ -15,6 +15,7 @@ from refsam.checkpoint.files import shorten
 from refsam.data import ReferringDataset
 from refsam.data.generated.grammar import vocabulary
 from refsam.errors import UserError
+from refsam.interruption import StopRequest
 from refsam.model import RefSAM, word_tokenizer
 from refsam.model.model_card import card_arguments
 from refsam.training.batches import (
@@ -27,7 +28,6 @@ from refsam.training.batches import (
 )
 from refsam.training.distributed import Processes, SharedModule, local, spread_like, whole
 from refsam.training.flops import count_flops
-from refsam.training.interruption import StopRequest
 from refsam.training.module import NotANumberError, TrainingModule
 from refsam.training.monitoring import Log, Meter, measure_peak_flops
 from refsam.training.parameters import (

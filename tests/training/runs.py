@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import torch
+
 from refsam.config import config_from_dict
+from refsam.model.text_encoder import EncodedText, TextEncoder
 from refsam.training.loop import Trainer
 from refsam.training.settings import TrainingSettings
 from tests.tiny_model import CONFIG
@@ -36,3 +39,9 @@ def run_settings(
 def losses_of(trainer: Trainer) -> list[float]:
     """Run to the end; the total loss of every step."""
     return [record["total"] for record in trainer.run() if "total" in record]
+
+
+def ones_for_words(encoder: TextEncoder, expressions: list[str]) -> EncodedText:
+    """What stands for the features of a pretrained encoder."""
+    lengths = torch.tensor([len(text.split()) for text in expressions])
+    return EncodedText(torch.ones(len(expressions), int(lengths.max()), encoder.width), lengths)

@@ -10,21 +10,14 @@ import torch
 from refsam import RefSAM
 from refsam.checkpoint.files import is_base
 from refsam.model.pretrained_text_encoder import T5TextEncoder
-from refsam.model.text_encoder import EncodedText
 from refsam.training.loop import Trainer
 from tests.data import fixtures
 from tests.test_checkpoint import convert, official_files
-from tests.training.runs import losses_of, run_settings
-
-
-def encode_without_weights(encoder: T5TextEncoder, expressions: list[str]) -> EncodedText:
-    """In T5's place: its weights are gigabytes away."""
-    lengths = torch.tensor([len(text.split()) for text in expressions])
-    return EncodedText(torch.ones(len(lengths), int(lengths.max()), encoder.width), lengths)
+from tests.training.runs import losses_of, ones_for_words, run_settings
 
 
 def test_official_files_are_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(T5TextEncoder, "encode", encode_without_weights)
+    monkeypatch.setattr(T5TextEncoder, "encode", ones_for_words)  # its weights are gigabytes
     fixtures.write_ref_youtube_vos(tmp_path / "videos")
     sam, files = official_files(tmp_path)
     result = convert("official", *files, "--sam", sam, "--out", tmp_path / "official")

@@ -14,7 +14,7 @@ from refsam.model.text_encoder import EncodedText, SmallTextEncoder, word_tokeni
 from refsam.training.loop import Trainer
 from refsam.training.text_features import TextFeatures, identity
 from tests.data import fixtures
-from tests.training.runs import losses_of, run_settings
+from tests.training.runs import losses_of, ones_for_words, run_settings
 
 TEXTS = ["the red dog", "cat", "the cat on the left"]
 
@@ -112,8 +112,7 @@ class Pretrained(T5TextEncoder):
 
     def encode(self, expressions: list[str]) -> EncodedText:
         self.load()
-        lengths = torch.tensor([len(text.split()) for text in expressions])
-        return EncodedText(torch.ones(len(expressions), int(lengths.max()), self.width), lengths)
+        return ones_for_words(self, expressions)
 
 
 def test_a_pretrained_encoder_is_told_by_its_file_and_not_loaded_for_what_is_there(
