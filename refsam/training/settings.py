@@ -36,7 +36,7 @@ class StageSettings:
     frames: PositiveInt = 1
     expressions: NonNegativeInt = 6
     image_size: PositiveInt | None = None
-    style: Literal["full", "larger", "many", "crowd", "few and large"] = "full"
+    style: Literal["full", "larger", "many", "crowd", "blocks", "few and large"] = "full"
     loss_scale: Literal[1, 2] = 1
     back_frames: PositiveInt | None = None
 

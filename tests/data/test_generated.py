@@ -1,5 +1,6 @@
 """The generated clips: repeatable, and every sentence means exactly what its mask shows."""
 
+from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from refsam.data.generated import generate_batch, generate_clip
 from refsam.data.generated.backgrounds import _HELD_OUT, _TRAINED, photographs
+from refsam.data.generated.blocks import Block, letters
 from refsam.data.generated.clips import COLOUR_CLASSES
 from refsam.data.generated.grammar import (
     _TEMPLATES,
@@ -21,15 +23,18 @@ from refsam.data.generated.grammar import (
 from refsam.data.generated.palette import COLOURS, to_rgb
 from refsam.data.generated.render import render
 from refsam.data.generated.scene import MAX_OBJECTS, STYLES, Scene, is_held_out, sample_scene
-from refsam.data.generated.shapes import NAMED_SHAPES, UNNAMED_SHAPES, blob
+from refsam.data.generated.shapes import NAMED_SHAPES, ROUNDED_SQUARE, UNNAMED_SHAPES, blob
 from refsam.training.settings import StageSettings
 
 SIZE = (72, 128)
 
 
-def scenes(count: int, held_out: bool = False, frames: int = 1) -> list[Scene]:
+def scenes(count: int, held_out: bool = False, frames: int = 1, style: str = "full") -> list[Scene]:
     times = np.arange(frames)
-    return [sample_scene(np.random.default_rng(i), times, SIZE, 0, held_out) for i in range(count)]
+    return [
+        sample_scene(np.random.default_rng(i), times, SIZE, 0, held_out, STYLES[style])
+        for i in range(count)
+    ]
 
 
 def test_same_arguments_give_the_same_batch():
@@ -95,11 +100,62 @@ def test_no_style_has_more_objects_than_are_counted():
         assert abs(sum(style.counts) - 1) < 1e-9 and abs(sum(style.clutter) - 1) < 1e-9
 
 
+def test_the_style_blocks_has_scenes_of_one_shape_and_prints_on_most_objects():
+    drawn = scenes(60, style="blocks")
+    alike = [len({item.shape_index for item in scene.objects}) == 1 for scene in drawn]
+    assert 10 < sum(alike) < 55
+    coloured = [item for scene in drawn for item in scene.objects if item.colour_index is not None]
+    share = sum(item.block is not None for item in coloured) / len(coloured)
+    assert 0.7 < share < 0.9
+    muted = {"brown", "black", "white", "grey"}
+    assert not any(COLOURS[item.colour_index].name in muted for item in coloured)
+
+
+def one_object(block: Block | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels (H, W, 3) in 0..1 and owner (H, W) of a red circle in the middle, 144 x 144."""
+    scene = next(scene for scene in scenes(50) if scene.objects[0].shape.hole[2] == 0)
+    plain = {"decal": (0.0, 0.0, 0.0), "shading": (0.0,) * 3, "texture": (0.0,) * 3}
+    item = replace(
+        scene.objects[0], shape=NAMED_SHAPES[0], rgb=np.array([1.0, 0, 0]), area=0.1, stretch=1.0,
+        centre=np.full((1, 2), 0.5), rotation=np.zeros(1), mottle=0.0, shadow=0.0, block=block, **plain,
+    )  # fmt: skip
+    scene = Scene((item,), (144, 144), np.array([[0.0, 0.0, 1.0]]), scene.background)
+    frames, owner = render([scene], (), torch.Generator().manual_seed(0))
+    return frames[0, 0].float() / 255, owner[0, 0]
+
+
+def block(letter: int, panel: float = 0.8) -> Block:
+    white, red, brown = np.ones(3), np.array([1.0, 0, 0]), np.array([0.4, 0.25, 0.1])
+    return Block(panel, white, letter, 0.3, red, (0.5, 0.0), brown)
+
+
+def test_a_block_is_its_face_and_its_side_belongs_to_no_object():
+    (bare, owner), (printed, face) = one_object(None), one_object(block(0))
+    assert torch.equal(owner, face)
+    changed = (printed - bare).abs().amax(2) > 0.25
+    left, right = (owner < 0) & changed, changed.clone()
+    left[:, 72:] = False
+    right[:, :72] = False
+    right &= owner < 0
+    assert right.sum() > 300 and left.sum() < 20  # the back lies to the right
+    panel = (printed - bare)[face == 0][:, 1:].mean()
+    assert panel > 0.2  # white where it was red
+
+
+def test_letters_differ_and_are_printed_in_the_colour_of_the_block():
+    assert len({tuple(letter.flatten().tolist()) for letter in letters()}) == 26
+    assert letters().mean(dim=(1, 2)).min() > 0.05 and letters().mean(dim=(1, 2)).max() < 0.6
+    first, second = (one_object(block(letter))[0] for letter in (0, 23))
+    assert ((first - second).abs().amax(2) > 0.25).sum() > 50
+    (bare, owner), (red_on_red, _) = one_object(None), one_object(block(0, panel=0.0))
+    assert (red_on_red - bare)[owner == 0].abs().mean() < 0.05  # a red letter and no panel
+
+
 def test_outlines_have_unit_area():
     random = np.random.default_rng(0)
     y, x = np.mgrid[-2:2:400j, -2:2:400j]
     angle, radius = np.arctan2(y, x), np.hypot(x, y)
-    for shape in (*NAMED_SHAPES, *UNNAMED_SHAPES, blob(random), blob(random)):
+    for shape in (*NAMED_SHAPES, ROUNDED_SQUARE, *UNNAMED_SHAPES, blob(random)):
         grid = np.linspace(-np.pi, np.pi, len(shape.profile) + 1)
         inside = radius < np.interp(angle, grid, np.append(shape.profile, shape.profile[0]))
         inside &= np.hypot(x - shape.hole[0], y - shape.hole[1]) >= shape.hole[2]
@@ -196,11 +252,15 @@ def test_vocabulary_holds_every_word_but_the_made_up_one():
                 assert sentence is None or set(sentence.text.split()) <= known, sentence
 
 
-def test_training_never_sees_the_benchmarks_pairs_templates_or_photographs():
-    for scene in scenes(200):
+@pytest.mark.parametrize("style", STYLES)
+def test_training_never_sees_the_benchmarks_pairs(style):
+    for scene in scenes(200, style=style):
         for item in scene.objects:
             if item.shape_index is not None and item.colour_index is not None:
                 assert not is_held_out(item.shape_index, item.colour_index)
+
+
+def test_training_never_sees_the_benchmarks_templates_or_photographs():
     for trained, kept in _TEMPLATES.values():
         assert not set(trained) & set(kept)
     assert not set(_TRAINED) & set(_HELD_OUT)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refsam.data.generated.blocks import Block, letters
 from refsam.data.generated.scene import Background, Scene
 from refsam.data.generated.shapes import ANGLES
 
@@ -71,7 +72,15 @@ def _row(scene: Scene, index: int, t: int) -> dict[str, list[float]]:
         "rgb": item.rgb.tolist(),
         "decal": [*item.decal, *item.decal_rgb],
         "look": [*item.shading, *item.texture, item.mottle, item.shadow],
+        "block": _block_row(item.block),
     }
+
+
+def _block_row(block: Block | None) -> list[float]:
+    if block is None:
+        return [0.0] * 14
+    colours = (*block.panel_rgb, *block.letter_rgb, *block.side_rgb)
+    return [block.panel, block.letter, block.letter_size, *block.side, *colours]
 
 
 def _draw_object(
@@ -81,6 +90,9 @@ def _draw_object(
     x, y, scale, present = _object_coordinates(table["place"], owner.shape[1:])
     coverage = _coverage(x, y, scale, table) * present
     image = image * (1 - _shadow(x, y, table["look"][:, 7], present) * (1 - coverage))[:, None]
+    blocks = table["block"][:, 2].nonzero()[:, 0]  # those that have a letter
+    if len(blocks):
+        image, owner = _draw_sides(image, owner, blocks, {k: v[blocks] for k, v in table.items()})
     colour = _surface(x, y, texture, table)
     image = torch.lerp(image, colour, coverage[:, None])
     return image, owner.masked_fill(coverage > 0.5, index)
@@ -101,20 +113,39 @@ def _object_coordinates(
     return along, across, scale, present
 
 
+def _draw_sides(
+    image: Tensor, owner: Tensor, blocks: Tensor, table: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Lay the bare sides of the blocks, the outline swept to where the back is, over the frames numbered `blocks`."""
+    side = table["block"][:, 3:5] * table["place"][:, 2:3]
+    swept = torch.zeros_like(image[blocks, 0])
+    for depth in (0.5, 1):
+        place = torch.cat([table["place"][:, :2] + depth * side, table["place"][:, 2:]], dim=1)
+        x, y, scale, present = _object_coordinates(place, owner.shape[1:])
+        swept = torch.maximum(swept, _coverage(x, y, scale, table) * present)
+    colour = table["block"][:, 11:14, None, None]
+    image[blocks] = torch.lerp(image[blocks], colour, swept[:, None])
+    owner[blocks] = owner[blocks].masked_fill(swept > 0.5, -1)
+    return image, owner
+
+
 def _coverage(x: Tensor, y: Tensor, scale: Tensor, table: dict[str, Tensor]) -> Tensor:
     """How much of each pixel the outline covers, 0..1, soft over one pixel."""
-    place = (torch.atan2(y, x) / (2 * torch.pi) + 0.5) * ANGLES
-    lower = place.floor()
-    profile = table["profile"]
-    first = lower.long().remainder(ANGLES).flatten(1)
-    second = (first + 1).remainder(ANGLES)
-    radius = torch.lerp(
-        profile.gather(1, first).view_as(x), profile.gather(1, second).view_as(x), place - lower
-    )
-    inside = ((radius - torch.hypot(x, y)) * scale + 0.5).clamp(0, 1)
+    inside = ((_radius(x, y, table["profile"]) - torch.hypot(x, y)) * scale + 0.5).clamp(0, 1)
     hole_x, hole_y, hole_radius = (v[:, None, None] for v in table["hole"].unbind(1))
     outside_hole = ((torch.hypot(x - hole_x, y - hole_y) - hole_radius) * scale + 0.5).clamp(0, 1)
     return inside * torch.where(hole_radius > 0, outside_hole, 1.0)
+
+
+def _radius(x: Tensor, y: Tensor, profile: Tensor) -> Tensor:
+    """The outline's radius, (F, H, W), in the direction of each pixel."""
+    place = (torch.atan2(y, x) / (2 * torch.pi) + 0.5) * ANGLES
+    lower = place.floor()
+    first = (lower.long() & (ANGLES - 1)).flatten(1)
+    second = (first + 1) & (ANGLES - 1)
+    return torch.lerp(
+        profile.gather(1, first).view_as(x), profile.gather(1, second).view_as(x), place - lower
+    )
 
 
 def _shadow(x: Tensor, y: Tensor, strength: Tensor, present: Tensor) -> Tensor:
@@ -134,9 +165,29 @@ def _surface(x: Tensor, y: Tensor, texture: Tensor, table: dict[str, Tensor]) ->
     decal_x, decal_y, radius = (v[:, None, None] for v in table["decal"][:, :3].unbind(1))
     on_decal = (torch.hypot(x - decal_x, y - decal_y) < radius)[:, None]
     colour = torch.where(on_decal, table["decal"][:, 3:, None, None] * light[:, None], colour)
+    blocks = table["block"][:, 2].nonzero()[:, 0]
+    if len(blocks):
+        rows = {key: value[blocks] for key, value in table.items()}
+        printed = _print(x[blocks], y[blocks], rows["place"][:, 2, None, None], rows)
+        colour = colour.index_copy(0, blocks, printed * light[blocks, None])
     colour = colour * (1 + mottle[:, None] * (texture - 1))
     shine = highlight * torch.exp(-14 * ((x + 0.2) ** 2 + (y + 0.22) ** 2).clamp(max=1))
     return (colour + shine[:, None]).clamp(0, 1)
+
+
+def _print(x: Tensor, y: Tensor, scale: Tensor, table: dict[str, Tensor]) -> Tensor:
+    """The faces of blocks, (F, 3, H, W), without light: base, panel and letter."""
+    panel, letter, letter_size = (v[:, None, None] for v in table["block"][:, :3].unbind(1))
+    base, panel_rgb, letter_rgb = (
+        v[:, :, None, None] for v in (table["rgb"], table["block"][:, 5:8], table["block"][:, 8:11])
+    )
+    edge = (_radius(x, y, table["profile"]) * panel - torch.hypot(x, y)) * scale
+    on_panel = (edge + 0.5).clamp(0, 1) * (panel > 0)
+    shapes = letters().to(x.device)[letter.long().flatten()][:, None]
+    on_letter = F.grid_sample(
+        shapes, torch.stack([x, y], dim=3) / letter_size[..., None], align_corners=False
+    )
+    return base.lerp(panel_rgb, on_panel[:, None]).lerp(letter_rgb, on_letter)
 
 
 def _texture(image: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,18 +1,20 @@
 """Random scenes: which objects there are, how they look and how they move. No pixels yet."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from refsam.data.generated import palette
-from refsam.data.generated.shapes import NAMED_SHAPES, UNNAMED_SHAPES, Shape, blob
+from refsam.data.generated.blocks import Block, sample_block, sample_side
+from refsam.data.generated.shapes import NAMED_SHAPES, ROUNDED_SQUARE, UNNAMED_SHAPES, Shape, blob
 
 MAX_OBJECTS = 20
 _ALL = list(range(len(palette.COLOURS)))
 _MUTED = {"brown", "black", "white", "grey"}
 _VIVID = [index for index in _ALL if palette.COLOURS[index].name not in _MUTED]
 _SMALLEST = 100  # pixels; of a smaller object no shape could be seen
+_SQUARE = [shape.name for shape in NAMED_SHAPES].index("square")
 
 
 @dataclass(frozen=True)
@@ -20,13 +22,17 @@ class SceneStyle:
     """What scenes are drawn from.
 
     `areas` are the smallest and largest share of the frame that an object covers, `counts` how likely 1, 2, ... objects are,
-    `clutter` how likely 0, 1, ... things without colour and name, `unnamed` how likely an object has a shape without a name.
+    `clutter` how likely 0, 1, ... things without colour and name, `unnamed` how likely an object has a shape without a name,
+    `blocks` how likely an object is a toy block, `alike` how likely all objects have one shape and few colours (never
+    in held-out scenes).
     """
 
     areas: tuple[float, float] = (0.004, 0.13)
     counts: tuple[float, ...] = (0.08, 0.14, 0.2, 0.2, 0.16, 0.12, 0.1)
     clutter: tuple[float, ...] = (0.6, 0.25, 0.15)
     unnamed: float = 0.4
+    blocks: float = 0.0
+    alike: float = 0.0
 
 
 STYLES = {
@@ -34,6 +40,9 @@ STYLES = {
     "larger": SceneStyle(areas=(0.01, 0.2)),
     "many": SceneStyle((0.008, 0.08), (0.0, 0.0, 0.2, 0.25, 0.25, 0.15, 0.15), (0.8, 0.2), 0.3),
     "crowd": SceneStyle((0.004, 0.02), (0.0,) * 7 + (0.1,) * 10, (0.8, 0.2), 0.2),
+    "blocks": SceneStyle(
+        (0.004, 0.04), (0.0,) * 2 + (0.0625,) * 16, (0.7, 0.3), 0.25, blocks=0.8, alike=0.6
+    ),
     "few and large": SceneStyle((0.08, 0.35), (0.5, 0.35, 0.15), (1.0,), 0.15),
 }
 
@@ -61,6 +70,7 @@ class SceneObject:
     texture: tuple[float, float, float]  # stripes: frequency, angle, contrast
     mottle: float  # how much of a photograph shows through
     shadow: float
+    block: Block | None = None
 
     @cached_property
     def in_view(self) -> np.ndarray:
@@ -111,9 +121,14 @@ def sample_scene(
     """Draw a scene whose objects move over `times (T,)`, in frames; `held_out` makes one object a pair never trained on."""
     background = _sample_background(random, photographs)
     clutter = int(random.choice(len(style.clutter), p=style.clutter))
-    # Where photographs or clutter are seen, something of every muted colour is: a sentence with one would be unclear.
-    colours = _VIVID if clutter or background.photograph is not None else _ALL
-    kinds = _sample_kinds(random, colours, held_out, style) + [(None, None)] * clutter
+    # Where photographs, clutter or wood are seen, something of every muted colour is: a sentence with one would be unclear.
+    plain = not clutter and background.photograph is None and not style.blocks
+    colours = _ALL if plain else _VIVID
+    if style.alike and not held_out and random.random() < style.alike:
+        kinds = _sample_alike_kinds(random, colours, style)
+    else:
+        kinds = _sample_kinds(random, colours, held_out, style)
+    kinds += [(None, None)] * clutter
     placed: list[tuple[float, np.ndarray]] = []
     objects = []
     for index, (shape_index, colour_index) in enumerate(kinds):
@@ -127,6 +142,8 @@ def sample_scene(
         path = start + _motion(random, times, start, leaves=index == 0 and random.random() < 0.2)
         rgb = _sample_rgb(random, colour_index, background)
         objects.append(_sample_object(random, shape_index, colour_index, rgb, area, path, times))
+    if style.blocks:
+        objects = _turn_into_blocks(random, objects, style.blocks)
     order = random.permutation(len(objects))
     objects = [objects[i] for i in order]
     return Scene(tuple(objects), size, _camera(random, times), background)
@@ -158,6 +175,18 @@ def _sample_kinds(
             continue
         kinds.append((shape_index, colour_index))
     return kinds
+
+
+def _sample_alike_kinds(
+    random: np.random.Generator, colours: list[int], style: SceneStyle
+) -> list[tuple[int | None, int | None]]:
+    """(shape, colour) of each object: one shape, most often the square, or none with a name, in two to five colours."""
+    count = 1 + int(random.choice(len(style.counts), p=style.counts))
+    shape = _SQUARE if random.random() < 0.6 else int(random.integers(len(NAMED_SHAPES)))
+    has_name = random.random() >= style.unnamed
+    trained = [c for c in colours if not (has_name and is_held_out(shape, c))]
+    chosen = random.permutation(trained)[: random.integers(2, 6)]
+    return [(shape if has_name else None, int(random.choice(chosen))) for _ in range(count)]
 
 
 def _pair(
@@ -255,6 +284,31 @@ def _sample_object(
         ),
         shadow=random.uniform(0.1, 0.5) * (random.random() < 0.5),
     )
+
+
+def _turn_into_blocks(
+    random: np.random.Generator, objects: list[SceneObject], share: float
+) -> list[SceneObject]:
+    """The objects with that share of the coloured ones as toy blocks."""
+    side = sample_side(random)
+    return [
+        _as_block(random, item, side)
+        if item.colour_index is not None and random.random() < share
+        else item
+        for item in objects
+    ]
+
+
+def _as_block(
+    random: np.random.Generator, item: SceneObject, side: tuple[float, float]
+) -> SceneObject:
+    item = replace(item, block=sample_block(random, item.rgb, side))
+    if item.shape_index != _SQUARE:
+        return item
+    # A letter on it shows that a square is one, however it lies.
+    turned = random.uniform(-0.8, 0.8) - item.rotation[0]
+    shape = ROUNDED_SQUARE if random.random() < 0.5 else item.shape
+    return replace(item, shape=shape, rotation=item.rotation + turned)
 
 
 def _sample_rgb(

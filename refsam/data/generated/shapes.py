@@ -100,6 +100,8 @@ NAMED_SHAPES = (
     _shape("arrow", _polygon(_ARROW), stretch=1.1),
 )
 
+ROUNDED_SQUARE = _shape("square", _superellipse(1.0, 1.0, 8.0), tilt=0.3)
+
 _SILHOUETTES = (
     _points(  # bottle
         (-0.12, -1), (0.12, -1), (0.12, -0.5), (0.32, -0.25), (0.32, 0.95), (-0.32, 0.95),
