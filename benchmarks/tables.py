@@ -56,6 +56,17 @@ def _nano_generated() -> str:
     return table(_result("nano_generated")["summary"])
 
 
+def _nano_real_clips() -> str:
+    if not (RESULTS / "nano_real_clips.json").exists():
+        return "Not measured yet."
+    from benchmarks.real_clips import table
+
+    result = _result("nano_real_clips")
+    lines = [table(result["before"], result["now"]), ""]
+    lines.append(f"Before: commit {result['base'][:7]}; now: {result['commit'][:7]}.")
+    return "\n".join(lines)
+
+
 def _nano_targets() -> str:
     summary, speed = _result("nano_generated")["summary"], _result("segment_nano_cpu")
     accuracy, medians = summary["accuracy"], speed["medians"]
@@ -382,6 +393,7 @@ _TABLES = {
     "bench_cpu": _bench_cpu,
     "errors": _errors,
     "nano_generated": _nano_generated,
+    "nano_real_clips": _nano_real_clips,
     "nano_targets": _nano_targets,
     "encoder_cpu": _encoder_cpu,
     "integrations_cpu": _integrations_cpu,

@@ -1,0 +1,77 @@
+"""The comparison on real clips, on painted ones: what it takes for coloured, and what it reports."""
+
+import av
+import numpy as np
+import pytest
+
+from benchmarks.real_clips import ROOT, coloured, mean, score, table, weights_at
+from refsam.model import RefSAM
+
+COLOURS = {"red": (220, 20, 30), "yellow": (230, 200, 20), "green": (30, 160, 70)}
+COLOURS |= {"blue": (25, 70, 200), "blue trousers": (30, 70, 160)}
+
+
+def painted(*patches: tuple[str, slice, slice], size: tuple[int, int] = (120, 160)) -> np.ndarray:
+    frame = np.full((*size, 3), 25, np.uint8)
+    for name, rows, columns in patches:
+        frame[rows, columns] = COLOURS[name]
+    return frame
+
+
+@pytest.mark.parametrize("name", COLOURS)
+def test_a_coloured_patch_is_found_whole_and_alone(name):
+    frame = painted((name, slice(30, 80), slice(40, 100)))
+    frame[50:60, 60:75] = 240  # a white letter on it
+    truth = np.zeros(frame.shape[:2], bool)
+    truth[30:80, 40:100] = True
+    assert (coloured(frame, name) ^ truth).sum() <= 0.02 * truth.sum()
+    others = {"red", "yellow", "green"} - {name}
+    assert not any(coloured(frame, other).any() for other in others)
+
+
+def test_of_blocks_every_large_one_counts_and_of_trousers_the_largest():
+    patches = (slice(10, 50), slice(10, 50)), (slice(10, 50), slice(100, 130)), (slice(90, 95),) * 2
+    blocks = coloured(painted(*(("red", *patch) for patch in patches)), "red")
+    assert blocks[30, 30] and blocks[30, 115] and not blocks[92, 92]
+    trousers = coloured(painted(*(("blue trousers", *patch) for patch in patches)), "blue trousers")
+    assert trousers[30, 30] and not trousers[30, 115]
+
+
+def test_scores_every_sentence_of_both_clips(tmp_path):
+    corners = slice(10, 50), slice(70, 110)
+    places = [(rows, columns) for rows in corners for columns in (slice(10, 50), slice(90, 130))]
+    blocks = painted(*((name, *place) for name, place in zip(COLOURS, places, strict=False)))
+    trousers = painted(("blue trousers", slice(20, 100), slice(30, 110)))
+    for name, frame in (("dog", trousers), ("blocks", blocks)):
+        with av.open(str(tmp_path / f"{name}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=30)
+            stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
+            for _ in range(9):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    rows = score(RefSAM.from_pretrained("nano").eval(), tmp_path)
+    jeans = next(row for row in rows if row["sentence"] == "the blue jeans")
+    assert jeans["clip"] == "dog" and jeans["J"] > 0.8
+    assert sum("false_area" in row for row in rows) == 14
+
+
+def test_the_table_has_both_models_and_their_means():
+    before = [
+        {"clip": "dog", "sentence": "a", "J": 0.25},
+        {"clip": "dog", "sentence": "b", "J": 0.5},
+    ]
+    before += [{"clip": "dog", "sentence": "c", "false_area": 0.001}]
+    now = [row | ({"J": 0.75} if "J" in row else {"false_area": 0.0}) for row in before]
+    lines = table(before, now).splitlines()
+    assert lines[2:4] == ["| a | dog | 0.250 | 0.750 |", "| b | dog | 0.500 | 0.750 |"]
+    assert lines[4] == "| mean J | | 0.375 | 0.750 |"
+    assert lines[5] == "| marked for 1 absent objects, % of the frame | | 0.100 | 0.000 |"
+    assert mean(before, "J") == 0.375
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_weights_of_a_commit_are_those_it_holds(tmp_path):
+    assert len(weights_at("HEAD", tmp_path)) == 40
+    bundled = ROOT / "refsam/weights/nano/tokenizer.json"
+    assert (tmp_path / "tokenizer.json").read_bytes() == bundled.read_bytes()
+    assert RefSAM.from_pretrained(str(tmp_path)).config == RefSAM.from_pretrained("nano").config
