@@ -19,6 +19,7 @@ import numpy as np
 from scipy import ndimage
 
 from benchmarks.provenance import collect
+from refsam.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE
 from refsam.metrics import region_similarity
 from refsam.model import RefSAM
 from refsam.session import VideoSession
@@ -26,7 +27,6 @@ from refsam.session import VideoSession
 ROOT = Path(__file__).parents[1]
 STRIDE = 8
 _WEIGHTS = Path("refsam/weights/nano")
-_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 _SMALLEST = 600  # pixels; of blocks, what is smaller is a rest behind a hand
 
 # Hue in degrees (from, to), the least saturation and value in 0..1, and whether only the largest region counts.
@@ -135,7 +135,7 @@ def weights_at(commit: str, folder: Path) -> str:
         return subprocess.run(["git", "-C", ROOT, *words], check=True, capture_output=True).stdout
 
     whole = git("rev-parse", "--verify", f"{commit}^{{commit}}").decode().strip()
-    for name in _FILES:
+    for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE):
         (folder / name).write_bytes(git("show", f"{whole}:{_WEIGHTS / name}"))
     return whole
 

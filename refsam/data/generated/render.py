@@ -88,12 +88,11 @@ def _draw_object(
 ) -> tuple[Tensor, Tensor]:
     """Lay one object of every frame over image (F, 3, H, W) and owner (F, H, W)."""
     x, y, scale, present = _object_coordinates(table["place"], owner.shape[1:])
-    coverage = _coverage(x, y, scale, table) * present
+    radius = _radius(x, y, table["profile"])
+    coverage = _coverage(x, y, radius, scale, table) * present
     image = image * (1 - _shadow(x, y, table["look"][:, 7], present) * (1 - coverage))[:, None]
-    blocks = table["block"][:, 2].nonzero()[:, 0]  # those that have a letter
-    if len(blocks):
-        image, owner = _draw_sides(image, owner, blocks, {k: v[blocks] for k, v in table.items()})
-    colour = _surface(x, y, texture, table)
+    _draw_sides(image, owner, table)
+    colour = _surface(x, y, radius, texture, table)
     image = torch.lerp(image, colour, coverage[:, None])
     return image, owner.masked_fill(coverage > 0.5, index)
 
@@ -113,25 +112,34 @@ def _object_coordinates(
     return along, across, scale, present
 
 
-def _draw_sides(
-    image: Tensor, owner: Tensor, blocks: Tensor, table: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Lay the bare sides of the blocks, the outline swept to where the back is, over the frames numbered `blocks`."""
-    side = table["block"][:, 3:5] * table["place"][:, 2:3]
-    swept = torch.zeros_like(image[blocks, 0])
+def _draw_sides(image: Tensor, owner: Tensor, table: dict[str, Tensor]) -> None:
+    """Lay the bare sides of blocks, the outline swept to where the back is, over image and owner in place."""
+    frames, rows = _blocks(table)
+    if not len(frames):
+        return
+    side = rows["block"][:, 3:5] * rows["place"][:, 2:3]
+    swept = torch.zeros_like(image[frames, 0])
     for depth in (0.5, 1):
-        place = torch.cat([table["place"][:, :2] + depth * side, table["place"][:, 2:]], dim=1)
+        place = torch.cat([rows["place"][:, :2] + depth * side, rows["place"][:, 2:]], dim=1)
         x, y, scale, present = _object_coordinates(place, owner.shape[1:])
-        swept = torch.maximum(swept, _coverage(x, y, scale, table) * present)
-    colour = table["block"][:, 11:14, None, None]
-    image[blocks] = torch.lerp(image[blocks], colour, swept[:, None])
-    owner[blocks] = owner[blocks].masked_fill(swept > 0.5, -1)
-    return image, owner
+        radius = _radius(x, y, rows["profile"])
+        swept = torch.maximum(swept, _coverage(x, y, radius, scale, rows) * present)
+    colour = rows["block"][:, 11:14, None, None]
+    image[frames] = torch.lerp(image[frames], colour, swept[:, None])
+    owner[frames] = owner[frames].masked_fill(swept > 0.5, -1)
 
 
-def _coverage(x: Tensor, y: Tensor, scale: Tensor, table: dict[str, Tensor]) -> Tensor:
+def _blocks(table: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The frames where the object is a toy block, which has a letter of some size, and the table's rows of those frames."""
+    frames = table["block"][:, 2].nonzero()[:, 0]
+    return frames, {key: value[frames] for key, value in table.items()}
+
+
+def _coverage(
+    x: Tensor, y: Tensor, radius: Tensor, scale: Tensor, table: dict[str, Tensor]
+) -> Tensor:
     """How much of each pixel the outline covers, 0..1, soft over one pixel."""
-    inside = ((_radius(x, y, table["profile"]) - torch.hypot(x, y)) * scale + 0.5).clamp(0, 1)
+    inside = ((radius - torch.hypot(x, y)) * scale + 0.5).clamp(0, 1)
     hole_x, hole_y, hole_radius = (v[:, None, None] for v in table["hole"].unbind(1))
     outside_hole = ((torch.hypot(x - hole_x, y - hole_y) - hole_radius) * scale + 0.5).clamp(0, 1)
     return inside * torch.where(hole_radius > 0, outside_hole, 1.0)
@@ -154,34 +162,36 @@ def _shadow(x: Tensor, y: Tensor, strength: Tensor, present: Tensor) -> Tensor:
     return strength[:, None, None] * present * torch.exp(-2.5 * distance)
 
 
-def _surface(x: Tensor, y: Tensor, texture: Tensor, table: dict[str, Tensor]) -> Tensor:
-    """The object's colour (F, 3, H, W): base, stripes, shading, a decal, and what a photograph lends it."""
+def _surface(
+    x: Tensor, y: Tensor, radius: Tensor, texture: Tensor, table: dict[str, Tensor]
+) -> Tensor:
+    """The object's colour (F, 3, H, W): base, stripes, shading, a decal or a block's print, and what a photograph lends it."""
     slope_x, slope_y, highlight, frequency, angle, contrast, mottle, _ = (
         v[:, None, None] for v in table["look"].unbind(1)
     )
     light = 1 + slope_x * x + slope_y * y
     light = light * (1 + contrast * torch.sin(frequency * (x * angle.cos() + y * angle.sin())))
     colour = table["rgb"][:, :, None, None] * light[:, None]
-    decal_x, decal_y, radius = (v[:, None, None] for v in table["decal"][:, :3].unbind(1))
-    on_decal = (torch.hypot(x - decal_x, y - decal_y) < radius)[:, None]
+    decal_x, decal_y, decal_radius = (v[:, None, None] for v in table["decal"][:, :3].unbind(1))
+    on_decal = (torch.hypot(x - decal_x, y - decal_y) < decal_radius)[:, None]
     colour = torch.where(on_decal, table["decal"][:, 3:, None, None] * light[:, None], colour)
-    blocks = table["block"][:, 2].nonzero()[:, 0]
-    if len(blocks):
-        rows = {key: value[blocks] for key, value in table.items()}
-        printed = _print(x[blocks], y[blocks], rows["place"][:, 2, None, None], rows)
-        colour = colour.index_copy(0, blocks, printed * light[blocks, None])
+    frames, rows = _blocks(table)
+    if len(frames):
+        printed = _print(x[frames], y[frames], radius[frames], rows)
+        colour = colour.index_copy(0, frames, printed * light[frames, None])
     colour = colour * (1 + mottle[:, None] * (texture - 1))
     shine = highlight * torch.exp(-14 * ((x + 0.2) ** 2 + (y + 0.22) ** 2).clamp(max=1))
     return (colour + shine[:, None]).clamp(0, 1)
 
 
-def _print(x: Tensor, y: Tensor, scale: Tensor, table: dict[str, Tensor]) -> Tensor:
+def _print(x: Tensor, y: Tensor, radius: Tensor, table: dict[str, Tensor]) -> Tensor:
     """The faces of blocks, (F, 3, H, W), without light: base, panel and letter."""
     panel, letter, letter_size = (v[:, None, None] for v in table["block"][:, :3].unbind(1))
     base, panel_rgb, letter_rgb = (
         v[:, :, None, None] for v in (table["rgb"], table["block"][:, 5:8], table["block"][:, 8:11])
     )
-    edge = (_radius(x, y, table["profile"]) * panel - torch.hypot(x, y)) * scale
+    scale = table["place"][:, 2, None, None]
+    edge = (radius * panel - torch.hypot(x, y)) * scale
     on_panel = (edge + 0.5).clamp(0, 1) * (panel > 0)
     shapes = letters().to(x.device)[letter.long().flatten()][:, None]
     on_letter = F.grid_sample(
