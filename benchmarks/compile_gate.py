@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import provenance
-from refsam_kernels.compilation import (
+from refsam_kernels.core.triton_aot import (
     ARCHITECTURES,
     CompilationError,
     CompileCase,

@@ -14,8 +14,9 @@ import torch
 from benchmarks.__main__ import main as run_benchmarks
 from benchmarks.compile_gate import main as compile_gate
 from benchmarks.tune import main as tune
-from refsam_kernels import build, libraries
-from refsam_kernels.compilation import ARCHITECTURES
+from refsam_kernels import build
+from refsam_kernels.core import libraries
+from refsam_kernels.core.triton_aot import ARCHITECTURES
 
 LIBRARIES = ("cpu", "cuda")
 

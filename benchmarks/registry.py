@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from refsam_kernels.dispatch import BACKENDS, Dispatcher
+from refsam_kernels.core.dispatch import BACKENDS, Dispatcher
 
 Provider = Callable[[], Any]  # one tensor, or several
 DEVICES = ("cpu", "cuda")

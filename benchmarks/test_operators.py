@@ -5,7 +5,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.registry import DEVICES, Case, load_cases
-from refsam_kernels.dispatch import BACKENDS, Dispatcher
+from refsam_kernels.core.dispatch import BACKENDS, Dispatcher
 
 # Whole encoders and frames are left to `refsam bench`.
 CASES = [

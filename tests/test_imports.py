@@ -99,7 +99,7 @@ def test_every_module_has_a_layer() -> None:
         ("refsam.evaluation.masks", "refsam.ui.jobs", False),
         ("refsam.video.reader", "refsam.video.writer", True),
         ("refsam.video.reader", "refsam.metrics", False),
-        ("refsam_kernels.dispatch", "refsam.config", False),
+        ("refsam_kernels.core.dispatch", "refsam.config", False),
         ("refsam.model.refsam", "refsam", False),
         ("refsam.cli.info", "refsam", True),
         ("refsam.model.refsam", "torch.nn", True),

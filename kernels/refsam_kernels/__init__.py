@@ -7,10 +7,10 @@ Every operator is a function that works on any device, is differentiable and is 
 
 from refsam_kernels.adapter_mlp.op import adapter_mlp
 from refsam_kernels.adapter_projection.op import adapter_projection
+from refsam_kernels.core.dispatch import BackendError, use_backend
 from refsam_kernels.decomposition import decompositions
 from refsam_kernels.dense_attention.op import dense_attention
-from refsam_kernels.dispatch import BackendError, use_backend
-from refsam_kernels.feed_forward import AdapterWeights
+from refsam_kernels.feed_forward.mlp import AdapterWeights
 from refsam_kernels.mask_loss.op import mask_loss
 from refsam_kernels.mask_postprocess.op import mask_postprocess
 from refsam_kernels.mask_postprocess.packed import (

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from refsam_kernels.dispatch import Dispatcher
-from refsam_kernels.registration import NAMESPACE
+from refsam_kernels.core.dispatch import Dispatcher
+from refsam_kernels.core.registration import NAMESPACE
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

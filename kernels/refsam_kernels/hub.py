@@ -26,7 +26,7 @@ BACKENDS = ("cuda", "cpu")
 CUDA_CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 LICENSE = "Apache-2.0"
 # What needs a compiled library, and this command itself.
-_LEFT_OUT = {"cpu.py", "cuda.py", "hub.py"}
+_LEFT_OUT = {"cpu.py", "cuda.py", "cuda_steps.py", "hub.py"}
 _IMPORT = re.compile(r"^(\s*)from refsam_kernels(\.[\w.]+)? import ", re.MULTILINE)
 _NAMESPACE = re.compile(r'^NAMESPACE = "refsam_kernels"$', re.MULTILINE)
 
@@ -198,15 +198,15 @@ def relative(text: str, name: Path) -> str:
     """A module's text with relative imports and, where it registers operators, the build's own namespace."""
     dots = "." * len(name.parts)
     text = _IMPORT.sub(lambda match: f"{match[1]}from {dots}{(match[2] or '.')[1:]} import ", text)
-    if name == Path("registration.py"):
+    if name == Path("core/registration.py"):
         text, count = _NAMESPACE.subn(
             'NAMESPACE = add_op_namespace_prefix("").removesuffix("::")', text
         )
         if count != 1:
-            raise RuntimeError("registration.py: its namespace was not found")
+            raise RuntimeError("core/registration.py: its namespace was not found")
         text = text.replace(
-            "from .dispatch import",
-            "from ._ops import add_op_namespace_prefix\nfrom .dispatch import",
+            "from ..core.dispatch import",
+            "from .._ops import add_op_namespace_prefix\nfrom ..core.dispatch import",
             1,
         )
     if name == Path("__init__.py"):

@@ -10,7 +10,12 @@ from pathlib import Path
 import torch
 
 from refsam_kernels.build import PACKAGE, REPORT
-from refsam_kernels.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, Dispatcher, requested_backend
+from refsam_kernels.core.dispatch import (
+    BACKENDS,
+    ENVIRONMENT_VARIABLE,
+    Dispatcher,
+    requested_backend,
+)
 
 
 def describe() -> str:

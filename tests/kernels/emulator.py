@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from refsam_kernels import build, libraries
+from refsam_kernels import build
+from refsam_kernels.core import libraries
 from tests.kernels.processes import ROOT, run_tests
 
 FOLDER = Path(__file__).parent / "cuda"

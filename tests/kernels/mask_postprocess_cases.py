@@ -15,12 +15,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 from torch import Tensor
 
-from refsam_kernels import (
-    libraries,
-    mask_postprocess,
-    mask_postprocess_bits,
-    mask_postprocess_rle,
-)
+from refsam_kernels import mask_postprocess, mask_postprocess_bits, mask_postprocess_rle
+from refsam_kernels.core import libraries
 from refsam_kernels.mask_postprocess import packed
 from tests.kernels.interpreter import slow_in_interpreter
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from refsam_kernels import AdapterWeights, adapter_projection, feed_forward
+from refsam_kernels import AdapterWeights, adapter_projection
+from refsam_kernels.feed_forward import mlp
 from tests.kernels import operator_checks as checks
 
 BACKENDS = ["reference", "fallback"]
@@ -141,7 +142,7 @@ def test_what_is_kept_for_the_backward(
     backend: str, most: int, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing without one; of a large adapter not the GELU's result, which changes no gradient."""
-    monkeypatch.setattr(feed_forward, "MOST_KEPT", most)
+    monkeypatch.setattr(mlp, "MOST_KEPT", most)
     run = torch.ops.refsam_kernels.adapter_projection
     kept = run(*inputs.values(), 1e-6, False, backend)[2:]
     assert [x.shape for x in kept] == [(0,)] * 5

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cuda_resources
-from refsam_kernels import build, libraries
+from refsam_kernels import build
+from refsam_kernels.core import libraries
 
 
 @pytest.fixture

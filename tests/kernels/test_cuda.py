@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from refsam_kernels import build
-from refsam_kernels.dispatch import Dispatcher
+from refsam_kernels.core.dispatch import Dispatcher
 from tests.kernels.emulator import EMULATOR, FOLDER, emulating, emulator_flags, run_emulated
 from tests.kernels.processes import ROOT
 

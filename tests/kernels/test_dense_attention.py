@@ -49,7 +49,7 @@ def test_reference_is_the_formula_of_one_pixel(inputs: dict[str, Tensor]) -> Non
 
 def test_chunks_change_nothing(inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     outputs, gradients = checks.run(dense_attention, inputs, "fallback")
-    monkeypatch.setattr("refsam_kernels.chunks.ELEMENTS_ON_CPU", 3 * 35 * 16)
+    monkeypatch.setattr("refsam_kernels.core.chunking.ELEMENTS_ON_CPU", 3 * 35 * 16)
     found, found_gradients = checks.run(dense_attention, inputs, "fallback")
     torch.testing.assert_close(found, outputs)
     torch.testing.assert_close(found_gradients, gradients)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from refsam_kernels import BackendError, use_backend
-from refsam_kernels.dispatch import Dispatcher, parse_request, requested_backend
-from refsam_kernels.registration import (
+from refsam_kernels.core.dispatch import Dispatcher, parse_request, requested_backend
+from refsam_kernels.core.registration import (
     Operator,
     drop_skipped,
     empty_gradients,
@@ -269,7 +269,7 @@ def test_package_that_is_missing_is_a_reason(
     registered: tuple[Operator, Any], backends: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backends["triton"] = make_backend("triton")
-    monkeypatch.setattr("refsam_kernels.dispatch.is_installed", lambda _: False)
+    monkeypatch.setattr("refsam_kernels.core.dispatch.is_installed", lambda _: False)
     dispatcher = registered[0].dispatcher
     assert dispatcher.environment_reasons("triton", "cuda") == ["triton is not installed"]
 
@@ -278,7 +278,7 @@ def test_triton_serves_the_cpu_in_its_interpreter_only(
     registered: tuple[Operator, Any], backends: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backends["triton"] = make_backend("triton")
-    monkeypatch.setattr("refsam_kernels.dispatch.is_installed", lambda _: True)
+    monkeypatch.setattr("refsam_kernels.core.dispatch.is_installed", lambda _: True)
     dispatcher = registered[0].dispatcher
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert dispatcher.environment_reasons("triton", "cpu") == ["needs cuda tensors, got cpu"]

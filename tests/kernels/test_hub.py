@@ -113,7 +113,7 @@ def test_two_libraries_work_side_by_side(variant: ModuleType) -> None:
         results.append((out.detach(), *torch.autograd.grad(out.square().sum(), qkv)))
     for installed, loaded in zip(*results, strict=True):
         assert torch.equal(installed, loaded)
-    namespace = variant.registration.NAMESPACE
+    namespace = variant.core.registration.NAMESPACE
     assert namespace.startswith(f"_{NAME}_cpu_")
     assert hasattr(getattr(torch.ops, namespace), "rel_pos_attention")
     assert set(variant.__all__) == {*refsam_kernels.__all__, "integrations"}
@@ -131,7 +131,7 @@ def test_its_integrations_use_its_own_operators(variant: ModuleType) -> None:
         found = model(pixels)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
     operators = {event.key for event in profile.key_averages()}
-    assert f"{variant.registration.NAMESPACE}::rel_pos_attention" in operators
+    assert f"{variant.core.registration.NAMESPACE}::rel_pos_attention" in operators
     assert "refsam_kernels::rel_pos_attention" not in operators
 
 

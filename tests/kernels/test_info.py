@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from refsam_kernels import info, rel_pos_attention
-from refsam_kernels.dispatch import BACKENDS, Dispatcher
+from refsam_kernels.core.dispatch import BACKENDS, Dispatcher
 
 
 @pytest.fixture(autouse=True)

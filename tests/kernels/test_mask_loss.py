@@ -111,7 +111,7 @@ def test_chunks_change_nothing(
     inputs: dict[str, Tensor], elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outputs, gradients = checks.run(loss, inputs, "fallback", ("targets",))
-    monkeypatch.setattr("refsam_kernels.chunks.ELEMENTS_ON_CPU", elements)
+    monkeypatch.setattr("refsam_kernels.core.chunking.ELEMENTS_ON_CPU", elements)
     found, found_gradients = checks.run(loss, inputs, "fallback", ("targets",))
     torch.testing.assert_close(found, outputs)
     torch.testing.assert_close(found_gradients, gradients)

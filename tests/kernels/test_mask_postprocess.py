@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from refsam_kernels import libraries, mask_postprocess, use_backend
+from refsam_kernels import mask_postprocess, use_backend
+from refsam_kernels.core import libraries
 from refsam_kernels.mask_postprocess.resize import resize_matrix, two_resizes
 from tests.kernels.mask_postprocess_cases import (
     AnySizeCases,
@@ -110,7 +111,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         "backend": "fallback",
     }
     whole = mask_postprocess(logits, **arguments)
-    monkeypatch.setattr("refsam_kernels.chunks.ELEMENTS_ON_CPU", 7 * 77)
+    monkeypatch.setattr("refsam_kernels.core.chunking.ELEMENTS_ON_CPU", 7 * 77)
     assert torch.equal(mask_postprocess(logits, **arguments), whole)
 
 

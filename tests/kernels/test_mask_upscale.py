@@ -57,7 +57,7 @@ def test_equals_segment_anything(backend: str, expressions: int) -> None:
 
 def test_chunks_change_nothing(inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     outputs, gradients = checks.run(mask_upscale, inputs, "fallback")
-    monkeypatch.setattr("refsam_kernels.chunks.ELEMENTS_ON_CPU", 2 * 16 * 5 * 7 * 3)
+    monkeypatch.setattr("refsam_kernels.core.chunking.ELEMENTS_ON_CPU", 2 * 16 * 5 * 7 * 3)
     found, found_gradients = checks.run(mask_upscale, inputs, "fallback")
     torch.testing.assert_close(found, outputs)
     torch.testing.assert_close(found_gradients, gradients)

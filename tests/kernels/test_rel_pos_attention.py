@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from refsam_kernels import libraries, rel_pos_attention
-from refsam_kernels.rel_pos_attention import fallback
+from refsam_kernels import rel_pos_attention
+from refsam_kernels.core import libraries
+from refsam_kernels.rel_pos_attention import fallback, windows
 from refsam_kernels.rel_pos_attention.regions import regions
 from tests.kernels import operator_checks as checks
 from tests.kernels.rel_pos_attention_cases import RelPosAttentionCases, make_inputs, operator_of
@@ -248,14 +249,14 @@ def test_fallback_never_holds_many_scores() -> None:
         out, log_sum_exp = fallback.forward(*tensors, 2, 0, "bias")
         needs = [True] * 4
         fallback.backward(out, *tensors, out, log_sum_exp, 2, 0, "bias", needs)
-    assert largest.elements <= max(fallback.SCORES["cpu"], 2 * 64 * 64 * 64)
+    assert largest.elements <= max(windows.SCORES["cpu"], 2 * 64 * 64 * 64)
 
 
 def test_parts_of_another_size_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for case in (CASES["window4-of-13x9"], CASES["global-7x13"]):
         inputs = make_inputs(*case)
         whole = checks.run(operator_of(case), inputs, "fallback")
-        monkeypatch.setitem(fallback.SCORES, "cpu", 400)
+        monkeypatch.setitem(windows.SCORES, "cpu", 400)
         monkeypatch.setitem(fallback.QUERIES, "cpu", 1)  # one head at a time
         torch.testing.assert_close(checks.run(operator_of(case), inputs, "fallback"), whole)
         monkeypatch.undo()

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from refsam_kernels import libraries, rel_pos_attention
-from refsam_kernels.dispatch import BackendError
+from refsam_kernels import rel_pos_attention
+from refsam_kernels.core import libraries
+from refsam_kernels.core.dispatch import BackendError
 from refsam_kernels.rel_pos_attention import reference
 from tests.heap import bytes_left_by
 from tests.kernels import operator_checks as checks

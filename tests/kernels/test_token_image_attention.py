@@ -143,7 +143,7 @@ def test_equals_segment_anything(backend: str, image_first: bool) -> None:
 def test_chunks_change_nothing(inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     inputs["query_pe"] = inputs["query_pe"][:1]
     outputs, gradients = checks.run(attention, inputs, "fallback")
-    monkeypatch.setattr("refsam_kernels.chunks.ELEMENTS_ON_CPU", 2 * 11 * 32)
+    monkeypatch.setattr("refsam_kernels.core.chunking.ELEMENTS_ON_CPU", 2 * 11 * 32)
     found, found_gradients = checks.run(attention, inputs, "fallback")
     torch.testing.assert_close(found, outputs)
     torch.testing.assert_close(found_gradients, gradients)
@@ -153,7 +153,7 @@ def test_fallback_leaves_out_gradients_that_are_not_wanted(
     inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checks.check_single_gradients(attention, inputs, "fallback")
-    monkeypatch.setattr("refsam_kernels.chunks.ELEMENTS_ON_CPU", 11 * 32)
+    monkeypatch.setattr("refsam_kernels.core.chunking.ELEMENTS_ON_CPU", 11 * 32)
     checks.check_single_gradients(attention, inputs, "fallback")
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from benchmarks import compile_gate
-from refsam_kernels import compilation
-from refsam_kernels.compilation import CompilationError, Resources, cases_of, compile_ahead
+from refsam_kernels.core import triton_aot
+from refsam_kernels.core.triton_aot import CompilationError, Resources, cases_of, compile_ahead
 from tests.kernels.interpreter import FOLDER, run_interpreted
 
 pytest.importorskip("triton")
 
-OPERATORS = compilation.operators_with_triton()
+OPERATORS = triton_aot.operators_with_triton()
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -34,25 +34,25 @@ def test_compiles_ahead_of_time(operator: str) -> None:
     for case in cases_of(operator)[:2]:
         resources = compile_ahead(case, case.architectures[0])
         assert 0 < resources.registers < 256
-        assert resources.spill_bytes <= compilation.SPILL_LIMIT
+        assert resources.spill_bytes <= triton_aot.SPILL_LIMIT
 
 
 def test_log_of_ptxas_is_read() -> None:
     log = "0 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads\nUsed 142 registers, used 1 barriers"
-    assert compilation.read_ptxas_log(log) == (142, 12)
+    assert triton_aot.read_ptxas_log(log) == (142, 12)
     with pytest.raises(CompilationError, match="ptxas said nothing"):
-        compilation.read_ptxas_log("")
+        triton_aot.read_ptxas_log("")
 
 
-def case_named(name: str, **options: Any) -> compilation.CompileCase:
-    return compilation.CompileCase(name, kernel=None, signature={}, **options)
+def case_named(name: str, **options: Any) -> triton_aot.CompileCase:
+    return triton_aot.CompileCase(name, kernel=None, signature={}, **options)
 
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Cases that compile to made-up resources, and where the gate writes its rows."""
 
-    def compiled(case: compilation.CompileCase, architecture: int) -> Resources:
+    def compiled(case: triton_aot.CompileCase, architecture: int) -> Resources:
         if case.name == "broken":
             raise CompilationError(f"broken, sm_{architecture}: no such thing")
         return Resources(registers=99, shared_bytes=0, spill_bytes=65)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from refsam.model.adapter import Adapter
 from refsam.model.image_encoder import ImageEncoder, LayerNorm2d
 from refsam_kernels import use_backend
-from refsam_kernels.dispatch import BACKENDS, Dispatcher
+from refsam_kernels.core.dispatch import BACKENDS, Dispatcher
 
 DIM, DEPTH = 48, 4
 

@@ -116,4 +116,4 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, value in replacements.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr("refsam_kernels.values._can_be_seen", lambda tensor: False)
+    monkeypatch.setattr("refsam_kernels.core.index_checks._can_be_seen", lambda tensor: False)

@@ -5,30 +5,29 @@ from typing import Any
 
 from torch import Tensor
 
-from refsam_kernels.arguments import (
+from refsam_kernels.core.checks import (
     autocast,
     check_same_device,
     check_same_dtype,
     check_shape,
     require,
 )
-from refsam_kernels.feed_forward import (
-    NO_ADAPTER,
-    AdapterWeights,
-    check_norm,
-    check_perceptron,
-    empty_kept,
-    empty_statistics,
-    named_adapter,
-    sum_dtype,
-)
-from refsam_kernels.registration import (
+from refsam_kernels.core.registration import (
     Operator,
     drop_skipped,
     empty_gradients,
     needs_gradient,
     or_zeros,
 )
+from refsam_kernels.feed_forward.mlp import (
+    NO_ADAPTER,
+    AdapterWeights,
+    check_norm,
+    check_perceptron,
+    empty_kept,
+    named_adapter,
+)
+from refsam_kernels.feed_forward.torch_steps import empty_statistics, sum_dtype
 
 operator = Operator("adapter_mlp")
 

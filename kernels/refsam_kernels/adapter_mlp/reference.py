@@ -6,14 +6,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.feed_forward import (
-    empty_kept,
+from refsam_kernels.core.registration import gradients_by_vjp, or_empty
+from refsam_kernels.feed_forward.mlp import empty_kept, kept_of
+from refsam_kernels.feed_forward.torch_steps import (
     empty_statistics,
-    kept_of,
     layer_norm,
     row_statistics,
 )
-from refsam_kernels.registration import gradients_by_vjp, or_empty
 
 
 def forward(

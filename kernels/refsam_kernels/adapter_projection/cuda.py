@@ -1,4 +1,4 @@
-"""`adapter_projection`'s forward with the steps between torch's matrix products in CUDA; see feed_forward_cuda.py."""
+"""`adapter_projection`'s forward with the steps between torch's matrix products in CUDA; see feed_forward/cuda_steps.py."""
 
 from functools import partial
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from refsam_kernels.adapter_projection import fallback
-from refsam_kernels.feed_forward import reasons_against
-from refsam_kernels.feed_forward_cuda import CUDA_STEPS
-from refsam_kernels.libraries import reasons_against_device
+from refsam_kernels.core.libraries import reasons_against_device
+from refsam_kernels.feed_forward.cuda_steps import CUDA_STEPS
+from refsam_kernels.feed_forward.mlp import reasons_against
 
 forward = partial(fallback.forward, steps=CUDA_STEPS)
 

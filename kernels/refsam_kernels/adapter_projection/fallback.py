@@ -3,16 +3,14 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.feed_forward import (
-    TORCH_STEPS,
-    Steps,
+from refsam_kernels.core.registration import or_empty
+from refsam_kernels.feed_forward.mlp import (
     empty_kept,
     perceptron,
     perceptron_backward,
-    rows,
     shaped,
 )
-from refsam_kernels.registration import or_empty
+from refsam_kernels.feed_forward.torch_steps import TORCH_STEPS, Steps, rows
 
 
 def forward(

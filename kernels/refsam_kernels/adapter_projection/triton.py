@@ -1,4 +1,4 @@
-"""`adapter_projection` with the steps between torch's matrix products in Triton; see feed_forward_triton.py."""
+"""`adapter_projection` with the steps between torch's matrix products in Triton; see feed_forward/triton_steps.py."""
 
 from functools import partial
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from refsam_kernels.adapter_projection import fallback
-from refsam_kernels.compilation import CompileCase
-from refsam_kernels.feed_forward import reasons_against
-from refsam_kernels.feed_forward_triton import TRITON_STEPS, row_cases
+from refsam_kernels.core.triton_aot import CompileCase
+from refsam_kernels.feed_forward.mlp import reasons_against
+from refsam_kernels.feed_forward.triton_steps import TRITON_STEPS, row_cases
 
 forward = partial(fallback.forward, steps=TRITON_STEPS)
 backward = partial(fallback.backward, steps=TRITON_STEPS)

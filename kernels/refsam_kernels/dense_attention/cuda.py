@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels import libraries
+from refsam_kernels.core import libraries
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST_CHANNELS = 512  # as csrc/cuda/dense_attention.h

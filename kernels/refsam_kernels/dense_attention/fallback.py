@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.chunks import chunks
-from refsam_kernels.values import valid_positions
+from refsam_kernels.core.chunking import chunks
+from refsam_kernels.core.index_checks import valid_positions
 
 
 def forward(

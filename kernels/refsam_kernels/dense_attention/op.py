@@ -5,15 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refsam_kernels.arguments import (
+from refsam_kernels.core.checks import (
     autocast,
     check_same_device,
     check_same_dtype,
     check_shape,
     require,
 )
-from refsam_kernels.registration import Operator, drop_skipped, empty_gradients
-from refsam_kernels.values import check_range
+from refsam_kernels.core.index_checks import check_range
+from refsam_kernels.core.registration import Operator, drop_skipped, empty_gradients
 
 operator = Operator("dense_attention")
 

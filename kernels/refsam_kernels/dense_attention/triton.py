@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refsam_kernels.compilation import CompileCase, Launch
-from refsam_kernels.values import valid_positions
+from refsam_kernels.core.index_checks import valid_positions
+from refsam_kernels.core.triton_aot import CompileCase, Launch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST_CHANNELS = 512

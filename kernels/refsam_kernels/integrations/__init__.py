@@ -6,7 +6,7 @@ Classes are recognised by their names and checked by their parts; none of these 
 from collections.abc import Callable
 from typing import Any
 
-from refsam_kernels.arguments import require
+from refsam_kernels.core.checks import require
 from refsam_kernels.integrations import (
     segment_anything,
     segment_anything_masks,

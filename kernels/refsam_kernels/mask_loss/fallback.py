@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.chunks import chunks
+from refsam_kernels.core.chunking import chunks
 from refsam_kernels.mask_postprocess.resize import TwoResizes, two_resizes
 
 

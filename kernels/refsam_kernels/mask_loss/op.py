@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refsam_kernels.arguments import check_same_device, check_shape, require
+from refsam_kernels.core.checks import check_same_device, check_shape, require
+from refsam_kernels.core.index_checks import check_finite, check_range
+from refsam_kernels.core.registration import Operator, or_zeros
 from refsam_kernels.mask_postprocess.op import check_resize
-from refsam_kernels.registration import Operator, or_zeros
-from refsam_kernels.values import check_finite, check_range
 
 operator = Operator("mask_loss")
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refsam_kernels.core.registration import gradients_by_vjp
 from refsam_kernels.mask_postprocess.reference import resize_twice
-from refsam_kernels.registration import gradients_by_vjp
 
 
 def forward(

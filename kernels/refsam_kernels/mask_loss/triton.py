@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refsam_kernels.compilation import CompileCase, Launch
+from refsam_kernels.core.triton_aot import CompileCase, Launch
 from refsam_kernels.mask_postprocess.taps import Places, places_of
 from refsam_kernels.mask_postprocess.triton import resize_arguments, resize_reasons, resized_tile
 

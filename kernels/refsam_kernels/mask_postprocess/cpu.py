@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from refsam_kernels import libraries
+from refsam_kernels.core import libraries
 
 _library = libraries.load("cpu")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from refsam_kernels import libraries
+from refsam_kernels.core import libraries
 
 _library = libraries.load("cuda")
 

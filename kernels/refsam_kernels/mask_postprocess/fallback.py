@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from refsam_kernels.chunks import chunks
+from refsam_kernels.core.chunking import chunks
 from refsam_kernels.mask_postprocess import reference
 from refsam_kernels.mask_postprocess.layout import pairs
 from refsam_kernels.mask_postprocess.resize import two_resizes

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from refsam_kernels.arguments import check_shape, require
-from refsam_kernels.registration import Operator
-from refsam_kernels.values import check_finite
+from refsam_kernels.core.checks import check_shape, require
+from refsam_kernels.core.index_checks import check_finite
+from refsam_kernels.core.registration import Operator
 
 operator = Operator("mask_postprocess")
 

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from refsam_kernels.arguments import require
+from refsam_kernels.core.checks import require
+from refsam_kernels.core.index_checks import check_finite
 from refsam_kernels.mask_postprocess.layout import STATISTICS, pairs, unpack, words_of
 from refsam_kernels.mask_postprocess.op import check_resize, check_size, operator
 from refsam_kernels.mask_postprocess.run_lengths import RunLengths, encode
-from refsam_kernels.values import check_finite
 
 Size = tuple[int, int]
 # Runs that are fetched together with their number; more of them cost a second round. An outline that crosses every column

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refsam_kernels.compilation import CompileCase, Launch
+from refsam_kernels.core.triton_aot import CompileCase, Launch
 from refsam_kernels.mask_postprocess.layout import STATISTICS, WORD, pairs, words_of
 from refsam_kernels.mask_postprocess.taps import MOST_TAPS, Places, Size, places_of
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.chunks import chunked_gradients, chunks, map_chunks
+from refsam_kernels.core.chunking import chunked_gradients, chunks, map_chunks
 
 ProductGelu = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refsam_kernels.compilation import CompileCase, Launch
-from refsam_kernels.registration import empty_gradients
-from refsam_kernels.triton_functions import gelu, gelu_derivative, row_statistics
+from refsam_kernels.core.registration import empty_gradients
+from refsam_kernels.core.triton_aot import CompileCase, Launch
+from refsam_kernels.core.triton_math import gelu, gelu_derivative, row_statistics
 
 PLACES = 4
 # Programs of the backward for each place, for any number of pixels; the order of additions depends on nothing else.

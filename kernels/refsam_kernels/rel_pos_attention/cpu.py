@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels import libraries
+from refsam_kernels.core import libraries
 
 ENVIRONMENT_VARIABLE = "REFSAM_CPU_INSTRUCTION_SET"
 LARGEST_HEAD_DIM = 1024  # as csrc/rel_pos_attention_check.h

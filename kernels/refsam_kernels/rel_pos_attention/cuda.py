@@ -1,12 +1,12 @@
 """The compiled CUDA implementation of the forward, csrc/cuda/rel_pos_attention*: flash attention on tensor cores.
 
-It has no backward: what it saves means the same everywhere, so another backend's serves (see `refsam_kernels.dispatch`).
+It has no backward: what it saves means the same everywhere, so another backend's serves (see `refsam_kernels.core.dispatch`).
 """
 
 import torch
 from torch import Tensor
 
-from refsam_kernels import libraries
+from refsam_kernels.core import libraries
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (32, 64, 80)  # as csrc/cuda/rel_pos_attention.h

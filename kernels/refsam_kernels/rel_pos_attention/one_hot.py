@@ -5,14 +5,11 @@ The bias is an exact product: `[q, rel_h, rel_w]` times `[k, one-hot row, one-ho
 holds no scores. The products with the tables are rounded to the queries' dtype on the way.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from refsam_kernels.rel_pos_attention.fallback import Windows
+from refsam_kernels.rel_pos_attention.windows import Windows
 
 # The kernel reads 16 bytes at a time: eight values of two bytes.
 MULTIPLE = 8
@@ -25,14 +22,14 @@ def serves(qkv: Tensor, num_heads: int) -> bool:
     return qkv.is_cuda and qkv.dtype in dtypes and head_dim % MULTIPLE == 0 and qkv.numel() > 0
 
 
-def attend(windows: "Windows") -> tuple[Tensor, Tensor]:
+def attend(windows: Windows) -> tuple[Tensor, Tensor]:
     """Output (G, queries, head_dim) and the logarithm of each softmax's sum (G, queries, 1)."""
     queries, keys = factors(windows)
     attended, log_sum_exp = efficient_attention(queries, keys, windows.v, windows.scale)
     return attended, log_sum_exp[..., None].to(windows.dtype)
 
 
-def factors(windows: "Windows") -> tuple[Tensor, Tensor]:
+def factors(windows: Windows) -> tuple[Tensor, Tensor]:
     """Widened queries (G, queries, ·) and keys (G, keys, ·), their width a multiple of `MULTIPLE`."""
     height, width = windows.region.key_height, windows.region.key_width
     relative = [(rel / windows.scale).to(windows.q.dtype) for rel in (windows.rel_h, windows.rel_w)]

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.arguments import autocast, check_same_device, check_same_dtype, require
-from refsam_kernels.registration import Operator, drop_skipped, empty_gradients
+from refsam_kernels.core.checks import autocast, check_same_device, check_same_dtype, require
+from refsam_kernels.core.registration import Operator, drop_skipped, empty_gradients
 
 PAD_MODES = ("bias", "mask", "none")
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refsam_kernels import libraries
+from refsam_kernels.core import libraries
 from refsam_kernels.token_image_attention.fallback import without_padding
 from refsam_kernels.token_image_attention.outputs import Outputs
 from refsam_kernels.token_image_attention.projection import Projection

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refsam_kernels.chunks import chunks
+from refsam_kernels.core.chunking import chunks
+from refsam_kernels.core.index_checks import valid_positions
 from refsam_kernels.token_image_attention.folded import Folded, Inputs, is_cheaper_folded
 from refsam_kernels.token_image_attention.projection import (
     PositionGradient,
@@ -24,7 +25,6 @@ from refsam_kernels.token_image_attention.projection import (
     ProjectionGradient,
     for_each,
 )
-from refsam_kernels.values import valid_positions
 
 AttendBackward = Callable[..., Iterable[Tensor]]
 

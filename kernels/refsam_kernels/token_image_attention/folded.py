@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.values import valid_positions
+from refsam_kernels.core.index_checks import valid_positions
 
 
 class Inputs(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from refsam_kernels.arguments import (
+from refsam_kernels.core.checks import (
     autocast,
     autocast_dtype,
     check_same_device,
@@ -13,9 +13,9 @@ from refsam_kernels.arguments import (
     check_shape,
     require,
 )
-from refsam_kernels.registration import Operator, drop_skipped, empty_gradients, needs_gradient
+from refsam_kernels.core.index_checks import check_range
+from refsam_kernels.core.registration import Operator, drop_skipped, empty_gradients, needs_gradient
 from refsam_kernels.token_image_attention.outputs import empty_outputs
-from refsam_kernels.values import check_range
 
 operator = Operator("token_image_attention")
 

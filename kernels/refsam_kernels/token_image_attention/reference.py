@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.registration import gradients_by_vjp
-from refsam_kernels.values import valid_positions
+from refsam_kernels.core.index_checks import valid_positions
+from refsam_kernels.core.registration import gradients_by_vjp
 
 
 def forward(

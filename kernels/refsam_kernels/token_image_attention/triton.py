@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refsam_kernels.compilation import CompileCase, Launch
+from refsam_kernels.core.triton_aot import CompileCase, Launch
+from refsam_kernels.core.triton_math import row_statistics
 from refsam_kernels.token_image_attention.fallback import gradients, without_padding
 from refsam_kernels.token_image_attention.outputs import Outputs, empty_outputs
 from refsam_kernels.token_image_attention.projection import Projection
-from refsam_kernels.triton_functions import row_statistics
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST_CHANNELS = 512

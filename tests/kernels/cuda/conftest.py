@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from refsam_kernels import libraries
+from refsam_kernels.core import libraries
 from tests.kernels.emulator import IS_EMULATED
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from refsam_kernels import libraries
+from refsam_kernels.core import libraries
 from tests.kernels import operator_checks as checks
 from tests.kernels.backend_cases import CudaCases
 from tests.kernels.dense_attention_cases import SIZES, DenseAttentionCases, make_inputs

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from refsam_kernels import BackendError, libraries, rel_pos_attention
+from refsam_kernels import BackendError, rel_pos_attention
+from refsam_kernels.core import libraries
 from refsam_kernels.rel_pos_attention import reference
 from tests.kernels import operator_checks as checks
 from tests.kernels.emulator import DEVICE

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from refsam_kernels import feed_forward
+from refsam_kernels.feed_forward import mlp
 from tests.kernels import operator_checks as checks
 from tests.kernels.adapter_mlp_cases import SIZES, AdapterMlpCases, make_inputs
 from tests.kernels.backend_cases import TritonCases
@@ -14,7 +14,7 @@ class TestTriton(TritonCases, AdapterMlpCases):
 
     def test_gelu_is_computed_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As for a perceptron too large to keep its result; and nothing but the second layers trained."""
-        monkeypatch.setattr(feed_forward, "MOST_KEPT", 0)
+        monkeypatch.setattr(mlp, "MOST_KEPT", 0)
         case = (self.operator, make_inputs((40,), 24, 150, 6), self.backend, torch.float32)
         checks.check_matches_reference(*case)
         frozen = tuple(name for name in case[1] if not name.endswith("fc2_weight"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from refsam_kernels import feed_forward
+from refsam_kernels.feed_forward import mlp
 from tests.kernels import operator_checks as checks
 from tests.kernels.adapter_projection_cases import SIZES, AdapterProjectionCases, make_inputs
 from tests.kernels.backend_cases import TritonCases
@@ -14,6 +14,6 @@ class TestTriton(TritonCases, AdapterProjectionCases):
 
     def test_gelu_is_computed_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As for an adapter too large to keep its result."""
-        monkeypatch.setattr(feed_forward, "MOST_KEPT", 0)
+        monkeypatch.setattr(mlp, "MOST_KEPT", 0)
         inputs = make_inputs((40,), 24, 150)
         checks.check_matches_reference(self.operator, inputs, self.backend, torch.float32)

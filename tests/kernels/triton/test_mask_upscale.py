@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from refsam_kernels.dispatch import Dispatcher
+from refsam_kernels.core.dispatch import Dispatcher
 from tests.kernels import operator_checks as checks
 from tests.kernels.backend_cases import TritonCases
 from tests.kernels.mask_upscale_cases import MaskUpscaleCases, make_inputs

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from refsam_kernels.compilation import ARCHITECTURES, SPILL_LIMIT, CompileCase, Launch
+from refsam_kernels.core.triton_aot import ARCHITECTURES, SPILL_LIMIT, CompileCase, Launch
 from refsam_kernels.rel_pos_attention.triton.launches import (
     Operands,
     Problem,

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from refsam_kernels.compilation import Launch
+from refsam_kernels.core.triton_aot import Launch
 from refsam_kernels.rel_pos_attention.triton.backward import (
     _key_gradient_kernel,
     _query_gradient_kernel,

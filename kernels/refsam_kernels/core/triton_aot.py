@@ -155,14 +155,16 @@ def source_of(case: CompileCase) -> Any:
 
 def operators_with_triton() -> list[str]:
     """Names of the operators that have a Triton backend."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     modules = (*package.glob("*/triton.py"), *package.glob("*/triton/__init__.py"))
     return sorted(path.relative_to(package).parts[0] for path in modules)
 
 
 def cases_of(operator: str) -> list[CompileCase]:
     """The configurations that an operator's Triton backend ships."""
-    return importlib.import_module(f"{__package__}.{operator}.triton").compile_cases()
+    return importlib.import_module(
+        f"{__package__.rpartition('.')[0]}.{operator}.triton"
+    ).compile_cases()
 
 
 def read_ptxas_log(log: str) -> tuple[int, int]:

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels import libraries
-from refsam_kernels.feed_forward import TORCH_STEPS, Normed
+from refsam_kernels.core import libraries
+from refsam_kernels.feed_forward.torch_steps import TORCH_STEPS, Normed
 
 _library = libraries.load("cuda")
 
 
 def hidden_layer(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """`feed_forward.hidden_layer`; bias and GELU in one pass behind the product."""
+    """`torch_steps.hidden_layer`; bias and GELU in one pass behind the product."""
     hidden = F.linear(x, weight).contiguous()
     activated = torch.empty_like(hidden) if keep else None
     _library.bias_gelu_(hidden, bias.contiguous(), activated)
@@ -31,7 +31,7 @@ def add_and_norm(
     eps: float,
     keep: bool,
 ) -> Normed:
-    """`feed_forward.add_and_norm` in one pass over the rows."""
+    """`torch_steps.add_and_norm` in one pass over the rows."""
     tensors = (second, norm_weight, norm_bias)
     second, *norm = (tensor if tensor is None else tensor.contiguous() for tensor in tensors)
     x, normed, *statistics = _library.add_and_norm(

@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refsam_kernels import feed_forward
-from refsam_kernels.compilation import CompileCase, Launch
-from refsam_kernels.feed_forward import (
-    KERNEL_DTYPES,
+from refsam_kernels.core.triton_aot import CompileCase, Launch
+from refsam_kernels.core.triton_math import gelu, gelu_derivative, row_statistics
+from refsam_kernels.feed_forward import torch_steps
+from refsam_kernels.feed_forward.mlp import KERNEL_DTYPES
+from refsam_kernels.feed_forward.torch_steps import (
     Normed,
     OnSum,
     Steps,
@@ -26,7 +27,6 @@ from refsam_kernels.feed_forward import (
     short,
     sum_dtype,
 )
-from refsam_kernels.triton_functions import gelu, gelu_derivative, row_statistics
 
 # A tile of whole rows has 16 elements of each tensor per thread, or one row.
 TILE_ELEMENTS = 2048
@@ -184,7 +184,7 @@ def add_and_norm_launch(
     eps: float,
     keep: bool,
 ) -> tuple[Launch, Normed]:
-    """The launch that computes `feed_forward.add_and_norm`, and its results, still empty."""
+    """The launch that computes `torch_steps.add_and_norm`, and its results, still empty."""
     residual, first = residual.contiguous(), first.contiguous()
     x = residual.new_empty(residual.shape, dtype=sum_dtype(residual, first))
     normed = None if norm_weight is None else torch.empty_like(first)
@@ -218,7 +218,7 @@ def add_and_norm_launch(
 
 
 def add_and_norm(residual: Tensor, *arguments: Any) -> Normed:
-    """`feed_forward.add_and_norm` in one pass over the rows."""
+    """`torch_steps.add_and_norm` in one pass over the rows."""
     launch, results = add_and_norm_launch(residual, *arguments)
     if residual.numel():
         launch.run()
@@ -279,10 +279,10 @@ def add_and_norm_backward(
     needs_column_sum: bool,
     needs_norm: Sequence[bool],
 ) -> OnSum:
-    """`feed_forward.add_and_norm_backward` in one pass over the rows, and one over partial sums."""
+    """`torch_steps.add_and_norm_backward` in one pass over the rows, and one over partial sums."""
     statistics = (grad_x, grad_normed, x, mean, rstd)
     if norm_weight is None:
-        return feed_forward.add_and_norm_backward(
+        return torch_steps.add_and_norm_backward(
             *statistics, None, None, dtype, needs_column_sum, needs_norm
         )
     launch, total, operand, sums = add_and_norm_backward_launch(
@@ -318,7 +318,7 @@ def gelu_backward_launch(
 def gelu_backward(
     grad: Tensor, hidden: Tensor, needs_activated: bool, needs_column_sum: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`feed_forward.gelu_backward` in one pass."""
+    """`torch_steps.gelu_backward` in one pass."""
     launch, activated, sums = gelu_backward_launch(grad, hidden, needs_activated, needs_column_sum)
     if hidden.numel():
         launch.run()
@@ -330,7 +330,7 @@ def added(sums: Tensor | None) -> Tensor | None:
     return None if sums is None else sums.sum(0)
 
 
-TRITON_STEPS = Steps(feed_forward.hidden_layer, add_and_norm, add_and_norm_backward, gelu_backward)
+TRITON_STEPS = Steps(torch_steps.hidden_layer, add_and_norm, add_and_norm_backward, gelu_backward)
 
 
 def row_cases(*, has_norm: bool) -> list[CompileCase]:

@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from refsam_kernels import libraries
+from refsam_kernels.core import libraries
 
 logger = logging.getLogger("refsam_kernels")
 
@@ -88,7 +88,7 @@ class Dispatcher:
 
     def __init__(self, operator: str, package: str | None = None) -> None:
         self.operator = operator
-        self.package = package or f"{__package__}.{operator}"
+        self.package = package or f"{__package__.rpartition('.')[0]}.{operator}"
         self._exists: dict[str, bool] = {}
         self._modules: dict[str, ModuleType | str] = {}
         self._logged: set[tuple[str, str]] = set()

@@ -7,7 +7,7 @@ Values are checked where looking at them is free: eagerly and on the CPU. On oth
 import torch
 from torch import Tensor
 
-from refsam_kernels.arguments import require
+from refsam_kernels.core.checks import require
 
 
 def valid_positions(lengths: Tensor, size: int) -> Tensor:

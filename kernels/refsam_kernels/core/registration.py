@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, infer_schema, register_autograd, register_fake
 
-from refsam_kernels.dispatch import Dispatcher, requested_backend
+from refsam_kernels.core.dispatch import Dispatcher, requested_backend
 
 NAMESPACE = "refsam_kernels"
 # Not `torch.library.custom_op`: its first call imports torch._dynamo, which takes seconds.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from refsam_kernels.registration import gradients_by_vjp
+from refsam_kernels.core.registration import gradients_by_vjp
 
 ELEMENTS_ON_CPU = 2**18
 ELEMENTS_ELSEWHERE = 2**23

@@ -1,0 +1,1 @@
+"""Shared by all operators: backend choice, registration, argument checks, compiled libraries, Triton compilation."""
