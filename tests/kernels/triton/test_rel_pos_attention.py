@@ -204,7 +204,7 @@ PARTS = {
 
 @pytest.mark.parametrize(("head_dim", "parts"), PARTS.items())
 def test_heads_are_cut_without_waste(head_dim: int, parts: tuple[int, int]) -> None:
-    assert launches.head_parts(head_dim) == parts
+    assert launches.split_head_dim(head_dim) == parts
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def _query_gradient_kernel(
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -74,30 +74,30 @@ def _query_gradient_kernel(
     k_base = q_base + _wide(channels) * stride_c
     v_base = k_base + _wide(channels) * stride_c
     offsets = (top + y).to(tl.int64) * stride_y + (left + x).to(tl.int64) * stride_x
-    q = _load(q_base, offsets, exists, stride_c, HEAD_DIM, 0, HEAD)
-    q_tail = q
+    q0 = _load(q_base, offsets, exists, stride_c, HEAD_DIM, 0, D0)
+    q1 = q0
     out_offsets = (image * tokens + token) * channels + head * HEAD_DIM
-    grad = _load(grad_out, out_offsets, exists, 1, HEAD_DIM, 0, HEAD)
-    grad_tail = grad
-    result = _load(out, out_offsets, exists, 1, HEAD_DIM, 0, HEAD)
-    delta_i = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
-    if TAIL > 0:
-        q_tail = _load(q_base, offsets, exists, stride_c, HEAD_DIM, HEAD, TAIL)
-        grad_tail = _load(grad_out, out_offsets, exists, 1, HEAD_DIM, HEAD, TAIL)
-        result = _load(out, out_offsets, exists, 1, HEAD_DIM, HEAD, TAIL)
-        delta_i += tl.sum(grad_tail.to(tl.float32) * result.to(tl.float32), 1)
+    do0 = _load(grad_out, out_offsets, exists, 1, HEAD_DIM, 0, D0)
+    do1 = do0
+    o = _load(out, out_offsets, exists, 1, HEAD_DIM, 0, D0)
+    delta_i = tl.sum(do0.to(tl.float32) * o.to(tl.float32), 1)
+    if D1 > 0:
+        q1 = _load(q_base, offsets, exists, stride_c, HEAD_DIM, D0, D1)
+        do1 = _load(grad_out, out_offsets, exists, 1, HEAD_DIM, D0, D1)
+        o = _load(out, out_offsets, exists, 1, HEAD_DIM, D0, D1)
+        delta_i += tl.sum(do1.to(tl.float32) * o.to(tl.float32), 1)
 
     plane = image * heads + head
     tl.store(delta + plane * tokens + token, delta_i, mask=exists)
-    # Of a query that does not exist every probability is zero.
-    statistic = tl.load(log_sum_exp + plane * tokens + token, mask=exists, other=float("inf"))
+    # Out-of-range queries get zero probability.
+    lse = tl.load(log_sum_exp + plane * tokens + token, mask=exists, other=float("inf"))
     rel_h += plane * WINDOW_H * tokens
     rel_w += plane * tokens * WINDOW_W
     d_rel_h += plane * WINDOW_H * tokens
     d_rel_w += plane * tokens * WINDOW_W
     _store_relative(
-        q,
-        q_tail,
+        q0,
+        q1,
         table_h,
         table_w,
         rel_h,
@@ -110,8 +110,8 @@ def _query_gradient_kernel(
         WINDOW_H,
         WINDOW_W,
         HEAD_DIM,
-        HEAD,
-        TAIL,
+        D0,
+        D1,
         CHUNK,
     )
 
@@ -125,8 +125,8 @@ def _query_gradient_kernel(
     if PADDED:
         key_height = WINDOW_H
         key_width = WINDOW_W
-    dq = tl.zeros([BLOCK, HEAD], tl.float32)
-    dq_tail = tl.zeros([BLOCK, TAIL if TAIL > 0 else 1], tl.float32)
+    dq0 = tl.zeros([BLOCK, D0], tl.float32)
+    dq1 = tl.zeros([BLOCK, D1 if D1 > 0 else 1], tl.float32)
     for column in range(0, key_width, COLUMNS):
         tl.debug_barrier()  # other threads of this program read what was stored
         columns = column + tl.arange(0, COLUMNS)
@@ -137,50 +137,46 @@ def _query_gradient_kernel(
             is_real = (key_y < height) & (key_x < width)
             key_offsets = (top + key_y).to(tl.int64) * stride_y
             key_offsets += (left + key_x).to(tl.int64) * stride_x
-            k = _load_keys(
-                k_base, key_offsets, is_real, stride_c, k_bias, HEAD_DIM, 0, HEAD, PADDED
-            )
-            v = _load_keys(
-                v_base, key_offsets, is_real, stride_c, v_bias, HEAD_DIM, 0, HEAD, PADDED
-            )
-            k_tail = k
-            on_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
-            if TAIL > 0:
-                k_tail = _load_keys(
-                    k_base, key_offsets, is_real, stride_c, k_bias, HEAD_DIM, HEAD, TAIL, PADDED
+            k0 = _load_keys(k_base, key_offsets, is_real, stride_c, k_bias, HEAD_DIM, 0, D0, PADDED)
+            v = _load_keys(v_base, key_offsets, is_real, stride_c, v_bias, HEAD_DIM, 0, D0, PADDED)
+            k1 = k0
+            dp = tl.dot(do0, tl.trans(v), input_precision="ieee")
+            if D1 > 0:
+                k1 = _load_keys(
+                    k_base, key_offsets, is_real, stride_c, k_bias, HEAD_DIM, D0, D1, PADDED
                 )
                 v = _load_keys(
-                    v_base, key_offsets, is_real, stride_c, v_bias, HEAD_DIM, HEAD, TAIL, PADDED
+                    v_base, key_offsets, is_real, stride_c, v_bias, HEAD_DIM, D0, D1, PADDED
                 )
-                on_weights = tl.dot(grad_tail, tl.trans(v), on_weights, input_precision="ieee")
+                dp = tl.dot(do1, tl.trans(v), dp, input_precision="ieee")
             term_h = _terms_of_rows(rel_h, token, exists, tokens, row, WINDOW_H, ROWS)
             terms = tl.reshape(term_h[:, :, None] + term_w[:, None, :], [BLOCK, ROWS * COLUMNS])
-            scores = _scores(q, q_tail, k, k_tail, terms, scale, TAIL)
+            scores = _scores(q0, q1, k0, k1, terms, scale, D1)
             if MASKED:
                 is_key = (key_y < key_height) & (key_x < key_width)
                 scores = tl.where(is_key[None, :], scores, float("-inf"))
-            weights = tl.exp(scores - statistic[:, None])
-            on_scores = weights * (on_weights - delta_i[:, None])
-            on_terms = tl.reshape(on_scores, [BLOCK, ROWS, COLUMNS])
-            d_term_w += tl.sum(on_terms, 1)
-            d_term_h = tl.sum(on_terms, 2)
+            p = tl.exp(scores - lse[:, None])
+            ds = p * (dp - delta_i[:, None])
+            ds_of_tile = tl.reshape(ds, [BLOCK, ROWS, COLUMNS])
+            d_term_w += tl.sum(ds_of_tile, 1)
+            d_term_h = tl.sum(ds_of_tile, 2)
             rows = row + tl.arange(0, ROWS)
             pointers = d_rel_h + rows.to(tl.int64)[None, :] * tokens + token[:, None]
             mask = exists[:, None] & (rows < WINDOW_H)[None, :]
             if WINDOW_W > COLUMNS:  # a sum over several tiles
                 d_term_h += tl.load(pointers, mask=mask & (column > 0), other=0.0)
             tl.store(pointers, d_term_h, mask=mask)
-            on_scores = on_scores.to(k.dtype)
-            dq = tl.dot(on_scores, k, dq, input_precision="ieee")
-            if TAIL > 0:
-                dq_tail = tl.dot(on_scores, k_tail, dq_tail, input_precision="ieee")
+            ds = ds.to(k0.dtype)
+            dq0 = tl.dot(ds, k0, dq0, input_precision="ieee")
+            if D1 > 0:
+                dq1 = tl.dot(ds, k1, dq1, input_precision="ieee")
         pointers = d_rel_w + token.to(tl.int64)[:, None] * WINDOW_W + columns[None, :]
         tl.store(pointers, d_term_w, mask=exists[:, None] & (columns < WINDOW_W)[None, :])
 
     tl.debug_barrier()
     offsets = (image * tokens + token) * (3 * channels) + head * HEAD_DIM
-    dq = _add_relative(
-        dq * scale,
+    dq0 = _add_relative(
+        dq0 * scale,
         table_h,
         table_w,
         d_rel_h,
@@ -194,13 +190,13 @@ def _query_gradient_kernel(
         WINDOW_W,
         HEAD_DIM,
         0,
-        HEAD,
+        D0,
         CHUNK,
     )
-    _store(grad_qkv, offsets, exists, dq, HEAD_DIM, 0, HEAD)
-    if TAIL > 0:
-        dq_tail = _add_relative(
-            dq_tail * scale,
+    _store(grad_qkv, offsets, exists, dq0, HEAD_DIM, 0, D0)
+    if D1 > 0:
+        dq1 = _add_relative(
+            dq1 * scale,
             table_h,
             table_w,
             d_rel_h,
@@ -213,11 +209,11 @@ def _query_gradient_kernel(
             WINDOW_H,
             WINDOW_W,
             HEAD_DIM,
-            HEAD,
-            TAIL,
+            D0,
+            D1,
             CHUNK,
         )
-        _store(grad_qkv, offsets, exists, dq_tail, HEAD_DIM, HEAD, TAIL)
+        _store(grad_qkv, offsets, exists, dq1, HEAD_DIM, D0, D1)
 
 
 @triton.jit
@@ -243,8 +239,8 @@ def _key_gradient_kernel(
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -270,71 +266,67 @@ def _key_gradient_kernel(
         k_bias = qkv_bias + channels + head * HEAD_DIM
         v_bias = k_bias + channels
     offsets = (top + key_y).to(tl.int64) * stride_y + (left + key_x).to(tl.int64) * stride_x
-    k = _load_keys(k_base, offsets, is_real, stride_c, k_bias, HEAD_DIM, 0, HEAD, PADDED)
-    v = _load_keys(v_base, offsets, is_real, stride_c, v_bias, HEAD_DIM, 0, HEAD, PADDED)
-    k_tail = k
-    v_tail = v
-    if TAIL > 0:
-        k_tail = _load_keys(
-            k_base, offsets, is_real, stride_c, k_bias, HEAD_DIM, HEAD, TAIL, PADDED
-        )
-        v_tail = _load_keys(
-            v_base, offsets, is_real, stride_c, v_bias, HEAD_DIM, HEAD, TAIL, PADDED
-        )
+    k0 = _load_keys(k_base, offsets, is_real, stride_c, k_bias, HEAD_DIM, 0, D0, PADDED)
+    v0 = _load_keys(v_base, offsets, is_real, stride_c, v_bias, HEAD_DIM, 0, D0, PADDED)
+    k1 = k0
+    v1 = v0
+    if D1 > 0:
+        k1 = _load_keys(k_base, offsets, is_real, stride_c, k_bias, HEAD_DIM, D0, D1, PADDED)
+        v1 = _load_keys(v_base, offsets, is_real, stride_c, v_bias, HEAD_DIM, D0, D1, PADDED)
 
     plane = image * heads + head
     rel_h += plane * WINDOW_H * tokens
     rel_w += plane * tokens * WINDOW_W
-    dk = tl.zeros([ROWS * COLUMNS, HEAD], tl.float32)
-    dv = tl.zeros([ROWS * COLUMNS, HEAD], tl.float32)
-    dk_tail = tl.zeros([ROWS * COLUMNS, TAIL if TAIL > 0 else 1], tl.float32)
-    dv_tail = tl.zeros([ROWS * COLUMNS, TAIL if TAIL > 0 else 1], tl.float32)
+    dk0 = tl.zeros([ROWS * COLUMNS, D0], tl.float32)
+    dv0 = tl.zeros([ROWS * COLUMNS, D0], tl.float32)
+    dk1 = tl.zeros([ROWS * COLUMNS, D1 if D1 > 0 else 1], tl.float32)
+    dv1 = tl.zeros([ROWS * COLUMNS, D1 if D1 > 0 else 1], tl.float32)
     # A row of a key that does not exist holds anything, infinity included; it is not stored.
     for query_tile in range(0, tl.cdiv(height * width, BLOCK)):
         y, x, exists = _query_positions(query_tile, height, width, BLOCK)
         token = (top + y) * w + left + x
         query_offsets = (top + y).to(tl.int64) * stride_y + (left + x).to(tl.int64) * stride_x
         out_offsets = (image * tokens + token) * channels + head * HEAD_DIM
-        q = _load(q_base, query_offsets, exists, stride_c, HEAD_DIM, 0, HEAD)
-        grad = _load(grad_out, out_offsets, exists, 1, HEAD_DIM, 0, HEAD)
-        q_tail = q
-        grad_tail = grad
-        on_weights = tl.dot(v, tl.trans(grad), input_precision="ieee")
-        if TAIL > 0:
-            q_tail = _load(q_base, query_offsets, exists, stride_c, HEAD_DIM, HEAD, TAIL)
-            grad_tail = _load(grad_out, out_offsets, exists, 1, HEAD_DIM, HEAD, TAIL)
-            on_weights = tl.dot(v_tail, tl.trans(grad_tail), on_weights, input_precision="ieee")
+        q0 = _load(q_base, query_offsets, exists, stride_c, HEAD_DIM, 0, D0)
+        do0 = _load(grad_out, out_offsets, exists, 1, HEAD_DIM, 0, D0)
+        q1 = q0
+        do1 = do0
+        dp = tl.dot(v0, tl.trans(do0), input_precision="ieee")
+        if D1 > 0:
+            q1 = _load(q_base, query_offsets, exists, stride_c, HEAD_DIM, D0, D1)
+            do1 = _load(grad_out, out_offsets, exists, 1, HEAD_DIM, D0, D1)
+            dp = tl.dot(v1, tl.trans(do1), dp, input_precision="ieee")
         term_h = tl.trans(_terms_of_rows(rel_h, token, exists, tokens, row, WINDOW_H, ROWS))
         term_w = tl.trans(_terms_of_columns(rel_w, token, exists, column, WINDOW_W, COLUMNS))
         terms = tl.reshape(term_h[:, None, :] + term_w[None, :, :], [ROWS * COLUMNS, BLOCK])
-        scores = _scores(k, k_tail, q, q_tail, terms, scale, TAIL)
-        # Of a query that does not exist every probability is zero.
-        statistic = tl.load(log_sum_exp + plane * tokens + token, mask=exists, other=float("inf"))
+        scores = _scores(k0, k1, q0, q1, terms, scale, D1)
+        # Out-of-range queries get zero probability.
+        lse = tl.load(log_sum_exp + plane * tokens + token, mask=exists, other=float("inf"))
         delta_i = tl.load(delta + plane * tokens + token, mask=exists, other=0.0)
-        weights = tl.exp(scores - statistic[None, :])
-        on_scores = (weights * (on_weights - delta_i[None, :])).to(q.dtype)
-        weights = weights.to(grad.dtype)
-        dv = tl.dot(weights, grad, dv, input_precision="ieee")
-        dk = tl.dot(on_scores, q, dk, input_precision="ieee")
-        if TAIL > 0:
-            dv_tail = tl.dot(weights, grad_tail, dv_tail, input_precision="ieee")
-            dk_tail = tl.dot(on_scores, q_tail, dk_tail, input_precision="ieee")
+        p = tl.exp(scores - lse[None, :])
+        ds = (p * (dp - delta_i[None, :])).to(q0.dtype)
+        p = p.to(do0.dtype)
+        dv0 = tl.dot(p, do0, dv0, input_precision="ieee")
+        dk0 = tl.dot(ds, q0, dk0, input_precision="ieee")
+        if D1 > 0:
+            dv1 = tl.dot(p, do1, dv1, input_precision="ieee")
+            dk1 = tl.dot(ds, q1, dk1, input_precision="ieee")
 
     key_token = (top + key_y) * w + left + key_x
     offsets = (image * tokens + key_token) * (3 * channels) + head * HEAD_DIM + channels
-    _store(grad_qkv, offsets, is_real, dk * scale, HEAD_DIM, 0, HEAD)
-    _store(grad_qkv, offsets + channels, is_real, dv, HEAD_DIM, 0, HEAD)
-    if TAIL > 0:
-        _store(grad_qkv, offsets, is_real, dk_tail * scale, HEAD_DIM, HEAD, TAIL)
-        _store(grad_qkv, offsets + channels, is_real, dv_tail, HEAD_DIM, HEAD, TAIL)
+    _store(grad_qkv, offsets, is_real, dk0 * scale, HEAD_DIM, 0, D0)
+    _store(grad_qkv, offsets + channels, is_real, dv0, HEAD_DIM, 0, D0)
+    if D1 > 0:
+        _store(grad_qkv, offsets, is_real, dk1 * scale, HEAD_DIM, D0, D1)
+        _store(grad_qkv, offsets + channels, is_real, dv1, HEAD_DIM, D0, D1)
     if PADDED and grad_padding is not None:
         is_padding = (key_y < WINDOW_H) & (key_x < WINDOW_W) & (is_real == 0)
         grad_padding += tl.program_id(0).to(tl.int64) * 2 * HEAD_DIM
-        _store_padding(grad_padding, dk * scale, is_padding, HEAD_DIM, 0, HEAD)
-        _store_padding(grad_padding + HEAD_DIM, dv, is_padding, HEAD_DIM, 0, HEAD)
-        if TAIL > 0:
-            _store_padding(grad_padding, dk_tail * scale, is_padding, HEAD_DIM, HEAD, TAIL)
-            _store_padding(grad_padding + HEAD_DIM, dv_tail, is_padding, HEAD_DIM, HEAD, TAIL)
+        _store_padding(grad_padding, dk0 * scale, is_padding, HEAD_DIM, 0, D0)
+        _store_padding(grad_padding + HEAD_DIM, dv0, is_padding, HEAD_DIM, 0, D0)
+        if D1 > 0:
+            _store_padding(grad_padding, dk1 * scale, is_padding, HEAD_DIM, D0, D1)
+            _store_padding(grad_padding + HEAD_DIM, dv1, is_padding, HEAD_DIM, D0, D1)
 
 
 @triton.jit
@@ -372,8 +364,8 @@ def _table_gradient_kernel(
     SIZE: tl.constexpr,  # of a window along the table's axis
     OF_ROWS: tl.constexpr,  # which axis that is
     HEAD_DIM: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -381,8 +373,8 @@ def _table_gradient_kernel(
     split = tl.program_id(0)
     first = tl.program_id(1) * CHUNK
     tokens = h * w
-    total = tl.zeros([CHUNK, HEAD], tl.float32)
-    total_tail = tl.zeros([CHUNK, TAIL if TAIL > 0 else 1], tl.float32)
+    acc0 = tl.zeros([CHUNK, D0], tl.float32)
+    acc1 = tl.zeros([CHUNK, D1 if D1 > 0 else 1], tl.float32)
     last = tl.minimum((split + 1) * tiles_each, tiles_in_all)
     for tile in range(split * tiles_each, last):
         plane = (tile // tiles).to(tl.int64)
@@ -405,14 +397,14 @@ def _table_gradient_kernel(
         gradient = tl.load(pointers, mask=mask, other=0.0).to(qkv.dtype.element_ty)
         base = qkv + plane // heads * stride_b + plane % heads * HEAD_DIM * stride_c
         offsets = y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
-        q = _load(base, offsets, exists, stride_c, HEAD_DIM, 0, HEAD)
-        total = tl.dot(tl.trans(gradient), q, total, input_precision="ieee")
-        if TAIL > 0:
-            q = _load(base, offsets, exists, stride_c, HEAD_DIM, HEAD, TAIL)
-            total_tail = tl.dot(tl.trans(gradient), q, total_tail, input_precision="ieee")
+        q = _load(base, offsets, exists, stride_c, HEAD_DIM, 0, D0)
+        acc0 = tl.dot(tl.trans(gradient), q, acc0, input_precision="ieee")
+        if D1 > 0:
+            q = _load(base, offsets, exists, stride_c, HEAD_DIM, D0, D1)
+            acc1 = tl.dot(tl.trans(gradient), q, acc1, input_precision="ieee")
     row = first + tl.arange(0, CHUNK)
     offsets = (split.to(tl.int64) * (2 * SIZE - 1) + row) * HEAD_DIM
     in_table = row < 2 * SIZE - 1
-    _store(parts, offsets, in_table, total, HEAD_DIM, 0, HEAD)
-    if TAIL > 0:
-        _store(parts, offsets, in_table, total_tail, HEAD_DIM, HEAD, TAIL)
+    _store(parts, offsets, in_table, acc0, HEAD_DIM, 0, D0)
+    if D1 > 0:
+        _store(parts, offsets, in_table, acc1, HEAD_DIM, D0, D1)

@@ -41,8 +41,8 @@ def _forward_kernel(
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -64,18 +64,18 @@ def _forward_kernel(
     k_base = q_base + _wide(channels) * stride_c
     v_base = k_base + _wide(channels) * stride_c
     offsets = (top + y).to(tl.int64) * stride_y + (left + x).to(tl.int64) * stride_x
-    q = _load(q_base, offsets, exists, stride_c, HEAD_DIM, 0, HEAD)
-    q_tail = q
-    if TAIL > 0:
-        q_tail = _load(q_base, offsets, exists, stride_c, HEAD_DIM, HEAD, TAIL)
+    q0 = _load(q_base, offsets, exists, stride_c, HEAD_DIM, 0, D0)
+    q1 = q0
+    if D1 > 0:
+        q1 = _load(q_base, offsets, exists, stride_c, HEAD_DIM, D0, D1)
 
     plane = image * heads + head
     tokens = h * w
     rel_h += plane * WINDOW_H * tokens
     rel_w += plane * tokens * WINDOW_W
     _store_relative(
-        q,
-        q_tail,
+        q0,
+        q1,
         table_h,
         table_w,
         rel_h,
@@ -88,8 +88,8 @@ def _forward_kernel(
         WINDOW_H,
         WINDOW_W,
         HEAD_DIM,
-        HEAD,
-        TAIL,
+        D0,
+        D1,
         CHUNK,
     )
     tl.debug_barrier()  # other threads of this program read what was stored
@@ -104,10 +104,10 @@ def _forward_kernel(
     if PADDED:
         key_height = WINDOW_H
         key_width = WINDOW_W
-    greatest = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    result = tl.zeros([BLOCK, HEAD], tl.float32)
-    result_tail = tl.zeros([BLOCK, TAIL if TAIL > 0 else 1], tl.float32)
+    m_i = tl.full([BLOCK], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK], tl.float32)
+    acc0 = tl.zeros([BLOCK, D0], tl.float32)
+    acc1 = tl.zeros([BLOCK, D1 if D1 > 0 else 1], tl.float32)
     for column in range(0, key_width, COLUMNS):
         term_w = _terms_of_columns(rel_w, token, exists, column, WINDOW_W, COLUMNS)
         for row in range(0, key_height, ROWS):
@@ -115,40 +115,34 @@ def _forward_kernel(
             is_real = (key_y < height) & (key_x < width)
             key_offsets = (top + key_y).to(tl.int64) * stride_y
             key_offsets += (left + key_x).to(tl.int64) * stride_x
-            k = _load_keys(
-                k_base, key_offsets, is_real, stride_c, k_bias, HEAD_DIM, 0, HEAD, PADDED
-            )
-            k_tail = k
-            if TAIL > 0:
-                k_tail = _load_keys(
-                    k_base, key_offsets, is_real, stride_c, k_bias, HEAD_DIM, HEAD, TAIL, PADDED
+            k0 = _load_keys(k_base, key_offsets, is_real, stride_c, k_bias, HEAD_DIM, 0, D0, PADDED)
+            k1 = k0
+            if D1 > 0:
+                k1 = _load_keys(
+                    k_base, key_offsets, is_real, stride_c, k_bias, HEAD_DIM, D0, D1, PADDED
                 )
             term_h = _terms_of_rows(rel_h, token, exists, tokens, row, WINDOW_H, ROWS)
             terms = tl.reshape(term_h[:, :, None] + term_w[:, None, :], [BLOCK, ROWS * COLUMNS])
-            scores = _scores(q, q_tail, k, k_tail, terms, scale, TAIL)
+            scores = _scores(q0, q1, k0, k1, terms, scale, D1)
             if MASKED:
                 is_key = (key_y < key_height) & (key_x < key_width)
                 scores = tl.where(is_key[None, :], scores, float("-inf"))
-            new_greatest = tl.maximum(greatest, tl.max(scores, 1))
-            weights = tl.exp2(scores * LOG2E - (new_greatest * LOG2E)[:, None])  # one multiply-add
-            shrink = tl.exp2((greatest - new_greatest) * LOG2E)
-            greatest = new_greatest
-            total = total * shrink + tl.sum(weights, 1)
-            v = _load_keys(
-                v_base, key_offsets, is_real, stride_c, v_bias, HEAD_DIM, 0, HEAD, PADDED
-            )
-            weights = weights.to(v.dtype)
-            result = tl.dot(weights, v, result * shrink[:, None], input_precision="ieee")
-            if TAIL > 0:
+            m_ij = tl.maximum(m_i, tl.max(scores, 1))
+            p = tl.exp2(scores * LOG2E - (m_ij * LOG2E)[:, None])  # one multiply-add
+            alpha = tl.exp2((m_i - m_ij) * LOG2E)
+            m_i = m_ij
+            l_i = l_i * alpha + tl.sum(p, 1)
+            v = _load_keys(v_base, key_offsets, is_real, stride_c, v_bias, HEAD_DIM, 0, D0, PADDED)
+            p = p.to(v.dtype)
+            acc0 = tl.dot(p, v, acc0 * alpha[:, None], input_precision="ieee")
+            if D1 > 0:
                 v = _load_keys(
-                    v_base, key_offsets, is_real, stride_c, v_bias, HEAD_DIM, HEAD, TAIL, PADDED
+                    v_base, key_offsets, is_real, stride_c, v_bias, HEAD_DIM, D0, D1, PADDED
                 )
-                result_tail = tl.dot(
-                    weights, v, result_tail * shrink[:, None], input_precision="ieee"
-                )
+                acc1 = tl.dot(p, v, acc1 * alpha[:, None], input_precision="ieee")
 
     offsets = (image * tokens + token) * channels + head * HEAD_DIM
-    _store(out, offsets, exists, result / total[:, None], HEAD_DIM, 0, HEAD)
-    if TAIL > 0:
-        _store(out, offsets, exists, result_tail / total[:, None], HEAD_DIM, HEAD, TAIL)
-    tl.store(log_sum_exp + plane * tokens + token, greatest + tl.log(total), mask=exists)
+    _store(out, offsets, exists, acc0 / l_i[:, None], HEAD_DIM, 0, D0)
+    if D1 > 0:
+        _store(out, offsets, exists, acc1 / l_i[:, None], HEAD_DIM, D0, D1)
+    tl.store(log_sum_exp + plane * tokens + token, m_i + tl.log(l_i), mask=exists)

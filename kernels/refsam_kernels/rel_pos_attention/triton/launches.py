@@ -136,7 +136,7 @@ def default_tile(kernel: str, problem: Problem) -> Tile:
     return Tile(block, keys // columns, columns, num_warps, num_stages)
 
 
-def head_parts(head_dim: int) -> tuple[int, int]:
+def split_head_dim(head_dim: int) -> tuple[int, int]:
     """A head's channels as two powers of two, 80 = 64 + 16; (128, 0) where two would be no less than one."""
     whole = max(16, triton.next_power_of_2(head_dim))
     if whole == head_dim or whole == 16:
@@ -233,7 +233,7 @@ def table_gradient_launch(
     problem: Problem, qkv: Tensor, d_rel: Tensor, parts: Tensor, *, of_rows: bool
 ) -> Launch:
     """One program per part and chunk of the table of one axis."""
-    head, tail = head_parts(problem.head_dim)
+    d0, d1 = split_head_dim(problem.head_dim)
     size, tokens = (problem.window_h if of_rows else problem.window_w), problem.h * problem.w
     tiles = triton.cdiv(tokens, TABLE_BLOCK)
     in_all = tiles * problem.images * problem.heads
@@ -253,8 +253,8 @@ def table_gradient_launch(
         "SIZE": size,
         "OF_ROWS": of_rows,
         "HEAD_DIM": problem.head_dim,
-        "HEAD": head,
-        "TAIL": tail,
+        "D0": d0,
+        "D1": d1,
         "BLOCK": TABLE_BLOCK,
         "CHUNK": TABLE_CHUNK,
     }
@@ -264,7 +264,7 @@ def table_gradient_launch(
 
 def common_arguments(problem: Problem, operands: Operands, tile: Tile) -> dict[str, Any]:
     """What all kernels over windows take."""
-    head, tail = head_parts(problem.head_dim)
+    d0, d1 = split_head_dim(problem.head_dim)
     return {
         "qkv": operands.qkv,
         "qkv_bias": operands.qkv_bias if problem.is_padded else None,
@@ -276,8 +276,8 @@ def common_arguments(problem: Problem, operands: Operands, tile: Tile) -> dict[s
         "WINDOW_H": problem.window_h,
         "WINDOW_W": problem.window_w,
         "HEAD_DIM": problem.head_dim,
-        "HEAD": head,
-        "TAIL": tail,
+        "D0": d0,
+        "D1": d1,
         "BLOCK": tile.block,
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,

@@ -3,7 +3,7 @@
 A tile of keys is ROWS x COLUMNS positions of a window, so the terms of both axes are small tiles that
 are broadcast over it. Relative terms pass through scratch memory: `rel_h` (image, head, key row,
 token) and `rel_w` (image, head, token, key column), float32. A head's channels
-are cut into HEAD and TAIL, both powers of two (80 = 64 + 16), so that nothing is padded to 128.
+are split into D0 and D1, both powers of two (80 = 64 + 16), so that nothing is padded to 128.
 """
 
 import triton
@@ -134,8 +134,8 @@ def _skewed(
 
 @triton.jit
 def _store_relative_axis(
-    q,
-    q_tail,
+    q0,
+    q1,
     table,
     rel,
     position,
@@ -145,8 +145,8 @@ def _store_relative_axis(
     token_stride,
     SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Stores one axis' relative terms of the queries with all SIZE keys of the axis."""
@@ -154,11 +154,11 @@ def _store_relative_axis(
         row = first + tl.arange(0, CHUNK)
         offsets = row * HEAD_DIM
         in_table = row < 2 * SIZE - 1
-        rows = _load(table, offsets, in_table, 1, HEAD_DIM, 0, HEAD)
-        product = tl.dot(q, tl.trans(rows), input_precision="ieee")
-        if TAIL > 0:
-            rows = _load(table, offsets, in_table, 1, HEAD_DIM, HEAD, TAIL)
-            product = tl.dot(q_tail, tl.trans(rows), product, input_precision="ieee")
+        rows = _load(table, offsets, in_table, 1, HEAD_DIM, 0, D0)
+        product = tl.dot(q0, tl.trans(rows), input_precision="ieee")
+        if D1 > 0:
+            rows = _load(table, offsets, in_table, 1, HEAD_DIM, D0, D1)
+            product = tl.dot(q1, tl.trans(rows), product, input_precision="ieee")
         pointers, mask = _skewed(
             position, exists, first, rel, token, key_stride, token_stride, SIZE, CHUNK
         )
@@ -195,8 +195,8 @@ def _add_relative_axis(
 
 @triton.jit
 def _store_relative(
-    q,
-    q_tail,
+    q0,
+    q1,
     table_h,
     table_w,
     rel_h,
@@ -209,14 +209,14 @@ def _store_relative(
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Stores the relative terms of the queries with all keys of both axes."""
     _store_relative_axis(
-        q,
-        q_tail,
+        q0,
+        q1,
         table_h,
         rel_h,
         y,
@@ -226,13 +226,13 @@ def _store_relative(
         1,
         WINDOW_H,
         HEAD_DIM,
-        HEAD,
-        TAIL,
+        D0,
+        D1,
         CHUNK,
     )
     _store_relative_axis(
-        q,
-        q_tail,
+        q0,
+        q1,
         table_w,
         rel_w,
         x,
@@ -242,8 +242,8 @@ def _store_relative(
         WINDOW_W,
         WINDOW_W,
         HEAD_DIM,
-        HEAD,
-        TAIL,
+        D0,
+        D1,
         CHUNK,
     )
 
@@ -301,11 +301,11 @@ def _add_relative(
 
 
 @triton.jit
-def _scores(q, q_tail, k, k_tail, terms, scale, TAIL: tl.constexpr):
+def _scores(q0, q1, k0, k1, terms, scale, D1: tl.constexpr):
     """Logits (queries, keys)."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if TAIL > 0:
-        scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision="ieee")
+    scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+    if D1 > 0:
+        scores = tl.dot(q1, tl.trans(k1), scores, input_precision="ieee")
     return scores * scale + terms
 
 
