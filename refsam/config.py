@@ -180,6 +180,47 @@ class RefSAMConfig:
         return config_from_dict(type(self), apply_overrides(self.to_dict(), overrides))
 
 
+@dataclass(frozen=True, config=_CLOSED)
+class Beit3Config:
+    """Sizes of BEiT-3; the defaults are those of its large scale.
+
+    image_size and patch_size are in pixels. positions counts the rows of the words' position table, two of which
+    are never used.
+    """
+
+    width: PositiveInt = 1024
+    depth: PositiveInt = 24
+    num_heads: PositiveInt = 16
+    hidden: PositiveInt = 4096
+    image_size: PositiveInt = 224
+    patch_size: PositiveInt = 16
+    vocabulary_size: PositiveInt = 64010
+    positions: PositiveInt = 1024
+
+    @model_validator(mode="after")
+    def _check(self) -> Beit3Config:
+        _demand(
+            width_must_be_a_multiple_of_num_heads=self.width % self.num_heads == 0,
+            image_size_must_be_a_multiple_of_patch_size=self.image_size % self.patch_size == 0,
+            positions_must_be_at_least_4=self.positions > 3,
+        )
+        return self
+
+
+@dataclass(frozen=True, config=_CLOSED)
+class EVFConfig:
+    """Everything that fixes EVF-SAM's architecture; the defaults are those of SAM's ViT-H with BEiT-3 large."""
+
+    image_encoder: ImageEncoderConfig = Field(
+        default_factory=lambda: ImageEncoderConfig(
+            embed_dim=1280, depth=32, num_heads=16, global_blocks=(7, 15, 23, 31), adapter_ratio=0
+        )
+    )
+    mask_decoder: MaskDecoderConfig = Field(default_factory=MaskDecoderConfig)
+    beit3: Beit3Config = Field(default_factory=Beit3Config)
+    prompt_dim: PositiveInt = 256
+
+
 def config_from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     """Validate nested plain values into the configuration class cls.
 

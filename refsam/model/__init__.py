@@ -1,7 +1,9 @@
 """RefSAM: what is computed between a frame, a sentence and a mask."""
 
+from refsam.model.evf_sam import EVFSAM
 from refsam.model.features import FrameSize, ImageFeatures, MaskOutput, TextPrompt
 from refsam.model.pretrained_text_encoder import T5TextEncoder
+from refsam.model.prompted_sam import PromptedSAM
 from refsam.model.refsam import RefSAM
 from refsam.model.text_encoder import (
     EncodedText,
@@ -11,10 +13,12 @@ from refsam.model.text_encoder import (
 )
 
 __all__ = [
+    "EVFSAM",
     "EncodedText",
     "FrameSize",
     "ImageFeatures",
     "MaskOutput",
+    "PromptedSAM",
     "RefSAM",
     "SmallTextEncoder",
     "T5TextEncoder",

@@ -2,8 +2,9 @@
 
 from tokenizers import Tokenizer
 
-from refsam.config import RefSAMConfig
+from refsam.config import Beit3Config, EVFConfig, RefSAMConfig
 from refsam.errors import CheckpointError
+from refsam.model.beit3 import BEiT3
 from refsam.model.cross_modal_mlp import CrossModalMLP
 from refsam.model.dense_attention import HierarchicalDenseAttention
 from refsam.model.image_encoder import ImageEncoder
@@ -19,7 +20,7 @@ from refsam.model.tracking import TrackingModule
 from refsam.model.two_way_transformer import TwoWayTransformer
 
 
-def build_image_encoder(config: RefSAMConfig) -> ImageEncoder:
+def build_image_encoder(config: RefSAMConfig | EVFConfig) -> ImageEncoder:
     """SAM's ViT with adapters."""
     sizes = config.image_encoder
     return ImageEncoder(
@@ -36,9 +37,11 @@ def build_image_encoder(config: RefSAMConfig) -> ImageEncoder:
     )
 
 
-def build_prompt_encoder(config: RefSAMConfig) -> PromptEncoder:
-    """SAM's image positional encoding."""
-    return PromptEncoder(config.prompt_dim)
+def build_prompt_encoder(
+    config: RefSAMConfig | EVFConfig, with_dense: bool = False
+) -> PromptEncoder:
+    """SAM's image positional encoding and, with_dense, its dense prompt for the absence of a mask."""
+    return PromptEncoder(config.prompt_dim, with_dense)
 
 
 def read_tokenizer(text: str | None) -> Tokenizer | None:
@@ -86,7 +89,7 @@ def build_dense_attention(config: RefSAMConfig) -> HierarchicalDenseAttention:
     )
 
 
-def build_mask_decoder(config: RefSAMConfig) -> MaskDecoder:
+def build_mask_decoder(config: RefSAMConfig | EVFConfig) -> MaskDecoder:
     """SAM's mask decoder."""
     sizes = config.mask_decoder
     transformer = TwoWayTransformer(
@@ -98,3 +101,17 @@ def build_mask_decoder(config: RefSAMConfig) -> MaskDecoder:
 def build_tracking(config: RefSAMConfig) -> TrackingModule:
     """The implicit tracking module."""
     return TrackingModule(config.prompt_dim, config.tracking_hidden_dim)
+
+
+def build_beit3(config: Beit3Config) -> BEiT3:
+    """EVF-SAM's reader of frame and expression."""
+    return BEiT3(
+        config.width,
+        config.depth,
+        config.num_heads,
+        config.hidden,
+        config.image_size,
+        config.patch_size,
+        config.vocabulary_size,
+        config.positions,
+    )

@@ -22,20 +22,36 @@ class ImageFeatures(NamedTuple):
     """What the image encoder gives for B frames; one set serves any number of expressions.
 
     embedding (B, N, C): unit vectors, N = h * w. levels (L, B, N, C): the embedding, then the
-    projected intermediate features, unit vectors all. grid: (h, w).
+    projected intermediate features, unit vectors all. grid: (h, w). patches (B, V, D): what prompts see of
+    the frames besides, None where they see nothing.
+
+    EVF-SAM's embedding is SAM's own, not normalised, and the only level.
     """
 
     embedding: Tensor
     levels: Tensor
     grid: tuple[int, int]
+    patches: Tensor | None = None
+
+    @staticmethod
+    def cat(parts: Sequence[ImageFeatures]) -> ImageFeatures:
+        """The features of several batches of frames as those of one."""
+        if len(parts) == 1:
+            return parts[0]
+        levels = torch.cat([part.levels for part in parts], dim=1)
+        patches = [part.patches for part in parts if part.patches is not None]
+        return ImageFeatures(
+            levels[0], levels, parts[0].grid, torch.cat(patches) if patches else None
+        )
 
 
 @dataclass(frozen=True)
 class TextPrompt:
     """P expressions as prompts.
 
-    words (P, T, C) and sentence (P, C) are unit vectors; the first lengths[i] words of row i are valid,
-    the rest is padding and may hold anything. Words are trimmed to the longest row. lengths (P,)
+    words (P, T, C) and sentence (P, C) are unit vectors (EVF-SAM: words (P, T, D) as BEiT-3 takes them,
+    sentence zeros); the first lengths[i] words of row i are valid, the rest is padding and may hold anything.
+    Words are trimmed to the longest row. lengths (P,)
     int64 may be given on the host, which spares a synchronisation, and is kept beside the words.
     unknown: per expression, the words that the text encoder does not know.
     """

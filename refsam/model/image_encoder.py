@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from refsam.model.block import Block
-from refsam.model.packing import Packing, RunBlock
+from refsam.model.packing import Packing, RunBlock, arrange_block
 
 NORM_2D_EPS = 1e-6
 
@@ -145,7 +145,7 @@ class ImageEncoder(nn.Module):
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype: got {dtype}, wanted a floating-point type or None")
         if self.packing is None or self.packing.dtype != dtype:
-            self.packing = Packing(dtype)
+            self.packing = Packing(dtype, arrange_block)
         return self
 
     def deoptimize(self) -> Self:
@@ -169,7 +169,7 @@ class ImageEncoder(nn.Module):
         blocks, recording = [*self.blocks], torch.is_grad_enabled()
         if self.packing and not recording and not torch.compiler.is_compiling():
             dtype = self.packing.dtype_of(self.pos_embed)
-            return self.packing.blocks(blocks, dtype), dtype
+            return self.packing.arranged(blocks, dtype), dtype
         if self.recompute and recording:
             again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             return [partial(again, block) for block in blocks], x.dtype

@@ -32,7 +32,7 @@ class RandomPositionEncoding(nn.Module):
         self._made: tuple[Hashable, Tensor] | None = None
 
     def forward(self, height: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The encoding (1, height * width, dim) of a grid, computed in float32."""
+        """The encoding (1, height * width, dim) of a grid, computed in float32 or wider."""
         matrix = self.positional_encoding_gaussian_matrix
         # A CUDA graph's own memory must not be kept, and its replays follow the matrix.
         is_recorded = matrix.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -47,20 +47,26 @@ class RandomPositionEncoding(nn.Module):
         return made[1]
 
     def _encode(self, height: int, width: int) -> Tensor:
-        matrix = self.positional_encoding_gaussian_matrix.float()
-        y = (torch.arange(height, device=matrix.device) + 0.5) / height
-        x = (torch.arange(width, device=matrix.device) + 0.5) / width
+        matrix = self.positional_encoding_gaussian_matrix
+        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        y = (torch.arange(height, device=matrix.device, dtype=matrix.dtype) + 0.5) / height
+        x = (torch.arange(width, device=matrix.device, dtype=matrix.dtype) + 0.5) / width
         grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
         angles = 2 * math.pi * ((2 * grid - 1) @ matrix)
         return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(0, 1)[None]
 
 
 class PromptEncoder(nn.Module):
-    """SAM's prompt encoder without points, boxes and masks: RefSAM's prompts come from the text."""
+    """SAM's prompt encoder without points, boxes and masks: prompts come from the text.
 
-    def __init__(self, dim: int) -> None:
+    with_dense: keep `no_mask_embed`, the dense prompt for the absence of a mask, which RefSAM does not use.
+    """
+
+    def __init__(self, dim: int, with_dense: bool = False) -> None:
         super().__init__()
         self.pe_layer = RandomPositionEncoding(dim)
+        if with_dense:
+            self.no_mask_embed = nn.Embedding(1, dim)
 
 
 class HeadMLP(nn.Module):

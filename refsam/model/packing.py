@@ -27,12 +27,16 @@ ROWS = 1024
 class Packing:
     """Blocks arranged for inference, made anew when weights, device or dtype have changed.
 
-    dtype is that of the products; None leaves it to `automatic_dtype`, autocast goes before both.
+    dtype is that of the products; None leaves it to `automatic_dtype`, autocast goes before both. arrange makes of a
+    module what computes it in a dtype.
     """
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, dtype: torch.dtype | None, arrange: Callable[[Any, torch.dtype], Any]
+    ) -> None:
         self.dtype = dtype
-        self._made: tuple[Hashable, list[RunBlock]] | None = None
+        self._arrange = arrange
+        self._made: tuple[Hashable, list[Any]] | None = None
 
     def dtype_of(self, weight: Tensor) -> torch.dtype:
         """What products are computed in where such a weight (..., D) is one of the parameters."""
@@ -41,21 +45,21 @@ class Packing:
             return torch.get_autocast_dtype(device_type)
         return self.dtype or automatic_dtype(weight)
 
-    def blocks(self, modules: Sequence[Block], dtype: torch.dtype) -> list[RunBlock]:
-        """The blocks as functions of x, normed and the norm that follows (see `run_block`)."""
+    def arranged(self, modules: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+        """What computes the modules with products in this dtype; for the ViT's blocks see `run_block`."""
         parameters = (parameter for module in modules for parameter in module.parameters())
         key = (dtype, weights_key(parameters))
         made = self._made
         if made is None or made[0] != key:
             # Tensors made in inference mode could not be used outside it.
             with torch.inference_mode(False), torch.no_grad():
-                made = key, [pack(module.weights(), dtype) for module in modules]
+                made = key, [self._arrange(module, dtype) for module in modules]
             self._made = made
         return made[1]
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles leave the blocks behind: tensors in oneDNN's layout have no storage."""
-        return {"dtype": self.dtype, "_made": None}
+        return {"dtype": self.dtype, "_arrange": self._arrange, "_made": None}
 
 
 def automatic_dtype(weight: Tensor) -> torch.dtype:
@@ -70,6 +74,11 @@ def has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 itself (AMX or AVX-512), as far as torch can say."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def arrange_block(block: Block, dtype: torch.dtype) -> RunBlock:
+    """`pack` of a block's own weights."""
+    return pack(block.weights(), dtype)
 
 
 def pack(weights: BlockWeights, dtype: torch.dtype) -> RunBlock:

@@ -20,18 +20,15 @@ from refsam.config import RefSAMConfig
 from refsam.errors import CheckpointError
 from refsam.model import build, model_card
 from refsam.model.adapter import Adapter
-from refsam.model.features import FrameSize, ImageFeatures, MaskOutput, TextPrompt
-from refsam.model.preprocessing import preprocess
+from refsam.model.features import ImageFeatures, TextPrompt
+from refsam.model.prompted_sam import PromptedSAM, Prompts, add_image
 from refsam.model.text_encoder import CachedTextEncoder, EncodedText
-
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
 
 log = logging.getLogger(__name__)
 
 
 class RefSAM(
-    nn.Module,
+    PromptedSAM,
     PyTorchModelHubMixin,
     library_name="refsam",
     license="apache-2.0",
@@ -45,9 +42,8 @@ class RefSAM(
     With `config.frozen` SAM's ViT and positional encoding and the text encoder do not train.
     """
 
+    config: RefSAMConfig
     text_encoder: CachedTextEncoder
-    pixel_mean: Tensor
-    pixel_std: Tensor
 
     def __init__(self, config: RefSAMConfig, tokenizer: Tokenizer | None = None) -> None:
         super().__init__()
@@ -211,25 +207,6 @@ class RefSAM(
             sources,
         )
 
-    @property
-    def image_size(self) -> int:
-        """The side S, in pixels, of the square that frames are resized into."""
-        return self.config.image_encoder.image_size
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.pixel_mean.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The parameters' floating-point type."""
-        return self.pixel_mean.dtype
-
-    def _set_pixel_statistics(self) -> None:
-        for name, values in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-
     def freeze_pretrained(self) -> None:
         """Train adapters, cross-modal MLP, dense attention, decoder and tracking only (section 3.2)."""
         self.requires_grad_(True)
@@ -256,39 +233,8 @@ class RefSAM(
             module.training = False
         return self
 
-    def optimize(self, dtype: torch.dtype | None = None) -> RefSAM:
-        """Compute with packed weights from now on, wherever autograd is off; returns the model.
-
-        dtype: of the image encoder's matrix products, None for the fastest exact enough: see
-        `ImageEncoder.optimize`. Done again it changes nothing; `train()` and `deoptimize()` undo it.
-        Raises ValueError in training mode.
-        """
-        if self.training:
-            raise ValueError("optimize: got a model in training mode, wanted eval() before it")
-        self.image_encoder.optimize(dtype)
-        return self
-
-    def deoptimize(self) -> RefSAM:
-        """Undo `optimize`: results are those from before, bit by bit; returns the model."""
-        self.image_encoder.deoptimize()
-        return self
-
-    @property
-    def is_optimized(self) -> bool:
-        """Whether `optimize` was called and not undone."""
-        return self.image_encoder.packing is not None
-
-    def preprocess(self, frames: Tensor, image_size: int | None = None) -> tuple[Tensor, FrameSize]:
-        """Frames (B, H, W, 3) uint8 RGB to normalised pixels (B, 3, S, S) and their sizes.
-
-        image_size takes another S than the model's own, a multiple of the patch size. See
-        `refsam.model.preprocessing.preprocess`. Raises ValueError for other shapes or dtypes.
-        """
-        size = image_size or self.image_size
-        return preprocess(frames.to(self.device), size, self.pixel_mean, self.pixel_std)
-
-    def encode_image(self, pixels: Tensor) -> ImageFeatures:
-        """Normalised pixels (B, 3, S, S) to features that any number of expressions share."""
+    def encode_image(self, pixels: Tensor, view: Tensor | None = None) -> ImageFeatures:
+        """Normalised pixels (B, 3, S, S) to features that any number of expressions share; there is no `view`."""
         features, intermediates = self.image_encoder(pixels)
         embedding = F.normalize(features.flatten(1, 2), dim=-1)
         levels = self.dense_attention.project(embedding, intermediates)
@@ -305,21 +251,15 @@ class RefSAM(
         words, sentence = self.cross_modal_mlp(tokens, lengths)
         return TextPrompt(words, sentence, encoded.lengths, encoded.unknown)
 
-    def decode(
+    def prompt(
         self,
         image: ImageFeatures,
         text: TextPrompt,
-        image_index: Tensor | None = None,
-        track: Tensor | None = None,
-        track_valid: Tensor | None = None,
-    ) -> MaskOutput:
-        """Masks of P expressions in the frames that image_index (P,) int64 names.
-
-        image_index None: all in the only frame. track (P, C) is the previous frame's `track_token`;
-        None on the first frame. track_valid (P,) bool: which expressions have one; None means all.
-        Raises ValueError for shapes that do not fit.
-        """
-        image_index = self._check_decode(image, text, image_index, track, track_valid)
+        image_index: Tensor,
+        track: Tensor | None,
+        track_valid: Tensor | None,
+    ) -> Prompts:
+        """Words and track token as sparse prompts, dense attention as dense ones (paper, section 3)."""
         dense = self.dense_attention(
             image.levels,
             torch.cat([text.sentence[:, None], text.words], dim=1),
@@ -332,50 +272,11 @@ class RefSAM(
                 track_valid = torch.ones_like(lengths, dtype=torch.bool)
             track = torch.where(track_valid[:, None], track, 0.0).to(sparse.dtype)
             sparse, lengths = _append_token(sparse, lengths, track, track_valid)
-        logits, iou, mask_tokens = self.mask_decoder(
-            _add_image(dense, image.embedding, image_index),
-            self.prompt_encoder.pe_layer(*image.grid, dense.dtype),
-            sparse,
-            lengths,
-            image.grid,
-        )
-        object_token = mask_tokens[:, 0]
-        track_token = self.tracking(object_token, track)
-        return MaskOutput(logits[:, 0], iou[:, 0], object_token, track_token)
+        return Prompts(add_image(dense, image.embedding, image_index), sparse, lengths, track)
 
-    def _check_decode(
-        self,
-        image: ImageFeatures,
-        text: TextPrompt,
-        image_index: Tensor | None,
-        track: Tensor | None,
-        track_valid: Tensor | None,
-    ) -> Tensor:
-        count, channels = text.sentence.shape
-        if image_index is None:
-            if len(image.embedding) != 1:
-                raise ValueError(f"image_index: got None for {len(image.embedding)} frames")
-            image_index = torch.zeros_like(text.lengths)
-        if image_index.shape != (count,):
-            raise ValueError(
-                f"image_index: got shape {tuple(image_index.shape)}, wanted ({count},)"
-            )
-        if track is not None and track.shape != (count, channels):
-            raise ValueError(f"track: got shape {tuple(track.shape)}, wanted ({count}, {channels})")
-        if track_valid is not None and (track is None or track_valid.shape != (count,)):
-            raise ValueError(
-                f"track_valid: got shape {tuple(track_valid.shape)}, wanted ({count},) and a track"
-            )
-        return image_index
-
-
-def _add_image(dense: Tensor, embedding: Tensor, image_index: Tensor) -> Tensor:
-    """Dense prompts (P, N, C), which may be overwritten, plus the embedding (B, N, C) of each expression's image."""
-    if len(embedding) != 1:
-        embedding = embedding[image_index]
-    if dense.dtype == embedding.dtype:
-        return dense.add_(embedding)
-    return dense + embedding
+    def next_track(self, object_token: Tensor, track: Tensor | None) -> Tensor:
+        """The implicit tracking module (paper, section 3.5)."""
+        return self.tracking(object_token, track)
 
 
 def _append_token(

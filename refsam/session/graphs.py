@@ -20,7 +20,7 @@ from refsam.model.features import ImageFeatures, MaskOutput, TextPrompt
 from refsam_kernels import weights_key
 
 if TYPE_CHECKING:
-    from refsam.model import RefSAM
+    from refsam.model import PromptedSAM
 
 EXPRESSIONS = (1, 2, 4, 8, 16)
 WORDS = (4, 8, 16, 32, 64)
@@ -37,14 +37,14 @@ class FrameGraphs:
     expressions or 64 words) is computed kernel by kernel. Threads may share one object.
 
     Args:
-        model: a `RefSAM` in evaluation mode on a CUDA device.
+        model: a `RefSAM` or `EVFSAM` in evaluation mode on a CUDA device.
         capacity: how many graphs are kept.
 
     Raises:
         ValueError: the model is not on a CUDA device.
     """
 
-    def __init__(self, model: "RefSAM", capacity: int = 8) -> None:
+    def __init__(self, model: "PromptedSAM", capacity: int = 8) -> None:
         if model.device.type != "cuda":
             raise ValueError(f"model: got one on {model.device}, want one on a CUDA device")
         self.model = model
@@ -60,16 +60,17 @@ class FrameGraphs:
         """How many graphs there are."""
         return self._graphs.count
 
-    def encode_image(self, pixels: Tensor) -> ImageFeatures:
-        """As `RefSAM.encode_image`."""
+    def encode_image(self, pixels: Tensor, view: Tensor | None = None) -> ImageFeatures:
+        """As `PromptedSAM.encode_image`."""
         patch_size = self.model.config.image_encoder.patch_size
         grid = pixels.shape[2] // patch_size, pixels.shape[3] // patch_size
 
-        def encode(pixels: Tensor) -> tuple[Tensor, ...]:
-            return (self.model.encode_image(pixels).levels,)
+        def encode(*inputs: Tensor) -> tuple[Tensor, ...]:
+            return _tensors(self.model.encode_image(*inputs))
 
-        (levels,) = self._graphs.run("encode", self._state(), encode, [pixels])
-        return ImageFeatures(levels[0], levels, grid)
+        inputs = [pixels] if view is None else [pixels, view]
+        levels, *patches = self._graphs.run("encode", self._state(), encode, inputs)
+        return ImageFeatures(levels[0], levels, grid, *patches)
 
     def decode(
         self,
@@ -79,7 +80,7 @@ class FrameGraphs:
         track: Tensor | None = None,
         track_valid: Tensor | None = None,
     ) -> MaskOutput:
-        """As `RefSAM.decode`."""
+        """As `PromptedSAM.decode`."""
         count, words = len(text), text.words.shape[1]
         if count > EXPRESSIONS[-1] or words > WORDS[-1] or count == 0:
             return self.model.decode(image, text, image_index, track, track_valid)
@@ -92,14 +93,15 @@ class FrameGraphs:
             at_least(WORDS, words),
         )
 
-        def decode(levels: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            words, sentence, lengths, index, track, valid = inputs
-            features = ImageFeatures(levels[0], levels, image.grid)
+        def decode(*inputs: Tensor) -> tuple[Tensor, ...]:
+            levels, *patches = inputs[:-6]
+            words, sentence, lengths, index, track, valid = inputs[-6:]
+            features = ImageFeatures(levels[0], levels, image.grid, *patches)
             prompt = _FixedPrompt(words, sentence, lengths)
             return self.model.decode(features, prompt, index, track, valid)
 
         found = self._graphs.run(
-            ("decode", image.grid), self._state(), decode, [image.levels, *inputs]
+            ("decode", image.grid), self._state(), decode, [*_tensors(image), *inputs]
         )
         return MaskOutput(*(tensor[:count] for tensor in found))
 
@@ -112,6 +114,11 @@ class FrameGraphs:
             torch.is_autocast_enabled("cuda"),
             torch.get_autocast_dtype("cuda"),
         )
+
+
+def _tensors(image: ImageFeatures) -> tuple[Tensor, ...]:
+    """The levels and, where there are any, the patches."""
+    return (image.levels,) if image.patches is None else (image.levels, image.patches)
 
 
 class _FixedPrompt(TextPrompt):
@@ -134,7 +141,7 @@ def pad_expressions(
     count: int,
     words: int,
 ) -> list[Tensor]:
-    """Inputs of `RefSAM.decode` for `count` expressions of up to `words` words, none of them None.
+    """Inputs of `PromptedSAM.decode` for `count` expressions of up to `words` words, none of them None.
 
     Padding expressions have one word, zeros, no track, and look at the first frame.
 

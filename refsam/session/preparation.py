@@ -1,7 +1,7 @@
 """From a frame in host memory to what the image encoder takes, while the device works on the frames before it."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from refsam.model import RefSAM
+    from refsam.model import PromptedSAM
     from refsam.model.features import FrameSize, ImageFeatures
     from refsam.video import Frame
 
@@ -23,20 +23,24 @@ class PreparedFrame:
     Attributes:
         pixels: ``(1, 3, S, S)`` normalised, on the model's device.
         size: of the frame, and of its copy inside the square.
+        view: the model's `view` of the frame, None where it has none.
         ready: the event that pixels are there; None where they are.
     """
 
     pixels: Tensor
     size: "FrameSize"
+    view: Tensor | None = None
     ready: "torch.cuda.Event | None" = None
 
-    def wait(self) -> Tensor:
-        """The pixels, for the current stream."""
+    def wait(self) -> tuple[Tensor, ...]:
+        """The arguments of `encode_image`, for the current stream."""
+        inputs = (self.pixels,) if self.view is None else (self.pixels, self.view)
         if self.ready is not None:
             stream = torch.cuda.current_stream(self.pixels.device)
             stream.wait_event(self.ready)
-            self.pixels.record_stream(stream)  # its memory comes from another stream
-        return self.pixels
+            for tensor in inputs:
+                tensor.record_stream(stream)  # its memory comes from another stream
+        return inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ class FramePreparer:
     its own. One thread at a time may use it.
     """
 
-    def __init__(self, model: "RefSAM") -> None:
+    def __init__(self, model: "PromptedSAM") -> None:
         self._model = model
         self._upload = _Upload(model.device) if model.device.type == "cuda" else None
 
@@ -75,19 +79,20 @@ class FramePreparer:
         if self._upload is None or pixels.device.type != "cpu":
             return prepare_now(self._model, pixels)
         with torch.cuda.stream(self._upload.stream):
-            prepared = self._model.preprocess(self._upload(pixels)[None])
+            prepared = prepare_now(self._model, self._upload(pixels))
             ready = torch.cuda.Event()
             ready.record()
-        return PreparedFrame(*prepared, ready)
+        return replace(prepared, ready=ready)
 
 
-def prepare_now(model: "RefSAM", frame: np.ndarray | Tensor) -> PreparedFrame:
+def prepare_now(model: "PromptedSAM", frame: np.ndarray | Tensor) -> PreparedFrame:
     """Prepare a frame in the current stream, for a caller that has nothing else to do; as `FramePreparer` does."""
-    return PreparedFrame(*model.preprocess(as_tensor(frame)[None]))
+    frames = as_tensor(frame)[None]
+    return PreparedFrame(*model.preprocess(frames), model.view(frames))
 
 
 def prepare_all(
-    model: "RefSAM", frames: "Iterable[Frame]"
+    model: "PromptedSAM", frames: "Iterable[Frame]"
 ) -> Iterator[tuple["Frame", PreparedFrame]]:
     """Each frame of a source with what `FramePreparer` makes of it; for `refsam.video.prefetch`."""
     prepare = FramePreparer(model)

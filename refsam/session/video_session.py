@@ -18,7 +18,7 @@ from refsam.session.preparation import EncodedFrame, PreparedFrame, prepare_all,
 from refsam_kernels import mask_postprocess
 
 if TYPE_CHECKING:
-    from refsam.model import RefSAM, TextPrompt
+    from refsam.model import PromptedSAM, TextPrompt
     from refsam.model.features import FrameSize, ImageFeatures
     from refsam.video import Frame
 
@@ -62,7 +62,7 @@ class VideoSession:
     size in between.
 
     Args:
-        model: a `RefSAM` in evaluation mode, on any device.
+        model: a `RefSAM` or `EVFSAM` in evaluation mode, on any device.
         expressions: what to segment, for instance ``["the red cup"]``; may be empty at first.
         optimize: call `model.optimize()` if nobody has; False leaves the model as it is.
         graphs: CUDA graphs of the model, which sessions may share; None launches every kernel by itself.
@@ -74,7 +74,7 @@ class VideoSession:
 
     def __init__(
         self,
-        model: "RefSAM",
+        model: "PromptedSAM",
         expressions: Sequence[str] = (),
         *,
         optimize: bool = True,
@@ -216,19 +216,18 @@ def _step_asked(
 
 
 def _features(
-    runner: "RefSAM | FrameGraphs", frames: list[PreparedFrame | EncodedFrame]
+    runner: "PromptedSAM | FrameGraphs", frames: list[PreparedFrame | EncodedFrame]
 ) -> "ImageFeatures":
     """The image encoder's features of all frames."""
-    pixels = [frame.wait() for frame in frames if isinstance(frame, PreparedFrame)]
+    inputs = [frame.wait() for frame in frames if isinstance(frame, PreparedFrame)]
     images = [frame.image for frame in frames if isinstance(frame, EncodedFrame)]
-    if pixels and images:
+    if inputs and images:
         raise ValueError("turns: got encoded frames among others, want one kind")
-    if pixels:
-        return runner.encode_image(pixels[0] if len(pixels) == 1 else torch.cat(pixels))
-    if len(images) == 1:
-        return images[0]
-    levels = torch.cat([image.levels for image in images], dim=1)
-    return images[0]._replace(embedding=levels[0], levels=levels)
+    if len(inputs) == 1:
+        return runner.encode_image(*inputs[0])
+    if inputs:
+        return runner.encode_image(*(torch.cat(parts) for parts in zip(*inputs, strict=True)))
+    return images[0].cat(images)
 
 
 def _rounds(sessions: Sequence[VideoSession]) -> Iterator[list[int]]:
@@ -251,7 +250,7 @@ def _decode(
     text = _together(
         [s._encode(s._expressions) for s in sessions]
     )  # cached, never of older weights
-    track, valid = _tracks(sessions, text.sentence)
+    track, valid = _tracks(sessions)
     index = None
     if len(image.embedding) > 1:
         repeated = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
@@ -276,14 +275,14 @@ def _together(texts: list["TextPrompt"]) -> "TextPrompt":
     return texts[0] if len(texts) == 1 else texts[0].cat(texts)
 
 
-def _tracks(sessions: list[VideoSession], like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _tracks(sessions: list[VideoSession]) -> tuple[Tensor | None, Tensor | None]:
     """The track tokens (P, C) of all sessions, None before any has one, and which of them count, None for all."""
-    if all(session._track is None for session in sessions):
+    known = next((s._track for s in sessions if s._track is not None), None)
+    if known is None:
         return None, None
-    ends = [s._track for s in sessions]
     tracks = [
-        like.new_zeros(len(s.expressions), like.shape[1]) if end is None else end
-        for s, end in zip(sessions, ends, strict=True)
+        known.new_zeros(len(s.expressions), known.shape[1]) if s._track is None else s._track
+        for s in sessions
     ]
     has_track = [has for session in sessions for has in session._has_track]
     track = tracks[0] if len(tracks) == 1 else torch.cat(tracks)
@@ -292,7 +291,7 @@ def _tracks(sessions: list[VideoSession], like: Tensor) -> tuple[Tensor | None, 
 
 
 def segment_video(
-    model: "RefSAM",
+    model: "PromptedSAM",
     source: str | os.PathLike[str] | Iterable[np.ndarray | Tensor],
     expressions: Sequence[str],
     *,
@@ -302,7 +301,7 @@ def segment_video(
     """Yield the masks of each frame while the next frames are read in another thread.
 
     Args:
-        model: a `RefSAM` in evaluation mode.
+        model: a `RefSAM` or `EVFSAM` in evaluation mode.
         source: whatever `refsam.video.open_source` takes (video, folder of images, image, camera), or
             any iterable of ``(H, W, 3)`` uint8 RGB frames.
         expressions: what to segment.
@@ -336,7 +335,7 @@ def read_ahead(
             yield from encoded
 
 
-def _has_a_core_for_the_encoder(model: "RefSAM") -> bool:
+def _has_a_core_for_the_encoder(model: "PromptedSAM") -> bool:
     return model.device.type == "cpu" and torch.get_num_threads() == 1 and available_cores() > 1
 
 
@@ -348,7 +347,7 @@ def _encode_all(
     for frame, ready in prepared:
         started = time.perf_counter()
         with torch.no_grad(), autocast:
-            image = session._runner.encode_image(ready.wait())
+            image = session._runner.encode_image(*ready.wait())
         yield frame, EncodedFrame(image, ready.size, time.perf_counter() - started)
 
 

@@ -20,7 +20,7 @@ from refsam.session.share import Share
 from refsam.session.video_session import FrameResult, VideoSession, read_ahead, step_together
 
 if TYPE_CHECKING:
-    from refsam.model import RefSAM
+    from refsam.model import PromptedSAM
     from refsam.video import Frame, ResultWriter
 
 Source = str | os.PathLike[str]
@@ -46,7 +46,7 @@ class VideoOutcome:
 
 
 def segment_videos(
-    model: "RefSAM",
+    model: "PromptedSAM",
     videos: Sequence[Source],
     expressions: Sequence[str] | Sequence[Sequence[str]],
     out: Source,
@@ -64,7 +64,7 @@ def segment_videos(
     read, or not to its end, does not stop the others, and is tried again by the next run.
 
     Args:
-        model: a `RefSAM` in evaluation mode.
+        model: a `RefSAM` or `EVFSAM` in evaluation mode.
         videos: whatever `refsam.video.open_source` takes. Of the same names, the second gets ``-2`` behind it.
         expressions: what to segment: in all videos, or a list for each video.
         out: folder to make, or that of an earlier run.

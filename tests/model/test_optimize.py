@@ -70,7 +70,7 @@ def test_results_stay_and_are_undone_exactly(
 
 
 def test_packs_on_this_machine(encoder: ImageEncoder) -> None:
-    blocks = encoder.optimize(torch.float32).packing.blocks([*encoder.blocks], torch.float32)
+    blocks = encoder.optimize(torch.float32).packing.arranged([*encoder.blocks], torch.float32)
     assert all(isinstance(block, PackedBlock) for block in blocks)
 
 

@@ -1,0 +1,185 @@
+"""SAM's image encoder and mask decoder with prompts made of expressions: the interface of RefSAM and EVF-SAM."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from refsam.config import EVFConfig, RefSAMConfig
+from refsam.model.features import FrameSize, ImageFeatures, MaskOutput, TextPrompt
+from refsam.model.image_encoder import ImageEncoder
+from refsam.model.mask_decoder import MaskDecoder, PromptEncoder
+from refsam.model.preprocessing import preprocess
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+class Prompts(NamedTuple):
+    """Prompts of P expressions, as the mask decoder takes them.
+
+    image (P, N, C): the embedding with the dense prompts added. sparse (P, T, C): sparse prompts; the first lengths (P,)
+    of each row are valid, None means all. track (P, C): the track tokens that are among them, None without any.
+    """
+
+    image: Tensor
+    sparse: Tensor
+    lengths: Tensor | None = None
+    track: Tensor | None = None
+
+
+class PromptedSAM(nn.Module):
+    """SAM whose prompts come from expressions.
+
+    A subclass says how: `encode_text`, `prompt` and, where it keeps a memory, `next_track`. Everything that runs a
+    model (sessions, the command line, evaluation, the page) uses this interface only.
+    """
+
+    config: RefSAMConfig | EVFConfig
+    image_encoder: ImageEncoder
+    prompt_encoder: PromptEncoder
+    mask_decoder: MaskDecoder
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    @abstractmethod
+    def encode_text(self, expressions: Sequence[str]) -> TextPrompt:
+        """P expressions to prompts; raises ExpressionError for one that cannot be understood."""
+
+    @abstractmethod
+    def prompt(
+        self,
+        image: ImageFeatures,
+        text: TextPrompt,
+        image_index: Tensor,
+        track: Tensor | None,
+        track_valid: Tensor | None,
+    ) -> Prompts:
+        """Prompts of P expressions; the arguments are those of `decode`, checked."""
+
+    def next_track(self, object_token: Tensor, track: Tensor | None) -> Tensor:
+        """The track token (P, C) for the next frame; a model without a memory passes the object token on."""
+        return object_token
+
+    def view(self, frames: Tensor) -> Tensor | None:
+        """What prompts need of frames (B, H, W, 3) uint8 RGB besides the encoder's pixels; None: nothing."""
+        return None
+
+    @property
+    def image_size(self) -> int:
+        """The side S, in pixels, of the square that frames are resized into."""
+        return self.config.image_encoder.image_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.pixel_mean.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' floating-point type."""
+        return self.pixel_mean.dtype
+
+    def _set_pixel_statistics(self) -> None:
+        for name, values in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def optimize(self, dtype: torch.dtype | None = None) -> Self:
+        """Compute with packed weights from now on, wherever autograd is off; returns the model.
+
+        dtype: of the image encoder's matrix products, None for the fastest exact enough: see
+        `ImageEncoder.optimize`. Done again it changes nothing; `train()` and `deoptimize()` undo it.
+        Raises ValueError in training mode.
+        """
+        if self.training:
+            raise ValueError("optimize: got a model in training mode, wanted eval() before it")
+        self.image_encoder.optimize(dtype)
+        return self
+
+    def deoptimize(self) -> Self:
+        """Undo `optimize`: results are those from before, bit by bit; returns the model."""
+        self.image_encoder.deoptimize()
+        return self
+
+    @property
+    def is_optimized(self) -> bool:
+        """Whether `optimize` was called and not undone."""
+        return self.image_encoder.packing is not None
+
+    def preprocess(self, frames: Tensor, image_size: int | None = None) -> tuple[Tensor, FrameSize]:
+        """Frames (B, H, W, 3) uint8 RGB to normalised pixels (B, 3, S, S) and their sizes.
+
+        image_size takes another S than the model's own, a multiple of the patch size. See
+        `refsam.model.preprocessing.preprocess`. Raises ValueError for other shapes or dtypes.
+        """
+        size = image_size or self.image_size
+        return preprocess(frames.to(self.device), size, self.pixel_mean, self.pixel_std)
+
+    @abstractmethod
+    def encode_image(self, pixels: Tensor, view: Tensor | None = None) -> ImageFeatures:
+        """Normalised pixels (B, 3, S, S) and the frames' `view` to features that any number of expressions share."""
+
+    def decode(
+        self,
+        image: ImageFeatures,
+        text: TextPrompt,
+        image_index: Tensor | None = None,
+        track: Tensor | None = None,
+        track_valid: Tensor | None = None,
+    ) -> MaskOutput:
+        """Masks of P expressions in the frames that image_index (P,) int64 names.
+
+        image_index None: all in the only frame. track (P, C) is the previous frame's `track_token`;
+        None on the first frame. track_valid (P,) bool: which expressions have one; None means all.
+        Raises ValueError for shapes that do not fit.
+        """
+        image_index = self._check_decode(image, text, image_index, track, track_valid)
+        prompts = self.prompt(image, text, image_index, track, track_valid)
+        logits, iou, mask_tokens = self.mask_decoder(
+            prompts.image,
+            self.prompt_encoder.pe_layer(*image.grid, prompts.image.dtype),
+            prompts.sparse,
+            prompts.lengths,
+            image.grid,
+        )
+        object_token = mask_tokens[:, 0]
+        track_token = self.next_track(object_token, prompts.track)
+        return MaskOutput(logits[:, 0], iou[:, 0], object_token, track_token)
+
+    def _check_decode(
+        self,
+        image: ImageFeatures,
+        text: TextPrompt,
+        image_index: Tensor | None,
+        track: Tensor | None,
+        track_valid: Tensor | None,
+    ) -> Tensor:
+        count, channels = len(text.lengths), self.config.prompt_dim
+        if image_index is None:
+            if len(image.embedding) != 1:
+                raise ValueError(f"image_index: got None for {len(image.embedding)} frames")
+            image_index = torch.zeros_like(text.lengths)
+        if image_index.shape != (count,):
+            raise ValueError(
+                f"image_index: got shape {tuple(image_index.shape)}, wanted ({count},)"
+            )
+        if track is not None and track.shape != (count, channels):
+            raise ValueError(f"track: got shape {tuple(track.shape)}, wanted ({count}, {channels})")
+        if track_valid is not None and (track is None or track_valid.shape != (count,)):
+            raise ValueError(
+                f"track_valid: got shape {tuple(track_valid.shape)}, wanted ({count},) and a track"
+            )
+        return image_index
+
+
+def add_image(dense: Tensor, embedding: Tensor, image_index: Tensor) -> Tensor:
+    """Dense prompts (P, N, C), which may be overwritten, plus the embedding (B, N, C) of each expression's image."""
+    if len(embedding) != 1:
+        embedding = embedding[image_index]
+    if dense.dtype == embedding.dtype:
+        return dense.add_(embedding)
+    return dense + embedding
