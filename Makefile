@@ -9,14 +9,22 @@ OUT ?= out
 # One test process per core, each with one thread: faster and steadier than threads that share cores.
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# An older torch, Triton and numpy under another Python, for the kernels alone: 5 GB, since PyPI has that torch only with CUDA.
+VENV_OLDEST ?= .venv-oldest
+PYTHON_OLDEST ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3) python3.12)
 
-.PHONY: demo test test-slow test-gpu sanitize compute-sanitizer bench gpu-report docs lint format libraries venv clean
+.PHONY: demo test test-oldest test-slow test-gpu sanitize compute-sanitizer bench gpu-report docs lint format libraries venv venv-oldest clean
 
 demo: libraries
 	$(BIN)/refsam demo --out $(OUT)/demo --overwrite
 
 test: libraries
 	$(PYTEST) -n $(WORKERS) --maxprocesses 8 -p no:benchmark $(TESTS)
+
+# The kernels' tests with the oldest versions that are supported; the libraries are those that the newest torch built.
+test-oldest: libraries venv-oldest
+	PYTHONPATH=kernels OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 -p no:benchmark \
+	  $(or $(TESTS),tests/kernels)
 
 # What the default run leaves out for its length: full-size parity, the CUDA build.
 test-slow: libraries
@@ -85,6 +93,13 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/metrics/*)
 	# Without torchvision, which it needs but not for SAM, and which would bring another torch.
 	$(BIN)/python -m pip install --constraint constraints.txt --no-deps timm
 	touch $(STAMP)
+
+venv-oldest: $(VENV_OLDEST)/.refsam-installed
+
+$(VENV_OLDEST)/.refsam-installed: constraints-oldest.txt
+	test -x $(VENV_OLDEST)/bin/python || $(PYTHON_OLDEST) -m venv $(VENV_OLDEST)
+	$(VENV_OLDEST)/bin/python -m pip install --quiet --requirement constraints-oldest.txt
+	touch $@
 
 clean:
 	rm -rf build $(OUT) kernels/refsam_kernels/*.so kernels/refsam_kernels/_build.json
