@@ -61,7 +61,7 @@ bench: libraries
 
 # Libraries that were built elsewhere are used as they are, if they can be loaded.
 gpu-report: venv
-	$(BIN)/python -m benchmarks.gpu_report --out $(OUT)/gpu-report
+	$(BIN)/python -m benchmarks.report.gpu --out $(OUT)/gpu-report
 
 SOURCES = csrc/*.h csrc/*/* tests/csrc/*.cu tests/csrc/*/*.h tests/csrc/*/*.cpp
 # The site, in out/site; warnings are errors.

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import compare, provenance
+from benchmarks import provenance
 from benchmarks.measure import measure_ceiling
-from benchmarks.plots import write_plots
 from benchmarks.registry import load_cases
+from benchmarks.report import compare
+from benchmarks.report.plots import write_plots
 from benchmarks.run import run_case
 
 

@@ -65,6 +65,12 @@ class ImageEncoderConfig:
         )
         return self
 
+    @property
+    def multiplications(self) -> int:
+        """How many multiplications with SAM's weights one image takes, a measure of the encoder's size."""
+        tokens = (self.image_size // self.patch_size) ** 2
+        return 12 * tokens * self.depth * self.embed_dim**2
+
 
 @dataclass(frozen=True, config=_CLOSED)
 class SmallTextConfig:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import compare
 from benchmarks.__main__ import main
+from benchmarks.report import compare
 
 ORIGIN = {"hardware": {"processor": "a processor"}, "threads": 2}
 

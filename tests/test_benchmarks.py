@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import measure, plots, provenance, run, tables
+from benchmarks import measure, provenance, run
 from benchmarks.__main__ import main, table_line
 from benchmarks.ops import rel_pos_attention
 from benchmarks.ops.frame import compare_frames
 from benchmarks.ops.image_encoder import encoder_flops
 from benchmarks.ops.mask_postprocess import undecided_only
 from benchmarks.registry import SHORT, Case, Workload, load_cases, unusable
+from benchmarks.report import plots, tables
 from refsam import RefSAMConfig
 from tests.tiny_model import tiny_model
 

@@ -6,7 +6,8 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import encoder, tables
+from benchmarks.end_to_end import encoder
+from benchmarks.report import tables
 from refsam import RefSAMConfig
 from tests.tiny_model import CONFIG
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_report
+from benchmarks.report import gpu as gpu_report
 from refsam_kernels import build
 
 

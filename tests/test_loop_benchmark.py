@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import loop, tables
-from benchmarks.per_expression import PerExpressionLoop
+from benchmarks.end_to_end import loop
+from benchmarks.end_to_end.per_expression import PerExpressionLoop
+from benchmarks.report import tables
 from refsam import RefSAM, VideoSession
 from tests.tiny_model import tiny_model
 

@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 
-from benchmarks.real_clips import ROOT, coloured, mean, score, table, weights_at
+from benchmarks.end_to_end.real_clips import ROOT, coloured, mean, score, table, weights_at
 from refsam.model import RefSAM
 
 COLOURS = {"red": (220, 20, 30), "yellow": (230, 200, 20), "green": (30, 160, 70)}

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks import scoring
+from benchmarks.end_to_end import scoring
 
 
 def test_writes_how_much_faster_two_processes_are(tmp_path: Path) -> None:

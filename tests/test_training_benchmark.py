@@ -5,7 +5,8 @@ from unittest import mock
 
 import pytest
 
-from benchmarks import tables, training
+from benchmarks.end_to_end import training
+from benchmarks.report import tables
 
 NO_MEMORY = {"step_memory_bytes": 2**20, "process_memory_bytes": 2**21}
 

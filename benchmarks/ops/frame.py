@@ -1,7 +1,7 @@
 """A 720p frame on the host to masks of its size on the host: our sessions against one encoder pass per expression.
 
-`benchmarks.per_expression` is the loop, segment-anything's modules in eager float32; it and every session have the same random
-weights. Text is encoded once on both sides. Every call is the first frame of a video: no expression has a track token yet.
+`benchmarks.end_to_end.per_expression` is the loop, segment-anything's modules in eager float32; it and every session have
+the same random weights. Text is encoded once on both sides. Every call is a video's first frame: there is no track token yet.
 """
 
 import copy
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.expressions import SENTENCES, SIZE, make_model
+from benchmarks.end_to_end.expressions import SENTENCES, SIZE, make_model
+from benchmarks.end_to_end.per_expression import PerExpressionLoop
 from benchmarks.ops.image_encoder import encoder_flops
-from benchmarks.per_expression import PerExpressionLoop
 from benchmarks.registry import DEVICES, Workload, register
 from refsam import RefSAM, VideoSession
-from refsam.cli.options import choose_dtype, choose_encoder_dtype
+from refsam.runtime.device import choose_dtype, choose_encoder_dtype
 from refsam.session import FrameGraphs
 from tests.sam_modeling import randomise
 

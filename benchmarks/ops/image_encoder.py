@@ -1,4 +1,4 @@
-"""SAM's image encoder: segment-anything's, eager and compiled, transformers' with SDPA, and ours (see `benchmarks.encoder`).
+"""SAM's image encoder: segment-anything's, eager and compiled, transformers' with SDPA, and ours.
 
 All have the same weights; adapters are untrained. Products skip the padding of windows in the operations that are counted.
 """
@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.encoder import (
+from benchmarks.end_to_end.encoder import (
     BASELINE,
     DTYPES,
     TOLERANCE,

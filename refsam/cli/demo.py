@@ -14,9 +14,9 @@ from refsam.cli.options import (
     DtypeOption,
     OutOption,
     OverwriteOption,
-    check_names,
 )
 from refsam.cli.segment import load_session, segment_frames
+from refsam.runtime.device import check_names
 
 if TYPE_CHECKING:
     from refsam.data.generated import GeneratedClip

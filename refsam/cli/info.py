@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
-from refsam.cli.options import choose_device, choose_dtype
+from refsam.runtime.device import choose_device, choose_dtype
 
 app = typer.Typer(rich_markup_mode="markdown")
 _PACKAGES = "numpy av pillow safetensors tokenizers transformers".split()

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from refsam.allocation import keep_freed_memory
 from refsam.cli.options import (
     CheckpointOption,
     DeviceOption,
@@ -17,13 +16,11 @@ from refsam.cli.options import (
     GraphsOption,
     OutOption,
     OverwriteOption,
-    check_names,
-    choose_device,
-    choose_dtype,
-    choose_encoder_dtype,
-    choose_threads,
 )
 from refsam.errors import UserError
+from refsam.runtime.device import check_names, choose_device, choose_dtype, choose_encoder_dtype
+from refsam.runtime.malloc import keep_freed_memory
+from refsam.runtime.threads import choose_threads
 
 if TYPE_CHECKING:
     import torch
@@ -182,7 +179,7 @@ def load_model(
     from refsam.model import RefSAM
 
     model = RefSAM.from_pretrained(checkpoint).to(device).eval()
-    choose_threads(model)
+    choose_threads(model.device, model.config.image_encoder.multiplications)
     return model.optimize(choose_encoder_dtype(dtype)), precision
 
 
@@ -256,8 +253,8 @@ def segment_frames(
     """
     import torch
 
-    from refsam.cli.interrupts import held_back
     from refsam.cli.progress import progress
+    from refsam.runtime.signals import held_back
     from refsam.session import EncodedFrame
     from refsam.video import FrameDecodeError
 

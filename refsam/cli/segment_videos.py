@@ -7,17 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from refsam import __version__
-from refsam.cli.options import (
-    CheckpointOption,
-    DeviceOption,
-    DtypeOption,
-    GraphsOption,
-    check_names,
-    choose_device,
-)
+from refsam.cli.options import CheckpointOption, DeviceOption, DtypeOption, GraphsOption
 from refsam.cli.progress import progress
 from refsam.cli.segment import check_expressions, load_model, make_graphs, precision_facts
 from refsam.errors import UserError
+from refsam.runtime.device import check_names, choose_device
 
 if TYPE_CHECKING:
     from refsam.session import VideoOutcome

@@ -5,13 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from refsam.cli.options import (
-    CheckpointOption,
-    DeviceOption,
-    DtypeOption,
-    check_names,
-    choose_device,
-)
+from refsam.cli.options import CheckpointOption, DeviceOption, DtypeOption
+from refsam.runtime.device import check_names, choose_device
 
 if TYPE_CHECKING:
     from refsam.ui.jobs import Engine

@@ -71,7 +71,7 @@ class ReferringDataset:
 
     `videos` in the order of the dataset's protocol, `sentences` by name of the video, in file order. `frame_file(video, frame)`
     and `mask_source` are the two things in which the datasets differ; `mask_source` is None where the truth is not there.
-    `truth` is the file or folder of the truth as `refsam.evaluation.masks` reads it, `listing` the file of the expressions.
+    `truth` is the file or folder that `refsam.evaluation.scoring.masks` reads, `listing` the file of the expressions.
     `notes` say what a reader of results must know: what was left out, and why. Instances can be pickled.
     """
 

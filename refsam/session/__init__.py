@@ -1,8 +1,8 @@
 """Videos frame by frame: one (`VideoSession`, `segment_video`) or many (`step_together`, `segment_videos`)."""
 
+from refsam.runtime.shard import Share
 from refsam.session.graphs import FrameGraphs
 from refsam.session.preparation import EncodedFrame, FramePreparer, PreparedFrame
-from refsam.session.share import Share
 from refsam.session.video_session import (
     FrameResult,
     VideoSession,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refsam.cores import available_cores
+from refsam.runtime.threads import available_cores
 from refsam.session.graphs import FrameGraphs
 from refsam.session.preparation import EncodedFrame, PreparedFrame, prepare_all, prepare_now
 from refsam_kernels import mask_postprocess

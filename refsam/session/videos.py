@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refsam.errors import UserError
+from refsam.runtime.shard import Share
 from refsam.session.graphs import FrameGraphs
 from refsam.session.preparation import EncodedFrame, PreparedFrame
-from refsam.session.share import Share
 from refsam.session.video_session import FrameResult, VideoSession, read_ahead, step_together
 
 if TYPE_CHECKING:

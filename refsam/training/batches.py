@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from refsam.data import DataError, ReferringDataset, open_dataset
 from refsam.data.clips import ClipBatch, ClipMixture, ClipSampler
 from refsam.data.generated import generate_batch
-from refsam.interruption import ignore_stop_signals
+from refsam.runtime.signals import ignore_stop_signals
 from refsam.training.settings import StageSettings, TrainingSettings
 
 # Height to width of a generated batch's frames.

@@ -15,9 +15,9 @@ from refsam.checkpoint.files import shorten
 from refsam.data import ReferringDataset
 from refsam.data.generated.grammar import vocabulary
 from refsam.errors import UserError
-from refsam.interruption import StopRequest
 from refsam.model import RefSAM, word_tokenizer
 from refsam.model.model_card import card_arguments
+from refsam.runtime.signals import StopRequest
 from refsam.training.batches import (
     DatasetStream,
     GeneratedStream,
@@ -30,7 +30,7 @@ from refsam.training.distributed import Processes, SharedModule, local, spread_l
 from refsam.training.flops import count_flops
 from refsam.training.module import NotANumberError, TrainingModule
 from refsam.training.monitoring import Log, Meter, measure_peak_flops
-from refsam.training.parameters import (
+from refsam.training.optim import (
     build_optimisers,
     clip_gradients,
     learning_rate,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from refsam.data.clips import ClipBatch
 from refsam.data.colour import adjust_colour
 from refsam.model import FrameSize, ImageFeatures, MaskOutput, RefSAM, TextPrompt
+from refsam.training.auxiliary_losses import ObjectHead
 from refsam.training.batches import TrainingBatch
 from refsam.training.losses import mask_losses
-from refsam.training.objects import ObjectHead
 from refsam.training.settings import StageSettings, TrainingSettings
 from refsam.training.text_features import TextFeatures
 

@@ -15,8 +15,8 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
-from refsam.cores import available_cores
 from refsam.errors import UserError
+from refsam.runtime.threads import available_cores
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .png .bmp .tif .tiff .webp .ppm .pgm .pbm .jp2 .avif".split()

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from refsam.cli.interrupts import held_back
+from refsam.runtime.signals import held_back
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a process cannot interrupt itself")
 

@@ -2,18 +2,17 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from refsam import RefSAMConfig
-from refsam.cli import options
+from refsam.runtime import device, threads
 
 FAULTS = """
 import resource, sys
 import numpy as np
-from refsam.allocation import keep_freed_memory
+from refsam.runtime.malloc import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def faults():
@@ -40,23 +39,23 @@ def test_freed_memory_is_used_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "cores", "threads"),
+    ("preset", "cores", "expected"),
     [("nano", 1, 1), ("nano", 2, 1), ("nano", 4, 3), ("nano", 64, 4), ("vit_b", 64, None)],
 )
 def test_small_models_take_few_threads(
-    monkeypatch: pytest.MonkeyPatch, preset: str, cores: int, threads: int | None
+    monkeypatch: pytest.MonkeyPatch, preset: str, cores: int, expected: int | None
 ) -> None:
     taken: list[int] = []
-    model = SimpleNamespace(device=torch.device("cpu"), config=RefSAMConfig.preset(preset))
+    work = torch.device("cpu"), RefSAMConfig.preset(preset).image_encoder.multiplications
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(options, "available_cores", lambda: cores)
+    monkeypatch.setattr(threads, "available_cores", lambda: cores)
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    options.choose_threads(model)  # type: ignore[arg-type]
-    expected = [] if threads is None else [threads]
-    assert taken == expected
+    threads.choose_threads(*work)
+    calls = [] if expected is None else [expected]
+    assert taken == calls
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    options.choose_threads(model)  # type: ignore[arg-type]
-    assert taken == expected
+    threads.choose_threads(*work)
+    assert taken == calls
 
 
 def test_torchrun_says_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,6 +64,6 @@ def test_torchrun_says_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("LOCAL_RANK", raising=False)
         if rank is not None:
             monkeypatch.setenv("LOCAL_RANK", rank)
-        assert options.choose_device("auto") == torch.device("cuda", expected)
+        assert device.choose_device("auto") == torch.device("cuda", expected)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert options.choose_device("auto") == torch.device("cpu")
+    assert device.choose_device("auto") == torch.device("cpu")

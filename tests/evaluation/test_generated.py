@@ -10,13 +10,15 @@ import torch
 from refsam.data.generated.backgrounds import photographs
 from refsam.data.generated.clips import sample_clip
 from refsam.errors import UserError
-from refsam.evaluation import generated
+from refsam.evaluation.runners import generated
 from refsam.session import FrameResult
 
 
 @pytest.fixture(scope="module")
 def frozen() -> list[dict]:
-    text = files("refsam.evaluation").joinpath("generated_v1.json").read_text(encoding="utf-8")
+    text = (
+        files("refsam.evaluation.runners").joinpath("generated_v1.json").read_text(encoding="utf-8")
+    )
     return json.loads(text)["clips"]
 
 

@@ -10,8 +10,8 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
 from refsam.errors import UserError
-from refsam.evaluation.masks import evaluate_masks
-from refsam.evaluation.problems import MaskProblemsError
+from refsam.evaluation.scoring.masks import evaluate_masks
+from refsam.evaluation.scoring.problems import MaskProblemsError
 from refsam.metrics import contour_accuracy, region_similarity
 
 CHECKOUT = Path(__file__).parents[2]

@@ -12,12 +12,9 @@ from PIL import Image
 
 from refsam.cli import main
 from refsam.errors import UserError
-from refsam.evaluation.clips import find_clips
-from refsam.evaluation.mask_report import Scored, folder_frames, mask_sections, overall_table
-from refsam.evaluation.masks import score_layout
-from refsam.evaluation.pictures import Curve, chart, comparison
-from refsam.evaluation.protocols import find_protocol
-from refsam.evaluation.reports import (
+from refsam.evaluation.reports.masks import Scored, folder_frames, mask_sections, overall_table
+from refsam.evaluation.reports.pictures import Curve, chart, comparison
+from refsam.evaluation.reports.report import (
     Code,
     Picture,
     Section,
@@ -27,6 +24,9 @@ from refsam.evaluation.reports import (
     as_markdown,
     write_report,
 )
+from refsam.evaluation.scoring.clips import find_clips
+from refsam.evaluation.scoring.masks import score_layout
+from refsam.evaluation.scoring.protocols import find_protocol
 from tests.browser import CHROMIUM
 
 VOID_TAGS = {"meta", "img"}

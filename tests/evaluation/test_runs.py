@@ -17,14 +17,14 @@ from PIL import Image
 from refsam.cli import main
 from refsam.data import open_dataset
 from refsam.errors import UserError
-from refsam.evaluation.benchmark import Runner, evaluate, palette
-from refsam.evaluation.inference import RULES, FrameLogits, VideoPredictor, find_rules
-from refsam.evaluation.per_expression import PerExpression
-from refsam.evaluation.problems import MaskProblemsError
-from refsam.evaluation.ref_davis17 import RefDavis17
-from refsam.evaluation.refcoco import RefCoco
-from refsam.evaluation.run_folder import RunFolder
-from refsam.evaluation.submissions import write_submission
+from refsam.evaluation.runners.benchmark import Runner, evaluate, palette
+from refsam.evaluation.runners.inference import RULES, FrameLogits, VideoPredictor, find_rules
+from refsam.evaluation.runners.per_expression import PerExpression
+from refsam.evaluation.runners.ref_davis17 import RefDavis17
+from refsam.evaluation.runners.refcoco import RefCoco
+from refsam.evaluation.runners.run_folder import RunFolder
+from refsam.evaluation.runners.submissions import write_submission
+from refsam.evaluation.scoring.problems import MaskProblemsError
 from refsam.session import Share, VideoSession
 from tests.data import fixtures
 from tests.evaluation.known_model import ColourModel, write_lossless
@@ -284,9 +284,9 @@ KILLED = """
 import os, signal
 from pathlib import Path
 from refsam.data import open_dataset
-from refsam.evaluation.benchmark import Runner, evaluate
-from refsam.evaluation.inference import find_rules
-from refsam.evaluation.ref_davis17 import RefDavis17
+from refsam.evaluation.runners.benchmark import Runner, evaluate
+from refsam.evaluation.runners.inference import find_rules
+from refsam.evaluation.runners.ref_davis17 import RefDavis17
 from tests.evaluation.known_model import ColourModel
 class Failure(BaseException):
     def __init__(self):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cuda_resources
+from benchmarks.gates import cuda_resources
 from refsam_kernels import build
 from refsam_kernels.core import libraries
 

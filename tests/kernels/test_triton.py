@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import compile_gate
+from benchmarks.gates import compile_gate
 from refsam_kernels.core import triton_aot
 from refsam_kernels.core.triton_aot import CompilationError, Resources, cases_of, compile_ahead
 from tests.kernels.interpreter import FOLDER, run_interpreted
@@ -30,7 +30,7 @@ def test_what_is_slow_in_the_interpreter(operator: str) -> None:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_compiles_ahead_of_time(operator: str) -> None:
-    """Two configurations each; `python -m benchmarks.compile_gate` compiles all."""
+    """Two configurations each; `python -m benchmarks.gates.compile_gate` compiles all."""
     for case in cases_of(operator)[:2]:
         resources = compile_ahead(case, case.architectures[0])
         assert 0 < resources.registers < 256

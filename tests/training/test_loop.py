@@ -11,7 +11,7 @@ from refsam.config import config_from_dict, config_from_yaml
 from refsam.errors import ConfigError, UserError
 from refsam.model import RefSAM
 from refsam.training.loop import Trainer
-from refsam.training.parameters import learning_rate
+from refsam.training.optim import learning_rate
 from refsam.training.settings import OptimiserSettings, TrainingSettings
 from tests.data import fixtures
 

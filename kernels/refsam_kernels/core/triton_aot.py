@@ -1,7 +1,7 @@
 """Compiles Triton kernels ahead of time, without a GPU, and reads what they need of one.
 
 The `triton.py` of an operator lists every configuration that it ships: `compile_cases() -> list[CompileCase]`, small ones first.
-`python -m benchmarks.compile_gate` compiles them all.
+`python -m benchmarks.gates.compile_gate` compiles them all.
 """
 
 import contextlib

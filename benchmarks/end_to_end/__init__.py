@@ -1,0 +1,1 @@
+"""Measure whole commands: segmenting, training, scoring, the page."""

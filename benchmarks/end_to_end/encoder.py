@@ -1,0 +1,361 @@
+"""`python -m benchmarks.end_to_end.encoder --out FILE`: the image encoder on the CPU against its peers' encoders.
+
+All share one set of random weights, and adapters are untrained: every result must be segment-anything's. Each dtype is a
+group of its own: checked, timed in turn, checked again. Memory is that of a first call in a process of its own, packed
+copies of the weights included, compilation left out. A peer that cannot run here is skipped with its own reason.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import Times, peak_memory, summarise, time_cpu
+from benchmarks.provenance import ROOT, collect
+from benchmarks.registry import backends_of, unusable
+from refsam.config import RefSAMConfig
+from refsam.model.build import build_image_encoder
+from refsam_kernels import use_backend
+from refsam_kernels.integrations import optimize
+from tests.sam_modeling import sam_image_encoder
+from tests.timm_modeling import timm_image_encoder
+
+BASELINE, COMPILED, SDPA, TIMM = (
+    "segment-anything",
+    "segment-anything, torch.compile",
+    "transformers, SDPA",
+    "timm",
+)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Relative to the largest value, in float32; in bfloat16 twice what segment-anything's own is off.
+TOLERANCE = 1e-4
+MEMORY_RUNS = 3
+_TRANSFORMERS_NAMES = {
+    "patch_embed.proj.": "patch_embed.projection.",
+    "blocks.": "layers.",
+    ".norm": ".layer_norm",
+    "neck.0.": "neck.conv1.",
+    "neck.1.": "neck.layer_norm1.",
+    "neck.2.": "neck.conv2.",
+    "neck.3.": "neck.layer_norm2.",
+}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to encode; `backend` is that of our rel_pos_attention."""
+
+    name: str
+    dtype: str
+    backend: str = ""
+    packed: bool = False
+    adapters: bool = False
+
+
+def providers(dtype: str, device: str = "cpu") -> Iterator[Provider]:
+    """What is compared in one dtype; the baseline first."""
+    yield Provider(BASELINE, dtype)
+    yield Provider(COMPILED, dtype)
+    yield Provider(SDPA, dtype)
+    yield Provider(TIMM, dtype)
+    for backend in backends_of("rel_pos_attention", device):
+        if backend != "reference":
+            ours = f"refsam, {backend}"
+            yield Provider(ours, dtype, backend, packed=True)
+            yield Provider(f"{ours}, not packed", dtype, backend)
+            yield Provider(f"{ours}, with adapters", dtype, backend, packed=True, adapters=True)
+            yield Provider(f"{BASELINE}, optimize(), {backend}", dtype, backend)
+            yield Provider(f"{SDPA}, optimize(), {backend}", dtype, backend)
+            yield Provider(f"{TIMM}, optimize(), {backend}", dtype, backend)
+
+
+def random_sam(config: RefSAMConfig) -> nn.Module:
+    """segment-anything's encoder with random weights."""
+    sizes = config.image_encoder
+    return sam_image_encoder(
+        img_size=sizes.image_size,
+        patch_size=sizes.patch_size,
+        embed_dim=sizes.embed_dim,
+        depth=sizes.depth,
+        num_heads=sizes.num_heads,
+        window_size=sizes.window_size,
+        global_attn_indexes=sizes.global_blocks,
+        out_chans=config.prompt_dim,
+    )
+
+
+def make(provider: Provider, config: RefSAMConfig, sam: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The provider with segment-anything's weights: pixels (1, 3, S, S) float32 to (1, C, h, w)."""
+    dtype = DTYPES[provider.dtype]
+    if provider.name.startswith((BASELINE, SDPA, TIMM)):
+        return make_theirs(provider, config, sam)
+    ratio = config.image_encoder.adapter_ratio if provider.adapters else 0.0
+    encoder = build_image_encoder(config.override(f"image_encoder.adapter_ratio={ratio}")).eval()
+    encoder.load_state_dict(sam.state_dict(), strict=False, assign=True)
+    if provider.packed:
+        encoder.optimize(dtype)
+    lowered = dtype != torch.float32 and not provider.packed
+
+    def encode(pixels: Tensor) -> Tensor:
+        autocast = torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=lowered)
+        with use_backend(f"rel_pos_attention={provider.backend}"), autocast:
+            return encoder(pixels)[0].permute(0, 3, 1, 2)
+
+    return encode
+
+
+def make_theirs(
+    provider: Provider, config: RefSAMConfig, sam: nn.Module
+) -> Callable[[Tensor], Tensor]:
+    """Another library's own encoder, made faster by `optimize` where a backend is named."""
+    dtype = DTYPES[provider.dtype]
+    model: Any = sam
+    if not provider.name.startswith(BASELINE):
+        of_library = timm_encoder if provider.name.startswith(TIMM) else transformers_encoder
+        model = of_library(config, sam)
+    if dtype != torch.float32:
+        model = copy.deepcopy(model).to(dtype)
+    if provider.name == COMPILED:
+        model = torch.compile(model)
+    if not provider.backend:
+        return lambda pixels: features_of(model(pixels.to(dtype)))
+    if model is sam:
+        # Modules of its own, which optimize() may change, around the same weights.
+        model = random_sam(config)
+        model.load_state_dict(sam.state_dict(), assign=True)
+    optimize(model)
+
+    def encode(pixels: Tensor) -> Tensor:
+        with use_backend(f"rel_pos_attention={provider.backend}"):
+            return features_of(model(pixels.to(dtype)))
+
+    return encode
+
+
+def transformers_encoder(config: RefSAMConfig, sam: nn.Module) -> nn.Module:
+    """transformers' SamVisionModel with SDPA and segment-anything's weights, which it shares."""
+    from transformers import SamVisionConfig, SamVisionModel
+
+    sizes = config.image_encoder
+    settings = SamVisionConfig(
+        hidden_size=sizes.embed_dim,
+        output_channels=config.prompt_dim,
+        num_hidden_layers=sizes.depth,
+        num_attention_heads=sizes.num_heads,
+        image_size=sizes.image_size,
+        patch_size=sizes.patch_size,
+        mlp_ratio=sizes.mlp_ratio,
+        window_size=sizes.window_size,
+        global_attn_indexes=list(sizes.global_blocks),
+    )
+    model = SamVisionModel._from_config(settings, attn_implementation="sdpa").eval()
+    state = {}
+    for name, tensor in sam.state_dict().items():
+        for ours, theirs in _TRANSFORMERS_NAMES.items():
+            name = name.replace(ours, theirs)
+        state[f"vision_encoder.{name}"] = tensor
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def timm_encoder(config: RefSAMConfig, sam: nn.Module) -> nn.Module:
+    """timm's VisionTransformerSAM with segment-anything's weights, which it shares."""
+    sizes = config.image_encoder
+    model = timm_image_encoder(
+        img_size=sizes.image_size,
+        patch_size=sizes.patch_size,
+        embed_dim=sizes.embed_dim,
+        depth=sizes.depth,
+        num_heads=sizes.num_heads,
+        mlp_ratio=sizes.mlp_ratio,
+        window_size=sizes.window_size,
+        global_attn_indexes=sizes.global_blocks,
+        neck_chans=config.prompt_dim,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )
+    state = {name.replace("mlp.lin", "mlp.fc"): tensor for name, tensor in sam.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def features_of(output: Any) -> Tensor:
+    """The features, whether a module returns them or an object that holds them."""
+    return output if isinstance(output, Tensor) else output.last_hidden_state
+
+
+def errors(found: dict[str, Tensor], exact: Tensor) -> dict[str, float]:
+    """The largest error of each result relative to the largest value of float32's."""
+    return {
+        name: float((value.float() - exact).abs().max() / exact.abs().max())
+        for name, value in found.items()
+    }
+
+
+def run_group(
+    config: RefSAMConfig,
+    sam: nn.Module,
+    dtype: str,
+    exact: Tensor,
+    pixels: Tensor,
+    repeats: int,
+    only: Collection[str] = (),
+) -> Iterator[dict[str, Any]]:
+    """Rows of one dtype, `only` of the providers so named if there are names, and of the baseline.
+
+    A provider with a wrong result has `wrong` and no times.
+    """
+    wanted = {BASELINE, *only} if only else {provider.name for provider in providers(dtype)}
+    compared = {p.name: p for p in providers(dtype) if p.name in wanted}
+    calls, skipped = usable_calls(list(compared.values()), config, sam, pixels)
+    before = errors({name: call() for name, call in calls.items()}, exact)
+    limit = TOLERANCE if dtype == "float32" else 2 * before[BASELINE]
+    good = {name: call for name, call in calls.items() if before[name] <= limit}
+    times = time_in_turn(good, repeats)
+    after = errors({name: call() for name, call in good.items()}, exact)
+    for name, provider in compared.items():
+        if name in skipped:
+            yield {**asdict(provider), "skipped": skipped[name]}
+            continue
+        row = {**asdict(provider), "error": max(before[name], after.get(name, 0.0)), "limit": limit}
+        if not row["error"] <= limit:
+            yield row | {"wrong": f"error {row['error']:.1e}, at most {limit:.1e} is allowed"}
+            continue
+        memory = memory_of(provider, config)
+        speedup = times[BASELINE].median_ms / times[name].median_ms
+        yield row | asdict(times[name]) | {"speedup": speedup, "peak_memory_bytes": memory}
+
+
+def usable_calls(
+    compared: Sequence[Provider], config: RefSAMConfig, sam: nn.Module, pixels: Tensor
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    """What encodes the pixels, by provider, and why a library or a compiler that others must have cannot, in its words."""
+    calls: dict[str, Callable[[], Tensor]] = {}
+    skipped: dict[str, str] = {}
+    for provider in compared:
+        encode = cache(partial(make, provider, config, sam))
+        call = partial(encode_with, encode, pixels)
+        needs_others = provider.name.startswith((COMPILED, SDPA, TIMM))
+        reason = unusable(call) if needs_others else None
+        if reason is None:
+            calls[provider.name] = call
+        else:
+            skipped[provider.name] = reason
+    return calls, skipped
+
+
+@torch.inference_mode()
+def encode_with(made: Callable[[], Callable[[Tensor], Tensor]], pixels: Tensor) -> Tensor:
+    """The features of the pixels by an encoder that is made when it is first wanted."""
+    return made()(pixels)
+
+
+def time_in_turn(calls: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, Times]:
+    """Times the calls round after round, each round beginning with another one."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for number in range(repeats):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            samples[name].append(time_cpu(calls[name]))
+    return {name: summarise(values) for name, values in samples.items()}
+
+
+def memory_of(provider: Provider, config: RefSAMConfig) -> int | None:
+    """Bytes that a first call needs at its peak above the weights: the median of several processes, whose heaps vary."""
+    task = json.dumps({"provider": asdict(provider), "config": config.to_dict()})
+    command = [sys.executable, "-m", "benchmarks.end_to_end.encoder", "--memory-of", task]
+    found = []
+    for _ in range(MEMORY_RUNS):
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        found.append(json.loads(result.stdout.splitlines()[-1]))
+    return None if None in found else int(statistics.median(found))
+
+
+def print_memory(task: str) -> None:
+    """What `memory_of` starts: prints the bytes, or null where they cannot be measured."""
+    settings = json.loads(task)
+    config = RefSAMConfig.from_dict(settings["config"])
+    sam = random_sam(config)
+    encode = make(Provider(**settings["provider"]), config, sam)
+    size = config.image_encoder.image_size
+    call = partial(encode, torch.zeros(1, 3, size, size))
+    with torch.inference_mode():
+        if settings["provider"]["name"] == COMPILED:
+            call()  # compiling takes more than computing
+        print(json.dumps(peak_memory(call, "cpu")))
+
+
+def main() -> int:
+    """Measures, prints and writes one JSON line for each provider; returns 1 if a result was wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.end_to_end.encoder", description=__doc__
+    )
+    parser.add_argument("--model", choices=["vit_b", "vit_l", "vit_h"], default="vit_b")
+    parser.add_argument("--image-size", type=int, default=1024)
+    parser.add_argument("--depth", type=int, help="blocks, for a quick try: the last is global")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="providers by name; the baseline is always there",
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("out/bench/encoder_cpu.jsonl"))
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory_of:
+        print_memory(options.memory_of)
+        return 0
+    config = RefSAMConfig.preset(options.model).override(
+        f"image_encoder.image_size={options.image_size}"
+    )
+    if options.depth:
+        config = config.override(
+            f"image_encoder.depth={options.depth}",
+            f"image_encoder.global_blocks=[{options.depth // 2 - 1},{options.depth - 1}]",
+        )
+    origin = collect("cpu") | {"model": options.model, "image_size": options.image_size}
+    rows = []
+    with torch.inference_mode():
+        sam = random_sam(config)
+        side = options.image_size
+        pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+        exact = sam(pixels)
+        for dtype in options.dtypes:
+            group = (config, sam, dtype, exact, pixels, options.repeats, options.only)
+            for row in run_group(*group):
+                rows.append(row | {"provenance": origin})
+                print(table_line(row), flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return int(any("wrong" in row for row in rows))
+
+
+def table_line(row: dict[str, Any]) -> str:
+    """One row for people."""
+    name = f"{row['dtype']:9} {row['name']:34}"
+    if "skipped" in row:
+        return f"{name} skipped: {row['skipped']}"
+    if "wrong" in row:
+        return f"{name} WRONG: {row['wrong']}"
+    memory = row["peak_memory_bytes"]
+    used = "" if memory is None else f"{memory / 2**20:8.0f} MiB"
+    spread = f"({row['p20_ms']:.0f} to {row['p80_ms']:.0f})"
+    times = f"{row['median_ms']:8.0f} ms {spread:18} {row['speedup']:5.2f}x"
+    return f"{name} {times} {used}  error {row['error']:.1e}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""`python -m benchmarks.end_to_end.expressions --out FILE`: what a frame costs with one expression and with eight, in one run.
+
+Sessions of one model with random weights step through the same 720p frame in turn: preprocessing, image encoder, dense attention,
+decoder, masks of the frame's own size. Sentences have up to eleven words. Before and after, the first expression must get the
+same logits alone and among others. Each dtype of the image encoder's products is a group of its own.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import summarise, time_cpu
+from benchmarks.provenance import collect
+from refsam import RefSAM, RefSAMConfig, VideoSession
+from refsam.runtime.malloc import keep_freed_memory
+
+SIZE = (720, 1280)
+# Of the largest logit: roundings of products that are cut into other parts; the decoder computes in float32.
+TOLERANCE = 1e-4
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SENTENCES = (
+    "the large red ball on the left of the green square",
+    "the small blue circle",
+    "a yellow triangle with the big black ring",
+    "the white square in the middle",
+    "the green ball by the last black circle",
+    "the dark object",
+    "a small square on the right of the large red star",
+    "the black triangle",
+)
+COUNTS = (1, len(SENTENCES))
+
+
+def make_model(name: str, image_size: int, depth: int | None) -> RefSAM:
+    """A model with random weights and the small text encoder: sentences are encoded once for a video."""
+    values = RefSAMConfig.preset(name).to_dict()
+    values["text_encoder"] = {"kind": "small"}
+    values["image_encoder"]["image_size"] = image_size
+    if depth:
+        values["image_encoder"] |= {"depth": depth, "global_blocks": [depth // 2 - 1, depth - 1]}
+    torch.manual_seed(0)
+    return RefSAM(RefSAMConfig.from_dict(values)).eval()
+
+
+def run_group(model: RefSAM, frame: Tensor, repeats: int) -> Iterator[dict[str, Any]]:
+    """One row for each number of expressions; with wrong results `wrong` in words and no times."""
+    sessions = {count: VideoSession(model, SENTENCES[:count]) for count in COUNTS}
+    wrong = check(model, frame)
+    samples: dict[int, list[float]] = {count: [] for count in COUNTS}
+    for number in range(repeats + 1):
+        for count in COUNTS[:: 1 if number % 2 else -1]:
+            seconds = time_cpu(partial(sessions[count].step, frame))
+            if number:  # the first round warms up
+                samples[count].append(seconds)
+    wrong = wrong or check(model, frame)
+    times = {count: summarise(values) for count, values in samples.items()}
+    for count in COUNTS:
+        row: dict[str, Any] = {"expressions": count}
+        if wrong:
+            yield row | {"wrong": wrong}
+            continue
+        ratio = times[count].median_ms / times[COUNTS[0]].median_ms
+        yield row | asdict(times[count]) | {"times_one": ratio}
+
+
+def check(model: RefSAM, frame: Tensor) -> str | None:
+    """What is wrong with the first expression's logits among others, in words, or None."""
+    alone, among = (
+        VideoSession(model, SENTENCES[:count]).step(frame).logits[0] for count in COUNTS
+    )
+    error = float((alone - among).abs().max() / alone.abs().max())
+    return None if error <= TOLERANCE else f"off by {error:.1e}, at most {TOLERANCE:.0e} may be"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures, prints and writes one JSON line for each row; returns 1 if a result was wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.end_to_end.expressions", description=__doc__
+    )
+    parser.add_argument("--model", choices=["vit_b", "vit_l", "vit_h"], default="vit_b")
+    parser.add_argument("--image-size", type=int, default=1024)
+    parser.add_argument("--depth", type=int, help="blocks, for a quick try: the last is global")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path("out/bench/expressions_cpu.jsonl"))
+    options = parser.parse_args(arguments)
+    keep_freed_memory()  # as `refsam segment` does
+    origin = collect("cpu") | {"model": options.model, "image_size": options.image_size}
+    model = make_model(options.model, options.image_size, options.depth)
+    generator = torch.Generator().manual_seed(0)
+    frame = torch.randint(256, (*SIZE, 3), dtype=torch.uint8, generator=generator)
+    rows = []
+    for dtype in options.dtypes:
+        model.deoptimize().optimize(DTYPES[dtype])
+        for row in run_group(model, frame, options.repeats):
+            rows.append({"dtype": dtype} | row | {"provenance": origin})
+            print(table_line(rows[-1]), flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return int(any("wrong" in row for row in rows))
+
+
+def table_line(row: dict[str, Any]) -> str:
+    """One row for people."""
+    name = f"{row['dtype']:9} {row['expressions']} expressions"
+    if "wrong" in row:
+        return f"{name} WRONG: {row['wrong']}"
+    spread = f"({row['p20_ms']:.0f} to {row['p80_ms']:.0f})"
+    return f"{name} {row['median_ms']:8.0f} ms {spread:18} {row['times_one']:.3f} times one"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""`python -m benchmarks.end_to_end.loop --out FILE`: `refsam segment` against one encoder pass per expression.
+
+The command reads a 720p clip and writes masks, overlay and result.json, all of which is timed; once its products are float32,
+once its dtype is automatic. The loop over segment-anything's modules (`per_expression`) computes masks of the frame's
+size in float32, and reads and writes nothing. Both have the same random weights, adapters included, and take turns. Text is
+encoded before the clocks start. No time is reported for a command whose masks are not the loop's, in any of its runs.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.end_to_end.expressions import SENTENCES, make_model
+from benchmarks.end_to_end.per_expression import PerExpressionLoop
+from benchmarks.measure import summarise, time_cpu
+from benchmarks.provenance import ROOT, collect
+from refsam import RefSAM
+from refsam.data.generated import generate_clip
+from refsam.video import open_source, read_image
+from tests.sam_modeling import randomise
+
+SIZE = (720, 1280)
+LOOP, OURS = "per-expression loop", "refsam segment"
+# How many times the loop's frames per second are asked for, by the command's --dtype.
+ASKED = {"float32": 8, "auto": 15}
+CHECKED_FRAMES = 2  # the second one has track tokens
+# Of the largest logit in float32; with automatic dtypes twice what bfloat16 is off inside the loop itself.
+TOLERANCE = 1e-4
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The loop's logits (P, H, W) of the first frames, and how far off by dtype others may be, relative to the largest."""
+
+    logits: list[Tensor]
+    limits: dict[str, float]
+
+    def wrong(self, out: Path, dtype: str) -> str | None:
+        """What is wrong with the masks that the command wrote, in words: they may differ at the threshold only."""
+        for frame, logits in enumerate(self.logits):
+            found = written_masks(out, frame, len(logits))
+            decided = self.decided(logits, dtype)
+            different = int(((found != (logits > 0)) & decided).sum())
+            if different:
+                return f"{different} decided pixels of frame {frame} differ, none may"
+        return None
+
+    def decided(self, logits: Tensor, dtype: str) -> Tensor:
+        """Where the logits are further from the threshold than they may be off."""
+        return logits.abs() > self.limits[dtype] * logits.abs().max()
+
+    def decided_share(self, dtype: str) -> float:
+        """How much of all masks is checked."""
+        return float(torch.stack([self.decided(x, dtype).float() for x in self.logits]).mean())
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of the command, as JSON takes it."""
+
+    clip: str
+    expressions: Sequence[str]
+    checkpoint: str
+    dtype: str
+    out: str
+
+
+def written_masks(out: Path, frame: int, count: int) -> Tensor:
+    """The masks (P, H, W) bool of a frame, read from the files."""
+    paths = (out / "masks" / f"{index:02d}" / f"{frame:05d}.png" for index in range(count))
+    return torch.from_numpy(np.stack([read_image(path)[..., 0] > 127 for path in paths]))
+
+
+def run_segment(task: Task) -> dict[str, float]:
+    """What `segment_once` returns, in a process of its own whose threads wait as the command has them wait."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.end_to_end.loop",
+        "--segment",
+        json.dumps(asdict(task)),
+    ]
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def segment_once(task: Task) -> dict[str, float]:
+    """Runs the command in this process: seconds in the encoder, the decoder, either, and from the first frame to the end."""
+    from refsam.cli.segment import segment
+
+    calls: dict[str, list[Interval]] = {"encoder": [], "decoder": []}
+
+    def timed(stage: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            begin = time.perf_counter()
+            result = method(*arguments, **options)
+            calls[stage].append((begin, time.perf_counter()))
+            return result
+
+        return run
+
+    with (
+        mock.patch.object(RefSAM, "encode_image", timed("encoder", RefSAM.encode_image)),
+        mock.patch.object(RefSAM, "decode", timed("decoder", RefSAM.decode)),
+    ):
+        segment(
+            task.clip,
+            list(task.expressions),
+            Path(task.out),
+            checkpoint=task.checkpoint,
+            device="cpu",
+            dtype=task.dtype,
+        )
+    end, both = time.perf_counter(), calls["encoder"] + calls["decoder"]
+    seconds = {stage: covered(intervals) for stage, intervals in calls.items()}
+    return seconds | {"either": covered(both), "all": end - min(both)[0]}
+
+
+def covered(intervals: list[Interval]) -> float:
+    """Seconds in which at least one of the intervals runs: the encoder may work beside the decoder."""
+    seconds, until = 0.0, float("-inf")
+    for begin, end in sorted(intervals):
+        seconds += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return seconds
+
+
+def find_truth(model: RefSAM, frames: list[Tensor], expressions: Sequence[str]) -> Truth:
+    """The loop's logits of these frames, and on the first one what bfloat16 in its encoder changes."""
+    prompts = [model.encode_text([text]) for text in expressions]
+    loop = PerExpressionLoop(model)
+    logits = [loop.step(frame, prompts)[0] for frame in frames]
+    rounded, _ = PerExpressionLoop(model, torch.bfloat16).step(frames[0], prompts)
+    error = float((rounded - logits[0]).abs().max() / logits[0].abs().max())
+    return Truth(logits, {"float32": TOLERANCE, "auto": max(2 * error, TOLERANCE)})
+
+
+def measure(
+    model: RefSAM,
+    clip: Path,
+    expressions: Sequence[str],
+    rounds: int,
+    run: Callable[[Task], dict[str, float]] = run_segment,
+) -> Iterator[dict[str, Any]]:
+    """A row for the loop and one for each dtype of the command; one with wrong masks has `wrong` and no times."""
+    with open_source(str(clip)) as source:
+        frames = [torch.from_numpy(frame.image) for frame in source]
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model.save_pretrained(Path(folder) / "model")
+        truth = find_truth(model, frames[:CHECKED_FRAMES], expressions)
+        loop, prompts = PerExpressionLoop(model), [model.encode_text([t]) for t in expressions]
+        loop_samples: list[float] = []
+        samples: dict[str, list[dict[str, float]]] = {dtype: [] for dtype in ASKED}
+        wrong: dict[str, str | None] = dict.fromkeys(ASKED)
+        for number in range(rounds):
+            frame = frames[number % len(frames)]
+            loop_samples.append(time_cpu(partial(loop.step, frame, prompts)))
+            for dtype in ASKED:
+                out = Path(folder) / f"{dtype}-{number}"
+                task = Task(str(clip), expressions, f"{folder}/model", dtype, str(out))
+                samples[dtype].append({k: v / len(frames) for k, v in run(task).items()})
+                wrong[dtype] = wrong[dtype] or truth.wrong(out, dtype)
+    baseline = summarise(loop_samples)
+    common = {"expressions": len(expressions), "frame_size": list(frames[0].shape[:2])}
+    yield common | {"provider": LOOP, "dtype": "float32", "speedup": 1.0} | asdict(baseline)
+    for dtype, asked in ASKED.items():
+        row = common | {"provider": OURS, "dtype": dtype, "asked_speedup": asked}
+        row |= {"limit": truth.limits[dtype], "decided_share": truth.decided_share(dtype)}
+        if wrong[dtype]:
+            yield row | {"wrong": wrong[dtype]}
+        else:
+            yield row | times_of(samples[dtype], baseline.median_ms)
+
+
+def times_of(samples: list[dict[str, float]], baseline_ms: float) -> dict[str, Any]:
+    """Times of a frame, of its parts, and what share of it is neither encoder nor decoder."""
+    times = {name: summarise([sample[name] for sample in samples]) for name in samples[0]}
+    overhead = [1 - sample["either"] / sample["all"] for sample in samples]
+    return asdict(times["all"]) | {
+        "speedup": baseline_ms / times["all"].median_ms,
+        "encoder_ms": times["encoder"].median_ms,
+        "decoder_ms": times["decoder"].median_ms,
+        "overhead_percent": 100 * sorted(overhead)[len(overhead) // 2],
+    }
+
+
+def write_clip(path: Path, frames: int, size: tuple[int, int]) -> None:
+    """A generated clip as H.264."""
+    clip = generate_clip(seed=0, frames=frames, size=size)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        for image in clip.frames.numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures, prints and writes one JSON line for each row; returns 1 if masks were wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.end_to_end.loop", description=__doc__
+    )
+    parser.add_argument("--model", choices=["vit_b", "vit_l", "vit_h"], default="vit_b")
+    parser.add_argument("--image-size", type=int, default=1024)
+    parser.add_argument("--depth", type=int, help="blocks, for a quick try: the last is global")
+    parser.add_argument("--expressions", type=int, default=4)
+    parser.add_argument("--frames", type=int, default=6, help="of the clip")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("out/bench/loop_cpu.jsonl"))
+    parser.add_argument("--segment", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.segment:
+        print(json.dumps(segment_once(Task(**json.loads(options.segment)))))
+        return 0
+    origin = collect("cpu") | {"model": options.model, "image_size": options.image_size}
+    model: Any = randomise(make_model(options.model, options.image_size, options.depth))
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        clip = Path(folder) / "clip.mp4"
+        write_clip(clip, options.frames, SIZE)
+        for row in measure(model, clip, SENTENCES[: options.expressions], options.rounds):
+            rows.append(row | {"provenance": origin})
+            print(table_line(row), flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return int(any("wrong" in row for row in rows))
+
+
+def table_line(row: dict[str, Any]) -> str:
+    """One row for people."""
+    name = f"{row['provider']:20} {row['dtype']:8}"
+    if "wrong" in row:
+        return f"{name} WRONG: {row['wrong']}"
+    spread = f"({row['p20_ms']:.0f} to {row['p80_ms']:.0f})"
+    line = f"{name} {row['median_ms']:8.0f} ms a frame {spread:18} {row['speedup']:6.2f}x"
+    if "overhead_percent" not in row:
+        return line
+    return f"{line}  encoder {row['encoder_ms']:.0f} ms, decoder {row['decoder_ms']:.0f} ms, rest {row['overhead_percent']:.1f} %"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

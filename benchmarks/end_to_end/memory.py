@@ -1,0 +1,138 @@
+"""`python -m benchmarks.end_to_end.memory --out FILE.json --plot FILE.svg`: memory of `refsam segment`'s path over 10,000 frames.
+
+A clip is read, segmented by nano for two expressions and written, overlay too, with threads, weights and freed memory as the
+command has them; of every 100 frames the most resident memory is noted, and on a GPU what torch has allocated there. Small frames
+keep it short: memory does not depend on what they show.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from contextlib import closing
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+
+from benchmarks.provenance import collect
+from refsam import RefSAM, VideoSession
+from refsam.runtime.malloc import keep_freed_memory
+from refsam.runtime.threads import choose_threads
+from refsam.session import read_ahead
+from refsam.video import ResultWriter, open_source
+
+FRAMES, EVERY, SETTLED = 10_000, 100, 1000
+SIZE = (180, 320)
+EXPRESSIONS = ("the red circle", "the blue square")
+RATE = Fraction(30)
+
+
+def write_clip(path: Path, frames: int) -> None:
+    """A clip of a red and a blue block that cross a drifting texture."""
+    height, width = SIZE
+    texture = np.random.default_rng(0).integers(0, 160, (height // 4, width // 2, 3), np.uint8)
+    texture = texture.repeat(4, axis=0).repeat(4, axis=1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=RATE)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.options = {"preset": "ultrafast"}
+        for index in range(frames):
+            image = texture[:, index % width :][:, :width].copy()
+            left = 2 * index % (width - 60)
+            image[30:90, left : left + 60] = (230, 30, 30)
+            image[100:150, width - left - 50 : width - left] = (30, 30, 230)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def resident_bytes() -> int:
+    """The process's memory as the system sees it."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def run(model: RefSAM, frames: int, folder: Path) -> list[dict[str, float]]:
+    """Segment the clip as the command does; one row for every EVERY frames."""
+    clip = folder / "clip.mp4"
+    write_clip(clip, frames)
+    session = VideoSession(model.optimize(), EXPRESSIONS)
+    rows, most = [], 0
+    with open_source(clip) as source:
+        writer = ResultWriter(folder / "out", EXPRESSIONS, fps=RATE, time_base=1 / RATE)
+        with writer, closing(read_ahead(session, source)) as pairs:
+            for frame, prepared in pairs:
+                writer.write(frame, *session.step(prepared).on_host())
+                most = max(most, resident_bytes())
+                if (frame.index + 1) % EVERY == 0:
+                    rows.append(row(frame.index + 1, most, model.device.type))
+                    print(rows[-1], flush=True)
+                    most = 0
+            writer.finish()
+    return rows
+
+
+def row(frames: int, most: int, device: str) -> dict[str, float]:
+    """Memory after so many frames, in MiB: the most bytes that were resident since the row before, and the device's."""
+    found = {"frames": frames, "host_mib": round(most / 2**20, 2)}
+    if device == "cuda":
+        found["device_mib"] = round(torch.cuda.memory_allocated() / 2**20, 2)
+    return found
+
+
+def growth(rows: list[dict[str, float]], key: str) -> float:
+    """MiB for each thousand frames by least squares, from SETTLED frames on."""
+    settled = [r for r in rows if r["frames"] >= SETTLED] or rows
+    frames, memory = ([r[name] for r in settled] for name in ("frames", key))
+    return round(1000 * float(np.polyfit(frames, memory, 1)[0]), 4)
+
+
+def plot(rows: list[dict[str, float]], path: Path) -> None:
+    """Memory over frames, from zero up."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "refsam"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3))
+    for key, label in (("host_mib", "resident"), ("device_mib", "on the device")):
+        if key in rows[0]:
+            axes.plot([r["frames"] for r in rows], [r[key] for r in rows], label=label)
+    axes.set(xlabel="frames", ylabel="memory, MiB", ylim=(0, None), xlim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Measure, print, write and draw."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.end_to_end.memory", description=__doc__
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--frames", type=int, default=FRAMES)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plot", type=Path, required=True)
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    model = RefSAM.from_pretrained("nano").to(arguments.device).eval()
+    choose_threads(model.device, model.config.image_encoder.multiplications)
+    origin: dict[str, Any] = collect(arguments.device)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run(model, arguments.frames, Path(folder))
+    keys = [key for key in rows[0] if key != "frames"]
+    summary = {f"{key}_for_each_thousand_frames": growth(rows, key) for key in keys}
+    print(summary, f"in {time.perf_counter() - started:.0f} s")
+    content = {**origin, "frame_size": SIZE, "growth": summary, "rows": rows}
+    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+    plot(rows, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

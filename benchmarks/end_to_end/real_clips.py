@@ -1,0 +1,186 @@
+"""`python -m benchmarks.end_to_end.real_clips FOLDER --before COMMIT --out FILE`: `nano` on two real clips, then and now.
+
+FOLDER holds dog.mp4 (a woman in blue trousers and a dog) and blocks.mp4 (letter blocks in four colours on a black mat, hands);
+the clips are not part of the project, their SHA-256 stands in the result. What a sentence means is found by hue, cleaned by
+morphology: J against it says whether a model marks the coloured things, not how exactly it does. Every eighth frame is seen.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import av
+import numpy as np
+from scipy import ndimage
+
+from benchmarks.provenance import collect
+from refsam.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE
+from refsam.metrics import region_similarity
+from refsam.model import RefSAM
+from refsam.session import VideoSession
+
+ROOT = Path(__file__).parents[2]
+STRIDE = 8
+_WEIGHTS = Path("refsam/weights/nano")
+_SMALLEST = 600  # pixels; of blocks, what is smaller is a rest behind a hand
+
+# Hue in degrees (from, to), the least saturation and value in 0..1, and whether only the largest region counts.
+_HUES = {
+    "blue trousers": ((200, 235), 0.4, 0.12, True),
+    "red": ((345, 10), 0.6, 0.4, False),
+    "yellow": ((42, 65), 0.5, 0.5, False),
+    "green": ((95, 160), 0.4, 0.3, False),
+    "blue": ((205, 235), 0.5, 0.35, False),
+}
+# What each sentence means, None: nothing in the clip.
+_SENTENCES: dict[str, dict[str, str | None]] = {
+    "dog": {
+        "the blue trousers": "blue trousers",
+        "the blue jeans": "blue trousers",
+        "the blue object": "blue trousers",
+        "the navy thing": "blue trousers",
+        "the purple circle": None,
+        "the pink object": None,
+        "the cyan heart": None,
+        "the yellow square": None,
+        "the orange star": None,
+    },
+    "blocks": {
+        "the red squares": "red",
+        "the yellow squares": "yellow",
+        "the green squares": "green",
+        "the blue squares": "blue",
+        "the red objects": "red",
+        "all red things": "red",
+        "the yellow objects": "yellow",
+        "the green things": "green",
+        "the blue things": "blue",
+        "the purple square": None,
+        "the purple object": None,
+        "the cyan circle": None,
+        "the orange heart": None,
+        "the pink star": None,
+        "the orange object": None,
+        "the pink object": None,
+        "the cyan object": None,
+        "the purple thing": None,
+    },
+}
+
+
+def coloured(frame: np.ndarray, name: str) -> np.ndarray:
+    """(H, W) bool: where the frame, (H, W, 3) uint8 RGB, has that colour, holes filled and specks left out."""
+    (low, high), saturation, value, largest_only = _HUES[name]
+    hue, frame_saturation, frame_value = _hsv(frame)
+    mask = (hue - low) % 360 < (high - low) % 360
+    mask &= (frame_saturation > saturation) & (frame_value > value)
+    mask = ndimage.binary_closing(ndimage.binary_opening(mask), iterations=8)
+    labels, count = ndimage.label(mask)
+    if count == 0:
+        return mask
+    sizes = ndimage.sum(mask, labels, range(1, count + 1))
+    kept = [np.argmax(sizes) + 1] if largest_only else np.flatnonzero(sizes > _SMALLEST) + 1
+    return ndimage.binary_fill_holes(np.isin(labels, kept))
+
+
+def _hsv(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hue in degrees, saturation and value in 0..1, each (H, W) float32."""
+    red, green, blue = np.moveaxis(frame.astype(np.float32) / 255, 2, 0)
+    value = np.maximum(np.maximum(red, green), blue)
+    chroma = value - np.minimum(np.minimum(red, green), blue) + 1e-6
+    hue = np.where(
+        value == red,
+        (green - blue) / chroma % 6,
+        np.where(value == green, (blue - red) / chroma + 2, (red - green) / chroma + 4),
+    )
+    return hue * 60, chroma / (value + 1e-6), value
+
+
+def score(model: RefSAM, folder: Path) -> list[dict[str, Any]]:
+    """A row per sentence: J, or the share of the frame marked where it means nothing; means over the frames."""
+    rows = []
+    for clip, meanings in _SENTENCES.items():
+        session = VideoSession(model, list(meanings))
+        found: dict[str, list[float]] = {sentence: [] for sentence in meanings}
+        for frame in _frames(folder / f"{clip}.mp4"):
+            truth = {name: coloured(frame, name) for name in set(meanings.values()) if name}
+            for (sentence, name), mask in zip(
+                meanings.items(), np.asarray(session.step(frame).masks), strict=True
+            ):
+                if name is None:
+                    found[sentence].append(float(mask.mean()))
+                elif truth[name].any():
+                    found[sentence].append(float(region_similarity(mask, truth[name])))
+        for sentence, values in found.items():
+            key = "false_area" if meanings[sentence] is None else "J"
+            rows.append({"clip": clip, "sentence": sentence, key: fmean(values)})
+    return rows
+
+
+def _frames(path: Path) -> list[np.ndarray]:
+    with av.open(str(path)) as container:
+        decoded = list(container.decode(video=0))
+    return [frame.to_ndarray(format="rgb24") for frame in decoded[::STRIDE]]
+
+
+def weights_at(commit: str, folder: Path) -> str:
+    """Write the bundled model as it was at that commit into the folder; returns the whole commit."""
+
+    def git(*words: str) -> bytes:
+        return subprocess.run(["git", "-C", ROOT, *words], check=True, capture_output=True).stdout
+
+    whole = git("rev-parse", "--verify", f"{commit}^{{commit}}").decode().strip()
+    for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE):
+        (folder / name).write_bytes(git("show", f"{whole}:{_WEIGHTS / name}"))
+    return whole
+
+
+def mean(rows: list[dict[str, Any]], key: str) -> float:
+    """The mean over the sentences that have it."""
+    return fmean(row[key] for row in rows if key in row)
+
+
+def main() -> None:
+    """Score both, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where dog.mp4 and blocks.mp4 lie")
+    parser.add_argument("--before", required=True, help="commit whose weights are compared")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    origin = collect("cpu")
+    clips = {name: arguments.folder / f"{name}.mp4" for name in _SENTENCES}
+    if missing := [str(path) for path in clips.values() if not path.is_file()]:
+        parser.error(f"folder: missing {', '.join(missing)}")
+    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in clips.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        base = weights_at(arguments.before, Path(folder))
+        before = score(RefSAM.from_pretrained(folder).eval(), arguments.folder)
+    now = score(RefSAM.from_pretrained("nano").eval(), arguments.folder)
+    print(table(before, now))
+    content = {**origin, "base": base, "sha256": digests, "stride": STRIDE}
+    content |= {"before": before, "now": now}
+    arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def table(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
+    """Both as a Markdown table: J of every sentence, its mean, and what is marked where nothing should be."""
+    lines = ["| sentence | clip | before | now |", "|---|---|--:|--:|"]
+    for old, new in zip(before, now, strict=True):
+        if "J" in old:
+            lines.append(f"| {old['sentence']} | {old['clip']} | {old['J']:.3f} | {new['J']:.3f} |")
+    lines.append(f"| mean J | | {mean(before, 'J'):.3f} | {mean(now, 'J'):.3f} |")
+    areas = [100 * mean(rows, "false_area") for rows in (before, now)]
+    count = sum("false_area" in row for row in now)
+    lines.append(
+        f"| marked for {count} absent objects, % of the frame | | {areas[0]:.3f} | {areas[1]:.3f} |"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

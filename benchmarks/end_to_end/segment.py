@@ -1,0 +1,79 @@
+"""`python -m benchmarks.end_to_end.segment --out FILE`: the command `refsam segment` from start to end, on a 720p clip.
+
+The clip is generated, one expression is asked for, and everything is written: masks, overlay and result.json. Wall times,
+medians of the runs.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import av
+
+from benchmarks.provenance import collect
+from refsam.data.generated import generate_clip
+
+RUNS = 3
+FRAMES = 240
+_DISTINCT = 24  # drawing is slow: the clip plays forwards and backwards
+
+
+def write_clip(path: Path, frames: int = FRAMES) -> str:
+    """Write a 720p clip at 30 frames/s; returns an expression about it."""
+    clip = generate_clip(seed=0, frames=_DISTINCT, size=(720, 1280), kinds=("colour",))
+    order = [*range(_DISTINCT), *reversed(range(_DISTINCT))]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 1280, 720, "yuv420p"
+        for index in range(frames):
+            image = clip.frames[order[index % len(order)]].numpy()
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return clip.expressions[0]
+
+
+def run_once(clip: Path, expression: str, out: Path) -> dict[str, float]:
+    """Seconds from the command to the first mask on disk, and frames per second as result.json has them."""
+    command = [sys.executable, "-m", "refsam", "segment", str(clip), "--text", expression]
+    started = time.perf_counter()
+    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.DEVNULL)
+    first = None
+    while process.poll() is None:
+        if first is None and any(out.rglob("*.png")):
+            first = time.perf_counter() - started
+        time.sleep(0.02)
+    if process.returncode != 0 or first is None:
+        raise RuntimeError(f"refsam segment ended with code {process.returncode}")
+    timings = json.loads((out / "result.json").read_text(encoding="utf-8"))["timings"]
+    return {
+        "first_mask_seconds": first,
+        "frames_per_second": timings["frames_per_second"],
+        "whole_command_frames_per_second": FRAMES / (time.perf_counter() - started),
+    }
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    origin: dict[str, Any] = collect("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        clip = Path(folder) / "clip.mp4"
+        expression = write_clip(clip)
+        runs = [run_once(clip, expression, Path(folder) / str(i)) for i in range(RUNS)]
+    result = {name: median(run[name] for run in runs) for name in runs[0]}
+    for name, value in result.items():
+        print(f"{name:34} {value:8.2f}")
+    content = {**origin, "frames": FRAMES, "medians": result, "runs": runs}
+    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,356 @@
+"""`python -m benchmarks.end_to_end.training --out FILE`: a training step on the CPU against one on segment-anything's modules.
+
+A step is forward, backward, clipping and AdamW on one clip with one sentence, as in stage 2. Both models have the same weights.
+On segment-anything's modules encoder and decoder are its own, adapters are hooks, and the rest is the formulas in plain
+PyTorch; that is measured with autograd through everything, and with the frozen parts frozen as ours are.
+Losses and gradients must agree before and after the timing; learning rate 0 keeps the weights. Each one's memory is that of its
+first step in a process of its own: above the weights (gradients and the optimiser's state count), and of the whole process.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.measure import peak_memory, resident, summarise, time_cpu
+from benchmarks.provenance import ROOT, collect
+from refsam.config import config_from_dict
+from refsam.data.clips import ClipBatch
+from refsam.model import RefSAM
+from refsam.model.block import Block
+from refsam.training.batches import TrainingBatch
+from refsam.training.module import TrainingModule
+from refsam.training.optim import clip_gradients
+from refsam.training.settings import TrainingSettings
+from tests.sam_modeling import load_sam_modeling
+
+BASELINE = "segment-anything, autograd through everything"
+FROZEN = "segment-anything, frozen parts frozen"
+OURS, RECOMPUTED = "refsam", "refsam, recompute"
+PROVIDERS = (BASELINE, FROZEN, OURS, RECOMPUTED)
+# Relative: of the loss, and of the trained parameters' gradients as one vector.
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
+TEXT = "the red cup on the left"
+FRAME = (360, 640)
+
+
+class SegmentAnythingStep(nn.Module):
+    """The losses that `TrainingModule` computes, on segment-anything's modules with the weights of a RefSAM."""
+
+    def __init__(self, ours: TrainingModule, *, freeze: bool) -> None:
+        super().__init__()
+        self.ours = ours
+        model, sizes = ours.model, ours.model.config.image_encoder
+        modeling = load_sam_modeling()
+        self.encoder: Any = modeling.ImageEncoderViT(
+            img_size=sizes.image_size,
+            patch_size=sizes.patch_size,
+            embed_dim=sizes.embed_dim,
+            depth=sizes.depth,
+            num_heads=sizes.num_heads,
+            mlp_ratio=sizes.mlp_ratio,
+            out_chans=model.config.prompt_dim,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=sizes.window_size,
+            global_attn_indexes=sizes.global_blocks,
+        )
+        # The same memory, or a process would hold the weights twice.
+        state = model.image_encoder.state_dict()
+        self.encoder.load_state_dict(state, strict=False, assign=True)
+        self.encoder.requires_grad_(not freeze)
+        decoder = self._build_decoder(modeling, model)
+        decoder.transformer.register_forward_hook(self._keep_tokens)
+        self.decoder: Any = decoder
+        self.hidden: Tensor
+        self.levels: list[Tensor] = []
+        self._hook_blocks(model)
+
+    @staticmethod
+    def _build_decoder(modeling: Any, model: RefSAM) -> Any:
+        sizes, dim = model.config.mask_decoder, model.config.prompt_dim
+        transformer = modeling.TwoWayTransformer(
+            depth=sizes.depth,
+            embedding_dim=dim,
+            num_heads=sizes.num_heads,
+            mlp_dim=sizes.mlp_dim,
+            attention_downsample_rate=sizes.downsample_rate,
+        )
+        decoder = modeling.MaskDecoder(
+            transformer_dim=dim,
+            transformer=transformer,
+            iou_head_hidden_dim=sizes.iou_hidden_dim,
+        )
+        decoder.load_state_dict(model.mask_decoder.state_dict(), assign=True)
+        return decoder.requires_grad_(True)
+
+    def _keep_tokens(self, _: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
+        self.hidden = output[0]
+
+    def _hook_blocks(self, model: RefSAM) -> None:
+        """Adapters after the attention's projection and beside the MLP; what the global blocks but the last give."""
+        for index, (block, own) in enumerate(
+            zip(self.encoder.blocks, model.image_encoder.blocks, strict=True)
+        ):
+            assert isinstance(own, Block)
+            if own.Space_Adapter is not None and own.MLP_Adapter is not None:
+                block.attn.register_forward_hook(partial(_add_adapter, own.Space_Adapter))
+                block.mlp.register_forward_hook(partial(_add_parallel, own.MLP_Adapter))
+            if index in model.image_encoder.intermediate_blocks:
+                block.register_forward_hook(lambda _, __, output: self.levels.append(output))
+
+    def forward(self, batch: TrainingBatch, stage: Any) -> dict[str, Tensor]:
+        """As `TrainingModule`, for one clip and one sentence."""
+        model = self.ours.model
+        pixels, size = model.preprocess(batch.clips.frames[0])
+        self.levels = []
+        features = self.encoder(pixels).permute(0, 2, 3, 1)
+        embedding = F.normalize(features.flatten(1, 2), dim=-1)
+        levels = model.dense_attention.project(embedding, self.levels)
+        text = self.ours._encode_text(batch.clips.texts[0])
+        words = torch.cat([text.sentence[:, None], text.words], dim=1)
+        grid = features.shape[1:3]
+        position = model.prompt_encoder.pe_layer(*grid).mT.unflatten(2, grid)
+        track, losses = None, []
+        for time in range(stage.frames):
+            image = (levels[0, time] + self._dense(levels[:, time], words[0])).mT.unflatten(1, grid)
+            sparse = text.words if track is None else torch.cat([text.words, track[:, None]], dim=1)
+            masks, _ = self.decoder.predict_masks(image[None], position, sparse, torch.zeros(()))
+            token = self.hidden[:, 1]
+            track = model.tracking(token, track)
+            truth = batch.clips.masks[0, :, time]
+            losses.append(plain_mask_loss(masks[:, :1], truth, model.image_size, size.resized))
+        return {"total": torch.stack(losses).mean()}
+
+    def _dense(self, levels: Tensor, words: Tensor) -> Tensor:
+        """Dense prompts (N, C) of levels (L, N, C) and words (T, C), the sentence among them (paper, section 3.4)."""
+        attention = self.ours.model.dense_attention
+        weight, bias = attention.conv.parameters()
+        share = (levels @ words.T * attention.log_scale.exp()).softmax(-1)
+        dense = F.linear(torch.cat([levels, share @ words], dim=-1), weight.flatten(1), bias)
+        return (attention.level_logits.softmax(0)[:, None, None] * dense).sum(0)
+
+
+def _add_adapter(adapter: nn.Module, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return output + adapter(output)
+
+
+def _add_parallel(
+    adapter: nn.Module, _: nn.Module, inputs: tuple[Tensor], output: Tensor
+) -> Tensor:
+    return output + 0.5 * adapter(inputs[0])
+
+
+def plain_mask_loss(
+    logits: Tensor, truth: Tensor, image_size: int, resized: tuple[int, int]
+) -> Tensor:
+    """Focal and dice of logits (1, 1, 4h, 4w) against a mask (1, H, W), after SAM's two resizes."""
+    height, width = truth.shape[1:]
+    whole = F.interpolate(logits, (image_size, image_size), mode="bilinear", align_corners=False)
+    cut = whole[..., : resized[0], : resized[1]]
+    full = F.interpolate(cut, (height, width), mode="bilinear", align_corners=False)[:, 0]
+    target, probability = truth.to(full), full.sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(full, target, reduction="none")
+    right = probability * target + (1 - probability) * (1 - target)
+    weight = 0.25 * target + 0.75 * (1 - target)
+    focal = (weight * (1 - right) ** 2 * entropy).mean()
+    overlap = 2 * (probability * target).sum() + 1
+    return focal + 1 - overlap / (probability.sum() + target.sum() + 1)
+
+
+def training_settings(options: argparse.Namespace) -> TrainingSettings:
+    """One stage of clips with one sentence; the text encoder is the small one, frozen, so that nothing is downloaded."""
+    encoder = {"image_size": options.image_size}
+    if options.depth:
+        blocks = [options.depth // 2 - 1, options.depth - 1]
+        encoder |= {"depth": options.depth, "global_blocks": blocks}
+    values = {
+        "model": {
+            "preset": options.model,
+            "image_encoder": encoder,
+            "text_encoder": {"kind": "small"},
+        },
+        "output": "",
+        "stages": [{"steps": 1, "clips": 1, "frames": options.frames, "expressions": 1}],
+        "loss": {"focal": 1.0, "dice": 1.0},
+    }
+    return config_from_dict(TrainingSettings, values)
+
+
+def make_module(options: argparse.Namespace) -> TrainingModule:
+    """Ours, with random weights everywhere, so that every part matters."""
+    settings = training_settings(options)
+    torch.manual_seed(0)
+    module = TrainingModule(RefSAM(settings.architecture), settings)
+    with torch.no_grad():
+        for parameter in module.model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return module.train()
+
+
+def make_batch(frames: int) -> TrainingBatch:
+    """One clip of noise with a rectangle as its truth."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (1, frames, *FRAME, 3), dtype=torch.uint8, generator=generator)
+    masks = torch.zeros(1, 1, frames, *FRAME, dtype=torch.bool)
+    masks[..., 100:250, 200:400] = True
+    return TrainingBatch(ClipBatch(pixels, masks, (FRAME,), ((TEXT,),), None, ("noise",)))
+
+
+class Step:
+    """One provider's training step."""
+
+    def __init__(self, name: str, module: TrainingModule, batch: TrainingBatch) -> None:
+        self.module: nn.Module = module
+        if name in (BASELINE, FROZEN):
+            self.module = SegmentAnythingStep(module, freeze=name == FROZEN).train()
+        self.recompute = name == RECOMPUTED
+        self.encoder = module.model.image_encoder
+        self.batch, self.stage = batch, module.settings.stages[0]
+        # Adapters, decoder, dense attention, MLP, tracking; segment-anything's decoder in the place of ours.
+        parameters = {n: p for n, p in module.model.named_parameters() if p.requires_grad}
+        decoder = getattr(self.module, "decoder", module.model.mask_decoder)
+        parameters |= {f"mask_decoder.{n}": p for n, p in decoder.named_parameters()}
+        self.trained = [parameters[name] for name in sorted(parameters)]
+        self.optimiser = torch.optim.AdamW(self.trained, lr=0.0, fused=True)
+
+    def losses(self) -> Tensor:
+        """Forward and backward; the loss."""
+        self.encoder.recompute = self.recompute
+        self.module.zero_grad(set_to_none=True)
+        total = self.module(self.batch, self.stage)["total"]
+        total.backward()
+        return total.detach()
+
+    def __call__(self) -> Tensor:
+        total = self.losses()
+        clip_gradients(self.trained, 1.0)
+        self.optimiser.step()
+        return total
+
+    def gradients(self) -> Tensor:
+        """Those of all that is trained as one vector, zeros where there is none."""
+        rows = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained]
+        return torch.cat([row.flatten() for row in rows])
+
+
+def check(steps: dict[str, Step]) -> dict[str, str]:
+    """What is wrong with the loss or gradients of another than the baseline, in words, by its name."""
+    wrong = {}
+    exact, direction = steps[BASELINE].losses(), steps[BASELINE].gradients()
+    steps[BASELINE].module.zero_grad(set_to_none=True)
+    for name in PROVIDERS[1:]:
+        step = steps[name]
+        loss = step.losses()
+        off = float((loss - exact).abs() / exact.abs())
+        turned = float((step.gradients() - direction).norm() / direction.norm())
+        step.module.zero_grad(set_to_none=True)
+        if not (off <= LOSS_TOLERANCE and turned <= GRADIENT_TOLERANCE):
+            wrong[name] = f"loss off by {off:.1e}, gradients by {turned:.1e}"
+    return wrong
+
+
+def measure(
+    options: argparse.Namespace, memory: Callable[[str], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """A row for each provider; a wrong one has no times."""
+    module, batch = make_module(options), make_batch(options.frames)
+    steps = {name: Step(name, module, batch) for name in PROVIDERS}
+    wrong = check(steps)
+    good = [name for name in steps if name not in wrong]
+    samples: dict[str, list[float]] = {name: [] for name in good}
+    for number in range(options.repeats):
+        start = number % len(good)
+        for name in good[start:] + good[:start]:
+            samples[name].append(time_cpu(steps[name]))
+            steps[name].module.zero_grad(set_to_none=True)
+    wrong = check(steps) | wrong
+    rows = []
+    for name in PROVIDERS:
+        row: dict[str, Any] = {"name": name}
+        if name in wrong:
+            rows.append(row | {"wrong": wrong[name]})
+            continue
+        times = summarise(samples[name])
+        row |= asdict(times) | {"steps_per_second": 1e3 / times.median_ms} | memory(name)
+        row["speedup"] = summarise(samples[BASELINE]).median_ms / times.median_ms
+        rows.append(row)
+    return rows
+
+
+def memory_of(name: str) -> dict[str, Any]:
+    """Bytes of a first step in a process of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.end_to_end.training",
+        *sys.argv[1:],
+        "--memory-of",
+        name,
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def print_memory(options: argparse.Namespace) -> None:
+    """What `memory_of` starts: prints the bytes, or null where they cannot be measured."""
+    step = Step(options.memory_of, make_module(options), make_batch(options.frames))
+    used = peak_memory(step, "cpu")
+    whole = None if used is None else resident("VmHWM")
+    print(json.dumps({"step_memory_bytes": used, "process_memory_bytes": whole}))
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.end_to_end.training", description=__doc__
+    )
+    parser.add_argument("--model", choices=["vit_b", "vit_l", "vit_h"], default="vit_b")
+    parser.add_argument("--image-size", type=int, default=512)
+    parser.add_argument("--frames", type=int, default=3, help="of the clip")
+    parser.add_argument("--depth", type=int, help="blocks, for a quick try: the last is global")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("out/bench/training_cpu.json"))
+    parser.add_argument("--memory-of", choices=PROVIDERS, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Measures, prints and writes one JSON file; returns 1 if a result was wrong."""
+    options = parse()
+    if options.memory_of:
+        print_memory(options)
+        return 0
+    names = ("model", "image_size", "frames", "depth")
+    content = collect("cpu") | {name: getattr(options, name) for name in names}
+    content["rows"] = rows = measure(options, memory_of)
+    for row in rows:
+        print(table_line(row))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(content, indent=1) + "\n")
+    return int(any("wrong" in row for row in rows))
+
+
+def table_line(row: dict[str, Any]) -> str:
+    """One row for people."""
+    name = f"{row['name']:46}"
+    if "wrong" in row:
+        return f"{name} WRONG: {row['wrong']}"
+    memory = row["step_memory_bytes"]
+    used = "" if memory is None else f"{memory / 2**20:8.0f} MiB"
+    times = f"{row['median_ms']:8.0f} ms ({row['p20_ms']:.0f} to {row['p80_ms']:.0f})"
+    return f"{name} {times} {row['speedup']:5.2f}x {used}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Compile every GPU kernel without a GPU."""

@@ -1,0 +1,1 @@
+"""Turn results into tables, plots, comparisons and the GPU report."""

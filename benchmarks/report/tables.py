@@ -1,0 +1,424 @@
+"""`python -m benchmarks.report.tables [--check]`: writes the tables of README and docs from the results.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is one of `_TABLES`.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.report import targets
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parents[1] / "results"
+PAGES = (
+    "README.md",
+    "docs/status.md",
+    "docs/performance.md",
+    "docs/training.md",
+    "docs/troubleshooting.md",
+    "refsam/weights/nano/README.md",
+)
+_REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str) -> str:
+    """The page's text with every marked table made anew."""
+    return _REGION.sub(lambda match: match[1] + _table(match[2]) + "\n" + match[3], text)
+
+
+def _table(name: str) -> str:
+    return _TABLES[name]()
+
+
+def _result(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    lines = (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _machine(origin: dict[str, Any], unit: str) -> str:
+    """Processor, how many `unit` ("cores", "threads") a run used, and its torch."""
+    count = origin["hardware"]["cores"] if unit == "cores" else origin["threads"]
+    return f"{origin['hardware']['processor']}, {count} {unit}, torch {origin['versions']['torch']}"
+
+
+def _nano_generated() -> str:
+    from refsam.evaluation.runners.generated import table
+
+    return table(_result("nano_generated")["summary"])
+
+
+def _nano_real_clips() -> str:
+    if not (RESULTS / "nano_real_clips.json").exists():
+        return "Not measured yet."
+    from benchmarks.end_to_end.real_clips import table
+
+    result = _result("nano_real_clips")
+    lines = [table(result["before"], result["now"]), ""]
+    lines.append(f"Before: commit {result['base'][:7]}; now: {result['commit'][:7]}.")
+    return "\n".join(lines)
+
+
+def _nano_targets() -> str:
+    summary, speed = _result("nano_generated")["summary"], _result("segment_nano_cpu")
+    accuracy, medians = summary["accuracy"], speed["medians"]
+    false_area = 100 * summary["false_area"]
+    rows = [
+        ("J&F where colour or shape names the object", "0.70", accuracy["colour or shape"]["J&F"]),
+        ("J&F over everything", "0.55", accuracy["everything"]["J&F"]),
+        ("falsely marked area of absent frames, %", "at most 0.3", false_area),
+        ("`refsam segment`, 720p, frames/s", "25", medians["frames_per_second"]),
+        ("first mask after the command, s", "at most 6", medians["first_mask_seconds"]),
+    ]
+    lines = ["| | asked | measured |", "|---|--:|--:|"]
+    lines += [f"| {what} | {asked} | {got:.3g} |" for what, asked, got in rows]
+    machine = _machine(speed, "cores")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Speed on {machine}, one expression, default settings, medians of {len(speed['runs'])} runs.",
+        ]
+    )
+
+
+def _encoder_cpu() -> str:
+    if not (RESULTS / "encoder_cpu.jsonl").exists():
+        return "Not measured yet."
+    rows = _rows("encoder_cpu")
+    baseline = {row["dtype"]: row for row in rows if row["name"] == "segment-anything"}
+    lines = [
+        "| | | median (p20 to p80), s | against segment-anything | memory, MiB | against it | error |",
+        "|---|---|--:|--:|--:|--:|--:|",
+        *(_encoder_line(row, baseline[row["dtype"]]) for row in rows),
+    ]
+    origin = rows[0]["provenance"]
+    machine = _machine(origin, "threads")
+    what = (
+        f"{origin['model']}, {origin['image_size']} pixels, one image, {rows[0]['rounds']} rounds"
+    )
+    return "\n".join([*lines, "", f"{what}, {machine}, commit {origin['commit'][:7]}."])
+
+
+def _encoder_line(row: dict[str, Any], baseline: dict[str, Any]) -> str:
+    name = f"| {row['dtype']} | {row['name']} |"
+    for word in ("skipped", "wrong"):
+        if word in row:
+            return f"{name} {word}: {row[word]} | | | | |"
+    seconds, low, high = (1e-3 * row[key] for key in ("median_ms", "p20_ms", "p80_ms"))
+    memory, share = row["peak_memory_bytes"], "| |"
+    if memory is not None and baseline["peak_memory_bytes"]:
+        share = f"{memory / 2**20:.0f} | {100 * memory / baseline['peak_memory_bytes']:.0f} % |"
+    return f"{name} {seconds:.2f} ({low:.2f} to {high:.2f}) | {row['speedup']:.2f}x | {share} {row['error']:.0e} |"
+
+
+def _integrations_cpu() -> str:
+    """Each library's encoder before and after `optimize()`, by the best backend."""
+    if not (RESULTS / "integrations_cpu.jsonl").exists():
+        return "Not measured yet."
+    rows = {(row["name"], row["dtype"]): row for row in _rows("integrations_cpu")}
+    lines = [
+        "| image encoder of | dtype | before, s | after, s | as fast | memory, MiB | after |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for (name, dtype), before in rows.items():
+        after = rows.get((f"{name}, optimize(), cpu", dtype))
+        if after is not None:
+            lines.append(f"| {name} | {dtype} | {_before_and_after(before, after)} |")
+    origin = next(iter(rows.values()))["provenance"]
+    what = f"{origin['model']}, {origin['image_size']} pixels, one image"
+    machine = f"{_machine(origin, 'threads')}, commit {origin['commit'][:7]}"
+    return "\n".join([*lines, "", f"{what}, {machine}. Memory is that above the weights."])
+
+
+def _before_and_after(before: dict[str, Any], after: dict[str, Any]) -> str:
+    for row in (before, after):
+        for word in ("skipped", "wrong"):
+            if word in row:
+                return f"{word}: {row[word]} | | | |"
+    times = [1e-3 * row["median_ms"] for row in (before, after)]
+    memory = [f"{row['peak_memory_bytes'] / 2**20:.0f}" for row in (before, after)]
+    return f"{times[0]:.2f} | {times[1]:.2f} | {times[0] / times[1]:.2f}x | {' | '.join(memory)}"
+
+
+def _operators_cpu() -> str:
+    rows = _rows("rel_pos_attention_cpu") + _rows("masks_cpu")
+    lines = [
+        "| | | median (p20 to p80), ms | against the first | memory, MiB |",
+        "|---|---|--:|--:|--:|",
+        *(
+            f"| {row['operator'].removesuffix('_cpu')}, {row['case']} | {row['provider']} | {row['median_ms']:.2f} "
+            f"({row['p20_ms']:.2f} to {row['p80_ms']:.2f}) | {row['speedup']:.2f}x | {row['peak_memory_bytes'] / 2**20:.1f} |"
+            for row in rows
+        ),
+    ]
+    origin = rows[0]["provenance"]
+    machine = _machine(origin, "threads")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{machine}. Memory is what a call needs beside its inputs, its result included.",
+        ]
+    )
+
+
+def _ui_cpu() -> str:
+    if not (RESULTS / "ui_cpu.json").exists():
+        return "Not measured yet."
+    result = _result("ui_cpu")
+    medians = result["medians"]
+    lines = [
+        "| | asked | measured |",
+        "|---|--:|--:|",
+        f"| first page after `refsam ui`, s | at most 8 | {medians['first_page_seconds']:.2f} |",
+        f"| first overlay of a 720p clip after the button, s | at most 3 | {medians['first_overlay_seconds']:.2f} |",
+        f"| model loaded after `refsam ui`, s | | {medians['model_seconds']:.2f} |",
+        "",
+        f"{_machine(result, 'cores')}, the browser on the same machine, medians of {len(result['runs'])} runs.",
+    ]
+    return "\n".join(lines)
+
+
+def _frame_cpu() -> str:
+    if not (RESULTS / "frame_cpu.json").exists():
+        return "Not measured yet."
+    result = _result("frame_cpu")
+    before, after = result["medians"]["before"], result["medians"]["after"]
+    lines = ["| core-milliseconds of a frame | before | after |", "|---|--:|--:|"]
+    lines += [f"| {name} | {before[name]:.1f} | {after[name]:.1f} |" for name in before]
+    what = f"nano, one expression, 720p, medians of {len(result['rounds']['after'])} rounds"
+    commits = f"commits {result['base'][:7]} and {result['commit'][:7]}"
+    return "\n".join([*lines, "", f"{what}, {_machine(result, 'cores')}, {commits}."])
+
+
+def _choices_cpu() -> str:
+    if not (RESULTS / "choices_cpu.json").exists():
+        return "Not measured yet."
+    result = _result("choices_cpu")
+    lines = ["| | | core ms | ms by the clock | kB | PSNR, dB |", "|---|---|--:|--:|--:|--:|"]
+    lines += [
+        f"| {row['part']} | {row['choice']} | {row['core_ms']:.1f} | {row['clock_ms']:.1f} "
+        f"| {row.get('kilobytes', '')} | {row.get('psnr_db', '')} |"
+        for row in result["rows"]
+    ]
+    return "\n".join([*lines, "", f"For one 720p frame, {_machine(result, 'cores')}."])
+
+
+def _memory_cpu() -> str:
+    if not (RESULTS / "memory_cpu.json").exists():
+        return "Not measured yet."
+    result = _result("memory_cpu")
+    rows, growth = result["rows"], result["growth"]["host_mib_for_each_thousand_frames"]
+    first, last = rows[min(9, len(rows) - 1)], rows[-1]
+    return (
+        f"Resident memory after {first['frames']} frames: {first['host_mib']:.0f} MiB; after {last['frames']}: "
+        f"{last['host_mib']:.0f} MiB; by least squares {growth:+.2f} MiB for each thousand frames.\n\n"
+        f"nano, two expressions, everything written, {_machine(result, 'cores')}.\n\n"
+        "![Resident memory over the frames](images/memory.svg)"
+    )
+
+
+def _loop_cpu() -> str:
+    if not (RESULTS / "loop_cpu.jsonl").exists():
+        return "Not measured yet."
+    rows = _rows("loop_cpu")
+    lines = [
+        "| | dtype | a frame (p20 to p80), s | frames/s | against the loop | asked | encoder, s | decoder, s | rest, % |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        *(_loop_line(row) for row in rows),
+    ]
+    origin = rows[0]["provenance"]
+    height, width = rows[0]["frame_size"]
+    what = f"{origin['model']} at {origin['image_size']} pixels, {rows[0]['expressions']} expressions, {width} x {height}"
+    machine = (
+        f"{rows[0]['rounds']} rounds, {_machine(origin, 'threads')}, commit {origin['commit'][:7]}"
+    )
+    return "\n".join([*lines, "", f"{what}, {machine}."])
+
+
+def _loop_line(row: dict[str, Any]) -> str:
+    name = f"| {row['provider']} | {row['dtype']} |"
+    if "wrong" in row:
+        return f"{name} wrong: {row['wrong']} | | | | | | |"
+    seconds, low, high = (1e-3 * row[key] for key in ("median_ms", "p20_ms", "p80_ms"))
+    line = f"{name} {seconds:.2f} ({low:.2f} to {high:.2f}) | {1 / seconds:.3f} | {row['speedup']:.2f}x |"
+    if "asked_speedup" not in row:
+        return f"{line} | | | |"
+    parts = f"{1e-3 * row['encoder_ms']:.2f} | {1e-3 * row['decoder_ms']:.2f} | {row['overhead_percent']:.1f} |"
+    return f"{line} {row['asked_speedup']}x | {parts}"
+
+
+def _expressions_cpu() -> str:
+    if not (RESULTS / "expressions_cpu.jsonl").exists():
+        return "Not measured yet."
+    rows = _rows("expressions_cpu")
+    lines = [
+        "| encoder's products | expressions | a frame (p20 to p80), s | times one |",
+        "|---|--:|--:|--:|",
+    ]
+    for row in rows:
+        name = f"| {row['dtype']} | {row['expressions']} |"
+        if "wrong" in row:
+            lines.append(f"{name} wrong: {row['wrong']} | |")
+            continue
+        seconds, low, high = (1e-3 * row[key] for key in ("median_ms", "p20_ms", "p80_ms"))
+        lines.append(f"{name} {seconds:.2f} ({low:.2f} to {high:.2f}) | {row['times_one']:.3f} |")
+    origin = rows[0]["provenance"]
+    what = f"{origin['model']} at {origin['image_size']} pixels, a 720p frame to masks of its size"
+    return "\n".join(
+        [*lines, "", f"{what}, {_machine(origin, 'threads')}, commit {origin['commit'][:7]}."]
+    )
+
+
+def _bench_cpu() -> str:
+    if not (RESULTS / "bench" / "cpu.jsonl").exists():
+        return "Not measured yet."
+    rows = _rows("bench/cpu")
+    lines = [
+        "| | | median (p20 to p80), ms | against the first | of the limit | memory, MiB |",
+        "|---|---|--:|--:|--:|--:|",
+        *(_bench_line(row) for row in rows),
+    ]
+    origin = rows[0]["provenance"]
+    return "\n".join([*lines, "", f"{_machine(origin, 'threads')}, commit {origin['commit'][:7]}."])
+
+
+def _bench_line(row: dict[str, Any]) -> str:
+    ceiling = ", does less: a limit" if row.get("is_ceiling") else ""
+    name = f"| {row['operator']}, {row['case']} | {row['provider']}{ceiling} |"
+    for word in ("skipped", "wrong"):
+        if word in row:
+            return f"{name} {word}: {row[word]} | | | |"
+    speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}x"
+    memory = row["peak_memory_bytes"]
+    used = "" if memory is None else f"{memory / 2**20:.1f}"
+    limits = [f"{row['percent_of_ceiling']:.0f} %"]
+    if not ceiling:
+        limits += [f"{share:.0f} % of {other}" for other, share in row["percent_of"].items()]
+    times = f"{row['median_ms']:.2f} ({row['p20_ms']:.2f} to {row['p80_ms']:.2f})"
+    return f"{name} {times} | {speedup} | {', '.join(limits)} | {used} |"
+
+
+def _errors() -> str:
+    """The messages that users meet, from docs/errors.yaml, by what they are about."""
+    lines = []
+    for group in yaml.safe_load((ROOT / "docs" / "errors.yaml").read_text(encoding="utf-8")):
+        lines += [f"### {group['group']}", "", "| it says | because | do |", "|---|---|---|"]
+        for error in group["errors"]:
+            says = re.sub(r"\{[^}]*\}", "...", error["says"]).replace("|", "\\|")
+            lines.append(f"| `{says}` | {error['why']} | {error['do']} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cuda_resources() -> str:
+    path = RESULTS / "cuda_resources.json"
+    if not path.exists():
+        return "Not compiled yet."
+    result = json.loads(path.read_text(encoding="utf-8"))
+    kernels: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        name = row["kernel"].partition("<")[0]
+        kernels.setdefault((row["source"], name), []).append(row)
+    lines = [
+        "| source | kernel | variants | registers | most bytes spilled |",
+        "|---|---|--:|--:|--:|",
+        *(_resources_line(*names, rows) for names, rows in kernels.items()),
+    ]
+    architectures = sorted({row["architecture"] for row in result["rows"]})
+    targets = ", ".join(f"sm_{architecture}" for architecture in architectures)
+    origin = result["provenance"]
+    return "\n".join([*lines, "", f"{targets}; {origin['nvcc']}, commit {origin['commit'][:7]}."])
+
+
+def _resources_line(source: str, kernel: str, rows: list[dict[str, Any]]) -> str:
+    variants = len({row["kernel"] for row in rows})
+    registers = [row["registers"] for row in rows]
+    spilled = max(row["spill_bytes"] for row in rows)
+    return f"| `{source}` | `{kernel}` | {variants} | {min(registers)} to {max(registers)} | {spilled} |"
+
+
+def _training_cpu() -> str:
+    if not (RESULTS / "training_cpu.json").exists():
+        return "Not measured yet."
+    result = _result("training_cpu")
+    baseline = result["rows"][0]
+    lines = [
+        "| a training step on | median (p20 to p80), s | steps/s | as fast | step, MiB | process, MiB | against the first |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+        *(_training_line(row, baseline) for row in result["rows"]),
+    ]
+    what = f"{result['model']}, {result['image_size']} pixels, one clip of {result['frames']} frames, one sentence, float32"
+    machine = _machine(result, "threads")
+    return "\n".join([*lines, "", f"{what}, {machine}, commit {result['commit'][:7]}."])
+
+
+def _training_line(row: dict[str, Any], baseline: dict[str, Any]) -> str:
+    if "wrong" in row:
+        return f"| {row['name']} | wrong: {row['wrong']} | | | | | |"
+    seconds, low, high = (1e-3 * row[key] for key in ("median_ms", "p20_ms", "p80_ms"))
+    step, process = row["step_memory_bytes"], row["process_memory_bytes"]
+    memory = "| | |"
+    if step is not None:
+        share = 100 * process / baseline["process_memory_bytes"]
+        own = 100 * step / baseline["step_memory_bytes"]
+        memory = f"{step / 2**20:.0f} | {process / 2**20:.0f} | {own:.0f} % and {share:.0f} % |"
+    return (
+        f"| {row['name']} | {seconds:.2f} ({low:.2f} to {high:.2f}) | {row['steps_per_second']:.3f} | "
+        f"{row['speedup']:.2f}x | {memory}"
+    )
+
+
+def _targets() -> str:
+    return targets.table(_result, _rows)
+
+
+_TABLES = {
+    "targets": _targets,
+    "ui_cpu": _ui_cpu,
+    "frame_cpu": _frame_cpu,
+    "choices_cpu": _choices_cpu,
+    "memory_cpu": _memory_cpu,
+    "loop_cpu": _loop_cpu,
+    "expressions_cpu": _expressions_cpu,
+    "bench_cpu": _bench_cpu,
+    "errors": _errors,
+    "nano_generated": _nano_generated,
+    "nano_real_clips": _nano_real_clips,
+    "nano_targets": _nano_targets,
+    "encoder_cpu": _encoder_cpu,
+    "integrations_cpu": _integrations_cpu,
+    "operators_cpu": _operators_cpu,
+    "training_cpu": _training_cpu,
+    "cuda_resources": _cuda_resources,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Rewrites the pages; with --check only says which are out of date, and returns 1 if any is."""
+    stale = []
+    for page in PAGES:
+        path = ROOT / page
+        if not path.exists():
+            continue
+        text = path.read_text(encoding="utf-8")
+        filled = fill(text)
+        if filled != text:
+            stale.append(page)
+            if "--check" not in arguments:
+                path.write_text(filled, encoding="utf-8")
+    print(f"out of date: {', '.join(stale) or 'nothing'}")
+    return int(bool(stale) and "--check" in arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

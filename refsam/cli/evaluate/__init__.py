@@ -1,0 +1,18 @@
+"""``refsam evaluate``: score masks, or run a model on a benchmark and score it."""
+
+import typer
+
+from refsam.cli.evaluate.benchmarks import mevis, ref_davis17, ref_youtube_vos, refcoco
+from refsam.cli.evaluate.generated import generated
+from refsam.cli.evaluate.masks import masks
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def evaluate() -> None:
+    """Score masks, or a model on a benchmark."""
+
+
+for _command in (masks, generated, ref_davis17, ref_youtube_vos, mevis, refcoco):
+    app.command()(_command)

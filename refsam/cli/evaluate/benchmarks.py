@@ -1,0 +1,269 @@
+"""``refsam evaluate ref-davis17``, ``ref-youtube-vos``, ``mevis``, ``refcoco``: run a model on a benchmark and score it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from refsam.cli.evaluate.problems import listing_problems
+from refsam.cli.options import CheckpointOption, DeviceOption, DtypeOption
+from refsam.cli.progress import progress
+from refsam.errors import UserError
+from refsam.runtime.device import check_names, choose_device, choose_dtype, choose_encoder_dtype
+
+if TYPE_CHECKING:
+    from refsam.data import ReferringDataset
+    from refsam.evaluation.runners.benchmark import Benchmark
+    from refsam.evaluation.runners.inference import InferenceRules
+
+RootOption = Annotated[Path, typer.Option(help="Folder of the dataset, laid out as docs/data.md says.")]  # fmt: skip
+RunFolderOption = Annotated[
+    Path,
+    typer.Option(
+        help="Folder for predictions, scores and report; the one of a run that was cut short continues it."
+    ),
+]
+ProtocolOption = Annotated[
+    str,
+    typer.Option(
+        help="default, or paper: the authors' known choices (360-pixel short side, thresholds)."
+    ),
+]
+VideosOption = Annotated[
+    Path | None, typer.Option(help="Text file of the videos to run, one a line; all by default.")
+]
+TruthOption = Annotated[
+    Path | None,
+    typer.Option(help="Truth that lies elsewhere: <video>/<frame>.png, <video>/<expression>/<frame>.png, mask_dict.json."),
+]  # fmt: skip
+TruthExpressionsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="meta_expressions.json that says which objects of that truth each expression means."
+    ),
+]
+MissingOption = Annotated[
+    str,
+    typer.Option(help="error: stop where the model cannot take an expression; zero: score it as empty, and list it."),
+]  # fmt: skip
+ProcessesOption = Annotated[
+    int, typer.Option(help="Processes that share the scoring; 0 is one per core.")
+]
+
+
+def ref_davis17(
+    root: RootOption,
+    out: RunFolderOption,
+    checkpoint: CheckpointOption = "nano",
+    split: str = "valid",
+    protocol: ProtocolOption = "default",
+    joint: Annotated[
+        str | None,
+        typer.Option(
+            help="How objects share pixels: probabilities, or logits, the authors' rule; the protocol's by default."
+        ),
+    ] = None,
+    scoring: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="davis-unsupervised (default), davis-semi-supervised, per-expression; repeat it for several."
+        ),
+    ] = None,
+    videos: VideosOption = None,
+    missing: MissingOption = "error",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    processes: ProcessesOption = 0,
+) -> None:
+    """Run a model on Ref-DAVIS17: each of the four annotators by itself, objects joined into maps, the mean of four scores.
+
+    Started by torchrun, processes and machines share the videos; --out must be a folder that all of them see.
+    """
+    from refsam.data import open_dataset
+    from refsam.evaluation.runners.inference import JOINT_NOTES, find_rules
+    from refsam.evaluation.runners.ref_davis17 import RefDavis17
+
+    rules = find_rules(protocol)
+    if joint is not None and joint not in JOINT_NOTES:
+        raise UserError(f"joint: got {joint!r}, want {' or '.join(JOINT_NOTES)}")
+    dataset = _chosen(open_dataset("ref-davis17", root, split), videos)
+    chosen = next(rule for rule in JOINT_NOTES if rule == (joint or rules.joint))
+    names = tuple(dict.fromkeys(scoring or ["davis-unsupervised"]))
+    benchmark = RefDavis17(dataset, chosen, names)
+    _run(benchmark, rules, out, checkpoint, device, dtype, missing, processes)
+
+
+def ref_youtube_vos(
+    root: RootOption,
+    out: RunFolderOption,
+    checkpoint: CheckpointOption = "nano",
+    split: str = "valid",
+    protocol: ProtocolOption = "default",
+    truth: TruthOption = None,
+    truth_expressions: TruthExpressionsOption = None,
+    videos: VideosOption = None,
+    missing: MissingOption = "error",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    processes: ProcessesOption = 0,
+) -> None:
+    """Run a model on Ref-YouTube-VOS: writes submission.zip, and scores where the truth is at hand.
+
+    Started by torchrun, processes and machines share the videos; --out must be a folder that all of them see.
+    """
+    from refsam.data import open_dataset
+    from refsam.evaluation.runners.inference import find_rules
+    from refsam.evaluation.runners.per_expression import PerExpression
+
+    dataset = _chosen(open_dataset("ref-youtube-vos", root, split), videos)
+    places = _truth(dataset, truth, truth_expressions)
+    benchmark = PerExpression(f"Ref-YouTube-VOS {split}", dataset, "Annotations", *places)
+    _run(benchmark, find_rules(protocol), out, checkpoint, device, dtype, missing, processes)
+
+
+def mevis(
+    root: RootOption,
+    out: RunFolderOption,
+    checkpoint: CheckpointOption = "nano",
+    split: str = "valid_u",
+    protocol: ProtocolOption = "default",
+    truth: TruthOption = None,
+    truth_expressions: TruthExpressionsOption = None,
+    videos: VideosOption = None,
+    missing: MissingOption = "error",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    processes: ProcessesOption = 0,
+) -> None:
+    """Run a model on MeViS: writes submission.zip, and scores splits with truth (valid_u, train).
+
+    Started by torchrun, processes and machines share the videos; --out must be a folder that all of them see.
+    """
+    from refsam.data import open_dataset
+    from refsam.evaluation.runners.inference import find_rules
+    from refsam.evaluation.runners.per_expression import PerExpression
+
+    dataset = _chosen(open_dataset("mevis", root, split), videos)
+    places = _truth(dataset, truth, truth_expressions)
+    benchmark = PerExpression(f"MeViS {split}", dataset, "", *places)  # its server wants no folder
+    _run(benchmark, find_rules(protocol), out, checkpoint, device, dtype, missing, processes)
+
+
+def refcoco(
+    root: RootOption,
+    out: RunFolderOption,
+    checkpoint: CheckpointOption = "nano",
+    dataset: Annotated[str, typer.Option(help="refcoco, refcoco+ or refcocog.")] = "refcoco",
+    split_by: Annotated[
+        str | None, typer.Option(help="unc, umd or google; the dataset's usual one by default.")
+    ] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeat it for several; all evaluation splits by default."),
+    ] = None,
+    convention: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="referformer (default), sa2va or lavt: how scores are made of IoUs; repeat it for several."
+        ),
+    ] = None,
+    protocol: ProtocolOption = "default",
+    missing: MissingOption = "error",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Run a model on RefCOCO, RefCOCO+ or RefCOCOg: oIoU, mIoU and P@0.5 to 0.9 of each split.
+
+    Started by torchrun, processes and machines share the images; --out must be a folder that all of them see.
+    """
+    from refsam.data import open_dataset
+    from refsam.data.refcoco import SPLITS_BY
+    from refsam.evaluation.runners.inference import find_rules
+    from refsam.evaluation.runners.refcoco import RefCoco
+
+    rules = find_rules(protocol)
+    if dataset not in SPLITS_BY:
+        raise UserError(f"dataset: got {dataset!r}, want one of {', '.join(SPLITS_BY)}")
+    by = SPLITS_BY[dataset]
+    usual = by.get(split_by or next(iter(by)), ("train",))[1:]  # open_dataset refuses a wrong one
+    opened = [
+        open_dataset(dataset, root, name, split_by=split_by)
+        for name in dict.fromkeys(split or usual or ("val",))
+    ]
+    benchmark = RefCoco(tuple(opened), tuple(dict.fromkeys(convention or ["referformer"])))
+    _run(benchmark, rules, out, checkpoint, device, dtype, missing, 1)
+
+
+def _truth(
+    dataset: "ReferringDataset", truth: Path | None, expressions: Path | None
+) -> tuple[Path | None, Path | None]:
+    """The truth and the list of its expressions' objects, the dataset's own unless others are given."""
+    if expressions is not None and truth is None:
+        raise UserError("truth-expressions: got it without --truth, want both")
+    if truth is None:
+        every = [e for video in dataset.videos for e in dataset.expressions(video.name)]
+        told = all(expression.object_ids is not None for expression in every)
+        return dataset.truth, dataset.listing if told else None
+    if not truth.exists():
+        raise UserError(f"truth: there is no {truth}")
+    if truth.is_file() and expressions is None:
+        expressions = dataset.listing
+    return truth, expressions
+
+
+def _chosen(dataset: "ReferringDataset", videos: Path | None) -> "ReferringDataset":
+    """The dataset with the listed videos only."""
+    from refsam.evaluation.scoring.clips import read_names
+
+    if videos is None:
+        return dataset
+    names = read_names(videos)
+    known = {video.name for video in dataset.videos}
+    if unknown := sorted(set(names) - known):
+        raise UserError(f"videos: not in {dataset.name} {dataset.split}: {', '.join(unknown)}")
+    chosen = tuple(video for video in dataset.videos if video.name in set(names))
+    return replace(dataset, videos=chosen)
+
+
+def _run(
+    benchmark: "Benchmark",
+    rules: "InferenceRules",
+    out: Path,
+    checkpoint: str,
+    device: str,
+    dtype: str,
+    missing: str,
+    processes: int,
+) -> None:
+    """Load the model, predict and score; print what was found."""
+    from refsam.evaluation.runners.benchmark import Runner, evaluate, share_of
+    from refsam.model import RefSAM
+    from refsam.runtime.threads import available_cores
+    from refsam.session import Share
+
+    check_names(device, dtype)
+    if missing not in ("error", "zero"):
+        raise UserError(f"missing: got {missing!r}, want error or zero")
+    share = Share.of_environment()
+    place = choose_device(device)
+    model = RefSAM.from_pretrained(checkpoint).to(place).eval()
+    model.optimize(choose_encoder_dtype(dtype))
+    runner = Runner(model, checkpoint, rules, choose_dtype(dtype, place), missing)
+    with (
+        listing_problems(),
+        progress("evaluating", len(share_of(benchmark, share)), "videos") as advance,
+    ):
+        outcome = evaluate(
+            benchmark,
+            runner,
+            out,
+            share=share,
+            processes=processes or available_cores(),
+            advance=advance,
+        )
+    if outcome is None:
+        typer.echo(f"process {share.rank} of {share.world_size}: done; others are still at work")
+        return
+    typer.echo(outcome.text)
+    typer.echo(f"\nreport: {out / 'report.html'}")

@@ -1,0 +1,1 @@
+"""Reports of an evaluation: one HTML page, Markdown, pictures, curves."""

@@ -1,0 +1,197 @@
+"""The report of scored masks: table, protocol, best and worst clips, curves over time, how it was made."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from refsam.errors import UserError
+from refsam.evaluation.reports.pictures import COLOURS, LEGEND, Curve, chart, comparison, strip
+from refsam.evaluation.reports.report import Code, Picture, Section, Table, Text
+from refsam.evaluation.scoring.clips import Clip
+from refsam.evaluation.scoring.masks import read_maps
+from refsam.evaluation.scoring.protocols import Protocol
+from refsam.evaluation.scoring.results import MEASURES, MaskEvaluation, ObjectScores
+
+FrameReader = Callable[[str, str], NDArray[np.uint8] | None]
+
+_SHOWN_CLIPS = 3
+_TILES = 5
+_CURVES_OF_BOTH = 4  # so many objects are drawn with J and F each, more of them with J&F alone
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An evaluation and the clips that it scored.
+
+    `name` tells several of one report apart. `texts`: what each (video, object or expression) was called.
+    """
+
+    name: str
+    result: MaskEvaluation
+    clips: tuple[Clip, ...]
+    texts: Mapping[tuple[str, str], str] = field(default_factory=dict)
+
+
+def folder_frames(folder: Path) -> FrameReader:
+    """Reads frames `<video>/<frame>.jpg`, `.jpeg` or `.png` of a folder, None where there is no such file.
+
+    Raises UserError if the folder is not there.
+    """
+    if not folder.is_dir():
+        raise UserError(f"frames: no folder {folder}")
+
+    def read(video: str, frame: str) -> NDArray[np.uint8] | None:
+        paths = (folder / video / f"{frame}{suffix}" for suffix in (".jpg", ".jpeg", ".png"))
+        path = next((path for path in paths if path.is_file()), None)
+        return None if path is None else np.asarray(Image.open(path).convert("RGB"))
+
+    return read
+
+
+def mask_sections(
+    scored: Sequence[Scored], frame: FrameReader | None = None, pictures: str = ""
+) -> list[Section]:
+    """Sections of a report on one or more evaluations; `frame(video, frame)` gives the pictures to draw on.
+
+    `pictures` begins the names of the report's own, so that several such sets of sections can stand in one report.
+    """
+    rules = dict.fromkeys(scores.result.protocol for scores in scored)
+    remarks = [
+        f"{scores.name}: {remark}" if scores.name else remark
+        for scores in scored
+        for remark in scores.result.remarks
+    ]
+    sections = [
+        Section("Scores", (overall_table(scored),)),
+        Section("Protocol", tuple(Text((p.name, *p.rules), listed=True) for p in rules)),
+        Section("Remarks", (Text(tuple(remarks), listed=True),)),
+        Section("Best and worst clips", tuple(_clip_pictures(scored, frame, pictures))),
+        Section("Every video", tuple(_video_tables(scored))),
+        Section("Over time", tuple(_charts(scored, pictures))),
+    ]
+    return [section for section in sections if section.title != "Remarks" or remarks]
+
+
+def provenance_section(facts: Mapping[str, str]) -> Section:
+    """The exact command, then everything else that one needs to repeat an evaluation."""
+    rest = tuple((name, value) for name, value in facts.items() if name != "command")
+    return Section("How it was made", (Code(facts["command"]), Table(("what", "value"), rest)))
+
+
+def overall_table(scored: Sequence[Scored]) -> Table:
+    """Every measure in per cent, a row per evaluation and, of several with one protocol, their mean."""
+    overall = [scores.result.overall for scores in scored]
+    rows = [
+        _row(scores.name or "overall", row) for scores, row in zip(scored, overall, strict=True)
+    ]
+    if len(scored) > 1 and len({scores.result.protocol for scores in scored}) == 1:
+        rows.append(_row("mean", mean_of(overall)))
+    return Table(("", *MEASURES), tuple(rows))
+
+
+def mean_of(overall: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Every measure, averaged over evaluations, each with the same weight."""
+    rows = list(overall)
+    return {measure: float(np.mean([row[measure] for row in rows])) for measure in MEASURES}
+
+
+def _row(name: str, measures: Mapping[str, float]) -> tuple[str, ...]:
+    return (name, *(f"{100 * measures[measure]:.2f}" for measure in MEASURES))
+
+
+def _video_tables(scored: Sequence[Scored]) -> Iterable[Table]:
+    for scores in scored:
+        of = f" ({scores.name})" if scores.name else ""
+        videos = tuple(_row(video, row) for video, row in scores.result.videos.items())
+        yield Table(("video", *MEASURES), videos, f"Every video{of}")
+        objects = tuple(
+            _row(_title(scores, score), score.measures) for score in scores.result.scores
+        )
+        unit = "expression" if scores.result.protocol.per_expression else "object"
+        yield Table((unit, *MEASURES), objects, f"Every {unit}{of}", folded=True)
+
+
+def _charts(scored: Sequence[Scored], pictures: str) -> Iterable[Picture]:
+    for scores in scored:
+        ordered = sorted(scores.result.scores, key=lambda score: score.video)
+        for video, group in groupby(ordered, key=lambda score: score.video):
+            objects = list(group)
+            both = len(objects) <= _CURVES_OF_BOTH
+            curves = [c for index, score in enumerate(objects) for c in _curves(index, score, both)]
+            name = " ".join(filter(None, (scores.name, video)))
+            drawn = "J (solid) and F (dashed)" if both else "J&F"
+            caption = f"{name}: {drawn} of each frame"
+            content = chart(curves, objects[0].frames)
+            yield Picture(f"{pictures} curves {name}".strip(), "image/svg+xml", content, caption)
+
+
+def _curves(index: int, score: ObjectScores, both: bool) -> list[Curve]:
+    colour, measures = COLOURS[index % len(COLOURS)], score.measures
+    label = f"{score.name}: J&F {measures['J&F-Mean']:.3f}"
+    if not both:
+        return [Curve(label, (score.region + score.contour) / 2, colour)]
+    return [
+        Curve(f"{score.name}: J {measures['J-Mean']:.3f}", score.region, colour),
+        Curve(f"{score.name}: F {measures['F-Mean']:.3f}", score.contour, colour, dashed=True),
+    ]
+
+
+def _clip_pictures(
+    scored: Sequence[Scored], frame: FrameReader | None, pictures: str
+) -> Iterable[Picture | Text]:
+    """The clips with the highest and the lowest J&F of all evaluations, worst first last."""
+    ranked = sorted(
+        ((scores, score) for scores in scored for score in scores.result.scores),
+        key=lambda pair: -pair[1].measures["J&F-Mean"],
+    )
+    best = min(_SHOWN_CLIPS, (len(ranked) + 1) // 2)
+    worst = min(_SHOWN_CLIPS, len(ranked) - best)
+    yield Text((f"{LEGEND}. Up to {_TILES} frames of each clip, evenly spaced.",))
+    chosen = [("best", *pair) for pair in ranked[:best]]
+    chosen += [("worst", *pair) for pair in ranked[len(ranked) - worst :]]
+    for index, (rank, scores, score) in enumerate(chosen):
+        title = " ".join(filter(None, (scores.name, _title(scores, score))))
+        caption = f"{rank}: {title}, J&F {100 * score.measures['J&F-Mean']:.1f}"
+        content = _overlay(_clip_of(scores.clips, score), scores.result.protocol, score, frame)
+        yield Picture(f"{pictures} {index:02d} {rank}".strip(), "image/jpeg", content, caption)
+
+
+def _title(scores: Scored, score: ObjectScores) -> str:
+    text = scores.texts.get((score.video, score.name))
+    return f"{score.video} {score.name}" + (f' "{text}"' if text else "")
+
+
+def _clip_of(clips: Iterable[Clip], score: ObjectScores) -> Clip:
+    return next(
+        clip
+        for clip in clips
+        if clip.video == score.video and clip.expression in (None, score.name)
+    )
+
+
+def _overlay(
+    clip: Clip, protocol: Protocol, score: ObjectScores, frame: FrameReader | None
+) -> bytes:
+    """A few frames of one object: what the prediction and the truth say of it."""
+    last = len(clip.frames) - 1
+    places = sorted({round(last * tile / (_TILES - 1)) for tile in range(_TILES)})
+    few = replace(
+        clip,
+        frames=tuple(clip.frames[i] for i in places),
+        truths=tuple(clip.truths[i] for i in places),
+        predictions=tuple(clip.predictions[i] for i in places),
+    )
+    tiles = {}
+    for name, prediction, truth in read_maps(few, protocol):
+        if protocol.per_expression:
+            masks = prediction != 0, truth != 0
+        else:
+            masks = prediction == (score.matched or -1), truth == int(score.name)
+        image = frame(clip.video, name) if frame is not None else None
+        tiles[name] = comparison(image, *masks)
+    return strip(tiles)

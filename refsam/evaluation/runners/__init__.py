@@ -1,0 +1,1 @@
+"""Run a model on a benchmark: predict, score, report."""

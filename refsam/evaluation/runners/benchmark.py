@@ -1,0 +1,345 @@
+"""Running a model on a benchmark: units of work that processes share, each predicted once, then all of them scored."""
+
+import hashlib
+import io
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from refsam.data import Expression, ReferringDataset, VideoRecord
+from refsam.evaluation.reports.masks import provenance_section
+from refsam.evaluation.reports.provenance import installed, provenance
+from refsam.evaluation.reports.report import Section, Text, write_report
+from refsam.evaluation.runners.inference import (
+    FrameLogits,
+    InferenceRules,
+    VideoPredictor,
+    refused_expressions,
+)
+from refsam.evaluation.runners.run_folder import RunFolder
+from refsam.evaluation.runners.speed import STAGES, StageClock, speed_summary, speed_table
+from refsam.evaluation.scoring.problems import MaskProblemsError, Problem, describe
+from refsam.evaluation.scoring.results import as_json, write_whole
+from refsam.model import RefSAM
+from refsam.session import Share
+from refsam.video import prefetch
+from refsam.video.writer import encode_mask
+
+_COMPUTED_TOGETHER = 16
+_Record = Mapping[str, Any]
+_Pictures = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one process does in one go: a video of a dataset (an image is one of a single frame)."""
+
+    name: str
+    dataset: ReferringDataset
+    video: VideoRecord
+
+    @property
+    def expressions(self) -> tuple[Expression, ...]:
+        """All that is said about the video."""
+        return self.dataset.expressions(self.video.name)
+
+    @property
+    def cost(self) -> float:
+        """Roughly in image encodings: eight expressions are decoded in about the time of one."""
+        return len(self.video.frame_names) * (1 + len(self.expressions) / 8)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a benchmark found: the `text` to print, a JSON `summary`, more `files` by name, sections of the report."""
+
+    text: str
+    summary: Mapping[str, Any]
+    sections: tuple[Section, ...]
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+class Benchmark(Protocol):
+    """What differs between benchmarks; everything else is `evaluate`'s."""
+
+    @property
+    def title(self) -> str:
+        """What the report is called."""
+
+    @property
+    def units(self) -> Sequence[Unit]:
+        """All of the work."""
+
+    def settings(self) -> Mapping[str, Any]:
+        """What the predictions depend on beside the model, the data and the inference rules."""
+
+    def groups(self, unit: Unit) -> list[list[Expression]]:
+        """The expressions of a unit as they are computed together."""
+
+    def folders(self, unit: Unit) -> list[str]:
+        """The folders below `predictions` that a unit fills."""
+
+    def render(
+        self, unit: Unit, logits: Sequence[FrameLogits], rules: InferenceRules
+    ) -> dict[str, NDArray[Any]]:
+        """The pictures of one frame by their folder below `predictions`: masks `(H, W)` bool, maps `(H, W)` uint8.
+
+        `logits` are those of each group.
+        """
+
+    def rows(self, unit: Unit, frame: str, rendered: _Pictures) -> list[_Record]:
+        """What the unit's record keeps of a frame."""
+
+    def outcome(self, run: RunFolder, records: Mapping[str, _Record], processes: int) -> Outcome:
+        """Score what all units have predicted; `records` by unit. So many `processes` may share the scoring."""
+
+
+def in_groups(expressions: Sequence[Expression]) -> list[list[Expression]]:
+    """Expressions in their order, as many of them together as memory bears; it depends on the video alone."""
+    starts = range(0, len(expressions), _COMPUTED_TOGETHER)
+    return [list(expressions[start : start + _COMPUTED_TOGETHER]) for start in starts]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model, what it is called, and how it is run.
+
+    With `missing` "zero", expressions that the model refuses get no mask, else they stop the run.
+    """
+
+    model: RefSAM
+    checkpoint: str
+    rules: InferenceRules
+    precision: torch.dtype = torch.float32
+    missing: str = "error"
+
+    def settings(self, units: Sequence[Unit]) -> dict[str, Any]:
+        """All that a prediction depends on, as JSON takes it."""
+        text_encoder = self.model.text_encoder.source()
+        return {
+            "refsam": installed("refsam"),
+            "protocol": self.rules.name,
+            "weights_sha256": weights_sha256(self.model),
+            "text_encoder": str(text_encoder or "in the checkpoint"),
+            "image_size": self.model.image_size,
+            "device": self.model.device.type,
+            "dtype": str(self.precision).removeprefix("torch."),
+            "encoder_dtype": str(self._encoder_dtype()).removeprefix("torch."),
+            "data_sha256": _data_sha256(units),
+        }
+
+    def refused(self, units: Sequence[Unit]) -> dict[str, str]:
+        """Sentences that get no mask, with the reason; raises MaskProblemsError for them unless `missing` is "zero"."""
+        texts = [(unit.name, e.text) for unit in units for e in unit.expressions]
+        refused = refused_expressions(self.model, [self.rules.text(text) for _, text in texts])
+        problems = [
+            Problem("expression refused", name, f"{text!r} ({refused[self.rules.text(text)]})")
+            for name, text in texts
+            if self.rules.text(text) in refused
+        ]
+        if problems and self.missing != "zero":
+            raise MaskProblemsError(problems)
+        return {
+            text: refused[self.rules.text(text)]
+            for _, text in texts
+            if self.rules.text(text) in refused
+        }
+
+    def _encoder_dtype(self) -> torch.dtype:
+        """What the image encoder's products are computed in: autocast's dtype, else what `optimize` chose."""
+        if self.precision != torch.float32:
+            return self.precision
+        return self.model.image_encoder.product_dtype
+
+    def predict(
+        self, benchmark: Benchmark, unit: Unit, run: RunFolder, refused: Mapping[str, str]
+    ) -> None:
+        """Write the pictures of one unit and, as the last thing, its record."""
+        started, clock = time.perf_counter(), StageClock(self._synchronize)
+        self.model.text_encoder.clear_cache()  # so that "prompt" holds the time of encoding
+        predictor = VideoPredictor(
+            self.model,
+            self.rules,
+            [[e.text for e in group] for group in benchmark.groups(unit)],
+            precision=self.precision,
+            clock=clock,
+            refused=frozenset(refused),
+        )
+        rows: list[_Record] = []
+        with (
+            run.unit(unit.name, benchmark.folders(unit)) as writer,
+            closing(prefetch(_frames(unit, clock))) as frames,
+        ):
+            for frame, image in frames:
+                logits = predictor.step(image)
+                with clock.stage("decode masks"):
+                    rendered = benchmark.render(unit, logits, self.rules)
+                with clock.stage("write"):
+                    _write_pictures(writer.folder, frame, rendered)
+                rows += benchmark.rows(unit, frame, rendered)
+            facts = {
+                "frames": len(unit.video.frame_names),
+                "expressions": len(unit.expressions),
+                "refused": [e.text for e in unit.expressions if e.text in refused],
+                "seconds": clock.take(),
+                "total_seconds": round(time.perf_counter() - started, 6),
+                "rows": rows,
+            }
+            writer.finish(facts)
+
+    def _synchronize(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
+
+def evaluate(
+    benchmark: Benchmark,
+    runner: Runner,
+    out: Path,
+    *,
+    share: Share | None = None,
+    processes: int = 1,
+    advance: Callable[[], None] = lambda: None,
+) -> Outcome | None:
+    """Predict this process's share of a benchmark into `out`, and score everything if nothing is left to do.
+
+    Units that are done already are not done again. `advance` is called after every unit of the share. None where other
+    processes still have units to do: whichever finishes last scores.
+    Raises UserError for a folder that cannot be used and for data that is not complete, with all that is wrong.
+    """
+    units, share = benchmark.units, share or Share.of_environment()
+    _check_frames(units)
+    settings = {**benchmark.settings(), **runner.settings(units)}
+    run = RunFolder(out, settings)
+    mine = share_of(benchmark, share)
+    refused = runner.refused([unit for unit in mine if not run.is_done(unit.name)])
+    for unit in mine:
+        if not run.is_done(unit.name):
+            runner.predict(benchmark, unit, run, refused)
+        advance()
+    if not all(run.is_done(unit.name) for unit in units):
+        return None
+    run.tidy()
+    records = {unit.name: run.record(unit.name) for unit in units}
+    outcome = benchmark.outcome(run, records, processes)
+    return _written(out, benchmark, runner, settings, records, outcome)
+
+
+def share_of(benchmark: Benchmark, share: Share) -> list[Unit]:
+    """The units that a process does."""
+    return share.of(benchmark.units, lambda unit: unit.cost)
+
+
+def weights_sha256(model: RefSAM) -> str:
+    """SHA-256 over the names, types, shapes and bytes of a model's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@cache
+def palette() -> bytes:
+    """The 256 colours of the PASCAL VOC and DAVIS masks as `rgbrgb...`: bits of the number, spread over the three."""
+    # Bits 0, 3, 6 of the number go to red, 1, 4, 7 to green, 2, 5 to blue, the lowest to the highest place.
+    return bytes(
+        sum((number >> bit & 1) << (7 - bit // 3) for bit in range(channel, 8, 3))
+        for number in range(256)
+        for channel in range(3)
+    )
+
+
+def _data_sha256(units: Sequence[Unit]) -> str:
+    """SHA-256 over everything that is asked: units, frames and sentences."""
+    digest = hashlib.sha256()
+    for unit in units:
+        asked = [(e.expression_id, e.text) for e in unit.expressions]
+        digest.update(repr((unit.name, unit.video.frame_names, asked)).encode())
+    return digest.hexdigest()
+
+
+def _check_frames(units: Sequence[Unit]) -> None:
+    """Raise MaskProblemsError with every frame whose file is not there."""
+    problems = [
+        Problem("frame missing", unit.name, frame)
+        for unit in units
+        for frame in unit.video.frame_names
+        if not unit.dataset.frame_file(unit.video.name, frame).is_file()
+    ]
+    if problems:
+        raise MaskProblemsError(problems, "complete the dataset: see refsam data check")
+
+
+def _frames(unit: Unit, clock: StageClock) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    for frame in unit.video.frame_names:
+        with clock.stage("decode"):
+            image = unit.dataset.frame(unit.video.name, frame)
+        yield frame, image
+
+
+def _write_pictures(folder: Path, frame: str, pictures: _Pictures) -> None:
+    for place, picture in pictures.items():
+        path = folder / place / f"{frame}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_mask(picture) if picture.dtype == np.bool_ else _as_map(picture))
+
+
+def _as_map(numbers: NDArray[np.uint8]) -> bytes:
+    image = Image.fromarray(numbers, mode="P")
+    image.putpalette(palette())
+    content = io.BytesIO()
+    image.save(content, "PNG", compress_level=1)
+    return content.getvalue()
+
+
+def _written(
+    out: Path,
+    benchmark: Benchmark,
+    runner: Runner,
+    settings: Mapping[str, Any],
+    records: Mapping[str, _Record],
+    outcome: Outcome,
+) -> Outcome:
+    """The outcome, completed by what all benchmarks share, after its files are written."""
+    speed = speed_summary(records.values())
+    made = {**provenance(), "checkpoint": runner.checkpoint, **_hardware(runner.model), **settings}
+    rules = (f"protocol: {runner.rules.name}", *runner.rules.notes)
+    refused = [
+        Problem("expression refused", unit, text)
+        for unit, record in records.items()
+        for text in record["refused"]
+    ]
+    remarks = [note for unit in benchmark.units for note in unit.dataset.notes]
+    remarks = [*dict.fromkeys(remarks), *describe(refused)]
+    stages = tuple(f"{name}: {holds}" for name, holds in STAGES.items())
+    sections = [
+        *outcome.sections,
+        Section("Inference", (Text(rules, listed=True),)),
+        *([Section("Data", (Text(tuple(remarks), listed=True),))] if remarks else []),
+        Section("Speed", (speed_table(speed), Text(stages, listed=True))),
+        provenance_section({name: str(value) for name, value in made.items()}),
+    ]
+    content = {"benchmark": benchmark.title, **outcome.summary, "inference": list(rules)}
+    content |= {"remarks": remarks, "speed": speed, "made": made}
+    write_whole(out / "scores.json", as_json(content))
+    for name, text in outcome.files.items():
+        write_whole(out / name, text)
+    write_report(out, benchmark.title, sections)
+    lines = [*rules, "", outcome.text, "", *remarks, "", speed_table(speed).markdown()]
+    return Outcome("\n".join(lines), content, tuple(sections), outcome.files)
+
+
+def _hardware(model: RefSAM) -> dict[str, str]:
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {"computed on": name, "threads": str(torch.get_num_threads())}

@@ -1,0 +1,118 @@
+"""The folder of an evaluation that runs a model: what is done stays done, whatever ends the run, and processes share the rest."""
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refsam.errors import UserError
+from refsam.evaluation.scoring.results import as_json, write_whole
+
+_STAGING = ".unfinished"
+
+
+class RunFolder:
+    """`run.json` (settings), `results/<unit>.json` (one record per finished unit), `predictions/`.
+
+    A unit counts as done when its record is there, which is written last and as a whole. Opening the folder of an earlier run
+    with equal settings continues it.
+
+    Raises:
+        UserError: the folder holds something else, or a run with other settings, which the message names.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.predictions = folder / "predictions"
+        self._results = folder / "results"
+        content = as_json(settings)
+        file = folder / "run.json"
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} exists and is no folder: give another one with --out")
+        # In this order: another process that makes the folder now writes the settings before anything else.
+        if folder.is_dir() and any(_visible(folder)) and not file.is_file():
+            raise UserError(f"{folder} holds other files: give a new folder with --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        if file.is_file():
+            _check_equal(file, json.loads(content))
+        else:
+            write_whole(file, content)
+        self.predictions.mkdir(exist_ok=True)
+        self._results.mkdir(exist_ok=True)
+
+    def is_done(self, unit: str) -> bool:
+        """Whether the unit's record is there."""
+        return self._record(unit).is_file()
+
+    def record(self, unit: str) -> dict[str, Any]:
+        """What was recorded of a finished unit."""
+        found: dict[str, Any] = json.loads(self._record(unit).read_text(encoding="utf-8"))
+        return found
+
+    @contextmanager
+    def unit(self, unit: str, folders: Sequence[str]) -> Iterator["UnitWriter"]:
+        """Write a unit's files into the writer's folder, below `folders`; `finish` moves these into `predictions`.
+
+        Without `finish`, nothing of it remains.
+        """
+        name = f"{unit.replace('/', '+')}.{socket.gethostname()}-{os.getpid()}"
+        staging = self.folder / _STAGING / name
+        shutil.rmtree(staging, ignore_errors=True)
+        for folder in folders:
+            (staging / folder).mkdir(parents=True)
+        try:
+            yield UnitWriter(staging, lambda facts: self._finish(unit, staging, folders, facts))
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def tidy(self) -> None:
+        """Remove what killed processes left; to be called when every unit is done."""
+        shutil.rmtree(self.folder / _STAGING, ignore_errors=True)
+
+    def _finish(
+        self, unit: str, staging: Path, folders: Sequence[str], facts: Mapping[str, Any]
+    ) -> None:
+        for folder in folders:
+            target = self.predictions / folder
+            shutil.rmtree(target, ignore_errors=True)  # of a process killed before the record
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (staging / folder).rename(target)
+        record = self._record(unit)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(record, as_json({"unit": unit, **facts}))
+
+    def _record(self, unit: str) -> Path:
+        return self._results / f"{unit}.json"
+
+
+@dataclass(frozen=True)
+class UnitWriter:
+    """Where a unit's files go until it is done: `folder`, and `finish(facts)`, to be called once."""
+
+    folder: Path
+    finish: Callable[[Mapping[str, Any]], None]
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _check_equal(file: Path, wanted: Mapping[str, Any]) -> None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read: {error}; give a new folder with --out") from error
+    differences = [
+        f"{key} was {found.get(key)!r}, now {wanted.get(key)!r}"
+        for key in sorted({*found, *wanted})
+        if found.get(key) != wanted.get(key)
+    ]
+    if differences:
+        raise UserError(
+            f"{file.parent} holds a run with other settings: {'; '.join(differences)}; give another folder with --out"
+        )

@@ -1,0 +1,1 @@
+"""Score masks that lie on the disk, by any model."""

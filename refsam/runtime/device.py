@@ -1,0 +1,77 @@
+"""The device and the precision that names such as ``auto`` stand for."""
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+from refsam.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES = ("auto", "float32", "bfloat16")
+
+
+def check_names(device: str, dtype: str) -> None:
+    """Refuse misspelt names before anything is loaded.
+
+    Raises:
+        UserError: a name that is not offered.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: want auto, cpu, cuda or cuda:N")
+    if dtype not in _DTYPES:
+        raise UserError(f"--dtype {dtype}: want {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}")
+
+
+def choose_device(name: str) -> "torch.device":
+    """The device of that name; ``auto`` is the GPU that torchrun means for this process, the first without it, else the CPU.
+
+    Raises:
+        UserError: the machine has no such GPU.
+    """
+    # Decoder, encoder and torch share the cores. OpenMP's threads would wait for each other by spinning and so keep
+    # the others off them: on two busy cores a frame then took 300 times as long. Read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    count = torch.cuda.device_count()
+    if name == "auto":
+        rank = os.environ.get("LOCAL_RANK", "")
+        number = int(rank) if rank.isdigit() else 0
+        return torch.device("cuda", number % count) if count else torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        found = f"{count} GPU{'s' if count != 1 else ''}" if count else "no CUDA GPU"
+        raise UserError(
+            f"--device {name}: torch {torch.__version__} sees {found} here; use --device cpu"
+        )
+    return device
+
+
+def choose_dtype(name: str, device: "torch.device") -> "torch.dtype":
+    """Autocast dtype; ``auto`` is bfloat16 on GPUs that compute in it (Ampere and later), else float32.
+
+    CPUs stay at float32: small products there lose more to conversion than bfloat16 gains. The image encoder, which
+    has large ones, is told apart: see `choose_encoder_dtype`.
+
+    Raises:
+        UserError: bfloat16 on a GPU that lacks it.
+    """
+    import torch
+
+    has_bfloat16 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "bfloat16" and not has_bfloat16:
+        raise UserError(
+            f"--dtype bfloat16: {torch.cuda.get_device_name(device)} lacks it; use --dtype float32"
+        )
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and has_bfloat16 else torch.float32
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
+def choose_encoder_dtype(name: str) -> "torch.dtype | None":
+    """What `RefSAM.optimize` is to be told: None, its own choice, for ``auto``."""
+    import torch
+
+    return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]

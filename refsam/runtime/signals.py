@@ -1,0 +1,59 @@
+"""SIGTERM and Ctrl-C ask work to stop at a place where it can."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """Within a `with` block, `signal` is the first of the signals that arrived, 0 before that; by default of SIGTERM and SIGINT.
+
+    A second SIGINT interrupts at once. Python handles signals in the main thread only: elsewhere nothing is caught.
+    """
+
+    def __init__(self, signals: Sequence[signal.Signals] = _SIGNALS) -> None:
+        self.signal = 0
+        self._signals = signals
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in self._signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = self.signal or number
+
+
+def ignore_stop_signals() -> None:
+    """For processes that serve the one that handles them: a terminal and torchrun signal all of a group."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def held_back() -> Iterator[Callable[[], None]]:
+    """Hold an interrupt back until what this yields is called, which raises it; a second one is raised at once.
+
+    Raised at any instruction, it can come between the taking of a queue's lock and the block that gives it back: then
+    threads wait for each other for ever. Outside the main thread, and where interrupts are ignored, nothing changes.
+    """
+    is_heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with StopRequest((signal.SIGINT,) if is_heeded else ()) as request:
+
+        def check() -> None:
+            if request.signal:
+                raise KeyboardInterrupt
+
+        yield check
