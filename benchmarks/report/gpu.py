@@ -63,7 +63,7 @@ def load_or_build(path: Path) -> None:
 
 def refusal(name: str) -> str | None:
     """Why a new process cannot load the library, None if it can."""
-    code = f"from refsam_kernels import libraries; libraries.load({name!r})"
+    code = f"from refsam_kernels.core import libraries; libraries.load({name!r})"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
