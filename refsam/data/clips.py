@@ -57,7 +57,7 @@ class ClipBatch:
     """B clips: `frames (B, T, H, W, 3)` uint8 RGB and `masks (B, E, T, H, W)` bool, zeros right and below each clip's own size.
 
     `sizes` (height, width), E `texts` and the `name` of each clip; `colour (B, 4)` as `adjust_colour` takes it, None for no
-    change; `skipped` what could not be read.
+    change; `skipped` what could not be read; `ignore (B, E, T, H, W)` bool, pixels whose truth is unknown (None: none).
     """
 
     frames: Tensor
@@ -67,6 +67,7 @@ class ClipBatch:
     colour: Tensor | None
     names: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    ignore: Tensor | None = None
 
     @staticmethod
     def of(clips: Sequence[Clip]) -> "ClipBatch":

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,11 +12,16 @@ from torch.utils.data import DataLoader, Dataset
 from refsam.data import DataError, ReferringDataset, open_dataset
 from refsam.data.clips import ClipBatch, ClipMixture, ClipSampler
 from refsam.data.generated import generate_batch
+from refsam.data.photographs.clips import photograph_batch
+from refsam.data.photographs.folder import open_folder
+from refsam.data.photographs.scenes import SceneDrawer
 from refsam.runtime.signals import ignore_stop_signals
-from refsam.training.settings import StageSettings, TrainingSettings
+from refsam.training.settings import PhotographSettings, StageSettings, TrainingSettings
 
 # Height to width of a generated batch's frames.
 _ASPECTS = ((9, 16), (9, 16), (9, 16), (3, 4), (1, 1), (16, 9))
+# The same of photographs, which are as often upright.
+_PHOTOGRAPH_ASPECTS = ((9, 16), (9, 16), (3, 4), (3, 4), (1, 1), (4, 3), (16, 9))
 
 
 @dataclass(frozen=True)
@@ -30,37 +36,62 @@ class TrainingBatch:
     owner: Tensor | None = None
 
 
-class GeneratedStream(Dataset[TrainingBatch]):
+class GeneratedStream(Dataset[TrainingBatch | DataError]):
     """Batch number `index` of a run is drawn from (seed, index) alone; `image_size` is the model's, in pixels.
 
-    A step takes `batches` of them, over all processes and accumulated ones.
+    It is made of photographs or generated, as the stage mixes them. A step takes `batches` of them, over all processes and
+    accumulated ones. A DataError is handed over as by `DatasetStream`.
     """
 
     def __init__(self, settings: TrainingSettings, image_size: int, batches: int = 1) -> None:
         self.settings = settings
         self.image_size = image_size
         self.batches = batches
+        self.drawer = open_photographs(settings.data.photographs)
 
-    def __getitem__(self, index: int) -> TrainingBatch:
+    def __getitem__(self, index: int) -> TrainingBatch | DataError:
         stage = stage_at(self.settings.stages, index // self.batches)
         random = np.random.default_rng([self.settings.seed, index])
         aspect = _ASPECTS[random.integers(len(_ASPECTS))]
         long_side = stage.image_size or self.image_size
-        height, width = (round(long_side * side / max(aspect)) for side in aspect)
+        if self.drawer is not None and random.random() < stage.photographs:
+            aspect = _PHOTOGRAPH_ASPECTS[random.integers(len(_PHOTOGRAPH_ASPECTS))]
+            return self._photographs(index, stage, _size_of(long_side, aspect))
+        return self._generated(index, stage, _size_of(long_side, aspect))
+
+    def _photographs(
+        self, index: int, stage: StageSettings, size: tuple[int, int]
+    ) -> TrainingBatch | DataError:
+        assert self.drawer is not None
+        try:
+            clips = photograph_batch(
+                self.drawer,
+                self.settings.seed,
+                index,
+                clips=stage.clips,
+                frames=stage.frames,
+                expressions=stage.expressions,
+                size=size,
+            )
+        except DataError as error:
+            return error
+        return TrainingBatch(clips)
+
+    def _generated(self, index: int, stage: StageSettings, size: tuple[int, int]) -> TrainingBatch:
         batch = generate_batch(
             self.settings.seed,
             index,
             clips=stage.clips,
             frames=stage.frames,
             expressions=stage.expressions,
-            size=(height, width),
+            size=size,
             style=stage.style,
             device="cpu" if self.settings.workers else self.settings.device,
         )
         clips = ClipBatch(
             batch.frames,
             batch.masks,
-            ((height, width),) * stage.clips,
+            (size,) * stage.clips,
             tuple(tuple(sentence.text for sentence in row) for row in batch.sentences),
             colour=None,
             names=tuple(f"generated clip {clip} of batch {index}" for clip in range(stage.clips)),
@@ -107,6 +138,24 @@ class DatasetStream(Dataset[TrainingBatch | DataError]):
         return TrainingBatch(ClipBatch.of(clips))
 
 
+def open_photographs(settings: PhotographSettings | None) -> SceneDrawer | None:
+    """What draws clips of a folder of photographs, None without one; raises DataError."""
+    if settings is None:
+        return None
+    if not Path(settings.root).is_dir():
+        raise DataError(
+            f"data.photographs.root: no folder {settings.root}; give yours with data.photographs.root=FOLDER, laid out as "
+            "docs/data.md says, or train on generated clips alone: photographs: 0 in every stage and data.photographs=null"
+        )
+    return SceneDrawer(
+        open_folder(settings.root, settings.split),
+        settings.composites,
+        settings.balance,
+        settings.only_cut_out,
+        settings.cached,
+    )
+
+
 def open_datasets(settings: TrainingSettings) -> list[ReferringDataset]:
     """The datasets that a run trains on, none if it draws its own clips; raises DataError."""
     return [
@@ -138,6 +187,12 @@ def batches(
         if isinstance(batch, DataError):
             raise batch
         yield batch
+
+
+def _size_of(long_side: int, aspect: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in pixels with that ratio and that longer side."""
+    height, width = (round(long_side * side / max(aspect)) for side in aspect)
+    return height, width
 
 
 def stage_at(stages: tuple[StageSettings, ...], step: int) -> StageSettings:

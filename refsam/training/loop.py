@@ -14,6 +14,7 @@ from refsam.checkpoint import Checkpoint, write_checkpoint
 from refsam.checkpoint.files import shorten
 from refsam.data import ReferringDataset
 from refsam.data.generated.grammar import vocabulary
+from refsam.data.photographs.words import load_words
 from refsam.errors import UserError
 from refsam.model import RefSAM, word_tokenizer
 from refsam.model.model_card import card_arguments
@@ -420,7 +421,8 @@ def _build_model(settings: TrainingSettings, datasets: Sequence[ReferringDataset
     if settings.start is not None:
         return RefSAM.from_pretrained(settings.start, sam=settings.sam)
     return RefSAM(
-        settings.architecture, tokenizer=word_tokenizer([*vocabulary(), *_words(datasets)])
+        settings.architecture,
+        tokenizer=word_tokenizer([*vocabulary(), *load_words().vocabulary(), *_words(datasets)]),
     )
 
 

@@ -99,6 +99,7 @@ class TrainingModule(nn.Module):
         """Means over a clip's frames; each frame's track tokens go into the next."""
         count, frames = clips.frames.shape[:2]
         masks = self._on_device(clips.masks.flatten(0, 1))
+        ignore = None if clips.ignore is None else self._on_device(clips.ignore.flatten(0, 1))
         clip_index = torch.arange(count, device=masks.device).repeat_interleave(stage.expressions)
         text = self._encode_text([text for row in clips.texts for text in row])
         track, steps = None, []
@@ -111,11 +112,17 @@ class TrainingModule(nn.Module):
                 wrong = sorted(set(clip_index[~finite].tolist()))
                 raise NotANumberError("predicted mask", [clips.names[index] for index in wrong])
             track = output.track_token
-            steps.append(self._frame_losses(output, masks[:, t], groups, stage))
+            unknown = None if ignore is None else ignore[:, t]
+            steps.append(self._frame_losses(output, masks[:, t], unknown, groups, stage))
         return {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
 
     def _frame_losses(
-        self, output: MaskOutput, masks: Tensor, groups: list[SizeGroup], stage: StageSettings
+        self,
+        output: MaskOutput,
+        masks: Tensor,
+        ignore: Tensor | None,
+        groups: list[SizeGroup],
+        stage: StageSettings,
     ) -> dict[str, Tensor]:
         """Means over the expressions of one frame of every clip, whose masks (P, H, W) are padded to the largest."""
         image_size = stage.image_size or self.model.image_size
@@ -126,6 +133,7 @@ class TrainingModule(nn.Module):
             part = mask_losses(
                 output._replace(logits=output.logits[rows], iou=output.iou[rows]),
                 masks[rows, :height, :width],
+                None if ignore is None else ignore[rows, :height, :width],
                 group.size,
                 image_size,
                 self.settings.loss,

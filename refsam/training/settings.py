@@ -27,6 +27,7 @@ class StageSettings:
 
     `clips` per batch, `frames` per clip, `expressions` per clip (0: only the image encoder is trained, by `loss.objects`);
     `image_size` that the frames are drawn and seen at, in pixels (None: the model's); `style` of the generated scenes;
+    `photographs` is the share of its batches that are made of `data.photographs`, the others are generated;
     `loss_scale` shrinks the size at which the mask loss is taken; `back_frames`: gradients reach back through track tokens by so
     many frames at most (None: the whole clip).
     """
@@ -37,6 +38,7 @@ class StageSettings:
     expressions: NonNegativeInt = 6
     image_size: PositiveInt | None = None
     style: Literal["full", "larger", "many", "crowd", "blocks", "few and large"] = "full"
+    photographs: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     loss_scale: Literal[1, 2] = 1
     back_frames: PositiveInt | None = None
 
@@ -96,13 +98,29 @@ class DatasetSettings:
 
 
 @dataclass(frozen=True, config=_CLOSED)
+class PhotographSettings:
+    """A folder of photographs with class masks, laid out as docs/data.md says.
+
+    `composites`, `balance`, `only_cut_out` and `cached` as in `refsam.data.photographs.scenes.SceneDrawer`.
+    """
+
+    root: str
+    split: str = "train"
+    composites: Annotated[float, Field(ge=0.0, le=1.0)] = 0.4
+    balance: Annotated[float, Field(ge=0.0, le=1.0)] = 0.6
+    only_cut_out: tuple[str, ...] = ()
+    cached: NonNegativeInt = 0
+
+
+@dataclass(frozen=True, config=_CLOSED)
 class DataSettings:
-    """What is trained on: generated clips, unless `datasets` are listed.
+    """What is trained on: generated clips and `photographs`, as the stages mix them, unless `datasets` are listed.
 
     `unreadable`: whether an image or mask that cannot be decoded stops the run, or its sample is skipped and the log counts it.
     """
 
     datasets: tuple[DatasetSettings, ...] = ()
+    photographs: PhotographSettings | None = None
     augmentation: Augmentation = Field(default_factory=Augmentation)
     unreadable: Literal["stop", "skip"] = "stop"
 
@@ -174,6 +192,15 @@ class TrainingSettings:
             ),
             "stages: expressions is 0 somewhere, which datasets do not allow": (
                 self.data.datasets and not all(stage.expressions for stage in self.stages)
+            ),
+            "data.photographs: datasets are not mixed with them, want one of the two": (
+                self.data.datasets and self.data.photographs
+            ),
+            "data.photographs: a stage takes photographs, want the folder's root": (
+                self.data.photographs is None and any(stage.photographs for stage in self.stages)
+            ),
+            "stages: photographs need sentences, want expressions over 0": any(
+                stage.photographs and not stage.expressions for stage in self.stages
             ),
             "optimiser.muon: needs whole matrices, want parallel: data": (
                 self.parallel == "sharded" and self.optimiser.muon

@@ -12,7 +12,7 @@ from refsam.data.generated.backgrounds import _HELD_OUT, _TRAINED, photographs
 from refsam.data.generated.blocks import Block, letters
 from refsam.data.generated.clips import COLOUR_CLASSES
 from refsam.data.generated.grammar import (
-    _TEMPLATES,
+    TEMPLATES,
     COLOUR_WORDS,
     KINDS,
     SHAPE_WORDS,
@@ -261,7 +261,7 @@ def test_training_never_sees_the_benchmarks_pairs(style):
 
 
 def test_training_never_sees_the_benchmarks_templates_or_photographs():
-    for trained, kept in _TEMPLATES.values():
+    for trained, kept in TEMPLATES.values():
         assert not set(trained) & set(kept)
     assert not set(_TRAINED) & set(_HELD_OUT)
     assert len(photographs(True)) == len(_HELD_OUT)

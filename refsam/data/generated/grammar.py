@@ -79,7 +79,7 @@ _PLURALS |= {"shorts": "shorts", "trousers": "trousers"}
 
 # Sentence templates: {np} is a noun phrase such as "red cup"; {c}, {n} its colour and noun. The second tuple of each pair
 # is kept for the benchmark and never trained on.
-_TEMPLATES = {
+TEMPLATES = {
     "plain": (
         ("the {np}", "the {np}", "the {np}", "{np}", "a {np}", "that {np}", "track the {np}", "find a {np}",
          "the {np} in the video", "segment the {np}", "which {np}"),
@@ -128,7 +128,7 @@ def vocabulary() -> list[str]:
         )
     nouns = set(GENERIC_NOUNS) | set(EVERYDAY_NOUNS) | {w for v in SHAPE_WORDS.values() for w in v}
     words |= set(SIDE_WORDS) | nouns | {_plural(noun) for noun in nouns} | set(ORDINALS)
-    for trained, kept in _TEMPLATES.values():
+    for trained, kept in TEMPLATES.values():
         words.update(word for text in trained + kept for word in text.split() if "{" not in word)
     return sorted(words)
 
@@ -296,7 +296,7 @@ class Grammar:
         return self._pick(EVERYDAY_NOUNS)
 
     def _template(self, name: str) -> str:
-        return self._pick(_TEMPLATES[name][1 if self.held_out else 0])
+        return self._pick(TEMPLATES[name][1 if self.held_out else 0])
 
     def _fill(self, kind: str, phrase: str, slots: dict[str, str]) -> str:
         return self._template(kind).format(np=phrase, **slots)

@@ -1,0 +1,219 @@
+"""Pictures laid over each other and moved through a clip, with the exact truth of what is seen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from refsam.data.photographs.folder import UNSURE
+from refsam.data.photographs.pictures import Picture, Thing
+
+Size = tuple[int, int]
+_SHADOW_SCALE = 4  # a shadow is blurred at a fraction of the size
+_COVERED = 0.5  # of a pixel, from which on it shows the upper layer
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A picture on its way through a clip of T frames.
+
+    `path (T, 4)`: x and y of its middle as shares of the frame, its height as a share of the frame's, its angle in degrees.
+    `is_cut_out`: only its thing and unsure pixels are laid over, else the whole rectangle. `gain (3,)` multiplies its colours.
+    `shadow`: darkness, 0..1, of what it casts on the layers below. `softness`: how far its edge is blended, in pixels.
+    `first` is the number of its first thing in the clip's `owner`.
+    """
+
+    picture: Picture
+    path: NDArray[np.float64]
+    is_cut_out: bool
+    first: int = 1
+    gain: NDArray[np.float64] = field(default_factory=lambda: np.ones(3))
+    shadow: float = 0.0
+    softness: float = 0.7
+
+
+@dataclass(frozen=True)
+class PhotoClip:
+    """T frames and what is seen in them.
+
+    `frames (T, H, W, 3)` uint8 RGB; `owner (T, H, W)` uint8 as in `Picture`, numbering `things`; `garments (T, H, W)`
+    uint8, 0 for none. `complete`: no object of a class is without a label. `mistaken`: classes that something without a label
+    was taken for.
+    """
+
+    frames: NDArray[np.uint8]
+    owner: NDArray[np.uint8]
+    garments: NDArray[np.uint8]
+    things: tuple[Thing, ...]
+    complete: bool
+    garments_known: frozenset[int] = frozenset()
+    mistaken: tuple[str, ...] = ()
+
+
+def cover(layer: Layer, size: Size) -> Layer:
+    """The layer, a rectangle, with each height raised until it covers a frame of that size at its middle, kept within it."""
+    height, width = layer.picture.owner.shape
+    fit = max(1.0, (size[1] / size[0]) * height / width)
+    path = layer.path.copy()
+    path[:, 2] = np.maximum(path[:, 2], fit)
+    tall, wide = path[:, 2], path[:, 2] * width / height * size[0] / size[1]
+    path[:, 0] = np.clip(path[:, 0], 1 - wide / 2, wide / 2)
+    path[:, 1] = np.clip(path[:, 1], 1 - tall / 2, tall / 2)
+    path[:, 3] = 0
+    return Layer(layer.picture, path, False, layer.first, layer.gain)
+
+
+def draw(layers: Sequence[Layer], size: Size, mistaken: Sequence[str] = ()) -> PhotoClip:
+    """Lay the layers, from back to front, over each other in every frame of `size` (height, width)."""
+    length = len(layers[0].path)
+    frames = np.full((length, *size, 3), 127, np.uint8)
+    owner = np.zeros((length, *size), np.uint8)
+    garments = np.zeros((length, *size), np.uint8)
+    for layer in layers:
+        for t in range(length):
+            _lay(layer, t, frames[t], owner[t], garments[t])
+    known = [
+        layer.first + n
+        for layer in layers
+        if layer.picture.garments is not None
+        for n in range(len(layer.picture.things))
+    ]
+    things = tuple(thing for layer in layers for thing in layer.picture.things)
+    complete = all(layer.picture.complete or layer.is_cut_out for layer in layers)
+    return PhotoClip(frames, owner, garments, things, complete, frozenset(known), tuple(mistaken))
+
+
+def _lay(
+    layer: Layer,
+    t: int,
+    frame: NDArray[np.uint8],
+    owner: NDArray[np.uint8],
+    garments: NDArray[np.uint8],
+) -> None:
+    """Lay a layer over one frame, in place."""
+    picture = layer.picture
+    x, y, share, angle = layer.path[t]
+    height = max(3, round(share * frame.shape[0]))
+    width = max(3, round(height * picture.owner.shape[1] / picture.owner.shape[0]))
+    left, top = round(x * frame.shape[1] - width / 2), round(y * frame.shape[0] - height / 2)
+    if angle:
+        corner = _turned_size(width, height, angle)
+        inner = left + (width - corner[0]) // 2, top + (height - corner[1]) // 2
+    else:
+        corner, inner = (width, height), (left, top)
+    seen = _overlap(inner, corner, frame.shape)
+    if seen is None:
+        return
+    there, here = seen
+    pixels = _place(picture.image, (width, height), angle, corner, here, smooth=True)
+    numbers = _place(picture.owner, (width, height), angle, corner, here, smooth=False)
+    if layer.is_cut_out:
+        weight = _edge(picture.owner, (width, height), angle, corner, here, layer.softness)
+    else:
+        weight = np.ones(numbers.shape, np.float32)
+    if layer.shadow:
+        _cast_shadow(frame, weight, there, layer.shadow)
+    if not np.all(layer.gain == 1):
+        pixels = np.clip(pixels * layer.gain, 0, 255)
+    below = frame[there].astype(np.float32)
+    frame[there] = np.round(below + (pixels - below) * weight[..., None]).astype(np.uint8)
+    on_top = weight > _COVERED
+    shown = np.where((numbers != 0) & (numbers != UNSURE), numbers + (layer.first - 1), numbers)
+    if layer.is_cut_out:  # a blended edge may lie beside the cut-out's own pixels
+        shown = np.where(numbers == 0, UNSURE, shown)
+    owner[there][on_top] = shown[on_top]
+    worn = np.zeros_like(numbers)
+    if picture.garments is not None:
+        worn = _place(picture.garments, (width, height), angle, corner, here, smooth=False)
+    garments[there][on_top] = worn[on_top]
+
+
+def _turned_size(width: int, height: int, angle: float) -> tuple[int, int]:
+    cosine, sine = abs(np.cos(np.radians(angle))), abs(np.sin(np.radians(angle)))
+    return int(np.ceil(width * cosine + height * sine)), int(
+        np.ceil(width * sine + height * cosine)
+    )
+
+
+def _overlap(
+    corner: tuple[int, int], size: tuple[int, int], frame: Sequence[int]
+) -> tuple[tuple[slice, slice], tuple[int, int, int, int]] | None:
+    """Rows and columns of a frame that a patch at `corner` of `size`, both (x, y), covers, and its box within the patch."""
+    left, top = max(0, corner[0]), max(0, corner[1])
+    right, bottom = min(frame[1], corner[0] + size[0]), min(frame[0], corner[1] + size[1])
+    if right <= left or bottom <= top:
+        return None
+    box = (left - corner[0], top - corner[1], right - corner[0], bottom - corner[1])
+    return (slice(top, bottom), slice(left, right)), box
+
+
+def _place(
+    values: NDArray[np.uint8],
+    size: tuple[int, int],
+    angle: float,
+    turned: tuple[int, int],
+    box: tuple[int, int, int, int],
+    smooth: bool,
+) -> NDArray[np.uint8]:
+    """The box (left, top, right, bottom) of an image scaled to `size` and turned."""
+    resampling = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
+    image = Image.fromarray(values)
+    if not angle:
+        scale = (values.shape[1] / size[0], values.shape[0] / size[1])
+        region = (box[0] * scale[0], box[1] * scale[1], box[2] * scale[0], box[3] * scale[1])
+        return np.asarray(image.resize((box[2] - box[0], box[3] - box[1]), resampling, region))
+    scaled = image.resize(size, resampling)
+    cosine, sine = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+    x, y = box[0] - turned[0] / 2, box[1] - turned[1] / 2
+    matrix = (
+        cosine,
+        sine,
+        cosine * x + sine * y + size[0] / 2,
+        -sine,
+        cosine,
+        -sine * x + cosine * y + size[1] / 2,
+    )
+    return np.asarray(
+        scaled.transform(
+            (box[2] - box[0], box[3] - box[1]), Image.Transform.AFFINE, matrix, resampling
+        )
+    )
+
+
+def _edge(
+    owner: NDArray[np.uint8],
+    size: tuple[int, int],
+    angle: float,
+    turned: tuple[int, int],
+    box: tuple[int, int, int, int],
+    softness: float,
+) -> NDArray[np.float32]:
+    """How much of each pixel the cut-out covers, 0..1."""
+    mask = (owner != 0).astype(np.uint8) * 255
+    placed = Image.fromarray(_place(mask, size, angle, turned, box, smooth=True))
+    if softness:
+        placed = placed.filter(ImageFilter.GaussianBlur(softness))
+    return np.asarray(placed, np.float32) / np.float32(255)
+
+
+def _cast_shadow(
+    frame: NDArray[np.uint8],
+    weight: NDArray[np.float32],
+    there: tuple[slice, slice],
+    darkness: float,
+) -> None:
+    """Darken the frame, in place, a little below and beside what is laid over it."""
+    height, width = frame.shape[:2]
+    small = (max(1, width // _SHADOW_SCALE), max(1, height // _SHADOW_SCALE))
+    mask = np.zeros((height, width), np.uint8)
+    mask[there] = weight * 255
+    shade = Image.fromarray(mask).resize(small, Image.Resampling.BOX)
+    reach = max(1, round(0.03 * small[1]))
+    shade = shade.filter(ImageFilter.GaussianBlur(reach))
+    moved = np.roll(np.asarray(shade), (reach, reach), (0, 1))
+    factor = np.asarray(
+        Image.fromarray(moved).resize((width, height), Image.Resampling.BILINEAR), np.float32
+    )
+    frame[:] = frame * (1 - darkness / 255 * factor)[..., None]

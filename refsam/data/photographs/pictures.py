@@ -1,0 +1,105 @@
+"""A photograph with the objects in it, and single objects cut out of photographs."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from refsam.data.photographs.folder import UNSURE, PhotoFolder, Photograph
+
+# A class without instances counts as one object where this share of it hangs together.
+_ONE_PIECE = 0.95
+# An object is cut out of its photograph where at most this share of its box's outline lies on the photograph's border.
+_MOST_ON_BORDER = 0.12
+_LEAST_AREA, _MOST_AREA = 0.015, 0.75
+_SEAM = 4  # pixels kept around a cut-out
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object, or all of a class whose single objects nobody told apart (`single` false)."""
+
+    name: str
+    single: bool
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image with the truth about its pixels.
+
+    `image (H, W, 3)` uint8 RGB; `owner (H, W)` uint8: 0 nothing, n the thing `things[n - 1]`, 255 unsure; `garments (H, W)`
+    uint8, numbered as the folder's `garments`, None where nobody drew them. `complete` as in `Photograph`.
+    """
+
+    image: NDArray[np.uint8]
+    owner: NDArray[np.uint8]
+    things: tuple[Thing, ...]
+    garments: NDArray[np.uint8] | None = None
+    complete: bool = False
+
+    def crop(self, top: int, bottom: int, left: int, right: int) -> "Picture":
+        """A rectangle of it, its ends not included."""
+        part = np.s_[top:bottom, left:right]
+        garments = None if self.garments is None else self.garments[part]
+        return replace(self, image=self.image[part], owner=self.owner[part], garments=garments)
+
+
+def read_picture(folder: PhotoFolder, photograph: Photograph) -> Picture:
+    """A photograph and what its label, instances and parts tell; raises UnreadableError."""
+    labels = folder.map(photograph.label)
+    owner = np.where(labels == UNSURE, UNSURE, 0).astype(np.uint8)
+    things: list[Thing] = []
+    left = (labels != UNSURE) & (labels != 0)
+    if photograph.instances:
+        instances = folder.map(photograph.instances)
+        for number in np.unique(instances[left]):
+            if number in (0, UNSURE) or len(things) == UNSURE - 1:
+                continue
+            where = (instances == number) & left
+            label = int(np.bincount(labels[where]).argmax())
+            where &= labels == label
+            things.append(Thing(folder.names[label], True))
+            owner[where] = len(things)
+            left &= ~where
+    for label in np.unique(labels[left]):
+        where = left & (labels == label)
+        things.append(Thing(folder.names[int(label)], _is_one_piece(where)))
+        owner[where] = len(things)
+    garments = folder.map(photograph.parts) if photograph.parts else None
+    return Picture(
+        folder.image(photograph.image), owner, tuple(things), garments, photograph.complete
+    )
+
+
+def _is_one_piece(where: NDArray[np.bool_]) -> bool:
+    pieces, count = ndimage.label(where)
+    return count == 1 or bool(np.bincount(pieces.ravel())[1:].max() >= _ONE_PIECE * where.sum())
+
+
+def cut_out(picture: Picture, number: int) -> Picture | None:
+    """Thing `number` alone with a seam around it, as thing 1; None where it is no single object, or not whole enough.
+
+    Pixels of other things and of none are 0 in `owner`; unsure ones that touch the object stay unsure.
+    """
+    if not picture.things[number - 1].single:
+        return None
+    where = picture.owner == number
+    if not _LEAST_AREA <= where.mean() <= _MOST_AREA:
+        return None
+    rows, columns = np.flatnonzero(where.any(1)), np.flatnonzero(where.any(0))
+    height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
+    on_border = sum(int(edge.sum()) for edge in (where[0], where[-1], where[:, 0], where[:, -1]))
+    if on_border > _MOST_ON_BORDER * 2 * (height + width):
+        return None
+    unsure = (picture.owner == UNSURE) & ndimage.binary_dilation(where, iterations=_SEAM)
+    owner = np.where(where, 1, np.where(unsure, UNSURE, 0)).astype(np.uint8)
+    alone = Picture(
+        picture.image, owner, (picture.things[number - 1],), picture.garments, picture.complete
+    )
+    return alone.crop(
+        max(0, rows[0] - _SEAM),
+        rows[-1] + 1 + _SEAM,
+        max(0, columns[0] - _SEAM),
+        columns[-1] + 1 + _SEAM,
+    )

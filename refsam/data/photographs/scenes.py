@@ -1,0 +1,248 @@
+"""Random clips of photographs: one as it is, one within another, or objects cut out of some and pasted into others."""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refsam.data.photographs.folder import PhotoFolder
+from refsam.data.photographs.layers import Layer, PhotoClip, Size, cover, draw
+from refsam.data.photographs.pictures import Picture, cut_out, read_picture
+
+Times = NDArray[np.float64]
+# A photograph is shown whole if a frame that it covers still shows so much of it; otherwise it is set into another.
+_LEAST_SEEN = 0.6
+_CANDIDATES = 3  # photographs of which the one that fits the frame best is taken
+_TRIES = 12  # of finding an object that can be cut out
+_COVERED_FRAMES = 10.0
+
+
+class SceneDrawer:
+    """Draws clips from a folder.
+
+    `composites` is the share of clips that are composites; `balance` the power of a class's number of photographs that it is
+    drawn in proportion to (0: every class alike, 1: every photograph alike); `only_cut_out` the sources whose photographs
+    are no scenes but hold objects to cut out; `cached` how many photographs are kept decoded.
+    """
+
+    def __init__(
+        self,
+        folder: PhotoFolder,
+        composites: float = 0.4,
+        balance: float = 0.6,
+        only_cut_out: tuple[str, ...] = (),
+        cached: int = 0,
+    ) -> None:
+        self.folder = folder
+        self.composites = composites
+        self.is_scene = [p.source not in only_cut_out for p in folder.photographs]
+        self.classes = tuple(folder.by_class)
+        weights = np.array([len(found) for found in folder.by_class.values()]) ** balance
+        self.weights = weights / weights.sum()
+        self.picture = lru_cache(maxsize=cached)(self._read)
+
+    def _read(self, number: int) -> Picture:
+        return read_picture(self.folder, self.folder.photographs[number])
+
+    def clip(self, random: np.random.Generator, times: Times, size: Size) -> PhotoClip:
+        """A clip seen at the moments `times (T,)`, in frames, of `size` (height, width)."""
+        if random.random() < self.composites:
+            return self.composite(random, times, size)
+        number = self._scene(random, size)
+        if number is None:
+            return self.composite(random, times, size)
+        return self._photograph(random, times, size, _mirrored(random, self.picture(number)))
+
+    def draw_class(self, random: np.random.Generator) -> str:
+        """The name of a class."""
+        return self.classes[random.choice(len(self.classes), p=self.weights)]
+
+    def _scene(self, random: np.random.Generator, size: Size) -> int | None:
+        """A photograph of a class drawn before it, of a few the one that fits the frame best; None if the class has no scene."""
+        numbers = [n for n in self.folder.by_class[self.draw_class(random)] if self.is_scene[n]]
+        if not numbers:
+            return None
+        drawn = random.choice(numbers, min(_CANDIDATES, len(numbers)), replace=False)
+        if random.random() < 0.3:
+            return int(drawn[0])
+        photographs = self.folder.photographs
+        return int(max(drawn, key=lambda n: _seen_share(photographs[n].size, size)))
+
+    def _photograph(
+        self, random: np.random.Generator, times: Times, size: Size, picture: Picture
+    ) -> PhotoClip:
+        """A photograph that covers the frame, or one set into a background."""
+        height, width = picture.owner.shape
+        fits = _seen_share((height, width), size) >= _LEAST_SEEN
+        if fits and random.random() < 0.75:
+            return draw(
+                [cover(_drifting(random, times, picture, random.uniform(1, 1.4)), size)], size
+            )
+        inside = min(1.0, size[1] / size[0] * height / width)
+        layer = _drifting(random, times, picture, inside * random.uniform(0.5, 1.0))
+        below, mistaken = self._background(random, times, size)
+        return draw([below, layer], size, mistaken)
+
+    def _background(
+        self, random: np.random.Generator, times: Times, size: Size
+    ) -> tuple[Layer, tuple[str, ...]]:
+        """A photograph without classes, or a plain colour where the folder has none; and what it is mistaken for."""
+        rows = self.folder.backgrounds
+        if not rows or random.random() < 0.15:
+            image = np.full((*size, 3), random.integers(0, 256, 3), np.uint8)
+            mistaken: tuple[str, ...] = ()
+        else:
+            row = rows[random.integers(len(rows))]
+            image, mistaken = self.folder.image(row.image), row.mistaken
+        picture = Picture(image, np.zeros(image.shape[:2], np.uint8), ())
+        layer = _drifting(random, times, _mirrored(random, picture), random.uniform(1, 1.5))
+        return cover(layer, size), mistaken
+
+    def composite(self, random: np.random.Generator, times: Times, size: Size) -> PhotoClip:
+        """One to five cut-outs on a background or on a photograph of another class, two or more of a kind in most."""
+        name = self.draw_class(random)
+        names = [name]
+        for _ in range(int(random.choice(5, p=(0.15, 0.3, 0.3, 0.15, 0.1)))):
+            near = self.folder.words.neighbours(name)
+            draws = (name, name, near[random.integers(len(near))] if near else name)
+            names.append(
+                draws[random.integers(3)] if random.random() < 0.75 else self.draw_class(random)
+            )
+        cut_outs = [c for each in names if (c := self._cut_out(random, each)) is not None]
+        number = self._scene(random, size) if random.random() < 0.4 else None
+        mistaken: tuple[str, ...] = ()
+        if number is None:
+            below, mistaken = self._background(random, times, size)
+        else:
+            picture = _mirrored(random, self.picture(number))
+            below = cover(_drifting(random, times, picture, random.uniform(1, 1.4)), size)
+        layers = [below, *self._spread(random, times, size, cut_outs)]
+        if len(times) > 1 and len(layers) > 1 and random.random() < 0.35:
+            layers.append(self._coverer(random, times, layers[1]))
+        return draw(_numbered(layers), size, mistaken)
+
+    def _cut_out(self, random: np.random.Generator, name: str) -> Picture | None:
+        numbers = self.folder.by_class.get(name, ())
+        for _ in range(_TRIES if numbers else 0):
+            picture = self.picture(int(numbers[random.integers(len(numbers))]))
+            found = [n for n, thing in enumerate(picture.things, 1) if thing.name == name]
+            if found:
+                alone = cut_out(picture, int(random.choice(found)))
+                if alone is not None:
+                    return _mirrored(random, alone)
+        return None
+
+    def _spread(
+        self, random: np.random.Generator, times: Times, size: Size, cut_outs: list[Picture]
+    ) -> list[Layer]:
+        """The cut-outs where they overlap little, with ways of their own."""
+        layers: list[Layer] = []
+        placed: list[tuple[float, NDArray[np.float64]]] = []
+        side = float(np.exp(random.uniform(np.log(0.14), np.log(0.5))))
+        for picture in cut_outs:
+            height, width = picture.owner.shape
+            # The geometric mean of its sides, as a share of the frame's; those of a clip are of like size.
+            own = side * float(np.exp(random.normal(0, 0.3)))
+            tall = own * (height / width * size[1] / size[0]) ** 0.5
+            tall = min(tall, 1.1, 1.1 * size[1] / size[0] * height / width)
+            centre = _free_place(random, own, placed)
+            placed.append((own, centre))
+            layers.append(
+                Layer(
+                    picture,
+                    _way(random, times, centre, tall),
+                    True,
+                    gain=random.uniform(0.7, 1.25) * random.uniform(0.94, 1.06, 3),
+                    shadow=random.uniform(0.1, 0.5) * (random.random() < 0.5),
+                    softness=random.uniform(0.4, 1.2),
+                )
+            )
+        return layers
+
+    def _coverer(self, random: np.random.Generator, times: Times, target: Layer) -> Layer:
+        """A piece of a photograph that hides the target for ten frames and is elsewhere before and after."""
+        rows = self.folder.backgrounds
+        if rows:
+            image = self.folder.image(rows[random.integers(len(rows))].image)
+        else:
+            image = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        picture = Picture(image, np.zeros(image.shape[:2], np.uint8), ())
+        begin = random.uniform(times[0], max(times[0], times[-1] - _COVERED_FRAMES / 2))
+        hidden = (times >= begin) & (times < begin + _COVERED_FRAMES)
+        away = np.clip(np.minimum(begin - times, times - begin - _COVERED_FRAMES), -1e9, 1e9)
+        shape = target.picture.owner.shape
+        path = target.path.copy()
+        aspect = (shape[1] / shape[0]) / (image.shape[1] / image.shape[0])
+        path[:, 2] *= 1.25 * max(1.0, aspect)
+        path[:, 3] = 0
+        side = 1 if target.path[0, 0] < 0.5 else -1
+        away_by = np.where(hidden, 0.0, np.minimum(1.6, 0.35 + 0.12 * np.maximum(away, 0)))
+        path[:, 0] += side * away_by * np.maximum(1.0, path[:, 2])
+        return Layer(picture, path, False)
+
+
+def _numbered(layers: list[Layer]) -> list[Layer]:
+    """The layers with the numbers that their things have in the clip."""
+    result, first = [], 1
+    for layer in layers:
+        result.append(replace(layer, first=first))
+        first += len(layer.picture.things)
+    return result
+
+
+def _seen_share(photograph: Size, frame: Size) -> float:
+    """How much of a photograph a frame shows that it covers."""
+    ratio = (photograph[0] / photograph[1]) / (frame[0] / frame[1])
+    return min(ratio, 1 / ratio)
+
+
+def _mirrored(random: np.random.Generator, picture: Picture) -> Picture:
+    """The picture, or its mirror image."""
+    if random.random() < 0.5:
+        return picture
+    image, owner = (np.ascontiguousarray(v[:, ::-1]) for v in (picture.image, picture.owner))
+    garments = None if picture.garments is None else np.ascontiguousarray(picture.garments[:, ::-1])
+    return replace(picture, image=image, owner=owner, garments=garments)
+
+
+def _drifting(random: np.random.Generator, times: Times, picture: Picture, height: float) -> Layer:
+    """A rectangle of a height, as a share of the frame's, as a moving camera sees it."""
+    width_room = 0.5 * (random.random() < 0.9)
+    middle = 0.5 + random.uniform(-width_room, width_room, 2)
+    phase, rate = random.uniform(0, 2 * np.pi, 3), random.uniform(0.05, 0.3, 3)
+    wave = np.sin(rate * times[:, None] + phase) * (random.random() < 0.7)
+    path = np.zeros((len(times), 4))
+    path[:, :2] = middle + wave[:, :2] * 0.05
+    path[:, 2] = height * (1 + 0.06 * wave[:, 2])
+    return Layer(picture, path, False, gain=random.uniform(0.8, 1.15) * np.ones(3))
+
+
+def _way(
+    random: np.random.Generator, times: Times, centre: NDArray[np.float64], tall: float
+) -> NDArray[np.float64]:
+    """A drift, a swing, a slow change of size and a little turning, (T, 4)."""
+    drift = random.normal(0, 0.006, 2) * (random.random() < 0.8)
+    phase, rate = random.uniform(0, 2 * np.pi, 2), random.uniform(0.1, 0.5, 2)
+    wave = np.sin(rate * times[:, None] + phase) - np.sin(phase)
+    path = np.zeros((len(times), 4))
+    path[:, :2] = centre + times[:, None] * drift + wave[:, :1] * random.normal(0, 0.03, 2)
+    path[:, 2] = tall * np.exp(random.normal(0, 0.06) * wave[:, 1])
+    path[:, 3] = random.uniform(-14, 14) * (random.random() < 0.5) + wave[:, 1] * random.normal(
+        0, 1.5
+    )
+    return path
+
+
+def _free_place(
+    random: np.random.Generator, side: float, placed: list[tuple[float, NDArray[np.float64]]]
+) -> NDArray[np.float64]:
+    """A middle, (x, y), that overlaps little with what is placed, where some tries find one."""
+    low = min(0.4, side * 0.4)
+    centre = random.uniform(low, 1 - low, 2)
+    for _ in range(15):
+        gaps = [np.linalg.norm(centre - other) - 0.55 * (side + own) for own, other in placed]
+        if not gaps or min(gaps) > 0:
+            break
+        centre = random.uniform(low, 1 - low, 2)
+    return centre

@@ -1,0 +1,340 @@
+"""Sentences about a clip of photographs, and what each of them means in it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refsam.data.generated.grammar import COLOUR_WORDS, ORDINALS, SIDE_WORDS, SIZE_WORDS, TEMPLATES
+from refsam.data.photographs.colours import colour_of, colours_without
+from refsam.data.photographs.folder import UNSURE, PhotoFolder
+from refsam.data.photographs.layers import PhotoClip
+from refsam.data.photographs.words import Noun
+
+Item = TypeVar("Item")
+_ABSENT = 1 / 3  # of all sentences
+_SEEN_PIXELS = 40  # fewer of an object show nothing
+_RANKED_SHARE = 0.002  # of the frame, that an object covers at least if its place or size counts
+_GAP = 0.07  # of the frame, between the middles of objects whose order counts
+_RATIO = 1.5  # between the areas of objects whose size counts
+_FREQUENT = 20  # photographs of a class from which on backgrounds are known to be free of it
+# Groups whose classes are noticed where they are; of others something unlabelled may lie about anywhere.
+_NOTICED = ("animal", "vehicle", "fruit")
+
+
+@dataclass(frozen=True)
+class PhotoSentence:
+    """A sentence, its kind, what it means and where that is not known: `mask` and `ignore (T, H, W)` bool."""
+
+    text: str
+    kind: str
+    mask: NDArray[np.bool_]
+    ignore: NDArray[np.bool_]
+
+
+class PhotoGrammar:
+    """Draws sentences about one clip."""
+
+    def __init__(self, random: np.random.Generator, folder: PhotoFolder, clip: PhotoClip) -> None:
+        self.random = random
+        self.folder = folder
+        self.words = folder.words
+        self.clip = clip
+        self.unsure = clip.owner == UNSURE
+        self.counts = np.stack(
+            [np.bincount(frame.ravel(), minlength=256)[:256] for frame in clip.owner]
+        )
+        self.seen = [
+            n for n in range(1, len(clip.things) + 1) if self.counts[:, n].max() >= _SEEN_PIXELS
+        ]
+        self.present = {clip.things[n - 1].name for n in range(1, len(clip.things) + 1)}
+        self._colours: dict[int, str | None] = {}
+        kinds: dict[str, tuple[float, Callable[[], PhotoSentence | None]]] = {
+            "class": (0.34, self._class),
+            "group": (0.08, self._group),
+            "colour": (0.14, self._colour),
+            "position": (0.14, self._position),
+            "size": (0.08, self._size),
+            "order": (0.1, self._order),
+            "garment": (0.12, self._garment),
+            "wearer": (0.1, self._wearer),
+        }
+        self._draws = [draw for _, draw in kinds.values()]
+        shares = np.array([share for share, _ in kinds.values()])
+        self._shares = shares / shares.sum()
+
+    def sentences(self, count: int) -> list[PhotoSentence]:
+        """So many sentences, a third of them about what is not there."""
+        found: list[PhotoSentence] = []
+        while len(found) < count:
+            is_absent = self.random.random() < _ABSENT
+            sentence = self._absent() if is_absent else self._true()
+            found.append(sentence or self._absent())
+        return found
+
+    def _true(self) -> PhotoSentence | None:
+        if not self.seen:
+            return None
+        for which in self.random.choice(len(self._draws), 4, p=self._shares):
+            sentence = self._draws[which]()
+            if sentence is not None:
+                return sentence
+        return self._class()
+
+    # What is there
+
+    def _class(self) -> PhotoSentence | None:
+        name = self.clip.things[self._pick(self.seen) - 1].name
+        members = self._members((name,))
+        text = self._plain(self._noun(name), members)
+        return self._sentence(text, "class", members)
+
+    def _group(self) -> PhotoSentence | None:
+        name = self.clip.things[self._pick(self.seen) - 1].name
+        groups = [noun for noun in self.words.about(name) if noun.role == "group"]
+        if not groups:
+            return None
+        noun = self._pick(groups)
+        if not self.clip.complete and set(noun.classes) - set(self._noticed()):
+            return None
+        members = self._members(noun.classes)
+        return self._sentence(self._plain(noun, members), "group", members)
+
+    def _colour(self) -> PhotoSentence | None:
+        number = self._pick(self.seen)
+        name = self.clip.things[number - 1].name
+        colour = self._colour_of(number)
+        if colour is None or name == "person":
+            return None
+        alike, others = [], []
+        for n in self._members((name,)):
+            own = self._colour_of(n)
+            if own == colour:
+                alike.append(n)
+            elif own is None or not self.clip.things[n - 1].single:
+                others.append(n)  # may have that colour in part: not to be counted
+        noun = self._noun(name)
+        phrase = (
+            f"{self._pick(COLOUR_WORDS[colour])} {noun.plural if len(alike) > 1 else noun.word}"
+        )
+        if self.random.random() < 0.2 and len(alike) == 1:
+            c = self._pick(COLOUR_WORDS[colour])
+            text = self._pick(TEMPLATES["coloured"][0]).format(c=c, n=noun.word)
+        else:
+            text = self._pick(TEMPLATES["plain"][0]).format(np=phrase)
+        return self._sentence(text, "colour", alike, others)
+
+    def _position(self) -> PhotoSentence | None:
+        target, rivals, noun = self._rivals(2)
+        if target is None:
+            return None
+        for side in self.random.permutation(list(SIDE_WORDS)):
+            if self._rank(target, rivals, side) == 0:
+                slots = {"side": str(side), "sidemost": self._pick(SIDE_WORDS[side])}
+                text = self._pick(TEMPLATES["position"][0]).format(np=noun.word, **slots)
+                return self._sentence(text, "position", [target])
+        return None
+
+    def _order(self) -> PhotoSentence | None:
+        target, rivals, noun = self._rivals(2)
+        if target is None:
+            return None
+        for side in self.random.permutation(["left", "right", "left", "right", "top", "bottom"]):
+            rank = self._rank(target, rivals, side)
+            if rank is not None and rank < len(ORDINALS) and (rank or self.random.random() < 0.3):
+                slots = {"side": str(side), "ordinal": ORDINALS[rank]}
+                text = self._pick(TEMPLATES["order"][0]).format(np=noun.word, **slots)
+                return self._sentence(text, "order", [target])
+        return None
+
+    def _size(self) -> PhotoSentence | None:
+        target, rivals, noun = self._rivals(2)
+        if target is None:
+            return None
+        others = np.stack([self.counts[:, n] for n in rivals if n != target])
+        own = self.counts[:, target]
+        if np.all(own > _RATIO * others.max(0)):
+            word = self._pick(SIZE_WORDS["large"])
+        elif np.all(own < others.min(0) / _RATIO):
+            word = self._pick(SIZE_WORDS["small"])
+        else:
+            return None
+        text = self._pick(TEMPLATES["size"][0]).format(np=noun.word, size=word)
+        return self._sentence(text, "size", [target])
+
+    def _garment(self) -> PhotoSentence | None:
+        found = self._garments()
+        if not found:
+            return None
+        name = self._pick(list(found))
+        mask = found[name]
+        noun = self._noun(name)
+        colour = colour_of(self.clip.frames[mask])
+        phrase = noun.word
+        if colour is not None and self.random.random() < 0.6:
+            phrase = f"{self._pick(COLOUR_WORDS[colour])} {phrase}"
+        text = self._pick(TEMPLATES["plain"][0]).format(np=phrase)
+        return PhotoSentence(text, "garment", mask, self._doubt(mask))
+
+    def _wearer(self) -> PhotoSentence | None:
+        """ "The woman in the red dress": the person who wears it, where only one person is seen."""
+        persons = self._members(("person",))
+        found = {
+            name: mask
+            for name, mask in self._garments().items()
+            if name not in ("hair", "watch", "bracelet", "necklace", "belt", "socks")
+        }
+        if len(persons) != 1 or not found:
+            return None
+        name = self._pick(list(found))
+        colour = colour_of(self.clip.frames[found[name]])
+        worn = self._noun(name).word
+        if colour is not None and self.random.random() < 0.7:
+            worn = f"{self._pick(COLOUR_WORDS[colour])} {worn}"
+        elif self.random.random() < 0.6:
+            worn = f"the {worn}"
+        link = self._pick(("in", "in a", "wearing", "wearing a", "with the", "in the", "with a"))
+        worn = worn.removeprefix("the ") if link.endswith((" a", " the")) else worn
+        return self._sentence(f"the {self._noun('person').word} {link} {worn}", "wearer", persons)
+
+    # What is not there
+
+    def _absent(self) -> PhotoSentence:
+        """Mostly a noun close to one that is there, or mistaken for it; else an object in a colour that it has not."""
+        if self.seen and self.random.random() < 0.2:
+            sentence = self._wrong_colour()
+            if sentence is not None:
+                return sentence
+        names = self._noticed() if not self.clip.complete else self.words.classes
+        absent = [name for name in names if name not in self.present]
+        near = [
+            *self.clip.mistaken,
+            *(close for name in sorted(self.present) for close in self.words.neighbours(name)),
+        ]
+        hard = [name for name in absent if name in near]
+        frequent = [name for name in absent if len(self.folder.by_class.get(name, ())) >= _FREQUENT]
+        for choices, share in ((hard, 0.5), (frequent, 0.6), (absent, 1.0)):
+            if choices and self.random.random() < share:
+                name = self._pick(choices)
+                break
+        else:
+            name = self._pick(absent)
+        nouns = [n for n in self.words.about(name) if not set(n.classes) & self.present]
+        noun = self._pick(nouns or [Noun(name, f"{name}s", "class", (name,))])
+        phrase = noun.word
+        if self.random.random() < 0.25:
+            phrase = f"{self._pick(COLOUR_WORDS[self._pick(list(COLOUR_WORDS))])} {phrase}"
+        template = self._pick(("plain", "plain", "plain", "position", "size", "plural"))
+        side = self._pick(list(SIDE_WORDS))
+        text = self._pick(TEMPLATES[template][0]).format(
+            np=phrase, nps=noun.plural, side=side, sidemost=self._pick(SIDE_WORDS[side]),
+            size=self._pick(SIZE_WORDS[self._pick(list(SIZE_WORDS))]),
+        )  # fmt: skip
+        return PhotoSentence(text, "absent", np.zeros_like(self.unsure), self.unsure)
+
+    def _wrong_colour(self) -> PhotoSentence | None:
+        name = self.clip.things[self._pick(self.seen) - 1].name
+        members = self._members((name,))
+        if name == "person" or not all(self.clip.things[n - 1].single for n in members):
+            return None
+        mask = np.isin(self.clip.owner, members)
+        colours = colours_without(self.clip.frames[mask])
+        if not colours:
+            return None
+        colour, noun = self._pick(COLOUR_WORDS[self._pick(colours)]), self._noun(name)
+        text = self._pick(TEMPLATES["plain"][0]).format(np=f"{colour} {noun.word}")
+        return PhotoSentence(text, "absent", np.zeros_like(mask), self.unsure)
+
+    def _noticed(self) -> list[str]:
+        """Classes that would have a label if they were in a photograph that is not labelled completely."""
+        classes = {c for group in _NOTICED for c in self.words.meaning(group)} | {"person"}
+        known = self.folder.by_class
+        return [c for c in sorted(classes) if len(known.get(c, ())) >= _FREQUENT]
+
+    # Helpers
+
+    def _members(self, names: Sequence[str]) -> list[int]:
+        return [n for n, thing in enumerate(self.clip.things, 1) if thing.name in names]
+
+    def _rivals(self, least: int) -> tuple[int | None, list[int], Noun]:
+        """One of several single objects of a class, all of them, all well in view, and a noun for them."""
+        number = self._pick(self.seen)
+        name = self.clip.things[number - 1].name
+        rivals = self._members((name,))
+        area = self.clip.owner[0].size
+        shown = all(
+            self.clip.things[n - 1].single and self.counts[:, n].min() >= _RANKED_SHARE * area
+            for n in rivals
+        )
+        if len(rivals) < least or not shown:
+            return None, rivals, self._noun(name)
+        return number, rivals, self._noun(name)
+
+    def _rank(self, target: int, rivals: list[int], side: str) -> int | None:
+        """The target's place from that side, the same in every frame; None where it is unclear."""
+        axis = 1 if side in ("left", "right") else 0
+        sign = 1 if side in ("left", "top") else -1
+        gaps = [
+            sign * (self._middles(n, axis) - self._middles(target, axis))
+            for n in rivals
+            if n != target
+        ]
+        if any(np.abs(gap).min() < _GAP or np.ptp(np.sign(gap)) > 0 for gap in gaps):
+            return None
+        return sum(bool(gap[0] < 0) for gap in gaps)
+
+    def _middles(self, number: int, axis: int) -> NDArray[np.float64]:
+        """Where the middle of a thing's pixels lies in each frame, as a share of the frame's height (axis 0) or width."""
+        where = (self.clip.owner == number).sum(axis=2 - axis)
+        length = where.shape[1]
+        return where @ (np.arange(length) + 0.5) / np.maximum(where.sum(1), 1) / length
+
+    def _colour_of(self, number: int) -> str | None:
+        if number not in self._colours:
+            frame = int(self.counts[:, number].argmax())
+            pixels = self.clip.frames[frame][self.clip.owner[frame] == number]
+            self._colours[number] = colour_of(pixels) if len(pixels) else None
+        return self._colours[number]
+
+    def _garments(self) -> dict[str, NDArray[np.bool_]]:
+        """Garments well in view, by name, where everyone who may wear one has them labelled."""
+        persons = self._members(("person",))
+        if not persons or not set(persons) <= self.clip.garments_known:
+            return {}
+        on_person = np.isin(self.clip.owner, persons)
+        found: dict[str, NDArray[np.bool_]] = {}
+        for number in np.unique(self.clip.garments[on_person]):
+            name = self.folder.garments.get(int(number))
+            if name is not None:
+                mask = on_person & (self.clip.garments == number)
+                found[name] = found[name] | mask if name in found else mask
+        least = 2 * _SEEN_PIXELS
+        return {name: mask for name, mask in found.items() if mask.sum((1, 2)).max() >= least}
+
+    def _doubt(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        return self.unsure & ~mask
+
+    def _noun(self, name: str) -> Noun:
+        nouns = [noun for noun in self.words.about(name) if noun.role != "group"]
+        return nouns[0] if self.random.random() < 0.5 else self._pick(nouns)
+
+    def _plain(self, noun: Noun, members: list[int]) -> str:
+        """ "The dog" of one or of nobody knows how many, "the dogs" of several."""
+        several = sum(self.counts[:, n].max() >= _SEEN_PIXELS for n in members) > 1
+        several = several or not all(self.clip.things[n - 1].single for n in members)
+        if several and self.random.random() < 0.5:
+            return self._pick(TEMPLATES["plural"][0]).format(nps=noun.plural, np=noun.word)
+        return self._pick(TEMPLATES["plain"][0]).format(np=noun.word)
+
+    def _sentence(
+        self, text: str, kind: str, members: Sequence[int], others: Sequence[int] = ()
+    ) -> PhotoSentence:
+        """What members show is meant, what others show does not count."""
+        mask = np.isin(self.clip.owner, members)
+        ignore = self.unsure | np.isin(self.clip.owner, others) if len(others) else self.unsure
+        return PhotoSentence(text, kind, mask, ignore)
+
+    def _pick(self, choices: Sequence[Item]) -> Item:
+        return choices[int(self.random.integers(len(choices)))]

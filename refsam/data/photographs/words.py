@@ -1,0 +1,114 @@
+"""The nouns that photographs teach: what `words.csv` says each of them means."""
+
+import csv
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Literal
+
+Role = Literal["class", "garment", "synonym", "kind", "group"]
+_ROLES = ("class", "garment", "synonym", "kind", "group")
+
+
+@dataclass(frozen=True)
+class Noun:
+    """A row of the list: a word, its plural, and the classes that it means in training.
+
+    `role`: a `class` or a `garment` names itself; a `synonym` says the same as another word; a `kind` is narrower than its class
+    ("puppy"), which the masks do not tell apart, so it means the class; a `group` means each of its classes ("animal").
+    """
+
+    word: str
+    plural: str
+    role: Role
+    classes: tuple[str, ...]
+
+
+class Words:
+    """The list of nouns, looked up from both sides; names that it lacks are their own nouns, with a plural in s."""
+
+    def __init__(self, nouns: Iterable[Noun]) -> None:
+        self.nouns = tuple(nouns)
+        self._by_word = {noun.word: noun for noun in self.nouns}
+        self._by_class: dict[str, list[Noun]] = {}
+        for noun in self.nouns:
+            for name in noun.classes:
+                self._by_class.setdefault(name, []).append(noun)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of all classes of things, garments left out."""
+        return tuple(noun.word for noun in self.nouns if noun.role == "class")
+
+    @property
+    def garments(self) -> tuple[str, ...]:
+        """The names of all garments."""
+        return tuple(noun.word for noun in self.nouns if noun.role == "garment")
+
+    def class_of(self, name: str) -> str:
+        """The class that a name in somebody's `classes.json` stands for: "aeroplane" for airplane; an unknown name for itself."""
+        noun = self._by_word.get(name.lower())
+        if noun is None or noun.role in ("group", "kind"):
+            return name.lower()
+        return noun.classes[0]
+
+    def about(self, name: str) -> list[Noun]:
+        """All nouns that are true of a class, its own name first."""
+        return self._by_class.get(name) or [Noun(name, f"{name}s", "class", (name,))]
+
+    def meaning(self, word: str) -> tuple[str, ...]:
+        """The classes that a word, singular or plural, means; none if the list lacks it."""
+        for noun in self.nouns:
+            if word in (noun.word, noun.plural):
+                return noun.classes
+        return ()
+
+    def neighbours(self, name: str) -> tuple[str, ...]:
+        """Other classes that share a group with this one: what it is most easily taken for."""
+        groups = (noun for noun in self.about(name) if noun.role == "group")
+        return tuple(dict.fromkeys(c for noun in groups for c in noun.classes if c != name))
+
+    def relatives(self) -> dict[str, tuple[str, ...]]:
+        """For each single word of the list, single words of like meaning: other names and plurals of its classes."""
+        found: dict[str, dict[str, None]] = {}
+        for noun in self.nouns:
+            names = [noun.word, noun.plural, *noun.classes]
+            names += [
+                n.word for name in noun.classes for n in self.about(name) if n.role != "group"
+            ]
+            alike = [part for name in names for part in _split(name)[-1:]]
+            for word in _split(f"{noun.word} {noun.plural}"):
+                found.setdefault(word, {}).update(dict.fromkeys(w for w in alike if w != word))
+        return {word: tuple(alike) for word, alike in found.items()}
+
+    def vocabulary(self) -> list[str]:
+        """Every single word of the list, sorted."""
+        return sorted(
+            {part for noun in self.nouns for part in _split(f"{noun.word} {noun.plural}")}
+        )
+
+
+def _split(text: str) -> list[str]:
+    """Single words, as the small text encoder's tokenizer takes them."""
+    return re.findall(r"\w+", text.lower())
+
+
+@cache
+def load_words() -> Words:
+    """The list in `words.csv`; raises ValueError where a row is not in its format."""
+    text = files("refsam.data.photographs").joinpath("words.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(text.splitlines()))
+    found: dict[str, Noun] = {}
+    for row in rows:
+        word, role = row["word"], row["role"]
+        named = [part.strip() for part in row["of"].split(";") if part.strip()]
+        if role not in _ROLES or word in found or (role in ("class", "garment")) == bool(named):
+            raise ValueError(f"words.csv: {row}: want one row a word, and what it is of")
+        unknown = [name for name in named if name not in found]
+        if unknown:
+            raise ValueError(f"words.csv: {word} is of {', '.join(unknown)}, which no row above is")
+        classes = tuple(c for name in named for c in found[name].classes) or (word,)
+        found[word] = Noun(word, row["plural"], role, classes)  # type: ignore[arg-type]
+    return Words(found.values())
