@@ -39,15 +39,21 @@ class TrainingBatch:
 class GeneratedStream(Dataset[TrainingBatch | DataError]):
     """Batch number `index` of a run is drawn from (seed, index) alone; `image_size` is the model's, in pixels.
 
-    It is made of photographs or generated, as the stage mixes them. A step takes `batches` of them, over all processes and
-    accumulated ones. A DataError is handed over as by `DatasetStream`.
+    It is made of photographs, by `drawer`, or generated, as the stage mixes them. A step takes `batches` of them, over all
+    processes and accumulated ones. A DataError is handed over as by `DatasetStream`.
     """
 
-    def __init__(self, settings: TrainingSettings, image_size: int, batches: int = 1) -> None:
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        image_size: int,
+        batches: int = 1,
+        drawer: SceneDrawer | None = None,
+    ) -> None:
         self.settings = settings
         self.image_size = image_size
         self.batches = batches
-        self.drawer = open_photographs(settings.data.photographs)
+        self.drawer = drawer
 
     def __getitem__(self, index: int) -> TrainingBatch | DataError:
         stage = stage_at(self.settings.stages, index // self.batches)

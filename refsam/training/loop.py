@@ -14,10 +14,12 @@ from refsam.checkpoint import Checkpoint, write_checkpoint
 from refsam.checkpoint.files import shorten
 from refsam.data import ReferringDataset
 from refsam.data.generated.grammar import vocabulary
+from refsam.data.photographs.scenes import SceneDrawer
 from refsam.data.photographs.words import load_words
 from refsam.errors import UserError
-from refsam.model import RefSAM, word_tokenizer
+from refsam.model import RefSAM, SmallTextEncoder, word_tokenizer
 from refsam.model.model_card import card_arguments
+from refsam.model.vocabulary import extend_vocabulary
 from refsam.runtime.signals import StopRequest
 from refsam.training.batches import (
     DatasetStream,
@@ -25,6 +27,7 @@ from refsam.training.batches import (
     TrainingBatch,
     batches,
     open_datasets,
+    open_photographs,
     stage_at,
 )
 from refsam.training.distributed import Processes, SharedModule, local, spread_like, whole
@@ -68,7 +71,8 @@ class Trainer:
             torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
         self.datasets = open_datasets(settings)
-        self.model = _build_model(settings, self.datasets).to(self.processes.device)
+        self.drawer = open_photographs(settings.data.photographs)
+        self.model = _build_model(settings, self.datasets, self.drawer).to(self.processes.device)
         self.model.image_encoder.recompute = settings.recompute
         self.clips = open_clips(settings.validation, self.model.image_size)
         self.module = TrainingModule(self.model, settings).to(self.processes.device)
@@ -140,7 +144,7 @@ class Trainer:
         stream = (
             DatasetStream(self.settings, self.datasets, count)
             if self.datasets
-            else GeneratedStream(self.settings, self.model.image_size, count)
+            else GeneratedStream(self.settings, self.model.image_size, count, self.drawer)
         )
         return batches(
             stream,
@@ -417,13 +421,18 @@ class Trainer:
             self.log.write({"step": self.step, kind: list(texts)})
 
 
-def _build_model(settings: TrainingSettings, datasets: Sequence[ReferringDataset]) -> RefSAM:
-    if settings.start is not None:
-        return RefSAM.from_pretrained(settings.start, sam=settings.sam)
-    return RefSAM(
-        settings.architecture,
-        tokenizer=word_tokenizer([*vocabulary(), *load_words().vocabulary(), *_words(datasets)]),
-    )
+def _build_model(
+    settings: TrainingSettings, datasets: Sequence[ReferringDataset], drawer: SceneDrawer | None
+) -> RefSAM:
+    """A new model, or the one to start from; a small text encoder knows every word that the data can hold."""
+    words = [] if drawer is None else drawer.folder.vocabulary()
+    if settings.start is None:
+        known = [*vocabulary(), *words, *_words(datasets)]
+        return RefSAM(settings.architecture, tokenizer=word_tokenizer(known))
+    model = RefSAM.from_pretrained(settings.start, sam=settings.sam)
+    if words and isinstance(model.text_encoder, SmallTextEncoder):
+        extend_vocabulary(model.text_encoder, words, load_words().relatives())
+    return model
 
 
 def _words(datasets: Sequence[ReferringDataset]) -> list[str]:

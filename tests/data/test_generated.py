@@ -12,11 +12,11 @@ from refsam.data.generated.backgrounds import _HELD_OUT, _TRAINED, photographs
 from refsam.data.generated.blocks import Block, letters
 from refsam.data.generated.clips import COLOUR_CLASSES
 from refsam.data.generated.grammar import (
-    TEMPLATES,
     COLOUR_WORDS,
     KINDS,
     SHAPE_WORDS,
     SIDE_WORDS,
+    TEMPLATES,
     Grammar,
     vocabulary,
 )

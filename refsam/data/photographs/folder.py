@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from refsam.data.dataset import DataError, image_size, read_image
 from refsam.data.masks import read_numbers
-from refsam.data.photographs.words import Words, load_words
+from refsam.data.photographs.words import Words, load_words, split_words
 
 UNSURE = 255
 """In labels: nobody knows what is there; in instances: a crowd, or objects that could not be told apart."""
@@ -86,6 +86,10 @@ class PhotoFolder:
         """The numbers in `parts/` that mean a garment of the word list, by its name."""
         named = ((n, _PARTS_AS.get(name, name)) for n, name in enumerate(_PARTS, 1))
         return {n: meant[0] for n, name in named if len(meant := self.words.meaning(name)) == 1}
+
+    def vocabulary(self) -> list[str]:
+        """Every single word that a sentence about these photographs can hold beside those of generated clips."""
+        return sorted({*self.words.vocabulary(), *split_words(" ".join(self.names.values()))})
 
     def image(self, name: str) -> NDArray[np.uint8]:
         """An image (H, W, 3) uint8 RGB by its name in a list; raises UnreadableError."""

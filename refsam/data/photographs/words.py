@@ -78,19 +78,19 @@ class Words:
             names += [
                 n.word for name in noun.classes for n in self.about(name) if n.role != "group"
             ]
-            alike = [part for name in names for part in _split(name)[-1:]]
-            for word in _split(f"{noun.word} {noun.plural}"):
+            alike = [part for name in names for part in split_words(name)[-1:]]
+            for word in split_words(f"{noun.word} {noun.plural}"):
                 found.setdefault(word, {}).update(dict.fromkeys(w for w in alike if w != word))
         return {word: tuple(alike) for word, alike in found.items()}
 
     def vocabulary(self) -> list[str]:
         """Every single word of the list, sorted."""
         return sorted(
-            {part for noun in self.nouns for part in _split(f"{noun.word} {noun.plural}")}
+            {part for noun in self.nouns for part in split_words(f"{noun.word} {noun.plural}")}
         )
 
 
-def _split(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """Single words, as the small text encoder's tokenizer takes them."""
     return re.findall(r"\w+", text.lower())
 
