@@ -21,6 +21,7 @@ LAYERS = [
     {"refsam.data", "refsam.video", "refsam.metrics"},
     {"refsam.model"},
     {"refsam.checkpoint", "refsam.config"},
+    {"refsam.images"},
     {"refsam.runtime", "refsam_kernels"},
     {"refsam.errors"},
 ]

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from refsam.config import RefSAMConfig
 from refsam.errors import CheckpointError
+from refsam.runtime.files import follow_umask
 
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
 BUNDLED = Path(__file__).parents[1] / "weights"
@@ -179,8 +180,7 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> None:
         if checkpoint.tokenizer is not None:
             (partial / TOKENIZER_FILE).write_text(checkpoint.tokenizer, encoding="utf-8")
         (partial / CONFIG_FILE).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
-        # safetensors makes its file readable by its owner only.
-        (partial / WEIGHTS_FILE).chmod((partial / CONFIG_FILE).stat().st_mode)
+        follow_umask(partial / WEIGHTS_FILE)
         if directory.exists():
             for name in (WEIGHTS_FILE, TOKENIZER_FILE, CONFIG_FILE):
                 if (partial / name).exists():
@@ -196,6 +196,9 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> None:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, on the host; raises CheckpointError if it is missing or corrupt."""
     try:
+        open(
+            path, "rb"
+        ).close()  # safetensors says of a file that may not be read that it is not there
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from refsam.data.catalogue import DATASETS, open_dataset
-from refsam.data.dataset import DataError, ReferringDataset, VideoRecord
+from refsam.data.dataset import DataError, ReferringDataset, UnreadableError, VideoRecord
 from refsam.data.listings import Part, read_videos
 
 State = Literal["ok", "missing", "broken", "not there"]
@@ -77,6 +77,7 @@ def check(
             try:
                 dataset = open_dataset(name, root, **arguments, **_whole(name))
                 found = _contents(dataset, decode, advance)
+                _add_own(found, dataset, module)
             except DataError as error:
                 found = _culprit(parts, str(error))
         for kind, part in parts.items():
@@ -94,6 +95,18 @@ def _culprit(parts: dict[str, Part], error: str) -> dict[str, Contents]:
     """What could not be opened, at the part that the message names; the list of expressions is what refers to all others."""
     named = [kind for kind, part in parts.items() if str(part.path) in error]
     return {(named or ["expressions"])[0]: ("", [error])}
+
+
+def _add_own(found: dict[str, Contents], dataset: ReferringDataset, module: Any) -> None:
+    """Add what only the dataset's own module knows to look for, and what it left out as it is wrong."""
+    own = getattr(module, "problems", lambda dataset: ())
+    try:
+        extra = [("masks", fault) for fault in dataset.faults] + list(own(dataset))
+    except UnreadableError as error:
+        extra = [("masks", str(error))]
+    for kind, problem in extra:
+        if problem not in found[kind][1]:
+            found[kind][1].append(problem)
 
 
 def _state(part: Part, found: Contents | None) -> tuple[State, str]:
@@ -135,7 +148,7 @@ def _contents(
         advance()
     return {
         "expressions": (
-            f"{len(dataset.videos)} videos, {expressions} expressions",
+            "; ".join([f"{len(dataset.videos)} videos, {expressions} expressions", *dataset.notes]),
             problems["expressions"],
         ),
         "frames": (f"{frames} frames", problems["frames"]),

@@ -8,12 +8,10 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from refsam import images
 from refsam.errors import UserError
-
-# What Pillow raises for a file that is cut off, damaged or no image.
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, UnidentifiedImageError)
 
 
 class DataError(UserError):
@@ -72,7 +70,8 @@ class ReferringDataset:
     `videos` in the order of the dataset's protocol, `sentences` by name of the video, in file order. `frame_file(video, frame)`
     and `mask_source` are the two things in which the datasets differ; `mask_source` is None where the truth is not there.
     `truth` is the file or folder that `refsam.evaluation.scoring.masks` reads, `listing` the file of the expressions.
-    `notes` say what a reader of results must know: what was left out, and why. Instances can be pickled.
+    `notes` say what a reader of results must know: what was left out, and why; `faults` what was left out as it is wrong.
+    Instances can be pickled.
     """
 
     name: str
@@ -85,6 +84,7 @@ class ReferringDataset:
     truth: Path | None = None
     listing: Path | None = None
     notes: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
 
     def video(self, name: str) -> VideoRecord:
         """The video of that name; raises KeyError if there is none."""
@@ -126,26 +126,16 @@ class ReferringDataset:
 def read_image(
     path: Path, wanted: Callable[[tuple[int, int]], tuple[int, int]] | None = None
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """An image file as RGB, and its (height, width) in the file; raises UnreadableError.
-
-    `wanted` tells from that size what is needed at least: a JPEG may then come at a half, a quarter or an eighth of its size,
-    which is quicker to decode.
-    """
+    """As `refsam.images.read_image`; raises UnreadableError."""
     try:
-        with Image.open(path) as image:
-            size = image.height, image.width
-            if wanted is not None:
-                height, width = wanted(size)
-                image.draft("RGB", (width, height))
-            return image.convert("RGB"), size
-    except IMAGE_ERRORS as error:
-        raise UnreadableError(f"{path}: cannot be read as an image: {error}") from error
+        return images.read_image(path, wanted)
+    except images.ImageError as error:
+        raise UnreadableError(f"{path}: {error.problem}") from error
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) from an image's header; raises UnreadableError."""
+    """(height, width) from an image's header, as it is shown; raises UnreadableError."""
     try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except IMAGE_ERRORS as error:
-        raise UnreadableError(f"{path}: cannot be read as an image: {error}") from error
+        return images.image_size(path)
+    except images.ImageError as error:
+        raise UnreadableError(f"{path}: {error.problem}") from error

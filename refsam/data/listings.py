@@ -1,7 +1,8 @@
 """Reading the JSON files that list videos, frames and expressions."""
 
+import codecs
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,10 @@ def demand_parts(name: str, parts: Mapping[str, Part]) -> dict[str, Path]:
 def read_json(path: Path) -> Any:
     """The content of a JSON file; raises DataError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(path.read_bytes())  # bytes: UTF-8 with or without a mark, UTF-16
+    except PermissionError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON: {error}") from error
 
 
@@ -92,4 +95,32 @@ def records(
                 f"{path}: the entry of {name} is not in the format: {error!r}"
             ) from error
         found.append(VideoRecord(name, frames, frames if annotated else ()))
+    every = [expression for rows in sentences.values() for expression in rows]
+    untold = [f"{e.video}/{e.expression_id}" for e in every if e.object_ids is None]
+    if annotated and 0 < len(untold) < len(every):
+        raise DataError(
+            f"{path}: {len(untold)} of {len(every)} expressions do not tell their objects: {named(untold)}"
+        )
     return tuple(found), sentences
+
+
+def named(names: Sequence[str], limit: int = 5) -> str:
+    """The first few names and how many more there are, for a message of one line."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def read_text(path: Path, *encodings: str) -> str:
+    """A text file in UTF-16 if it begins with its mark, else in UTF-8 with or without one, else in the first that fits.
+
+    Raises DataError where none of them does.
+    """
+    content = path.read_bytes()
+    is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    tried = ("utf-16",) if is_wide else ("utf-8-sig", *encodings)
+    for encoding in tried:
+        try:
+            return content.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    raise DataError(f"{path}: cannot be read as text of {' or '.join(tried)}")

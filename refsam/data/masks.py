@@ -1,46 +1,35 @@
-"""Where true masks come from: maps of object numbers, binary images, COCO's polygons and run lengths."""
+"""Where true masks come from: maps of object numbers and binary images; run lengths are in `refsam.data.run_lengths`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from refsam.data.dataset import (
-    IMAGE_ERRORS,
-    DataError,
-    Expression,
-    Mask,
-    UnreadableError,
-)
+from refsam.data.dataset import DataError, Expression, Mask, UnreadableError
+from refsam.images import IMAGE_ERRORS
 
 
 @dataclass(frozen=True)
 class NumberedMasks:
-    """PNGs `<folder>/<video>/<frame>.png` whose pixels are object numbers, 0 the background (YouTube-VOS, DAVIS)."""
+    """Images, found by video and frame, whose pixels are object numbers, 0 the background (YouTube-VOS, DAVIS)."""
 
-    folder: Path
+    file: Callable[[str, str], Path]
 
     def __call__(self, expression: Expression, frame: str, size: tuple[int, int]) -> Mask | None:
         """Where a pixel's number is one of the expression's; None if the dataset does not tell these."""
         if expression.object_ids is None:
             return None
-        numbers = read_numbers(self._file(expression, frame))
-        mask = np.zeros(numbers.shape, bool)
-        for number in expression.object_ids:
-            mask |= numbers == number
-        return mask
+        is_meant = np.zeros(256, bool)
+        is_meant[[number for number in expression.object_ids if 0 <= number < 256]] = True
+        return is_meant[read_numbers(self.file(expression.video, frame))]
 
     def has(self, expression: Expression, frame: str) -> bool:
         """Whether the file is there."""
-        return self._file(expression, frame).is_file()
-
-    def _file(self, expression: Expression, frame: str) -> Path:
-        return self.folder / expression.video / f"{frame}.png"
+        return self.file(expression.video, frame).is_file()
 
 
 @dataclass(frozen=True)
@@ -59,24 +48,6 @@ class BinaryMasks:
 
     def _file(self, expression: Expression, frame: str) -> Path:
         return self.folder / expression.video / expression.expression_id / f"{frame}.png"
-
-
-@dataclass(frozen=True)
-class PolygonMasks:
-    """COCO segmentations by object number: lists of polygons, whose union is the object, or one run-length code."""
-
-    segmentations: Mapping[int, Any]
-
-    def __call__(self, expression: Expression, frame: str, size: tuple[int, int]) -> Mask | None:
-        """The union of the expression's objects."""
-        mask = np.zeros(size, bool)
-        for number in expression.object_ids or ():
-            mask |= decode_segmentation(self.segmentations[number], size)
-        return mask
-
-    def has(self, expression: Expression, frame: str) -> bool:
-        """Whether all of the expression's objects are there."""
-        return all(number in self.segmentations for number in expression.object_ids or ())
 
 
 @lru_cache(maxsize=16)  # several expressions of one video are asked for together
@@ -98,33 +69,3 @@ def read_numbers(path: Path) -> NDArray[np.uint8]:
         raise UnreadableError(f"{path}: cannot be read as a mask: {error}") from error
     numbers.setflags(write=False)
     return numbers
-
-
-def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> Mask:
-    """COCO's polygons or run-length code, compressed or not, as a mask (H, W) bool of `size` (height, width)."""
-    api = coco_masks()
-    if isinstance(segmentation, Sequence):
-        codes = api.frPyObjects(segmentation, *size)
-        # Parts may overlap: the union, never the sum.
-        return np.asarray(api.decode(codes).any(axis=2))
-    if not isinstance(segmentation["counts"], str | bytes):
-        segmentation = api.frPyObjects(segmentation, *segmentation["size"])
-    return np.asarray(api.decode(segmentation)).astype(bool)
-
-
-class _CocoMasks(Protocol):
-    def frPyObjects(self, objects: Any, height: int, width: int) -> Any: ...
-
-    def decode(self, codes: Any) -> NDArray[np.uint8]: ...
-
-
-def coco_masks() -> _CocoMasks:
-    """pycocotools' masks; raises DataError where the package is not installed."""
-    try:
-        from pycocotools import mask
-    except ImportError as error:
-        raise DataError(
-            "pycocotools is not installed, which COCO's masks need: pip install 'refsam[train]'"
-        ) from error
-    api: _CocoMasks = mask
-    return api

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
@@ -10,16 +11,17 @@ from typing import Any
 
 from refsam.data import ref_youtube_vos
 from refsam.data.dataset import DataError, Expression, ReferringDataset
-from refsam.data.listings import Part, check_split, demand
+from refsam.data.listings import Part, check_split, demand, read_text
+from refsam.runtime.files import only_writer
 
 SPLITS = ("train", "valid")
 ANNOTATORS = 4
-# The order of the four annotators; the second person's files are not UTF-8.
+# In the order of the four annotators.
 _TEXT_FILES = (
-    ("Davis17_annot1.txt", "utf-8"),
-    ("Davis17_annot1_full_video.txt", "utf-8"),
-    ("Davis17_annot2.txt", "latin-1"),
-    ("Davis17_annot2_full_video.txt", "latin-1"),
+    "Davis17_annot1.txt",
+    "Davis17_annot1_full_video.txt",
+    "Davis17_annot2.txt",
+    "Davis17_annot2_full_video.txt",
 )
 # Names that the text annotations spell otherwise than DAVIS.
 _NAMES = {"clasic-car": "classic-car", "dog-scale": "dogs-scale", "motor-bike": "motorbike"}
@@ -74,13 +76,19 @@ def prepare(davis: Path, texts: Path, out: Path, *, copy: bool = False) -> dict[
 
     `davis` is the folder with JPEGImages, Annotations_unsupervised and ImageSets, `texts` the one with the four text files.
     Frames and masks become symbolic links, or copies with `copy`; DAVIS itself stays as it is. Raises DataError where files
-    are missing or disagree, and where `out` exists.
+    are missing or disagree, and where `out` exists, UserError while another process writes it.
     """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with only_writer(out, wait=False):
+        return _prepare(davis, texts, out, copy)
+
+
+def _prepare(davis: Path, texts: Path, out: Path, copy: bool) -> dict[str, int]:
     if out.exists():
         raise DataError(f"out: {out} exists, want a new folder")
     for part in ("JPEGImages/480p", "Annotations_unsupervised/480p", "ImageSets/2017"):
         demand("DAVIS 2017", davis / part, _DAVIS)
-    annotations = [_read_texts(texts / name, encoding) for name, encoding in _TEXT_FILES]
+    annotations = [_read_texts(texts / name) for name in _TEXT_FILES]
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     counts = {}
@@ -107,19 +115,26 @@ def prepare(davis: Path, texts: Path, out: Path, *, copy: bool = False) -> dict[
 Texts = dict[str, list[tuple[str, str]]]
 
 
-def _read_texts(path: Path, encoding: str) -> Texts:
+def _read_texts(path: Path) -> Texts:
     """(object number, sentence) by video, sorted by number as text, which is how the official conversion numbers them."""
     found: Texts = {}
-    lines = demand("ref-davis17", path, _TEXTS).read_text(encoding=encoding).splitlines()
-    for number, line in enumerate(lines, start=1):
+    # The second person's files are not UTF-8.
+    text = read_text(demand("ref-davis17", path, _TEXTS), "latin-1")
+    # Only these end a line: byte 0x85, an ellipsis in Windows' encoding, would be taken for an end as well.
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
         words = line.split()
         if not words:
             continue
         if len(words) < 3 or not words[1].isdigit():
             raise DataError(f'{path}, line {number}: got {line!r}, want VIDEO NUMBER "SENTENCE"')
         video = _NAMES.get(words[0], words[0])
-        found.setdefault(video, []).append((words[1], " ".join(words[2:])[1:-1]))
+        found.setdefault(video, []).append((words[1], _unquoted(" ".join(words[2:]))))
     return {video: sorted(rows, key=lambda row: row[0]) for video, rows in found.items()}
+
+
+def _unquoted(sentence: str) -> str:
+    """The sentence without the quotes around it, straight or typographic, where it has them."""
+    return re.sub(r'^["\u201c\u201d]|["\u201c\u201d]$', "", sentence).strip()
 
 
 def _video(davis: Path, video: str, annotations: list[Texts]) -> dict[str, Any]:

@@ -97,12 +97,12 @@ def _validation_videos(root: Path, listed: Mapping[str, Any]) -> tuple[list[str]
 
 
 def _mask_source(folder: Path, listed: Mapping[str, Any], names: list[str]) -> MaskSource | None:
-    """Maps of object numbers where the list tells the objects, else one folder of binary masks for each expression."""
+    """Maps of object numbers where the list tells objects, else one folder of binary masks for each expression."""
     if not folder.is_dir():
         return None
     expressions = [(name, listed[name].get("expressions", {})) for name in names]
-    if all("obj_id" in entry for _, entries in expressions for entry in entries.values()):
-        return NumberedMasks(folder)
+    if any("obj_id" in entry for _, entries in expressions for entry in entries.values()):
+        return NumberedMasks(FrameFolder(folder, ".png"))
     if any(
         (folder / name / number).is_dir() for name, numbers in expressions for number in numbers
     ):

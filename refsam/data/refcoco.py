@@ -2,15 +2,25 @@
 
 import pickle
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from refsam.data.dataset import DataError, Expression, ReferringDataset, VideoRecord
-from refsam.data.listings import Part, check_split, demand_parts, read_json
-from refsam.data.masks import PolygonMasks
+from refsam.data.dataset import DataError, Expression, ReferringDataset, VideoRecord, image_size
+from refsam.data.listings import Part, check_split, demand_parts, named, read_json
+from refsam.data.run_lengths import (
+    Arrays,
+    RunLengthMasks,
+    RunLengthTable,
+    encode,
+    open_arrays,
+    recorded_sizes,
+    same_aspect,
+)
 
 # What a damaged pickle may raise.
 _PICKLE_ERRORS = (
@@ -89,8 +99,8 @@ def open_split(
         refs, notes = _without(refs, excluded, notes)
     elif split == "train":
         notes = (f"{name} train: images of evaluation splits are not excluded",)
-    images, segmentations = _instances(places["masks"], refs)
-    sentences = _sentences(refs, images, segmentations, places["masks"])
+    instances = _Instances.of_file(places["masks"])
+    sentences, faults = _sentences(refs, instances, places["masks"])
     videos = tuple(VideoRecord(image, (image,), (image,)) for image in sentences)
     return ReferringDataset(
         name,
@@ -99,11 +109,30 @@ def open_split(
         videos,
         {image: tuple(expressions) for image, expressions in sentences.items()},
         partial(_image_file, places["frames"]),
-        PolygonMasks(segmentations),
+        RunLengthMasks(instances.masks, _only_frame),
         truth=places["masks"],
         listing=places["expressions"],
         notes=notes,
+        faults=faults,
     )
+
+
+def problems(dataset: ReferringDataset) -> Iterable[tuple[str, str]]:
+    """(part, problem) of images whose size is not the one that the instances record: a scaled one is right, another is not."""
+    assert isinstance(dataset.mask_source, RunLengthMasks)
+    for video in dataset.videos:
+        file = dataset.frame_file(video.name, video.name)
+        if not file.is_file():
+            continue
+        size = image_size(file)
+        numbers = [n for e in dataset.expressions(video.name) for n in e.object_ids or ()]
+        for recorded in recorded_sizes(dataset.mask_source.table, numbers):
+            if recorded != size and not same_aspect(recorded, size):
+                yield (
+                    "frames",
+                    f"{file} has {size[1]}x{size[0]} where instances.json says {recorded[1]}x{recorded[0]} (width x height)",
+                )
+                break
 
 
 def read_refs(path: Path) -> list[dict[str, Any]]:
@@ -177,46 +206,75 @@ def _without(
     return kept, (note, *notes)
 
 
-def _instances(
-    path: Path, refs: Iterable[Mapping[str, Any]]
-) -> tuple[dict[int, str], dict[int, Any]]:
-    """File stems by image and segmentations by object, of what `refs` mention."""
+@dataclass(frozen=True)
+class _Instances:
+    """An `instances.json`: file stems by image, and the masks of all objects."""
+
+    images: NDArray[np.int64]
+    stems: NDArray[np.bytes_]
+    masks: RunLengthTable
+
+    @staticmethod
+    def of_file(path: Path) -> "_Instances":
+        arrays = open_arrays(path, lambda: _read_instances(path))
+        images, stems = arrays.pop("images"), arrays.pop("stems")
+        return _Instances(images, stems, RunLengthTable(**arrays))
+
+    def stem(self, image: int) -> str | None:
+        """The stem of an image's file, None for one that is not listed."""
+        row = int(np.searchsorted(self.images, image))
+        is_listed = row < len(self.images) and self.images[row] == image
+        return bytes(self.stems[row]).decode() if is_listed else None
+
+
+def _read_instances(path: Path) -> Arrays:
+    """The arrays of `_Instances`; raises DataError. An object without a usable outline has no code."""
     content = read_json(path)
-    wanted = {ref["ann_id"] for ref in refs}
     try:
-        images = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
-        segmentations = {
-            item["id"]: _compact(item["segmentation"])
+        sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+        stems = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
+        tracks = {
+            item["id"]: [encode(item["segmentation"], sizes[item["image_id"]])]
             for item in content["annotations"]
-            if item["id"] in wanted
         }
-    except (KeyError, TypeError) as error:
+        order = sorted(stems)
+        table = vars(RunLengthTable.of_tracks(tracks))
+        return {
+            "images": np.array(order, np.int64),
+            "stems": np.array([stems[image].encode() for image in order], np.bytes_),
+            **table,
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{path}: not in COCO's format: {error!r}") from error
-    return images, segmentations
 
 
-def _compact(segmentation: Any) -> Any:
-    """Polygons as arrays: lists of Python numbers take five times the memory."""
-    if isinstance(segmentation, list):
-        return [np.asarray(polygon, np.float64) for polygon in segmentation]
-    return segmentation
+def _only_frame(video: str, frame: str) -> int:
+    return 0
 
 
 def _sentences(
-    refs: Iterable[Mapping[str, Any]],
-    images: Mapping[int, str],
-    segmentations: Mapping[int, Any],
-    path: Path,
-) -> dict[str, list[Expression]]:
-    """Expressions by image. The file names in `refs` carry the object's number: those of the instances are right."""
+    refs: Iterable[Mapping[str, Any]], instances: _Instances, path: Path
+) -> tuple[dict[str, list[Expression]], tuple[str, ...]]:
+    """Expressions by image, and the objects that were left out for want of an outline.
+
+    The file names in `refs` carry the object's number: those of the instances are right.
+    """
     found: dict[str, list[Expression]] = {}
+    without: dict[str, None] = {}
     for ref in refs:
-        image, number = ref["image_id"], ref["ann_id"]
-        if image not in images or number not in segmentations:
-            missing = f"image {image}" if image not in images else f"object {number}"
+        image, number = instances.stem(ref["image_id"]), ref["ann_id"]
+        if image is None or instances.masks.row(number) is None:
+            missing = f"image {ref['image_id']}" if image is None else f"object {number}"
             raise DataError(f"{path}: no {missing}, which reference {ref.get('ref_id')} means")
+        if instances.masks.code(number, 0) is None:
+            without[f"object {number} of {image}"] = None
+            continue
         for sentence in ref["sentences"]:
-            found.setdefault(images[image], []).append(
-                Expression(images[image], str(sentence["sent_id"]), sentence["sent"], (number,))
+            found.setdefault(image, []).append(
+                Expression(image, str(sentence["sent_id"]), sentence["sent"], (number,))
             )
-    return found
+    if not without:
+        return found, ()
+    return found, (f"left out, as they have no outline of three corners: {named(list(without))}",)

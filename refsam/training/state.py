@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from refsam.errors import UserError
+from refsam.runtime.files import follow_umask
 
 STATE, PREVIOUS = "state.safetensors", "state.previous.safetensors"
 # What versions before safetensors wrote; continuing would begin anew without a word.
@@ -45,6 +46,7 @@ def write_state(folder: Path, tensors: Mapping[str, Tensor], progress: Progress)
     temporary = path.with_suffix(".tmp")
     metadata = {"progress": json.dumps(asdict(progress)), "digest": digest(tensors)}
     save_file(dict(tensors), temporary, metadata)
+    follow_umask(temporary)
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     if path.exists():
@@ -63,6 +65,10 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], Progress, list[str]] | 
             continue
         try:
             return *_read(path), problems
+        except PermissionError:
+            raise UserError(
+                f"{path}: may not be read by this user: ask its owner to let you (chmod g+r), or take another output"
+            ) from None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             problems.append(f"{path} is damaged ({error})")
     if problems:
@@ -75,6 +81,7 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], Progress, list[str]] | 
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Progress]:
+    open(path, "rb").close()  # safetensors says of a file that may not be read that it is not there
     with safe_open(path, "pt") as file:
         metadata: dict[str, Any] = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict

@@ -1,8 +1,7 @@
 """What a frozen text encoder says about each expression, computed once for all steps, processes and runs."""
 
 import hashlib
-import os
-import tempfile
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from refsam.model.pretrained_text_encoder import PretrainedTextEncoder
 from refsam.model.text_encoder import CachedTextEncoder, EncodedText
+from refsam.runtime.files import replace_file
 from refsam.training.state import digest
 
 _IN_MEMORY = 4096
@@ -56,8 +56,16 @@ class TextFeatures:
             encoded = self.encoder([expression])
         tokens = encoded.tokens[0, : int(encoded.lengths[0])].float().cpu()
         if path is not None:
-            _write(path, tokens)
+            self._keep(path, tokens)
         return tokens
+
+    def _keep(self, path: Path, tokens: Tensor) -> None:
+        """Write tokens to the disk; a folder that cannot be written, or is full, costs time only."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, save({"tokens": tokens.contiguous()}))
+        except OSError as error:
+            warnings.warn(f"text_cache: {path} cannot be written ({error.strerror})", stacklevel=2)
 
     @property
     def encoder_device(self) -> torch.device:
@@ -85,10 +93,3 @@ def _read(path: Path) -> Tensor | None:
         return load_file(path)["tokens"]
     except (OSError, SafetensorError, KeyError):
         return None
-
-
-def _write(path: Path, tokens: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.write(save({"tokens": tokens.contiguous()}))
-    os.replace(file.name, path)

@@ -7,8 +7,8 @@ import av
 from PIL import Image
 
 from refsam.errors import UserError
+from refsam.images import IMAGE_SUFFIXES
 from refsam.video import FrameSource, open_source
-from refsam.video.reader import IMAGE_SUFFIXES
 
 # Files that name other files (playlists, lists of clips, PostScript) are not among them: nobody may read with their help.
 _CONTAINERS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,ogg,asf,h264,hevc,mjpeg"

@@ -13,14 +13,12 @@ from typing import Protocol, TypeVar
 
 import av
 import numpy as np
-from PIL import Image, ImageOps
 
+from refsam import images
 from refsam.errors import UserError
+from refsam.images import IMAGE_SUFFIXES
 from refsam.runtime.threads import available_cores
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .png .bmp .tif .tiff .webp .ppm .pgm .pbm .jp2 .avif".split()
-)
 IMAGE_FPS = Fraction(24)  # images carry no rate; DAVIS, the usual folder of frames, has 24
 _FEW_CORES = 2
 _CAMERA_FORMATS = {"linux": "v4l2", "darwin": "avfoundation", "win32": "dshow"}
@@ -233,24 +231,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
         UserError: missing, truncated, not an image, or floating-point pixels.
     """
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode == "F":
-                raise UserError(f"{path} has floating-point pixels: give 8 or 16 bits per channel")
-            if image.mode.startswith("I"):
-                wide = np.asarray(image).clip(0, 65535) >> 8
-                return np.repeat(wide.astype(np.uint8)[..., None], 3, axis=2)
-            if image.has_transparency_data:
-                return _on_white(np.asarray(image.convert("RGBA")))
-            return np.asarray(image.convert("RGB"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give an image") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(
-            f"{path} cannot be read as an image ({reason}): give a complete image"
-        ) from error
+    return np.asarray(images.read_image(path)[0])
 
 
 def prefetch(items: Iterable[Item], depth: int = 4) -> Generator[Item, None, None]:
@@ -302,46 +283,23 @@ def _open_camera(device: str) -> VideoSource:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    paths = [
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not path.name.startswith(".")
-        and path.is_file()
-    ]
+    paths = images.images_in(folder)
     if not paths:
         raise UserError(
             f"{folder} holds no images: give a folder of jpg, png, webp, bmp or tif files"
         )
-    return sorted(paths, key=lambda path: _natural_key(path.name))
-
-
-def _natural_key(name: str) -> tuple[list[tuple[bool, int, str]], str]:
-    """Digits compare as numbers and before letters; the plain name settles 1.jpg against 01.jpg."""
-    parts = re.findall(r"\d+|\D+", name)
-    return [
-        (not part.isdecimal(), int(part) if part.isdecimal() else 0, part.casefold())
-        for part in parts
-    ], name
+    return paths
 
 
 def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
     has_alpha = any(component.is_alpha for component in frame.format.components)
     # A palette has its transparency in the colours, not in a component.
     if has_alpha or frame.format.has_palette:
-        image = _on_white(frame.to_ndarray(format="rgba"))
+        image = images.on_white(frame.to_ndarray(format="rgba"))
     else:
         image = frame.to_ndarray(format="rgb24")
     turns = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
-
-
-def _on_white(rgba: np.ndarray) -> np.ndarray:
-    colour, alpha = rgba[..., :3], rgba[..., 3:]
-    if alpha.min() == 255:
-        return np.ascontiguousarray(colour)
-    blended = colour.astype(np.uint16) * alpha + np.uint16(255) * (255 - alpha)
-    return ((blended + 127) // 255).astype(np.uint8)
 
 
 def _is_no_video(stream: av.VideoStream) -> bool:

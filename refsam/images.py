@@ -1,0 +1,122 @@
+"""Image files: which of a folder, in which order, and their pixels; one reader for training, evaluation and segmentation."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from struct import error as StructError
+from typing import NoReturn
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from refsam.errors import UserError
+
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .png .bmp .tif .tiff .webp .ppm .pgm .pbm .jp2 .avif".split()
+)
+# What Pillow raises for a file that is cut off, damaged, no image or absurdly large.
+IMAGE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    StructError,
+    Image.DecompressionBombError,
+)
+# Orientations in which a viewer shows the stored rows as columns.
+_TURNED = (5, 6, 7, 8)
+
+
+class ImageError(UserError):
+    """A file that is missing, damaged or no image; `problem` goes on after its path."""
+
+    def __init__(self, path: str | os.PathLike[str], problem: str) -> None:
+        super().__init__(f"{path} {problem}")
+        self.problem = problem
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images of a folder in natural order (`frame2` before `frame10`), hidden and other files left out."""
+    paths = (
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.name.startswith(".")
+        and path.is_file()
+    )
+    return sorted(paths, key=lambda path: natural_key(path.name))
+
+
+def natural_key(name: str) -> tuple[list[tuple[bool, int, str]], str]:
+    """Digits compare as numbers and before letters; the plain name settles 1.jpg against 01.jpg."""
+    parts = re.findall(r"\d+|\D+", name)
+    return [
+        (not part.isdecimal(), int(part) if part.isdecimal() else 0, part.casefold())
+        for part in parts
+    ], name
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(height, width) as a viewer shows the image; raises ImageError."""
+    try:
+        with Image.open(path) as image:
+            return _shown(image, (image.height, image.width))
+    except IMAGE_ERRORS as error:
+        _refuse(path, error)
+
+
+def read_image(
+    path: str | os.PathLike[str],
+    wanted: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
+) -> tuple[Image.Image, tuple[int, int]]:
+    """An image as a viewer shows it, RGB of 8 bits, and its whole (height, width); raises ImageError.
+
+    EXIF's orientation is applied, transparency lies on white, 16 bits keep their upper 8. `wanted` tells from the whole size what
+    is needed at least: a JPEG may then come at a half, a quarter or an eighth of it, which is quicker to decode.
+    """
+    try:
+        with Image.open(path) as image:
+            size = _shown(image, (image.height, image.width))
+            if wanted is not None:
+                height, width = _shown(image, wanted(size))
+                image.draft("RGB", (width, height))
+            return _to_rgb(ImageOps.exif_transpose(image), path), size
+    except IMAGE_ERRORS as error:
+        _refuse(path, error)
+
+
+def _shown(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
+    """A size of the stored image as it is shown, or the other way round."""
+    is_turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+    return (size[1], size[0]) if is_turned else size
+
+
+def _to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
+    if image.mode == "F":
+        raise ImageError(path, "has floating-point pixels: give 8 or 16 bits per channel")
+    if image.mode.startswith("I"):
+        wide = np.asarray(image).clip(0, 65535) >> 8
+        return Image.fromarray(wide.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        return Image.fromarray(on_white(np.asarray(image.convert("RGBA"))))
+    return image.convert("RGB")
+
+
+def on_white(rgba: np.ndarray) -> np.ndarray:
+    """Pixels (H, W, 4) uint8 RGBA over white, (H, W, 3) uint8 RGB."""
+    colour, alpha = rgba[..., :3], rgba[..., 3:]
+    if alpha.min() == 255:
+        return np.ascontiguousarray(colour)
+    blended = colour.astype(np.uint16) * alpha + np.uint16(255) * (255 - alpha)
+    return ((blended + 127) // 255).astype(np.uint8)
+
+
+def _refuse(path: str | os.PathLike[str], error: Exception) -> NoReturn:
+    if isinstance(error, ImageError):
+        raise error
+    if isinstance(error, FileNotFoundError):
+        raise ImageError(path, "does not exist: give an image") from None
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    problem = f"cannot be read as an image ({reason}): give a complete image"
+    raise ImageError(path, problem) from error

@@ -1,0 +1,55 @@
+"""Files in folders that several people and processes share: modes by the umask, one writer at a time."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from refsam.errors import UserError
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the mode that `open` gives a new one; safetensors and tempfile make theirs readable by their owner alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file under another name and rename it: what is there is whole, whoever else writes it meanwhile."""
+    temporary = own_name(path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def own_name(path: Path) -> Path:
+    """A hidden name beside `path` that no other process, on any machine, takes."""
+    return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+
+
+@contextmanager
+def only_writer(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold the lock file `<path>.lock` within; it is let go of when the process ends, however that ends.
+
+    With `wait`, wait for another holder; without, raise UserError if there is one. Raises UserError where it cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    name = path.with_name(f".{path.name}.lock")
+    # A lock that its maker alone may open would lock colleagues out for ever.
+    lock = FileLock(name, timeout=-1 if wait else 0, mode=0o666)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{path} is being written by another process, which holds {name}: wait for it, or take another folder"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{name}: cannot be made ({error.strerror or error})") from error
+    try:
+        yield
+    finally:
+        lock.release()
