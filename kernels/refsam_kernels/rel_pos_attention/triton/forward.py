@@ -5,17 +5,18 @@ import triton.language as tl
 
 from refsam_kernels.rel_pos_attention.triton.tiles import (
     LOG2E,
-    _key_positions,
+    _head_pointers,
+    _key_tile,
     _load,
     _load_keys,
     _locate,
-    _query_positions,
-    _scores,
+    _offsets,
+    _query_scores,
+    _query_tile,
     _store,
     _store_relative,
     _terms_of_columns,
-    _terms_of_rows,
-    _wide,
+    _zeros,
 )
 
 
@@ -51,19 +52,21 @@ def _forward_kernel(
     PADDED: tl.constexpr,  # and are filled up with padding tokens
     MASKED: tl.constexpr,  # some tiles have positions that are no keys
 ):
+    WINDOW: tl.constexpr = (WINDOW_H, WINDOW_W)
+    HEAD: tl.constexpr = (HEAD_DIM, D0, D1)
+    KEYS: tl.constexpr = (ROWS, COLUMNS)
     # A tile that does not fit the window must not pass for one that does.
     tl.static_assert(MASKED or (WINDOW_H % ROWS == 0 and WINDOW_W % COLUMNS == 0))
     tl.static_assert(MASKED or PADDED or not PARTIAL)
-    tile, head, image, top, left, height, width = _locate(tiles, heads, h, w, WINDOW_H, WINDOW_W)
+    tile, head, image, window = _locate(tiles, heads, h, w, WINDOW)
+    _, _, height, width = window
     if tile * BLOCK >= height * width:
         return
-    y, x, exists = _query_positions(tile, height, width, BLOCK)
-    token = (top + y) * w + left + x
+    query = _query_tile(tile, window, w, BLOCK)
+    y, x, token, exists = query
     channels = heads * HEAD_DIM
-    q_base = qkv + image * stride_b + head.to(tl.int64) * HEAD_DIM * stride_c
-    k_base = q_base + _wide(channels) * stride_c
-    v_base = k_base + _wide(channels) * stride_c
-    offsets = (top + y).to(tl.int64) * stride_y + (left + x).to(tl.int64) * stride_x
+    q_base, k_base, v_base = _head_pointers(qkv, image, head, heads, stride_b, stride_c, HEAD_DIM)
+    offsets = _offsets(window, y, x, stride_y, stride_x)
     q0 = _load(q_base, offsets, exists, stride_c, HEAD_DIM, 0, D0)
     q1 = q0
     if D1 > 0:
@@ -73,25 +76,8 @@ def _forward_kernel(
     tokens = h * w
     rel_h += plane * WINDOW_H * tokens
     rel_w += plane * tokens * WINDOW_W
-    _store_relative(
-        q0,
-        q1,
-        table_h,
-        table_w,
-        rel_h,
-        rel_w,
-        y,
-        x,
-        exists,
-        token,
-        tokens,
-        WINDOW_H,
-        WINDOW_W,
-        HEAD_DIM,
-        D0,
-        D1,
-        CHUNK,
-    )
+    q = (q0, q1)
+    _store_relative(q, (table_h, table_w), (rel_h, rel_w), query, tokens, WINDOW, HEAD, CHUNK)
     tl.debug_barrier()  # other threads of this program read what was stored
 
     k_bias = qkv_bias
@@ -106,24 +92,22 @@ def _forward_kernel(
         key_width = WINDOW_W
     m_i = tl.full([BLOCK], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK], tl.float32)
-    acc0 = tl.zeros([BLOCK, D0], tl.float32)
-    acc1 = tl.zeros([BLOCK, D1 if D1 > 0 else 1], tl.float32)
+    acc0, acc1 = _zeros(BLOCK, HEAD)
     for column in range(0, key_width, COLUMNS):
-        term_w = _terms_of_columns(rel_w, token, exists, column, WINDOW_W, COLUMNS)
+        term_w = _terms_of_columns(rel_w, query, column, WINDOW_W, COLUMNS)
         for row in range(0, key_height, ROWS):
-            key_y, key_x = _key_positions(row, column, ROWS, COLUMNS)
-            is_real = (key_y < height) & (key_x < width)
-            key_offsets = (top + key_y).to(tl.int64) * stride_y
-            key_offsets += (left + key_x).to(tl.int64) * stride_x
+            key_y, key_x, is_real = _key_tile(row, column, window, KEYS)
+            key_offsets = _offsets(window, key_y, key_x, stride_y, stride_x)
             k0 = _load_keys(k_base, key_offsets, is_real, stride_c, k_bias, HEAD_DIM, 0, D0, PADDED)
             k1 = k0
             if D1 > 0:
                 k1 = _load_keys(
                     k_base, key_offsets, is_real, stride_c, k_bias, HEAD_DIM, D0, D1, PADDED
                 )
-            term_h = _terms_of_rows(rel_h, token, exists, tokens, row, WINDOW_H, ROWS)
-            terms = tl.reshape(term_h[:, :, None] + term_w[:, None, :], [BLOCK, ROWS * COLUMNS])
-            scores = _scores(q0, q1, k0, k1, terms, scale, D1)
+            k = (k0, k1)
+            scores = _query_scores(
+                q, k, rel_h, term_w, query, tokens, row, scale, WINDOW_H, D1, KEYS
+            )
             if MASKED:
                 is_key = (key_y < key_height) & (key_x < key_width)
                 scores = tl.where(is_key[None, :], scores, float("-inf"))

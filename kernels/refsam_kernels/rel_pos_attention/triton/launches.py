@@ -18,9 +18,9 @@ from refsam_kernels.core.triton_aot import Launch
 from refsam_kernels.rel_pos_attention.triton.backward import (
     _key_gradient_kernel,
     _query_gradient_kernel,
-    _table_gradient_kernel,
 )
 from refsam_kernels.rel_pos_attention.triton.forward import _forward_kernel
+from refsam_kernels.rel_pos_attention.triton.table_gradient import _table_gradient_kernel
 
 TUNED = Path(__file__).parent / "tuned.json"
 # Programs that a table's gradient is split over: fixed, so that its sum is the same on every GPU.

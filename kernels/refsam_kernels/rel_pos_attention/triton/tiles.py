@@ -1,9 +1,16 @@
-"""What the Triton kernels of `rel_pos_attention` share: where tokens lie, tiles of them, relative terms.
+"""Shared by the Triton kernels of `rel_pos_attention`: positions of tokens, tiles of them, relative terms.
 
 A tile of keys is ROWS x COLUMNS positions of a window, so the terms of both axes are small tiles that
 are broadcast over it. Relative terms pass through scratch memory: `rel_h` (image, head, key row,
 token) and `rel_w` (image, head, token, key column), float32. A head's channels
 are split into D0 and D1, both powers of two (80 = 64 + 16), so that nothing is padded to 128.
+
+Values that travel together are tuples:
+
+    window = (top, left, height, width)     # first token, real rows and columns
+    query = (y, x, token, exists)           # of a tile: row and column in the window, index in the grid, in range
+    q = (q0, q1), k, do, ...                # the parts of D0 and D1 channels; q1 is q0 where D1 is 0
+    HEAD = (HEAD_DIM, D0, D1); WINDOW = (WINDOW_H, WINDOW_W); KEYS = (ROWS, COLUMNS)
 """
 
 import triton
@@ -13,26 +20,20 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _locate(tiles, heads, h, w, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
-    """Of this program: tile, head, image, the window's first token, its numbers of real rows and columns."""
+def _locate(tiles, heads, h, w, WINDOW: tl.constexpr):
+    """Of this program: tile, head, image, window."""
     program = tl.program_id(0)
     tile = program % tiles
     head = program // tiles % heads
-    window = program // tiles // heads
-    across = tl.cdiv(w, WINDOW_W)
-    down = tl.cdiv(h, WINDOW_H)
-    left = window % across * WINDOW_W
-    top = window // across % down * WINDOW_H
-    image = (window // across // down).to(tl.int64)
-    return (
-        tile,
-        head,
-        image,
-        top,
-        left,
-        tl.minimum(h - top, WINDOW_H),
-        tl.minimum(w - left, WINDOW_W),
-    )
+    index = program // tiles // heads
+    across = tl.cdiv(w, WINDOW[1])
+    down = tl.cdiv(h, WINDOW[0])
+    left = index % across * WINDOW[1]
+    top = index // across % down * WINDOW[0]
+    image = (index // across // down).to(tl.int64)
+    height = tl.minimum(h - top, WINDOW[0])
+    width = tl.minimum(w - left, WINDOW[1])
+    return tile, head, image, (top, left, height, width)
 
 
 @triton.jit
@@ -42,17 +43,38 @@ def _wide(number):
 
 
 @triton.jit
-def _query_positions(tile, height, width, BLOCK: tl.constexpr):
-    """Row and column in the window of a tile of its real tokens, row by row, and which of them exist."""
-    index = tile * BLOCK + tl.arange(0, BLOCK)
-    return index // width, index % width, index < height * width
+def _head_pointers(qkv, image, head, heads, stride_b, stride_c, HEAD_DIM: tl.constexpr):
+    """Pointers to a head's first channel in q, k and v of an image."""
+    q = qkv + image * stride_b + head.to(tl.int64) * HEAD_DIM * stride_c
+    k = q + _wide(heads * HEAD_DIM) * stride_c
+    return q, k, k + _wide(heads * HEAD_DIM) * stride_c
 
 
 @triton.jit
-def _key_positions(row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Row and column in the window of a tile of keys that begins at (row, column)."""
-    index = tl.arange(0, ROWS * COLUMNS)
-    return row + index // COLUMNS, column + index % COLUMNS
+def _offsets(window, y, x, stride_y, stride_x):
+    """Where tokens at (y, x) of a window lie in qkv."""
+    top, left, _, _ = window
+    return (top + y).to(tl.int64) * stride_y + (left + x).to(tl.int64) * stride_x
+
+
+@triton.jit
+def _query_tile(tile, window, w, BLOCK: tl.constexpr):
+    """The query tuple of a tile of a window's real tokens, row by row."""
+    top, left, height, width = window
+    index = tile * BLOCK + tl.arange(0, BLOCK)
+    y = index // width
+    x = index % width
+    exists = index < height * width
+    return y, x, (top + y) * w + left + x, exists
+
+
+@triton.jit
+def _key_tile(row, column, window, KEYS: tl.constexpr):
+    """Of a tile of keys that begins at (row, column): rows and columns in the window, which are real tokens."""
+    index = tl.arange(0, KEYS[0] * KEYS[1])
+    y = row + index // KEYS[1]
+    x = column + index % KEYS[1]
+    return y, x, (y < window[2]) & (x < window[3])
 
 
 @triton.jit
@@ -90,6 +112,13 @@ def _store(
         mask = mask & (channel < HEAD_DIM)[None, :]
     values = values.to(pointer.dtype.element_ty)
     tl.store(pointer + offsets[:, None] + channel[None, :], values, mask=mask)
+
+
+@triton.jit
+def _zeros(TOKENS: tl.constexpr, HEAD: tl.constexpr):
+    """Accumulators for both parts; a column that nothing uses where there is one part."""
+    second: tl.constexpr = HEAD[2] if HEAD[2] > 0 else 1
+    return tl.zeros([TOKENS, HEAD[1]], tl.float32), tl.zeros([TOKENS, second], tl.float32)
 
 
 @triton.jit
@@ -134,35 +163,46 @@ def _skewed(
 
 @triton.jit
 def _store_relative_axis(
-    q0,
-    q1,
+    q,
     table,
     rel,
     position,
-    exists,
-    token,
+    query,
     key_stride,
     token_stride,
     SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
+    HEAD: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Stores one axis' relative terms of the queries with all SIZE keys of the axis."""
+    _, _, token, exists = query
     for first in tl.range(0, 2 * SIZE - 1, CHUNK, num_stages=1):
         row = first + tl.arange(0, CHUNK)
-        offsets = row * HEAD_DIM
+        offsets = row * HEAD[0]
         in_table = row < 2 * SIZE - 1
-        rows = _load(table, offsets, in_table, 1, HEAD_DIM, 0, D0)
-        product = tl.dot(q0, tl.trans(rows), input_precision="ieee")
-        if D1 > 0:
-            rows = _load(table, offsets, in_table, 1, HEAD_DIM, D0, D1)
-            product = tl.dot(q1, tl.trans(rows), product, input_precision="ieee")
+        rows = _load(table, offsets, in_table, 1, HEAD[0], 0, HEAD[1])
+        product = tl.dot(q[0], tl.trans(rows), input_precision="ieee")
+        if HEAD[2] > 0:
+            rows = _load(table, offsets, in_table, 1, HEAD[0], HEAD[1], HEAD[2])
+            product = tl.dot(q[1], tl.trans(rows), product, input_precision="ieee")
         pointers, mask = _skewed(
             position, exists, first, rel, token, key_stride, token_stride, SIZE, CHUNK
         )
         tl.store(pointers, product, mask=mask)
+
+
+@triton.jit
+def _store_relative(
+    q, tables, rel, query, tokens, WINDOW: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Stores the relative terms of the queries with all keys of both axes."""
+    table_h, table_w = tables
+    rel_h, rel_w = rel
+    y, x, _, _ = query
+    H: tl.constexpr = WINDOW[0]
+    W: tl.constexpr = WINDOW[1]
+    _store_relative_axis(q, table_h, rel_h, y, query, tokens, 1, H, HEAD, CHUNK)
+    _store_relative_axis(q, table_w, rel_w, x, query, 1, W, W, HEAD, CHUNK)
 
 
 @triton.jit
@@ -171,8 +211,7 @@ def _add_relative_axis(
     table,
     d_rel,
     position,
-    exists,
-    token,
+    query,
     key_stride,
     token_stride,
     SIZE: tl.constexpr,
@@ -181,7 +220,8 @@ def _add_relative_axis(
     CHANNELS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Adds to `dq` (tokens, CHANNELS) what flows back through one axis' relative terms."""
+    """Adds to `dq` (tokens, CHANNELS) the gradient through one axis' relative terms."""
+    _, _, token, exists = query
     for first in tl.range(0, 2 * SIZE - 1, CHUNK, num_stages=1):
         row = first + tl.arange(0, CHUNK)
         rows = _load(table, row * HEAD_DIM, row < 2 * SIZE - 1, 1, HEAD_DIM, FIRST, CHANNELS)
@@ -194,132 +234,73 @@ def _add_relative_axis(
 
 
 @triton.jit
-def _store_relative(
-    q0,
-    q1,
-    table_h,
-    table_w,
-    rel_h,
-    rel_w,
-    y,
-    x,
-    exists,
-    token,
-    tokens,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Stores the relative terms of the queries with all keys of both axes."""
-    _store_relative_axis(
-        q0,
-        q1,
-        table_h,
-        rel_h,
-        y,
-        exists,
-        token,
-        tokens,
-        1,
-        WINDOW_H,
-        HEAD_DIM,
-        D0,
-        D1,
-        CHUNK,
-    )
-    _store_relative_axis(
-        q0,
-        q1,
-        table_w,
-        rel_w,
-        x,
-        exists,
-        token,
-        1,
-        WINDOW_W,
-        WINDOW_W,
-        HEAD_DIM,
-        D0,
-        D1,
-        CHUNK,
-    )
-
-
-@triton.jit
 def _add_relative(
     dq,
-    table_h,
-    table_w,
-    d_rel_h,
-    d_rel_w,
-    y,
-    x,
-    exists,
-    token,
+    tables,
+    d_rel,
+    query,
     tokens,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
+    WINDOW: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     FIRST: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Adds to `dq` (tokens, CHANNELS) what flows back through the relative terms of both axes."""
+    """Adds to `dq` (tokens, SIZE), channels from FIRST on, the gradient through the relative terms of both axes."""
+    table_h, table_w = tables
+    d_rel_h, d_rel_w = d_rel
+    y, x, _, _ = query
+    H: tl.constexpr = WINDOW[0]
+    W: tl.constexpr = WINDOW[1]
     dq = _add_relative_axis(
-        dq,
-        table_h,
-        d_rel_h,
-        y,
-        exists,
-        token,
-        tokens,
-        1,
-        WINDOW_H,
-        HEAD_DIM,
-        FIRST,
-        CHANNELS,
-        CHUNK,
+        dq, table_h, d_rel_h, y, query, tokens, 1, H, HEAD_DIM, FIRST, SIZE, CHUNK
     )
-    return _add_relative_axis(
-        dq,
-        table_w,
-        d_rel_w,
-        x,
-        exists,
-        token,
-        1,
-        WINDOW_W,
-        WINDOW_W,
-        HEAD_DIM,
-        FIRST,
-        CHANNELS,
-        CHUNK,
-    )
+    return _add_relative_axis(dq, table_w, d_rel_w, x, query, 1, W, W, HEAD_DIM, FIRST, SIZE, CHUNK)
 
 
 @triton.jit
-def _scores(q0, q1, k0, k1, terms, scale, D1: tl.constexpr):
+def _scores(q, k, terms, scale, D1: tl.constexpr):
     """Logits (queries, keys)."""
-    scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+    scores = tl.dot(q[0], tl.trans(k[0]), input_precision="ieee")
     if D1 > 0:
-        scores = tl.dot(q1, tl.trans(k1), scores, input_precision="ieee")
+        scores = tl.dot(q[1], tl.trans(k[1]), scores, input_precision="ieee")
     return scores * scale + terms
 
 
 @triton.jit
-def _terms_of_columns(rel_w, token, exists, column, WINDOW_W: tl.constexpr, COLUMNS: tl.constexpr):
+def _query_scores(
+    q,
+    k,
+    rel_h,
+    term_w,
+    query,
+    tokens,
+    row,
+    scale,
+    WINDOW_H: tl.constexpr,
+    D1: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Logits (queries, keys) of a tile of keys from `row` on."""
+    term_h = _terms_of_rows(rel_h, query, tokens, row, WINDOW_H, KEYS[0])
+    terms = term_h[:, :, None] + term_w[:, None, :]
+    terms = tl.reshape(terms, [terms.shape[0], KEYS[0] * KEYS[1]])
+    return _scores(q, k, terms, scale, D1)
+
+
+@triton.jit
+def _terms_of_columns(rel_w, query, column, WINDOW_W: tl.constexpr, COLUMNS: tl.constexpr):
     """The relative terms (tokens, COLUMNS) of key columns from `column` on."""
+    _, _, token, exists = query
     columns = column + tl.arange(0, COLUMNS)
     pointers = rel_w + token.to(tl.int64)[:, None] * WINDOW_W + columns[None, :]
     return tl.load(pointers, mask=exists[:, None] & (columns < WINDOW_W)[None, :], other=0.0)
 
 
 @triton.jit
-def _terms_of_rows(rel_h, token, exists, tokens, row, WINDOW_H: tl.constexpr, ROWS: tl.constexpr):
+def _terms_of_rows(rel_h, query, tokens, row, WINDOW_H: tl.constexpr, ROWS: tl.constexpr):
     """The relative terms (tokens, ROWS) of key rows from `row` on."""
+    _, _, token, exists = query
     rows = row + tl.arange(0, ROWS)
     pointers = rel_h + rows.to(tl.int64)[None, :] * tokens + token[:, None]
     return tl.load(pointers, mask=exists[:, None] & (rows < WINDOW_H)[None, :], other=0.0)
