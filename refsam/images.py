@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from struct import error as StructError
 from typing import NoReturn
 
 import numpy as np
@@ -13,17 +12,10 @@ from PIL import ExifTags, Image, ImageOps
 from refsam.errors import UserError
 
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .png .bmp .tif .tiff .webp .ppm .pgm .pbm .jp2 .avif".split()
+    ".jpg .jpeg .jfif .png .bmp .tif .tiff .webp .ppm .pgm .pbm .jp2 .avif .heic .heif .hif".split()
 )
-# What Pillow raises for a file that is cut off, damaged, no image or absurdly large.
-IMAGE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    StructError,
-    Image.DecompressionBombError,
-)
+# A file that is cut off, damaged, no image or absurdly large can raise anything in the reader of its format.
+IMAGE_ERRORS = Exception
 # Orientations in which a viewer shows the stored rows as columns.
 _TURNED = (5, 6, 7, 8)
 
@@ -37,13 +29,16 @@ class ImageError(UserError):
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The images of a folder in natural order (`frame2` before `frame10`), hidden and other files left out."""
+    """The images of a folder in natural order (`frame2` before `frame10`), hidden and other files left out.
+
+    A link to nothing is one of them: reading it is an error, where leaving it out would move those behind it.
+    """
     paths = (
         path
         for path in folder.iterdir()
         if path.suffix.lower() in IMAGE_SUFFIXES
         and not path.name.startswith(".")
-        and path.is_file()
+        and (path.is_file() or not path.exists())
     )
     return sorted(paths, key=lambda path: natural_key(path.name))
 
@@ -63,7 +58,7 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         with Image.open(path) as image:
             return _shown(image, (image.height, image.width))
     except IMAGE_ERRORS as error:
-        _refuse(path, error)
+        refuse_image(path, error)
 
 
 def read_image(
@@ -81,9 +76,9 @@ def read_image(
             if wanted is not None:
                 height, width = _shown(image, wanted(size))
                 image.draft("RGB", (width, height))
-            return _to_rgb(ImageOps.exif_transpose(image), path), size
+            return to_rgb(ImageOps.exif_transpose(image), path), size
     except IMAGE_ERRORS as error:
-        _refuse(path, error)
+        refuse_image(path, error)
 
 
 def _shown(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
@@ -92,7 +87,8 @@ def _shown(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
     return (size[1], size[0]) if is_turned else size
 
 
-def _to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
+def to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
+    """An image of any mode as RGB of 8 bits, transparency on white; raises ImageError for floating-point pixels."""
     if image.mode == "F":
         raise ImageError(path, "has floating-point pixels: give 8 or 16 bits per channel")
     if image.mode.startswith("I"):
@@ -112,7 +108,8 @@ def on_white(rgba: np.ndarray) -> np.ndarray:
     return ((blended + 127) // 255).astype(np.uint8)
 
 
-def _refuse(path: str | os.PathLike[str], error: Exception) -> NoReturn:
+def refuse_image(path: str | os.PathLike[str], error: Exception) -> NoReturn:
+    """Raise what Pillow said of a file as ImageError."""
     if isinstance(error, ImageError):
         raise error
     if isinstance(error, FileNotFoundError):

@@ -96,7 +96,14 @@ def prepare_all(
 ) -> Iterator[tuple["Frame", PreparedFrame]]:
     """Each frame of a source with what `FramePreparer` makes of it; for `refsam.video.prefetch`."""
     prepare = FramePreparer(model)
-    return ((frame, prepare(frame.image)) for frame in frames)
+    return ((frame, as_stored(prepare(frame.square_image()), frame)) for frame in frames)
+
+
+def as_stored(prepared: PreparedFrame, frame: "Frame") -> PreparedFrame:
+    """The same with the frame's stored size, which the masks will have: the model alone sees square pixels."""
+    if frame.aspect == 1:
+        return prepared
+    return replace(prepared, size=prepared.size._replace(original=frame.image.shape[:2]))
 
 
 class _Upload:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -315,23 +315,36 @@ def segment_video(
 
 
 def read_ahead(
-    session: VideoSession, frames: "Iterable[Frame]", *, encode: bool = True
+    session: VideoSession,
+    frames: "Iterable[Frame]",
+    *,
+    encode: bool = True,
+    heed: Callable[[], None] = lambda: None,
 ) -> Generator[tuple["Frame", PreparedFrame | EncodedFrame], None, None]:
     """Each frame with what `session.step` takes, made in other threads while the frames before it are segmented.
 
     They read and resize. Where torch computes with one thread of several cores they run the image encoder too,
     beside the decoder: only that waits for the frame before. encode=False leaves the encoder to `step_together`.
+    heed is called every tenth of a second while no frame comes, and may raise.
     """
     from refsam.video import prefetch
 
-    with closing(prefetch(prepare_all(session.model, frames))) as prepared:
-        if not (encode and _has_a_core_for_the_encoder(session.model)):
+    ahead = not (encode and _has_a_core_for_the_encoder(session.model))
+    prepared = prefetch(prepare_all(session.model, frames), heed=heed if ahead else lambda: None)
+    with closing(prepared):
+        if ahead:
             yield from prepared
             return
         # Threads have modes of their own.
         dtype = torch.get_autocast_dtype("cpu")
         autocast = torch.autocast("cpu", dtype, enabled=torch.is_autocast_enabled("cpu"))
-        with closing(prefetch(_encode_all(session, prepared, autocast), depth=2)) as encoded:
+        encoded = prefetch(
+            _encode_all(session, prepared, autocast), depth=2, heed=heed, patience=60
+        )
+        with (
+            closing(encoded),
+            closing(prepared),
+        ):  # closed from the last to the first: wake, then wait
             yield from encoded
 
 

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from refsam.errors import UserError
+from refsam.video.frames import Frame
 from refsam.video.overlay import caption, draw_overlay
-from refsam.video.reader import Frame
 
 _OUTPUTS = ("masks", "overlay.mp4", "result.json")  # the last one says that the others are in place
 STAGING = ".refsam-unfinished"

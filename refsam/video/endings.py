@@ -1,0 +1,135 @@
+"""Whether a file ends before its own structure says it does: FFmpeg takes a cut for the end.
+
+Each container is walked over by its own sizes; nothing is decoded, and nothing is concluded from durations.
+"""
+
+import struct
+from collections.abc import Callable
+from typing import BinaryIO
+
+_SEGMENT, _CLUSTER = (
+    0x18538067,
+    0x1F43B675,
+)  # Matroska's elements that hold others and may be of unknown size
+
+
+def is_cut_off(path: str, container: str) -> bool:
+    """Whether the file was truncated, as far as its container lets one know.
+
+    Args:
+        path: a regular file.
+        container: FFmpeg's name of its format.
+    """
+    walk = _WALKS.get(container)
+    if walk is None:
+        return False
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        return walk(file, size)
+
+
+def _matroska(file: BinaryIO, size: int) -> bool:
+    """EBML: each element has an id and a size; behind a segment or cluster without one its children follow."""
+    while file.tell() < size:
+        identifier, _ = _ebml_number(file, keep_marker=True)
+        length, unknown = _ebml_number(file, keep_marker=False)
+        if identifier is None or length is None:
+            return True
+        if identifier == _SEGMENT:
+            if not unknown:
+                return file.tell() + length > size
+        elif unknown:
+            if identifier != _CLUSTER:
+                return False  # no sizes to go by
+        elif file.seek(length, 1) > size:
+            return True
+    return False
+
+
+def _ebml_number(file: BinaryIO, *, keep_marker: bool) -> tuple[int | None, bool]:
+    """A number of one to eight bytes, None at the end of the file; whether all its bits are set: not known."""
+    first = file.read(1)
+    if not first or not first[0]:
+        return None, False
+    more = 8 - first[0].bit_length()
+    rest = file.read(more)
+    if len(rest) < more:
+        return None, False
+    bits = 7 * (more + 1)
+    number = int.from_bytes(first + rest, "big")
+    value = number & ((1 << bits) - 1)
+    return (number if keep_marker else value), value == (1 << bits) - 1
+
+
+def _riff(file: BinaryIO, size: int) -> bool:
+    """AVI: one RIFF chunk after the other. A recording that was never closed has sizes of 0."""
+    while file.tell() + 8 <= size:
+        name, length = struct.unpack("<4sI", file.read(8))
+        if name != b"RIFF" or length in (0, 0xFFFFFFFF):
+            return False
+        if file.seek(length + length % 2, 1) > size + length % 2:
+            return True
+    return False
+
+
+def _gif(file: BinaryIO, size: int) -> bool:
+    """Blocks up to the trailer; whatever follows it does not count."""
+    file.seek(10)
+    _skip_colours(file)
+    file.seek(2, 1)
+    while file.tell() < size:
+        kind = file.read(1)
+        if kind == b";":
+            return False
+        if kind == b",":
+            file.seek(8, 1)
+            _skip_colours(file)
+            file.seek(1, 1)
+        elif kind == b"!":
+            file.seek(1, 1)
+        elif kind != b"\0":  # some encoders write one terminator too many
+            return False
+        while kind != b"\0" and (length := file.read(1)) not in (b"", b"\0"):
+            file.seek(length[0], 1)
+    return True
+
+
+def _skip_colours(file: BinaryIO) -> None:
+    """Behind the byte that says so, a table of colours follows."""
+    flags = file.read(1)
+    if flags and flags[0] & 0x80:
+        file.seek(3 * 2 ** ((flags[0] & 7) + 1), 1)
+
+
+def _ogg(file: BinaryIO, size: int) -> bool:
+    while file.tell() < size:
+        header = file.read(27)
+        if not header.startswith(b"OggS"[: len(header)]):
+            return False
+        lengths = file.read(header[26]) if len(header) == 27 else b""
+        if len(header) < 27 or len(lengths) < header[26] or file.seek(sum(lengths), 1) > size:
+            return True
+    return False
+
+
+def _flv(file: BinaryIO, size: int) -> bool:
+    """Tags, each between two sizes of the one before it."""
+    file.seek(5)
+    file.seek(int.from_bytes(file.read(4), "big") + 4)
+    while file.tell() < size:
+        header = file.read(11)
+        length = int.from_bytes(header[1:4], "big")
+        if len(header) < 11 or file.seek(length, 1) > size:
+            return True
+        file.seek(4, 1)
+    return False
+
+
+_WALKS: dict[str, Callable[[BinaryIO, int], bool]] = {
+    "matroska,webm": _matroska,
+    "avi": _riff,
+    "gif": _gif,
+    "ogg": _ogg,
+    "flv": _flv,
+}

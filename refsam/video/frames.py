@@ -1,0 +1,182 @@
+"""What reading hands on: frames, where they come from, which of them are wanted, and the errors on the way."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from refsam.errors import UserError
+
+
+class FrameDecodeError(UserError):
+    """A frame in mid-stream that cannot be decoded; the frames before it are good."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One frame as a viewer shows it, but for the shape of its pixels: turned, mirrored, transparency on white.
+
+    Attributes:
+        index: number of the frame in the source, from 0; there are gaps where frames were left out.
+        time: seconds since the source's first frame.
+        image: ``(H, W, 3)`` uint8 RGB, at the stored size.
+        aspect: width of a pixel by its height; 1 for square pixels.
+    """
+
+    index: int
+    time: float
+    image: np.ndarray
+    aspect: Fraction = Fraction(1)
+
+    def square_image(self) -> np.ndarray:
+        """The image with square pixels, for whoever must not see it squashed: ``(H', W', 3)`` uint8, one side enlarged."""
+        if self.aspect == 1:
+            return self.image
+        height, width = self.image.shape[:2]
+        if self.aspect > 1:
+            width = round(width * self.aspect)
+        else:
+            height = round(height / self.aspect)
+        return np.asarray(Image.fromarray(self.image).resize((width, height)))
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """Which frames are wanted, and how patient reading is.
+
+    Attributes:
+        start, end: seconds since the source's first frame; frames with ``start <= time < end`` are taken.
+        stride: every how many-th of them.
+        max_frames: at most so many.
+        skip: how many of those are passed over, because an earlier run did them.
+        timeout: seconds without a byte after which a stream is given up; 0 waits for ever, as cameras always do.
+        max_pixels: of a frame; None takes all that the decoder does.
+        skip_bad_frames: go on behind a frame that cannot be decoded, and list it in ``skipped``.
+    """
+
+    start: float = 0.0
+    end: float | None = None
+    stride: int = 1
+    max_frames: int | None = None
+    skip: int = 0
+    timeout: float = 30.0
+    max_pixels: int | None = None
+    skip_bad_frames: bool = False
+
+    def expected(self, frames: int | None, fps: Fraction) -> int | None:
+        """How many of that many frames are wanted, if their times are even."""
+        if frames is None:
+            return self.max_frames
+        first = min(frames, -int(-self.start * fps // 1))
+        last = frames if self.end is None else min(frames, -int(-self.end * fps // 1))
+        count = -(-max(0, last - first) // self.stride)
+        return count if self.max_frames is None else min(count, self.max_frames)
+
+    def check_size(self, name: str, height: int, width: int) -> None:
+        """Refuse a frame of too many pixels.
+
+        Raises:
+            UserError: more than `max_pixels`.
+        """
+        if self.max_pixels is not None and height * width > self.max_pixels:
+            raise UserError(
+                f"{name} has frames of {width} x {height}: at most {self.max_pixels / 1e6:.1f} million pixels are taken"
+            )
+
+
+EVERYTHING = ReadOptions()
+
+
+class Choice:
+    """Says of one frame after the other whether it is wanted."""
+
+    def __init__(self, options: ReadOptions) -> None:
+        self._options = options
+        self._in_range = 0
+        self.taken = 0
+
+    def has_ended(self, time: float = 0.0) -> bool:
+        """Whether neither a frame of that time nor a later one is wanted."""
+        options = self._options
+        if options.max_frames is not None and self.taken >= options.max_frames:
+            return True
+        return options.end is not None and time >= options.end
+
+    def takes(self, time: float) -> bool:
+        """Whether the next frame, of that time, is wanted; one that an earlier run did counts as taken."""
+        if time < self._options.start:
+            return False
+        self._in_range += 1
+        if (self._in_range - 1) % self._options.stride:
+            return False
+        self.taken += 1
+        return self.taken > self._options.skip
+
+
+class FrameSource(Protocol):
+    """What `open_source` returns: iterate over it once; close it or use it in ``with``.
+
+    Attributes:
+        name: where the frames come from, for messages and results.
+        fps: mean frames per second.
+        time_base: unit in which every frame time of the source is a whole number.
+        expected_frames: number of frames that it will give, None where it does not know.
+        notes: what is not as it should be, in words; more may come while it is read.
+        skipped: the frames that could not be decoded, by number, and why.
+        files: the files of a folder's frames, by number; None for other sources.
+        sound: file whose sound belongs to the frames; None where there is none to be had.
+    """
+
+    name: str
+    fps: Fraction
+    time_base: Fraction
+    expected_frames: int | None
+    notes: list[str]
+    skipped: dict[int, str]
+    files: list[str] | None
+    sound: str | None
+
+    def __iter__(self) -> Iterator[Frame]: ...
+
+    def __enter__(self) -> "FrameSource": ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class SourceBase:
+    """What every source has, and how it is used in ``with``."""
+
+    name: str
+    fps: Fraction = Fraction(24)
+    time_base: Fraction = Fraction(1, 24)
+    expected_frames: int | None = None
+    notes: list[str] = field(default_factory=list)
+    skipped: dict[int, str] = field(default_factory=dict)
+    files: list[str] | None = None
+    sound: str | None = None
+
+    def __enter__(self):  # type: ignore[no-untyped-def]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+    def note(self, text: str) -> None:
+        """Note something once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def reason(error: BaseException) -> str:
+    """An error in words, FFmpeg's without the location, which the message names already."""
+    words = getattr(error, "strerror", None) or str(error)
+    return str(words) or type(error).__name__

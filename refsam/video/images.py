@@ -1,0 +1,210 @@
+"""Images on disk as frames: one, a folder of them, or the pictures of an animation."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from refsam.errors import UserError
+from refsam.images import IMAGE_ERRORS, refuse_image, to_rgb
+from refsam.video.frames import (
+    EVERYTHING,
+    Choice,
+    Frame,
+    FrameDecodeError,
+    ReadOptions,
+    SourceBase,
+)
+
+HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+IMAGE_FPS = Fraction(24)  # images carry no rate; DAVIS, the usual folder of frames, has 24
+_MILLISECOND = Fraction(1, 1000)
+_REDUCED = 254  # TIFF's tag that says of a page that it is a smaller copy of another
+# JPEGs with a second picture inside hold a preview or another eye's view, not another moment.
+_ONE_PICTURE = frozenset({"JPEG", "MPO"})
+
+
+class ImageSource(SourceBase):
+    """Image files as a sequence of frames at 24 per second.
+
+    Args:
+        paths: the images, in order.
+        name: what messages and results call them.
+        options: which are wanted.
+    """
+
+    def __init__(self, paths: list[Path], name: str, options: ReadOptions) -> None:
+        expected = options.expected(len(paths), IMAGE_FPS)
+        super().__init__(name, IMAGE_FPS, 1 / IMAGE_FPS, expected, files=[p.name for p in paths])
+        self._paths, self._options = paths, options
+
+    def __iter__(self) -> Iterator[Frame]:
+        choice = Choice(self._options)
+        for index, path in enumerate(self._paths):
+            time = float(index / self.fps)
+            if choice.has_ended(time):
+                return
+            if not choice.takes(time):
+                continue
+            try:
+                image = read_image(path, self._options)
+            except UserError as error:
+                if self._options.skip_bad_frames:
+                    self.skipped[index] = str(error)
+                    continue
+                if choice.taken == 1:
+                    raise
+                raise FrameDecodeError(f"frame {index}: {error}") from error
+            yield Frame(index, time, image)
+
+
+class AnimationSource(SourceBase):
+    """The pictures of an animated WebP, PNG or AVIF, each for its own time, or the pages of a TIFF at 24 per second.
+
+    Args:
+        path: the file.
+        pages: which of its pictures.
+        options: which of those are wanted.
+        name: what messages and results call it.
+    """
+
+    def __init__(self, path: Path, pages: list[int], options: ReadOptions, name: str) -> None:
+        super().__init__(name, time_base=_MILLISECOND)
+        self._path, self._pages, self._options = path, pages, options
+        with _opened(path) as image:
+            image.seek(pages[0])
+            image.load()
+            self.fps = (1 / _duration(image)).limit_denominator(1001)
+        self.expected_frames = options.expected(len(pages), self.fps)
+
+    def __iter__(self) -> Iterator[Frame]:
+        choice, time = Choice(self._options), Fraction(0)
+        with _opened(self._path) as opened:
+            for index, page in enumerate(self._pages):
+                if choice.has_ended(float(time)):
+                    return
+                is_wanted = choice.takes(float(time))
+                try:
+                    with _errors(self._path):
+                        opened.seek(page)
+                        opened.load()  # only then its duration is known
+                        image = _pixels(opened, self._path, self._options) if is_wanted else None
+                except (
+                    UserError
+                ) as error:  # later pictures build on it, so there is nothing to go on with
+                    if choice.taken <= 1:
+                        raise
+                    raise FrameDecodeError(f"frame {index}: {error}") from error
+                if image is not None:
+                    yield Frame(index, float(time), image)
+                time += _duration(opened)
+
+
+def open_image(path: Path, name: str, options: ReadOptions) -> ImageSource | AnimationSource:
+    """One image file as a source: all of its pictures if it is an animation.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with _opened(path) as opened:
+            pages = _pages(opened)
+    except UserError:
+        if path.suffix.lower() not in HEIF_SUFFIXES:
+            raise
+        pages = [0]
+    return (
+        AnimationSource(path, pages, options, name)
+        if len(pages) > 1
+        else ImageSource([path], name, options)
+    )
+
+
+def read_image(path: str | os.PathLike[str], options: ReadOptions = EVERYTHING) -> np.ndarray:
+    """Read an image as ``(H, W, 3)`` uint8 RGB: EXIF orientation applied, transparency on white.
+
+    Palette, grey, 1-bit and 16-bit images are converted (16 bits keep their upper 8).
+
+    Raises:
+        UserError: missing, unreadable, damaged, of floating-point pixels, or an animation.
+    """
+    if Path(path).suffix.lower() in HEIF_SUFFIXES:
+        return _read_heif(Path(path), options)
+    return _read_one(path, options)
+
+
+def _read_one(path: str | os.PathLike[str], options: ReadOptions) -> np.ndarray:
+    with _opened(path) as opened:
+        pages = _pages(opened)
+        if len(pages) > 1:
+            raise UserError(
+                f"{path} holds {len(pages)} pictures: give it alone, or a folder of images of one picture"
+            )
+        return _pixels(opened, path, options)
+
+
+def _read_heif(path: Path, options: ReadOptions) -> np.ndarray:
+    """By Pillow where it can, with pi-heif or for AVIF; else by FFmpeg, which does not put tiles together."""
+    from refsam.video.video_source import VideoSource
+
+    with suppress(ImportError):
+        from pi_heif import register_heif_opener
+
+        register_heif_opener()
+    try:
+        return _read_one(path, options)
+    except UserError as error:
+        if not isinstance(error.__cause__, UnidentifiedImageError):
+            raise
+    with VideoSource(
+        str(path), options=replace(options, start=0.0, end=None, stride=1, skip=0)
+    ) as source:
+        return next(iter(source)).image
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    with _errors(path), Image.open(path) as opened:
+        yield opened
+
+
+@contextmanager
+def _errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except IMAGE_ERRORS as error:
+        refuse_image(path, error)
+
+
+def _pixels(opened: Image.Image, path: str | os.PathLike[str], options: ReadOptions) -> np.ndarray:
+    options.check_size(str(path), opened.height, opened.width)
+    return np.asarray(to_rgb(ImageOps.exif_transpose(opened), path))
+
+
+def _pages(opened: Image.Image) -> list[int]:
+    """Which of a file's pictures are moments of it: no smaller copies, no previews, no stand-in for the animation."""
+    count = 1 if opened.format in _ONE_PICTURE else getattr(opened, "n_frames", 1)
+    if opened.format == "TIFF" and count > 1:
+        whole = [page for page in range(count) if not _is_reduced(opened, page)]
+        opened.seek(0)
+        return whole or [0]
+    return list(range(1 if opened.info.get("default_image") and count > 1 else 0, count))
+
+
+def _is_reduced(opened: Image.Image, page: int) -> bool:
+    opened.seek(page)
+    return bool(opened.tag_v2.get(_REDUCED, 0) & 1)  # type: ignore[attr-defined]
+
+
+def _duration(opened: Image.Image) -> Fraction:
+    """Seconds that a loaded picture is shown: a tenth, as browsers have it, where an animation says 0."""
+    if opened.format == "TIFF":
+        return 1 / IMAGE_FPS
+    return Fraction(opened.info.get("duration") or 100) / 1000

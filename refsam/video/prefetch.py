@@ -1,0 +1,86 @@
+"""Run an iterable in a thread of its own, a few items ahead."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+_LOOK = 0.1  # seconds between looks at whether somebody closed it
+
+
+def prefetch(
+    items: Iterable[Item],
+    depth: int = 4,
+    *,
+    heed: Callable[[], None] = lambda: None,
+    patience: float = 0.3,
+) -> "Prefetched[Item]":
+    """Run an iterable in its own thread, at most ``depth`` items ahead.
+
+    An exception of the iterable is raised after the items before it. Closing stops the thread, but does not wait for ever:
+    a thread that waits for a silent camera cannot be woken, and ends with the process.
+
+    Args:
+        items: iterated over in the thread.
+        depth: how many are ready at most.
+        heed: called every tenth of a second while there is nothing to take; what it raises is raised to the taker.
+        patience: seconds that closing waits for the thread.
+    """
+    return Prefetched(items, depth, heed, patience)
+
+
+class Prefetched(Generic[Item]):
+    """What `prefetch` gives: an iterator that any thread may close."""
+
+    def __init__(
+        self, items: Iterable[Item], depth: int, heed: Callable[[], None], patience: float
+    ) -> None:
+        self._ahead: queue.Queue[tuple[str, object]] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._heed, self._patience = heed, patience
+        self._thread = threading.Thread(
+            target=self._work, args=(items,), name="refsam-prefetch", daemon=True
+        )
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        while not self._stop.is_set():
+            try:
+                kind, value = self._ahead.get(timeout=_LOOK)
+            except queue.Empty:
+                self._heed()
+                continue
+            if kind == "item":
+                return value  # type: ignore[return-value]
+            self._stop.set()
+            if kind == "error":
+                raise value  # type: ignore[misc]
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop; any thread may say so, also while another waits for an item."""
+        self._stop.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(self._patience)
+
+    def _work(self, items: Iterable[Item]) -> None:
+        try:
+            for item in items:
+                self._put("item", item)
+                if self._stop.is_set():
+                    return
+            self._put("end", None)
+        except BaseException as error:  # handed to the taker, whatever it is
+            self._put("error", error)
+
+    def _put(self, kind: str, value: object) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._ahead.put((kind, value), timeout=_LOOK)
+            except queue.Full:
+                continue

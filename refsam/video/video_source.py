@@ -1,0 +1,296 @@
+"""Frames of a video file, a network stream, a pipe or a camera, decoded by FFmpeg."""
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import Any
+
+import av
+
+from refsam.errors import UserError
+from refsam.runtime.threads import available_cores
+from refsam.video.byte_stream import ByteStream, Silence
+from refsam.video.endings import is_cut_off
+from refsam.video.frames import (
+    EVERYTHING,
+    Choice,
+    Frame,
+    FrameDecodeError,
+    ReadOptions,
+    SourceBase,
+    reason,
+)
+from refsam.video.pictures import peculiarities, pixel_aspect, to_rgb
+
+_DEFAULT_FPS = Fraction(24)
+_FEW_CORES = 2
+_PATIENCE = 0.3  # seconds that closing waits for a thread that waits for a stream
+_PATIENCE_WITH_FILES = 30.0  # a file's frame is decoded some day
+_DEFAULT_STREAM = 5_000_000  # pixels that this mark is worth, in ffmpeg's own choice
+# Text that FFmpeg would draw as terminal art.
+_NO_PICTURES = frozenset({"ansi", "bintext", "xbin", "idf"})
+# Their packets are whole unless the file ends within one; broadcasts may lose parts of any.
+_WHOLE = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "avi", "matroska,webm", "flv", "asf", "nut"})
+_TELLS_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders leave it out
+
+
+class VideoSource(SourceBase):
+    """Frames of a video, in the order and at the times at which a viewer shows them.
+
+    Args:
+        location: path, URL, or a stream of bytes.
+        container_format: FFmpeg's name of the input format; None finds it out.
+        name: what messages and results call it; the location by default.
+        options: which frames are wanted, and how patient reading is.
+        is_live: a camera: silence does not matter.
+
+    Raises:
+        UserError: not a video, unreadable, silent, or without a picture stream that can be decoded.
+    """
+
+    def __init__(
+        self,
+        location: str | ByteStream,
+        container_format: str | None = None,
+        name: str | None = None,
+        options: ReadOptions = EVERYTHING,
+        *,
+        is_live: bool = False,
+    ) -> None:
+        super().__init__(name or (location if isinstance(location, str) else location.name))
+        self._options = options
+        self._location = location
+        self._is_file = isinstance(location, str) and os.path.isfile(location)
+        self._is_closed = False
+        self._busy = (
+            threading.Lock()
+        )  # held while FFmpeg reads: nobody may close the container meanwhile
+        try:
+            self._container = self._open(container_format, is_live)
+            self._stream = self._best_stream()
+            self._describe()
+        except Exception as error:
+            if isinstance(location, ByteStream):
+                location.close()
+            raise self._not_readable(error) from error
+
+    def _open(self, container_format: str | None, is_live: bool) -> Any:
+        timeout = self._options.timeout or None
+        settings: dict[str, Any] = {"format": container_format, "metadata_errors": "replace"}
+        if self._is_file:  # the prefix keeps colons in a path from being taken for a protocol
+            return av.open(f"file:{self._location}", **settings)
+        if isinstance(self._location, str) and not is_live:
+            settings["timeout"] = timeout, timeout
+        return _in_thread(lambda: av.open(self._location, **settings))
+
+    def _best_stream(self) -> Any:
+        """The largest that can be decoded, with something on top for the one marked as default, as ffmpeg chooses."""
+        usable, others = [], []
+        for stream in self._container.streams.video:
+            if stream.disposition & av.stream.Disposition.attached_pic:
+                continue  # the cover of music
+            if stream.codec_context is None:
+                others.append(stream)
+            elif stream.codec_context.name not in _NO_PICTURES:
+                usable.append(stream)
+        if not usable:
+            if others:
+                raise UserError(
+                    f"{self.name} is encoded in a way that FFmpeg cannot decode: encode it again"
+                )
+            raise UserError(
+                f"{self.name} holds no video: give a video, an image or a folder of images"
+            )
+        if any(stream.disposition & av.stream.Disposition.dependent for stream in usable):
+            raise UserError(
+                f"{self.name} is stored in tiles, which FFmpeg does not put together: pip install pi-heif, or give a JPEG or PNG"
+            )
+        return max(usable, key=_rank)
+
+    def _describe(self) -> None:
+        stream, context = self._stream, self._stream.codec_context
+        # On few cores, threads for several frames at a time take from the rest what they gain.
+        context.thread_type = "AUTO" if available_cores() > _FEW_CORES else "SLICE"
+        if self._options.max_pixels is not None:  # before the decoder makes room for a frame
+            context.options = {"max_pixels": str(self._options.max_pixels)}
+            self._options.check_size(self.name, stream.height or 0, stream.width or 0)
+        self._decoder = context
+        alpha = _TELLS_ALPHA.get(context.name)
+        if alpha and stream.metadata.get("alpha_mode", stream.metadata.get("ALPHA_MODE")) == "1":
+            self._decoder = av.CodecContext.create(alpha, "r")
+            self._decoder.extradata = context.extradata
+        self._has_times = not self._container.format.flags & av.format.Flags.no_timestamps.value
+        rates = [stream.average_rate, stream.guessed_rate]
+        if not self._has_times:
+            rates.insert(0, context.framerate)  # the container's is invented
+        self.fps = next((rate for rate in rates if rate), _DEFAULT_FPS)
+        self.time_base = stream.time_base or 1 / self.fps
+        self.aspect = pixel_aspect(stream.sample_aspect_ratio or context.sample_aspect_ratio)
+        self.expected_frames = self._options.expected(self._announced_frames(), self.fps)
+        if self._is_file and self._container.streams.audio:
+            self.sound = str(self._location)
+
+    def _announced_frames(self) -> int | None:
+        """How many frames a viewer would show, edits of the file taken into account."""
+        stream = self._stream
+        if "mp4" in self._container.format.name and stream.frames and len(stream.index_entries):
+            return sum(not entry.is_discard for entry in stream.index_entries)
+        if stream.frames:
+            return stream.frames
+        duration = self._container.duration  # microseconds
+        return max(1, round(duration / 1e6 * self.fps)) if duration else None
+
+    def __iter__(self) -> Iterator[Frame]:
+        choice = Choice(self._options)
+        for index, time, picture in self._pictures():
+            if choice.has_ended(time):
+                return
+            if choice.takes(time):
+                yield self._frame(index, time, picture)
+                if choice.has_ended():
+                    return
+
+    def _frame(self, index: int, time: float, picture: av.VideoFrame) -> Frame:
+        for text in peculiarities(picture):
+            self.note(text)
+        self._options.check_size(self.name, picture.height, picture.width)
+        image, transposed = to_rgb(picture)
+        return Frame(index, time, image, 1 / self.aspect if transposed else self.aspect)
+
+    def _pictures(self) -> Iterator[tuple[int, float, av.VideoFrame]]:
+        """Every frame that can be decoded, with its number and time."""
+        index, time, end = 0, 0.0, 0.0
+        start: float | None = None
+        for picture, problem in self._decoded():
+            if picture is None or picture.is_corrupt:
+                self._refuse_or_skip(index, problem or "the data is damaged")
+                index, end = index + 1, end + float(1 / self.fps)
+                continue
+            # A frame without a time, or one that runs backwards, follows where the last one ends.
+            now = end if picture.time is None or start is None else picture.time - start
+            time = now if now > time or index == 0 else end
+            if start is None and picture.time is not None:
+                start = picture.time - time
+            end = time + self._duration(picture)
+            yield index, time, picture
+            index += 1
+        if index == len(self.skipped) or self._ends_early():
+            raise self._decode_error(index, "the file ends there")
+
+    def _decoded(self) -> Iterator[tuple[av.VideoFrame | None, str | None]]:
+        """Pictures as they come, or what the decoder says where one does not."""
+        self._reached, self._has_part = 0, False
+        packets = self._container.demux(self._stream)
+        pictures = 0
+        while True:
+            try:
+                packet = self._do(lambda: next(packets, None))
+            except Exception as error:  # behind it no packet can be found
+                raise self._reading_error(pictures, error) from error
+            if packet is not None and packet.is_corrupt and self._container.format.name in _WHOLE:
+                packet, self._has_part = None, True
+            try:
+                decoded = self._do(lambda: self._decoder.decode(packet))  # noqa: B023
+            except Exception as error:
+                decoded = []
+                if not isinstance(error, EOFError):  # was told of the end before
+                    pictures += 1
+                    yield None, reason(error)
+            for picture in decoded:
+                pictures += 1
+                yield picture, None
+            if packet is None:
+                return
+            self._reached = max(self._reached, (packet.pos or 0) + packet.size)
+
+    def _do(self, step: Callable[[], Any]) -> Any:
+        """One step of FFmpeg's, during which nobody may close the container."""
+        with self._busy:
+            return None if self._is_closed else step()
+
+    def _refuse_or_skip(self, index: int, problem: str) -> None:
+        error = self._decode_error(index, problem)
+        if not self._options.skip_bad_frames:
+            raise error
+        self.skipped[index] = problem
+
+    def _ends_early(self) -> bool:
+        """Whether the file was truncated, which FFmpeg takes for its end."""
+        if self._has_part:
+            return True
+        if "mp4" in self._container.format.name:
+            index = self._stream.index_entries
+            return any(e.size and e.pos >= self._reached and not e.is_discard for e in index)
+        return self._is_file and is_cut_off(str(self._location), self._container.format.name)
+
+    def _duration(self, picture: av.VideoFrame) -> float:
+        if picture.duration and picture.time_base and self._has_times:
+            return float(picture.duration * picture.time_base)
+        return float(1 / self.fps)
+
+    def close(self) -> None:
+        """Close the file or device, unless a thread waits for it that cannot be woken: then it stays open as long."""
+        if isinstance(self._location, ByteStream):
+            self._location.close()
+        patience = _PATIENCE_WITH_FILES if self._is_file else _PATIENCE
+        if self._busy.acquire(timeout=patience):
+            self._is_closed = True
+            self._container.close()
+            self._busy.release()
+
+    def _reading_error(self, index: int, error: Exception) -> UserError:
+        problem = self._silence(error)
+        if problem is None:
+            return self._decode_error(index, reason(error))
+        return problem if index == 0 else FrameDecodeError(f"frame {index} did not come: {problem}")
+
+    def _silence(self, error: Exception) -> Silence | None:
+        if isinstance(error, Silence):
+            return error
+        if isinstance(error, av.error.ExitError):  # what FFmpeg makes of its time limit
+            return Silence(self.name, self._options.timeout)
+        return None
+
+    def _decode_error(self, index: int, problem: str) -> UserError:
+        if index == len(self.skipped):
+            return UserError(
+                f"{self.name} holds no frame that can be decoded ({problem}): give a complete video"
+            )
+        return FrameDecodeError(
+            f"frame {index} of {self.name} cannot be decoded ({problem}): repair or re-encode the file"
+        )
+
+    def _not_readable(self, error: Exception) -> UserError:
+        if isinstance(error, UserError):
+            return error
+        if silence := self._silence(error):
+            return silence
+        hint = "give a complete video file, an image or a folder of images"
+        if isinstance(self._location, ByteStream):
+            hint = "a stream is read from front to back, so an MP4 needs its index in front (-movflags faststart)"
+        return UserError(f"{self.name} cannot be read as a video ({reason(error)}): {hint}")
+
+
+def _rank(stream: Any) -> tuple[int, int]:
+    is_default = bool(stream.disposition & av.stream.Disposition.default)
+    pixels = (stream.width or 0) * (stream.height or 0)
+    return pixels + _DEFAULT_STREAM * is_default, -stream.index
+
+
+def _in_thread(call: Callable[[], Any]) -> Any:
+    """What a call gives that may wait for ever, made elsewhere so that Ctrl-C is heeded here."""
+    answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
+
+    def work() -> None:
+        try:
+            answers.put((call(), None))
+        except Exception as error:  # raised where it was asked for
+            answers.put((None, error))
+
+    threading.Thread(target=work, name="refsam-open", daemon=True).start()
+    value, error = answers.get()
+    if error is not None:
+        raise error
+    return value
