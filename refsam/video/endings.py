@@ -12,6 +12,10 @@ _SEGMENT, _CLUSTER = (
     0x1F43B675,
 )  # Matroska's elements that hold others and may be of unknown size
 
+_BOXES = frozenset(
+    b"ftyp styp moov moof mdat sidx ssix mfra free skip wide emsg prft uuid meta".split()
+)
+
 
 def is_cut_off(path: str, container: str) -> bool:
     """Whether the file was truncated, as far as its container lets one know.
@@ -126,10 +130,27 @@ def _flv(file: BinaryIO, size: int) -> bool:
     return False
 
 
+def _fragments(file: BinaryIO, size: int) -> bool:
+    """MP4: boxes. What stands in the first index is known to be missing; of fragments the boxes alone tell."""
+    has_fragments = False
+    while file.tell() + 8 <= size:
+        start = file.tell()
+        length, kind = struct.unpack(">I4s", file.read(8))
+        if length == 1:
+            length = int.from_bytes(file.read(8), "big")
+        has_fragments |= kind == b"moof"
+        if not length or kind not in _BOXES:
+            return False
+        if file.seek(start + length) > size:
+            return has_fragments
+    return False
+
+
 _WALKS: dict[str, Callable[[BinaryIO, int], bool]] = {
     "matroska,webm": _matroska,
     "avi": _riff,
     "gif": _gif,
     "ogg": _ogg,
     "flv": _flv,
+    "mov,mp4,m4a,3gp,3g2,mj2": _fragments,
 }

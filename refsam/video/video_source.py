@@ -33,6 +33,9 @@ _DEFAULT_STREAM = 5_000_000  # pixels that this mark is worth, in ffmpeg's own c
 _NO_PICTURES = frozenset({"ansi", "bintext", "xbin", "idf"})
 # Their packets are whole unless the file ends within one; broadcasts may lose parts of any.
 _WHOLE = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "avi", "matroska,webm", "flv", "asf", "nut"})
+_PARTS = frozenset(
+    {"gif", "flv"}
+)  # their last packet may be less than it should be, without a word
 _TELLS_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders leave it out
 
 
@@ -63,7 +66,7 @@ class VideoSource(SourceBase):
         self._options = options
         self._location = location
         self._is_file = isinstance(location, str) and os.path.isfile(location)
-        self._is_closed = False
+        self._is_closed = self._is_cut = False
         self._busy = (
             threading.Lock()
         )  # held while FFmpeg reads: nobody may close the container meanwhile
@@ -139,8 +142,18 @@ class VideoSource(SourceBase):
             return sum(not entry.is_discard for entry in stream.index_entries)
         if stream.frames:
             return stream.frames
-        duration = self._container.duration  # microseconds
-        return max(1, round(duration / 1e6 * self.fps)) if duration else None
+        if not self._container.duration:
+            return None
+        seconds = self._container.duration / 1e6
+        if (
+            stream.start_time is not None
+            and stream.time_base
+            and self._container.start_time is not None
+        ):
+            seconds -= (
+                float(stream.start_time * stream.time_base) - self._container.start_time / 1e6
+            )
+        return max(1, round(seconds * self.fps))
 
     def __iter__(self) -> Iterator[Frame]:
         choice = Choice(self._options)
@@ -163,7 +176,14 @@ class VideoSource(SourceBase):
         """Every frame that can be decoded, with its number and time."""
         index, time, end = 0, 0.0, 0.0
         start: float | None = None
-        for picture, problem in self._decoded():
+        decoded = self._decoded()
+        while True:
+            try:
+                picture, problem = next(decoded)
+            except StopIteration:
+                break
+            except Exception as error:  # behind it no packet can be found
+                raise self._reading_error(index, error) from error
             if picture is None or picture.is_corrupt:
                 self._refuse_or_skip(index, problem or "the data is damaged")
                 index, end = index + 1, end + float(1 / self.fps)
@@ -176,34 +196,47 @@ class VideoSource(SourceBase):
             end = time + self._duration(picture)
             yield index, time, picture
             index += 1
-        if index == len(self.skipped) or self._ends_early():
+        if index == len(self.skipped) or self._is_cut:
             raise self._decode_error(index, "the file ends there")
 
     def _decoded(self) -> Iterator[tuple[av.VideoFrame | None, str | None]]:
         """Pictures as they come, or what the decoder says where one does not."""
-        self._reached, self._has_part = 0, False
-        packets = self._container.demux(self._stream)
-        pictures = 0
-        while True:
-            try:
-                packet = self._do(lambda: next(packets, None))
-            except Exception as error:  # behind it no packet can be found
-                raise self._reading_error(pictures, error) from error
-            if packet is not None and packet.is_corrupt and self._container.format.name in _WHOLE:
-                packet, self._has_part = None, True
+        for packet in self._packets():
             try:
                 decoded = self._do(lambda: self._decoder.decode(packet))  # noqa: B023
-            except Exception as error:
-                decoded = []
-                if not isinstance(error, EOFError):  # was told of the end before
-                    pictures += 1
-                    yield None, reason(error)
-            for picture in decoded:
-                pictures += 1
-                yield picture, None
-            if packet is None:
+            except EOFError:  # it was told of the end before
                 return
+            except Exception as error:
+                yield None, reason(error)
+                continue
+            for picture in decoded or ():
+                yield picture, None
+
+    def _packets(self) -> Iterator[av.Packet]:
+        """The stream's packets, then an empty one; of a file that was cut off those before the cut."""
+        self._reached, self._count = 0, 0
+        packets = self._container.demux(self._stream)
+        held: av.Packet | None = None
+        while packet := self._do(lambda: next(packets, None)):
+            if packet.is_corrupt and self._container.format.name in _WHOLE:
+                self._is_cut = True
+            if self._is_cut or not packet.size:
+                break
             self._reached = max(self._reached, (packet.pos or 0) + packet.size)
+            self._count += 1
+            if not self._is_file:
+                yield packet
+                continue
+            # The last one may be a part that nobody has marked, which is known at the end only.
+            if held is not None:
+                yield held
+            held = packet
+        self._is_cut = self._is_cut or self._ends_early()
+        if held is not None and not (self._is_cut and self._container.format.name in _PARTS):
+            yield held
+        last = av.Packet()  # empty: the decoder is to give what it has kept
+        last.time_base = self.time_base
+        yield last
 
     def _do(self, step: Callable[[], Any]) -> Any:
         """One step of FFmpeg's, during which nobody may close the container."""
@@ -218,12 +251,14 @@ class VideoSource(SourceBase):
 
     def _ends_early(self) -> bool:
         """Whether the file was truncated, which FFmpeg takes for its end."""
-        if self._has_part:
-            return True
-        if "mp4" in self._container.format.name:
+        kind = self._container.format.name
+        if "mp4" in kind:
             index = self._stream.index_entries
-            return any(e.size and e.pos >= self._reached and not e.is_discard for e in index)
-        return self._is_file and is_cut_off(str(self._location), self._container.format.name)
+            if any(e.size and e.pos >= self._reached and not e.is_discard for e in index):
+                return True
+        elif kind == "avi" and 0 < self._stream.frames <= self._count:
+            return False  # what is missing is an index behind the frames
+        return self._is_file and is_cut_off(str(self._location), kind)
 
     def _duration(self, picture: av.VideoFrame) -> float:
         if picture.duration and picture.time_base and self._has_times:
