@@ -34,20 +34,26 @@ def is_cut_off(path: str, container: str) -> bool:
 
 
 def _matroska(file: BinaryIO, size: int) -> bool:
-    """EBML: each element has an id and a size; behind a segment or cluster without one its children follow."""
-    while file.tell() < size:
+    """EBML: each element has an id and a size; children of a segment or cluster without one follow it."""
+    end, cluster_end = size, size
+    while file.tell() < end:
         identifier, _ = _ebml_number(file, keep_marker=True)
         length, unknown = _ebml_number(file, keep_marker=False)
         if identifier is None or length is None:
             return True
+        here = file.tell()
         if identifier == _SEGMENT:
-            if not unknown:
-                return file.tell() + length > size
-        elif unknown:
-            if identifier != _CLUSTER:
-                return False  # no sizes to go by
-        elif file.seek(length, 1) > size:
-            return True
+            end = end if unknown else here + length
+            if end > size:
+                return True
+        elif identifier == _CLUSTER:
+            cluster_end = end if unknown else here + length
+            if cluster_end > end:
+                return True
+        elif unknown or here + length > (cluster_end if here < cluster_end else end):
+            return True  # a damaged size too: FFmpeg then looks for the next frames elsewhere, or finds none
+        else:
+            file.seek(length, 1)
     return False
 
 
