@@ -1,6 +1,12 @@
 """Checkpoints: reading, writing, converting; files and state dicts only."""
 
-from refsam.checkpoint.conversion import KeyReport, convert_official, convert_sam, detect_config
+from refsam.checkpoint.conversion import (
+    KeyReport,
+    convert_official,
+    convert_sam,
+    detect_config,
+    text_encoder_entries,
+)
 from refsam.checkpoint.files import (
     SAM_SOURCES,
     Checkpoint,
@@ -12,11 +18,11 @@ from refsam.checkpoint.files import (
     load,
     read_checkpoint,
     read_sam,
-    read_torch_file,
     resize_positions,
     resolve_directory,
     write_checkpoint,
 )
+from refsam.checkpoint.foreign import read_torch_file
 
 __all__ = [
     "SAM_SOURCES",
@@ -36,5 +42,6 @@ __all__ = [
     "read_torch_file",
     "resize_positions",
     "resolve_directory",
+    "text_encoder_entries",
     "write_checkpoint",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,13 @@ from refsam.checkpoint.files import (
     check_keys,
     file_sha256,
     is_sam,
-    read_torch_file,
     shorten,
+)
+from refsam.checkpoint.foreign import (
+    is_hugging_face,
+    read_hugging_face,
+    read_sam_file,
+    read_torch_file,
 )
 from refsam.config import RefSAMConfig
 from refsam.errors import CheckpointError
@@ -34,6 +40,16 @@ OFFICIAL_FILES = {
     "image_encoder_blocks": "image_encoder.blocks.",
 }
 """Beginnings of the authors' file names, and where what they hold stands here."""
+
+_WIDTHS = {
+    "google-t5/t5-small": 512,
+    "google-t5/t5-base": 768,
+    "google-t5/t5-large": 1024,
+    "google-t5/t5-3b": 1024,
+    "google-t5/t5-11b": 1024,
+    "FacebookAI/roberta-base": 768,
+    "FacebookAI/roberta-large": 1024,
+}
 
 OFFICIAL_TEXT_ENCODERS = {
     "t5-small": "google-t5/t5-small",
@@ -60,19 +76,23 @@ class KeyReport:
         return "\n".join(lines)
 
 
-def detect_config(tensors: Mapping[str, Tensor]) -> RefSAMConfig:
+def detect_config(
+    tensors: Mapping[str, Tensor], text_encoder: Mapping[str, Any] | None = None
+) -> RefSAMConfig:
     """The configuration whose sizes SAM's tensors have; heads of the decoder are SAM's 8.
 
-    Raises CheckpointError if these are not a SAM's tensors.
+    text_encoder: entries that no SAM holds. Raises CheckpointError if these are not a SAM's tensors.
     """
     try:
         encoder, decoder = _encoder_sizes(tensors), _decoder_sizes(tensors)
         prompt_dim = tensors["image_encoder.neck.0.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
-        raise CheckpointError(f"not a SAM checkpoint: no usable {error}") from None
-    return RefSAMConfig.from_dict(
-        {"image_encoder": encoder, "mask_decoder": decoder, "prompt_dim": prompt_dim}
-    )
+        held = shorten(sorted(tensors)) or "nothing"
+        raise CheckpointError(f"not a SAM checkpoint: no usable {error}; it holds {held}") from None
+    values = {"image_encoder": encoder, "mask_decoder": decoder, "prompt_dim": prompt_dim}
+    if text_encoder is not None:
+        values["text_encoder"] = dict(text_encoder)
+    return RefSAMConfig.from_dict(values)
 
 
 def _encoder_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -107,27 +127,41 @@ def _decoder_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def convert_sam(path: str | Path, expected: ExpectedTensors) -> tuple[Checkpoint, KeyReport]:
-    """segment-anything's `sam_vit_*.pth`, of any size, as a checkpoint of kind `sam`.
+def convert_sam(
+    path: str | Path, expected: ExpectedTensors, text_encoder: Mapping[str, Any] | None = None
+) -> tuple[Checkpoint, KeyReport]:
+    """SAM's weights of any size as a checkpoint of kind `sam`: a `.pth` file, or a folder of Hugging Face's `SamModel`.
 
-    The report names what RefSAM has no use for (points, boxes, masks as prompts) and, as missing, the
-    parts that are still to be trained. Raises CheckpointError if this is not a SAM checkpoint.
+    The file may be segment-anything's `sam_vit_*.pth`, one that holds such weights in an entry (MedSAM, training programs), or
+    SAM-HQ's, whose SAM is taken. text_encoder: entries of the configuration's `text_encoder`. The report names what
+    RefSAM has no use for (points, boxes, masks as prompts) and, as missing, the parts that are still to be trained.
+    Raises CheckpointError if this is not a SAM checkpoint.
     """
-    path = Path(path)
-    tensors = read_torch_file(path)
-    config = detect_config(tensors)
+    tensors, file = _read_weights(Path(path))
+    config = detect_config(tensors, text_encoder)
     model = expected(config)
     used = {key: value for key, value in tensors.items() if key in model}
     untrained = [key for key in model if not is_sam(key)]
     check_keys(used, model, untrained)
     ignored = tuple(sorted(set(tensors) - set(used)))
     missing = tuple(key for key in untrained if key not in used)
-    digest = file_sha256(path)
+    digest = file_sha256(file)
     source = next(
-        (s for s in SAM_SOURCES.values() if s.sha256 == digest), Source(path.name, digest)
+        (s for s in SAM_SOURCES.values() if s.sha256 == digest), Source(Path(path).name, digest)
     )
     return Checkpoint(config, used, "sam", None, {"sam": source}), KeyReport(
         tuple(used), ignored, missing
+    )
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], Path]:
+    """SAM's tensors under its own names, and the file whose SHA-256 says which they are."""
+    if not path.is_dir():
+        return read_sam_file(path), path
+    if is_hugging_face(path):
+        return read_hugging_face(path)
+    raise CheckpointError(
+        f"{path}: no weights in this folder; wanted sam_vit_*.pth, or a folder of SamModel with config.json and model.safetensors"
     )
 
 
@@ -211,3 +245,32 @@ def _text_encoder_name(files: list[Path]) -> str:
             return hub_id
     known = ", ".join(OFFICIAL_TEXT_ENCODERS)
     raise CheckpointError(f"text_encoder: no file name holds {known}; wanted its Hub id")
+
+
+def text_encoder_entries(name: str) -> dict[str, Any]:
+    """The configuration's `text_encoder` for "small", a Hub id, a folder of transformers, or a name as the authors spell it.
+
+    Raises CheckpointError where kind or width cannot be told.
+    """
+    if name == "small":
+        return {"kind": "small"}
+    name = OFFICIAL_TEXT_ENCODERS.get(name, name)
+    kind = "roberta" if "roberta" in name.lower() else "t5"
+    if name in _WIDTHS:
+        return {"kind": kind, "name": name, "width": _WIDTHS[name]}
+    try:
+        path = Path(name) / "config.json"
+        if not path.is_file():
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(name, "config.json"))
+        found = json.loads(path.read_bytes())
+        width = found.get("d_model", found.get("hidden_size"))
+        kind = "roberta" if "roberta" in found.get("model_type", kind) else "t5"
+        return {"kind": kind, "name": name, "width": int(width)}
+    # Those of the Hub share no base: HTTP, validation, missing cache entry, no connection.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"text_encoder: got {name!r}, wanted small, a folder or Hub id of T5 or RoBERTa ({reason})"
+        ) from None

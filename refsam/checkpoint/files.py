@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from refsam.checkpoint.foreign import read_safetensors, read_sam_file
 from refsam.config import RefSAMConfig
 from refsam.errors import CheckpointError
 from refsam.runtime.files import follow_umask
@@ -193,33 +193,6 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file, on the host; raises CheckpointError if it is missing or corrupt."""
-    try:
-        open(
-            path, "rb"
-        ).close()  # safetensors says of a file that may not be read that it is not there
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
-
-
-def read_torch_file(path: Path) -> dict[str, Tensor]:
-    """The state dict of a `.pth` file by torch's restricted loader, which runs none of its code.
-
-    Raises CheckpointError if it is missing, corrupt or holds anything but tensors by name.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # On bytes that torch did not write its reader raises nearly anything.
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{path}: not a state dict (tensors by name)")
-    return {str(key).removeprefix("module."): value for key, value in state.items()}
-
-
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file as hexadecimal digits; raises CheckpointError if it cannot be read."""
     try:
@@ -272,7 +245,7 @@ def read_sam(path: Path, wanted: Source | None = None) -> dict[str, Tensor]:
         tensors = stored.tensors
     else:
         found = Source(path.name, file_sha256(path))
-        tensors = read_torch_file(path) if _is_same(found, wanted) else {}
+        tensors = read_sam_file(path) if _is_same(found, wanted) else {}
     if not _is_same(found, wanted):
         raise CheckpointError(f"sam: {path} has SHA-256 {found.sha256}, wanted {wanted}")
     return tensors

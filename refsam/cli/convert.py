@@ -20,16 +20,30 @@ _Overwrite = Annotated[
 
 @app.command()
 def sam(
-    source: Annotated[Path, typer.Argument(help="sam_vit_b_*.pth, or another size's.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="sam_vit_b_*.pth or another size's, MedSAM's or SAM-HQ's file, one that a training program wrote, or a folder "
+            "of Hugging Face's SamModel."
+        ),
+    ],
     out: _Out,
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(
+            "--text-encoder",
+            help="Hub id or folder of a T5 or RoBERTa, or small, which is trained with the model; google-t5/t5-3b by default.",
+        ),
+    ] = None,
     overwrite: _Overwrite = False,
 ) -> None:
-    """SAM's published file: an untrained RefSAM, to train or to put a delta on."""
-    from refsam.checkpoint import convert_sam
+    """SAM's weights: an untrained RefSAM, to train or to put a delta on. Nothing that the file holds is executed."""
+    from refsam.checkpoint import convert_sam, text_encoder_entries
     from refsam.model import RefSAM
 
     _check_out(out, overwrite)
-    _write(*convert_sam(source, RefSAM.expected_tensors), out)
+    entries = None if text_encoder is None else text_encoder_entries(text_encoder)
+    _write(*convert_sam(source, RefSAM.expected_tensors, entries), out)
 
 
 @app.command()

@@ -1,0 +1,205 @@
+"""Weights as other programs write them: torch's files, nested or not, and folders of Hugging Face's `SamModel`.
+
+Nothing that a file holds is executed: classes that it names beside tensors and plain values become empty stand-ins.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from refsam.errors import CheckpointError
+
+_HUGGING_FACE_FILES = ("model.safetensors", "pytorch_model.bin")
+# Under what a state dict stands in the files that training programs write, the likeliest first.
+_ENTRIES = ("model_state", "model_state_dict", "state_dict", "model", "net", "module")
+# A tensor that every SAM has: what stands before its name, wrappers have put before all.
+_ANCHOR = "image_encoder.patch_embed.proj.weight"
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+# Names of `SamModel` and segment-anything's, tried in this order.
+_HUGGING_FACE_NAMES = (
+    (r"^shared_image_embedding\.positional_embedding$", "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"),
+    (r"^vision_encoder\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
+    (r"^vision_encoder\.neck\.conv1\.", "image_encoder.neck.0."),
+    (r"^vision_encoder\.neck\.layer_norm1\.", "image_encoder.neck.1."),
+    (r"^vision_encoder\.neck\.conv2\.", "image_encoder.neck.2."),
+    (r"^vision_encoder\.neck\.layer_norm2\.", "image_encoder.neck.3."),
+    (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
+    (r"^vision_encoder\.", "image_encoder."),
+    (r"^mask_decoder\.upscale_conv1\.", "mask_decoder.output_upscaling.0."),
+    (r"^mask_decoder\.upscale_layer_norm\.", "mask_decoder.output_upscaling.1."),
+    (r"^mask_decoder\.upscale_conv2\.", "mask_decoder.output_upscaling.3."),
+    (r"\.layer_norm_final_attn\.", ".norm_final_attn."),
+    (r"\.layer_norm(\d)\.", r".norm\1."),
+)  # fmt: skip
+
+
+class _StandIn:
+    """Takes the place of any class that a file names: takes everything, does nothing."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+def read_torch_file(path: Path) -> dict[str, Tensor]:
+    """The state dict of a `.pth` file, its own or the one that it holds in an entry, by torch's restricted loader.
+
+    Raises CheckpointError if it is missing, corrupt or holds no tensors by name.
+    """
+    check_content(path)
+    try:
+        with torch.serialization.safe_globals(_stand_ins(path)):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    # On bytes that torch did not write its reader raises nearly anything.
+    except Exception as error:
+        reason = _ESCAPES.sub("", str(error)).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read ({reason})") from None
+    state = _state_dict(content, path)
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def read_sam_file(path: Path) -> dict[str, Tensor]:
+    """SAM's tensors under its own names from a `.pth` file, without what a wrapper put before them and holds beside them.
+
+    Raises CheckpointError as `read_torch_file` does.
+    """
+    state = read_torch_file(path)
+    prefix = next((key.removesuffix(_ANCHOR) for key in state if key.endswith(_ANCHOR)), "")
+    return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+
+
+def _stand_ins(path: Path) -> list[Any]:
+    """Every class that a file names beside what torch allows, as a stand-in."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # a file of torch before 1.6: the usual companion of weights alone
+        names = ["argparse.Namespace"]
+    return [(_StandIn, name) for name in names]
+
+
+def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    if _is_state(content):
+        return {str(key): value for key, value in content.items()}
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: cannot be read: not a state dict (tensors by name)")
+    nested = {key: value for key, value in content.items() if _is_state(value)}
+    chosen = next((key for key in _ENTRIES if key in nested), None)
+    if chosen is None and len(nested) == 1:
+        chosen = next(iter(nested))
+    if chosen is None:
+        keys = ", ".join(map(repr, list(content)[:8])) or "nothing"
+        raise CheckpointError(
+            f"{path}: cannot be read: not a state dict (tensors by name): it holds {keys}; wanted one of "
+            f"{', '.join(_ENTRIES)} with tensors by name"
+        )
+    return {str(key): value for key, value in nested[chosen].items()}
+
+
+def _is_state(value: Any) -> bool:
+    is_dict = isinstance(value, Mapping) and bool(value)
+    return is_dict and all(isinstance(item, Tensor) for item in value.values())
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Whether a folder is that of a `transformers` model."""
+    return (
+        any((path / name).is_file() for name in (*_HUGGING_FACE_FILES, _index(path).name))
+        and (path / "config.json").is_file()
+    )
+
+
+def read_hugging_face(folder: Path) -> tuple[dict[str, Tensor], Path]:
+    """The tensors of a `SamModel`'s folder under segment-anything's names, and the file that says which weights they are.
+
+    Raises CheckpointError for another model, and for files that are missing or damaged.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: cannot be read ({error})") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in ("sam", "sam_hq"):
+        raise CheckpointError(f"{folder}: got a model of type {kind!r}, wanted sam")
+    if _index(folder).is_file():
+        return _renamed(_read_shards(folder)), _index(folder)
+    path = next(folder / name for name in _HUGGING_FACE_FILES if (folder / name).is_file())
+    read = read_safetensors if path.suffix == ".safetensors" else read_torch_file
+    return _renamed(read(path)), path
+
+
+def _index(folder: Path) -> Path:
+    return folder / "model.safetensors.index.json"
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    try:
+        names = sorted(set(json.loads(_index(folder).read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{_index(folder)}: cannot be read ({error!r})") from None
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        if Path(str(name)).name != name:
+            raise CheckpointError(f"{_index(folder)}: got the file {name!r}, wanted one beside it")
+        tensors |= read_safetensors(folder / name)
+    return tensors
+
+
+def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, tensor in tensors.items():
+        name = _numbered_layer(name, tensors)
+        for pattern, replacement in _HUGGING_FACE_NAMES:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def _numbered_layer(name: str, tensors: Mapping[str, Tensor]) -> str:
+    """A layer of an MLP, of which `proj_in` is the first and `proj_out` the last, by its number; other names stay."""
+    match = re.fullmatch(r"(.+)\.(proj_in|proj_out|layers\.(\d+))\.(weight|bias)", name)
+    if match is None or f"{match[1]}.proj_in.weight" not in tensors:
+        return name
+    between = sum(
+        re.fullmatch(rf"{re.escape(match[1])}\.layers\.\d+\.weight", key) is not None
+        for key in tensors
+    )
+    number = {"proj_in": 0, "proj_out": between + 1}.get(match[2], int(match[3] or 0) + 1)
+    return f"{match[1]}.layers.{number}.{match[4]}"
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, on the host; raises CheckpointError if it is missing or corrupt."""
+    try:
+        open(
+            path, "rb"
+        ).close()  # safetensors says of a file that may not be read that it is not there
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        check_content(path)
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+
+
+def check_content(path: Path) -> None:
+    """Raise CheckpointError for what downloads leave in place of weights: a page, a pointer, nothing, a part of a file."""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(512).lstrip().lower()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not begin:
+        raise CheckpointError(f"{path}: is empty, download it again")
+    if begin.startswith((b"<!doctype html", b"<html", b"<?xml")) or b"<html" in begin:
+        raise CheckpointError(
+            f"{path}: is a web page (HTML), no weights: the download was answered with a page; open the link in a browser"
+        )
+    if begin.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: is a pointer of Git LFS, no weights: run git lfs pull")
