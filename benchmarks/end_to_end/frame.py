@@ -37,12 +37,13 @@ def stages(clip: Path, expression: str) -> dict[str, float]:
     """Core-milliseconds of each stage of a frame."""
     import torch
 
+    from refsam.cli.options import ModelChoice
     from refsam.cli.segment import load_session
     from refsam.video import draw_overlay, open_source
     from refsam_kernels import mask_postprocess
 
     # Threads and memory as the command has them.
-    session, _ = load_session("nano", [], "cpu", "auto")
+    session, _ = load_session(ModelChoice("nano"), [], "cpu", "auto")
     model = session.model
     found: dict[str, float] = {}
 

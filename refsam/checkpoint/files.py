@@ -230,7 +230,7 @@ def find_sam(source: Source | None, argument: str | Path | None = None) -> Path:
                 return Path(folder) / name
     where = f"not in {folder}" if folder else f"{SAM_DIR_VARIABLE} is not set"
     raise CheckpointError(
-        f"this checkpoint is a delta and needs {wanted}: {where}; or give sam=PATH"
+        f"this checkpoint is a delta and needs {wanted}: {where}; or give it with sam=PATH (--sam PATH)"
     )
 
 

@@ -12,6 +12,7 @@ from refsam.cli.options import (
     CheckpointOption,
     DeviceOption,
     DtypeOption,
+    ModelChoice,
     OutOption,
     OverwriteOption,
 )
@@ -47,7 +48,7 @@ def demo(
     from refsam.video.writer import check_output
 
     check_output(out, overwrite=overwrite)
-    session, precision = load_session(checkpoint, [], device, dtype)
+    session, precision = load_session(ModelChoice(checkpoint), [], device, dtype)
     from refsam.data.generated import generate_clip
     from refsam.session import read_ahead
 

@@ -1,9 +1,16 @@
 """Options that several sub-commands share."""
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from refsam.model import RefSAM
 
 OutOption = Annotated[Path, typer.Option(help="Folder for the results; it must not exist yet.")]
 OverwriteOption = Annotated[
@@ -31,3 +38,66 @@ GraphsOption = Annotated[
         "--cuda-graphs", help="Record a frame's work on the GPU once and replay it (experimental)."
     ),
 ]
+SamOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--sam",
+        help="SAM's file or its converted folder, for a checkpoint that holds only what was trained; else looked for in "
+        "REFSAM_SAM_DIR.",
+    ),
+]
+TextEncoderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--text-encoder",
+        help="Folder or Hub id of the checkpoint's text encoder, if it lies elsewhere.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model a command loads: a checkpoint, and where what it stands on lies."""
+
+    checkpoint: str = "nano"
+    sam: Path | None = None
+    text_encoder: str | None = None
+
+    def load(self) -> "RefSAM":
+        """The model, in eval mode, on the CPU; raises UserError."""
+        from refsam.model import RefSAM
+
+        return RefSAM.from_pretrained(
+            self.checkpoint, sam=self.sam, text_encoder=self.text_encoder
+        ).eval()
+
+
+_MODEL_OPTIONS = (
+    ("checkpoint", CheckpointOption, "nano"),
+    ("sam", SamOption, None),
+    ("text_encoder", TextEncoderOption, None),
+)
+
+
+def with_model(function: Callable[..., None]) -> Callable[..., None]:
+    """The command whose parameter `model` is a ModelChoice: on the command line --checkpoint, --sam and --text-encoder."""
+    signature = inspect.signature(function)
+    options = [
+        inspect.Parameter(
+            name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind
+        )
+        for name, kind, default in _MODEL_OPTIONS
+    ]
+    parameters = [
+        each
+        for parameter in signature.parameters.values()
+        for each in (options if parameter.name == "model" else [parameter])
+    ]
+
+    @wraps(function)
+    def command(**values: Any) -> None:
+        function(model=ModelChoice(*(values.pop(name) for name, _, _ in _MODEL_OPTIONS)), **values)
+
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    return command

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from refsam.cli.options import (
-    CheckpointOption,
     DeviceOption,
     DtypeOption,
     GraphsOption,
+    ModelChoice,
     OutOption,
     OverwriteOption,
+    with_model,
 )
 from refsam.errors import UserError
 from refsam.runtime.device import check_names, choose_device, choose_dtype, choose_encoder_dtype
@@ -33,6 +34,7 @@ app = typer.Typer(rich_markup_mode="markdown")
 
 
 @app.command()
+@with_model
 def segment(
     source: Annotated[
         str,
@@ -48,7 +50,7 @@ def segment(
         ),
     ],
     out: OutOption,
-    checkpoint: CheckpointOption = "nano",
+    model: ModelChoice,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     overlay: Annotated[
@@ -77,7 +79,7 @@ def segment(
 
     check_output(out, overwrite=overwrite)
     with open_source(source) as reader:
-        session, precision = load_session(checkpoint, text, device, dtype, graphs=graphs)
+        session, precision = load_session(model, text, device, dtype, graphs=graphs)
         from refsam.session import read_ahead
 
         writer = ResultWriter(
@@ -92,7 +94,7 @@ def segment(
             run = segment_frames(
                 session, frames, writer, precision, reader.expected_frames, started
             )
-            writer.finish(**run.facts(checkpoint, source, session, precision))
+            writer.finish(**run.facts(model.checkpoint, source, session, precision))
     run.report(out)
 
 
@@ -167,7 +169,7 @@ def check_expressions(expressions: list[str]) -> None:
 
 
 def load_model(
-    checkpoint: str, device: "torch.device", dtype: str
+    choice: ModelChoice, device: "torch.device", dtype: str
 ) -> tuple["RefSAM", "torch.dtype"]:
     """A model on a device, its encoder's weights packed, and the dtype for autocast.
 
@@ -176,9 +178,7 @@ def load_model(
     """
     keep_freed_memory()
     precision = choose_dtype(dtype, device)
-    from refsam.model import RefSAM
-
-    model = RefSAM.from_pretrained(checkpoint).to(device).eval()
+    model = choice.load().to(device)
     choose_threads(model.device, model.config.image_encoder.multiplications)
     return model.optimize(choose_encoder_dtype(dtype)), precision
 
@@ -214,14 +214,14 @@ def graph_facts(graphs: "FrameGraphs | None") -> dict[str, dict[str, float]]:
 
 
 def load_session(
-    checkpoint: str, expressions: list[str], device: str, dtype: str, *, graphs: bool = False
+    choice: ModelChoice, expressions: list[str], device: str, dtype: str, *, graphs: bool = False
 ) -> tuple["VideoSession", "torch.dtype"]:
     """Load a model onto a device and begin a session with it.
 
     Raises:
         UserError: no such device, checkpoint or known words.
     """
-    model, precision = load_model(checkpoint, choose_device(device), dtype)
+    model, precision = load_model(choice, choose_device(device), dtype)
     from refsam.session import VideoSession
 
     session = VideoSession(model, expressions, graphs=make_graphs(model) if graphs else None)

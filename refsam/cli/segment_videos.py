@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from refsam import __version__
-from refsam.cli.options import CheckpointOption, DeviceOption, DtypeOption, GraphsOption
+from refsam.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    GraphsOption,
+    ModelChoice,
+    with_model,
+)
 from refsam.cli.progress import progress
 from refsam.cli.segment import check_expressions, load_model, make_graphs, precision_facts
 from refsam.errors import UserError
@@ -20,10 +26,12 @@ app = typer.Typer(rich_markup_mode="markdown")
 
 
 @app.command()
+@with_model
 def segment_videos(
     out: Annotated[
         Path, typer.Option(help="Folder for the results: a new one, or that of an earlier run.")
     ],
+    model: ModelChoice,
     sources: Annotated[
         list[str] | None,
         typer.Argument(metavar="SOURCE...", help="Video files, folders of images or images."),
@@ -49,7 +57,6 @@ def segment_videos(
             "1 gives each frame's masks soonest.",
         ),
     ] = None,
-    checkpoint: CheckpointOption = "nano",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     overlay: Annotated[
@@ -71,7 +78,7 @@ def segment_videos(
 
     share = Share.of_environment()
     place = choose_device(device)
-    model, precision = load_model(checkpoint, place, dtype)
+    loaded, precision = load_model(model, place, dtype)
     import torch
 
     outcomes: list[VideoOutcome] = []
@@ -87,18 +94,18 @@ def segment_videos(
 
         try:
             run(
-                model,
+                loaded,
                 videos,
                 expressions,
                 out,
                 batch_size=batch_size or (8 if place.type == "cuda" else 1),
                 overlay=overlay,
                 share=share,
-                graphs=make_graphs(model) if graphs else None,
+                graphs=make_graphs(loaded) if graphs else None,
                 settings={
                     "refsam": __version__,
-                    "model": checkpoint,
-                    **precision_facts(model, precision),
+                    "model": model.checkpoint,
+                    **precision_facts(loaded, precision),
                 },
                 advance=note,
             )

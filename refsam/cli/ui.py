@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from refsam.cli.options import CheckpointOption, DeviceOption, DtypeOption
+from refsam.cli.options import DeviceOption, DtypeOption, ModelChoice, with_model
 from refsam.runtime.device import check_names, choose_device
 
 if TYPE_CHECKING:
@@ -16,7 +16,9 @@ _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 @app.command()
+@with_model
 def ui(
+    model: ModelChoice,
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",
@@ -33,7 +35,6 @@ def ui(
     ] = None,
     max_megabytes: Annotated[int, typer.Option(min=1, help="Size of an uploaded file.")] = 200,
     max_frames: Annotated[int, typer.Option(min=1, help="Length of a clip.")] = 1800,
-    checkpoint: CheckpointOption = "nano",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
@@ -48,7 +49,7 @@ def ui(
     if host not in _LOCAL:
         typer.echo(f"refsam: note: whoever can reach {host} may use the page", err=True)
     serve(
-        lambda: _load(checkpoint, device, dtype),
+        lambda: _load(model, device, dtype),
         host=host,
         port=port,
         folder=folder,
@@ -57,9 +58,9 @@ def ui(
     )
 
 
-def _load(checkpoint: str, device: str, dtype: str) -> "Engine":
+def _load(choice: ModelChoice, device: str, dtype: str) -> "Engine":
     from refsam.cli.segment import load_model
     from refsam.ui.jobs import Engine
 
-    model, precision = load_model(checkpoint, choose_device(device), dtype)
-    return Engine(checkpoint, model, precision)
+    model, precision = load_model(choice, choose_device(device), dtype)
+    return Engine(choice.checkpoint, model, precision)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from refsam.cli.evaluate.problems import listing_problems
-from refsam.cli.options import CheckpointOption, DeviceOption, DtypeOption
+from refsam.cli.options import DeviceOption, DtypeOption, ModelChoice, with_model
 from refsam.cli.progress import progress
 from refsam.errors import UserError
 from refsam.runtime.device import check_names, choose_device, choose_dtype, choose_encoder_dtype
@@ -52,10 +52,11 @@ ProcessesOption = Annotated[
 ]
 
 
+@with_model
 def ref_davis17(
     root: RootOption,
     out: RunFolderOption,
-    checkpoint: CheckpointOption = "nano",
+    model: ModelChoice,
     split: str = "valid",
     protocol: ProtocolOption = "default",
     joint: Annotated[
@@ -91,13 +92,14 @@ def ref_davis17(
     chosen = next(rule for rule in JOINT_NOTES if rule == (joint or rules.joint))
     names = tuple(dict.fromkeys(scoring or ["davis-unsupervised"]))
     benchmark = RefDavis17(dataset, chosen, names)
-    _run(benchmark, rules, out, checkpoint, device, dtype, missing, processes)
+    _run(benchmark, rules, out, model, device, dtype, missing, processes)
 
 
+@with_model
 def ref_youtube_vos(
     root: RootOption,
     out: RunFolderOption,
-    checkpoint: CheckpointOption = "nano",
+    model: ModelChoice,
     split: str = "valid",
     protocol: ProtocolOption = "default",
     truth: TruthOption = None,
@@ -119,13 +121,14 @@ def ref_youtube_vos(
     dataset = _chosen(open_dataset("ref-youtube-vos", root, split), videos)
     places = _truth(dataset, truth, truth_expressions)
     benchmark = PerExpression(f"Ref-YouTube-VOS {split}", dataset, "Annotations", *places)
-    _run(benchmark, find_rules(protocol), out, checkpoint, device, dtype, missing, processes)
+    _run(benchmark, find_rules(protocol), out, model, device, dtype, missing, processes)
 
 
+@with_model
 def mevis(
     root: RootOption,
     out: RunFolderOption,
-    checkpoint: CheckpointOption = "nano",
+    model: ModelChoice,
     split: str = "valid_u",
     protocol: ProtocolOption = "default",
     truth: TruthOption = None,
@@ -147,13 +150,14 @@ def mevis(
     dataset = _chosen(open_dataset("mevis", root, split), videos)
     places = _truth(dataset, truth, truth_expressions)
     benchmark = PerExpression(f"MeViS {split}", dataset, "", *places)  # its server wants no folder
-    _run(benchmark, find_rules(protocol), out, checkpoint, device, dtype, missing, processes)
+    _run(benchmark, find_rules(protocol), out, model, device, dtype, missing, processes)
 
 
+@with_model
 def refcoco(
     root: RootOption,
     out: RunFolderOption,
-    checkpoint: CheckpointOption = "nano",
+    model: ModelChoice,
     dataset: Annotated[str, typer.Option(help="refcoco, refcoco+ or refcocog.")] = "refcoco",
     split_by: Annotated[
         str | None, typer.Option(help="unc, umd or google; the dataset's usual one by default.")
@@ -192,7 +196,7 @@ def refcoco(
         for name in dict.fromkeys(split or usual or ("val",))
     ]
     benchmark = RefCoco(tuple(opened), tuple(dict.fromkeys(convention or ["referformer"])))
-    _run(benchmark, rules, out, checkpoint, device, dtype, missing, 1)
+    _run(benchmark, rules, out, model, device, dtype, missing, 1)
 
 
 def _truth(
@@ -230,7 +234,7 @@ def _run(
     benchmark: "Benchmark",
     rules: "InferenceRules",
     out: Path,
-    checkpoint: str,
+    choice: ModelChoice,
     device: str,
     dtype: str,
     missing: str,
@@ -238,7 +242,6 @@ def _run(
 ) -> None:
     """Load the model, predict and score; print what was found."""
     from refsam.evaluation.runners.benchmark import Runner, evaluate, share_of
-    from refsam.model import RefSAM
     from refsam.runtime.threads import available_cores
     from refsam.session import Share
 
@@ -247,9 +250,9 @@ def _run(
         raise UserError(f"missing: got {missing!r}, want error or zero")
     share = Share.of_environment()
     place = choose_device(device)
-    model = RefSAM.from_pretrained(checkpoint).to(place).eval()
+    model = choice.load().to(place)
     model.optimize(choose_encoder_dtype(dtype))
-    runner = Runner(model, checkpoint, rules, choose_dtype(dtype, place), missing)
+    runner = Runner(model, choice.checkpoint, rules, choose_dtype(dtype, place), missing)
     with (
         listing_problems(),
         progress("evaluating", len(share_of(benchmark, share)), "videos") as advance,

@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 from refsam import __version__
+from refsam.cli.options import ModelChoice, with_model
 from refsam.cli.progress import progress
 
 
+@with_model
 def generated(
-    checkpoint: Annotated[
-        str, typer.Option(help="Bundled name, folder or Hub id of the model.")
-    ] = "nano",
+    model: ModelChoice,
     clips: Annotated[
         int, typer.Option(help="Only the first so many of the 240 clips.", min=1, max=240)
     ] = 240,
@@ -23,14 +23,13 @@ def generated(
     """Run a model on the frozen benchmark of generated clips and score it, by kind of sentence."""
     from refsam.evaluation.runners.generated import evaluate_generated, table
     from refsam.evaluation.scoring.results import as_json, check_writable, write_whole
-    from refsam.model import RefSAM
 
     if json is not None:
         check_writable(json)
-    model = RefSAM.from_pretrained(checkpoint).eval()
+    loaded = model.load()
     with progress("scoring", clips, "clips") as advance:
-        result = evaluate_generated(model, clips, advance)
+        result = evaluate_generated(loaded, clips, advance)
     typer.echo(table(result["summary"]))
     if json is not None:
-        run = {"refsam": __version__, "checkpoint": checkpoint, "clips": clips}
+        run = {"refsam": __version__, "checkpoint": model.checkpoint, "clips": clips}
         write_whole(json, as_json({**run, **result}))
