@@ -6,7 +6,7 @@
 
 SAM's ViT stays as it is; the adapters in its second half learn, with the mask decoder and what stands between
 sentence and mask. Nothing is kept for the backward before the first adapter; from there on each block keeps its
-input only (`recompute`); the loss is taken from the low-resolution logits. The clips are drawn: put your own
+input only (`activation_checkpointing`); the loss is taken from the low-resolution logits. The clips are drawn: put your own
 frames, sentences and masks in the place of `generate_clip`.
 """
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     model = build(options.sam, options.image_size, options.depth).train()
     model.text_encoder.requires_grad_(True)
-    model.image_encoder.recompute = True
+    model.image_encoder.activation_checkpointing = True
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4)
     print(f"{sum(p.numel() for p in trained) / 1e6:.1f} M of "

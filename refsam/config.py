@@ -248,6 +248,11 @@ def config_from_yaml(cls: type[Config], path: str | Path, overrides: Iterable[st
 
     Raises ConfigError if the file cannot be read, is not a YAML mapping or has bad entries.
     """
+    return config_from_dict(cls, apply_overrides(read_yaml(path), overrides))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The entries of a YAML file; raises ConfigError if it cannot be read or is not a mapping."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -256,7 +261,7 @@ def config_from_yaml(cls: type[Config], path: str | Path, overrides: Iterable[st
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"{path}: got a YAML {type(values).__name__}, wanted a mapping")
-    return config_from_dict(cls, apply_overrides(values or {}, overrides))
+    return values or {}
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

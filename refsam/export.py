@@ -1,6 +1,6 @@
 """RefSAM for programs that run without it: two graphs, as `torch.export` programs and as ONNX.
 
-`image_encoder` is run once per frame, `prompt_and_mask` once per frame for any number of expressions; the
+`image_encoder` is run once per frame, `mask_decoder` once per frame for any number of expressions; the
 track token goes out of one frame's call and into the next one's. What stands around them is the caller's:
 resizing a frame as `refsam.model.preprocessing` does, the text encoder, resizing logits to masks.
 """
@@ -144,7 +144,7 @@ def graphs_of(model: RefSAM) -> tuple[Graph, Graph]:
     encoder = Graph("image_encoder", ImageEncoderGraph(model), pixels, ("levels",), {})
     expressions, words = {0: "expressions"}, {0: "expressions", 1: "words"}
     decoder = Graph(
-        "prompt_and_mask",
+        "mask_decoder",
         PromptAndMaskGraph(model),
         {
             "levels": nn.functional.normalize(random(num_levels, 1, side * side, width), dim=-1),
@@ -375,6 +375,6 @@ def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
 
 def _earlier(out: Path) -> list[Path]:
     """The files of an earlier export, the facts first: without them the others count as unfinished."""
-    names = [f"{graph}{suffix}" for graph in ("image_encoder", "prompt_and_mask") for suffix in
+    names = [f"{graph}{suffix}" for graph in ("image_encoder", "mask_decoder") for suffix in
              (".onnx", ".onnx.data", ".pt2")]  # fmt: skip
     return [out / name for name in (FACTS_FILE, *names) if (out / name).is_file()]

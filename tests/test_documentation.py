@@ -134,10 +134,9 @@ TRAINING = [c.values[0] for c in COMMANDS if c.values[0][:2] == ["refsam", "trai
 
 @pytest.mark.parametrize("words", [w for w in TRAINING if (ROOT / w[2]).is_file()], ids=" ".join)
 def test_training_commands_have_valid_configurations(words: list[str]) -> None:
-    from refsam.config import config_from_yaml
     from refsam.training.settings import TrainingSettings
 
-    config_from_yaml(TrainingSettings, ROOT / words[2], words[3:])
+    TrainingSettings.from_yaml(ROOT / words[2], words[3:])
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:

@@ -55,7 +55,7 @@ def assert_close(found: Tensor, wanted: Tensor) -> None:
 def test_a_video_by_onnx_runtime_is_the_models_own(model: RefSAM, exported: Path) -> None:
     """Three frames, with two expressions and with one, the track tokens handed on."""
     encoder, decoder = (
-        session_of(exported / f"{name}.onnx") for name in ("image_encoder", "prompt_and_mask")
+        session_of(exported / f"{name}.onnx") for name in ("image_encoder", "mask_decoder")
     )
     frames = torch.randint(0, 256, (3, 48, 64, 3), dtype=torch.uint8)
     for expressions in (["the red cup", "a dog on the left"], ["the box"]):
@@ -85,7 +85,7 @@ def test_a_video_by_onnx_runtime_is_the_models_own(model: RefSAM, exported: Path
 
 
 def test_no_operator_of_ours_is_left(exported: Path) -> None:
-    for name in ("image_encoder", "prompt_and_mask"):
+    for name in ("image_encoder", "mask_decoder"):
         graph = onnx.load(exported / f"{name}.onnx")
         onnx.checker.check_model(graph)
         assert {node.domain for node in graph.graph.node} <= {""}
@@ -102,14 +102,14 @@ def test_facts_say_what_the_files_hold(model: RefSAM, exported: Path) -> None:
     facts = json.loads((exported / "export.json").read_text())
     assert facts["image_size"] == model.image_size
     assert facts["files"].keys() == {p.name for p in exported.iterdir()} - {"export.json"}
-    decoder = facts["graphs"]["prompt_and_mask"]
+    decoder = facts["graphs"]["mask_decoder"]
     assert decoder["inputs"]["tokens"] == {
         "shape": ["expressions", "words", 32],
         "dtype": "float32",
     }
     assert decoder["outputs"]["logits"]["shape"] == ["expressions", 16, 16]
     assert 0 < decoder["onnx"]["largest_difference"] <= TOLERANCE
-    session = session_of(exported / "prompt_and_mask.onnx")
+    session = session_of(exported / "mask_decoder.onnx")
     assert {i.name: i.shape for i in session.get_inputs()} == {
         name: entry["shape"] for name, entry in decoder["inputs"].items()
     }
@@ -120,7 +120,7 @@ def test_facts_say_what_the_files_hold(model: RefSAM, exported: Path) -> None:
 
 def test_large_weights_lie_beside_the_graph(exported: Path) -> None:
     files = json.loads((exported / "export.json").read_text())["files"]
-    for name in ("image_encoder.onnx", "prompt_and_mask.onnx"):
+    for name in ("image_encoder.onnx", "mask_decoder.onnx"):
         assert files[f"{name}.data"] == (exported / f"{name}.data").stat().st_size > 10_000
 
 
@@ -132,7 +132,7 @@ def test_torch_programs_replace_an_earlier_export(model: RefSAM, tmp_path: Path)
         (out / name).write_text("mine")
     facts = export_model(model, out, formats=["torch"], overwrite=True)
     assert {path.name for path in out.iterdir()} == {
-        "image_encoder.pt2", "prompt_and_mask.pt2", "export.json", "notes.txt"
+        "image_encoder.pt2", "mask_decoder.pt2", "export.json", "notes.txt"
     }  # fmt: skip
     for graph in graphs_of(model):
         assert facts["graphs"][graph.name]["torch"]["largest_difference"] <= TOLERANCE
@@ -171,7 +171,7 @@ def test_a_failed_export_leaves_everything_as_it_was(
 
     def fill_the_disk(program: object, graph: Graph, path: Path, limit: int) -> None:
         path.write_text("half")
-        if graph.name == "prompt_and_mask":
+        if graph.name == "mask_decoder":
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Graph, "export", lambda self: None)

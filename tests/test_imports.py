@@ -23,6 +23,7 @@ LAYERS = [
     {"refsam.checkpoint", "refsam.config"},
     {"refsam.images"},
     {"refsam.runtime", "refsam_kernels"},
+    {"refsam.renamed"},
     {"refsam.errors"},
 ]
 KERNELS_MAY_IMPORT = {"torch", "triton", "refsam_kernels"}

@@ -22,7 +22,7 @@ from benchmarks.provenance import collect
 from refsam import RefSAM, VideoSession
 from refsam.runtime.malloc import keep_freed_memory
 from refsam.runtime.threads import choose_threads
-from refsam.session import read_ahead
+from refsam.session import prefetch_frames
 from refsam.video import ResultWriter, open_source
 
 FRAMES, EVERY, SETTLED = 10_000, 100, 1000
@@ -63,7 +63,7 @@ def run(model: RefSAM, frames: int, folder: Path) -> list[dict[str, float]]:
     rows, most = [], 0
     with open_source(clip) as source:
         writer = ResultWriter(folder / "out", EXPRESSIONS, fps=RATE, time_base=1 / RATE)
-        with writer, closing(read_ahead(session, source)) as pairs:
+        with writer, closing(prefetch_frames(session, source)) as pairs:
             for frame, prepared in pairs:
                 writer.write(frame, *session.step(prepared).on_host())
                 most = max(most, resident_bytes())

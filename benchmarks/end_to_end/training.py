@@ -213,7 +213,7 @@ class Step:
         self.module: nn.Module = module
         if name in (BASELINE, FROZEN):
             self.module = SegmentAnythingStep(module, freeze=name == FROZEN).train()
-        self.recompute = name == RECOMPUTED
+        self.activation_checkpointing = name == RECOMPUTED
         self.encoder = module.model.image_encoder
         self.batch, self.stage = batch, module.settings.stages[0]
         # Adapters, decoder, dense attention, MLP, tracking; segment-anything's decoder in the place of ours.
@@ -225,7 +225,7 @@ class Step:
 
     def losses(self) -> Tensor:
         """Forward and backward; the loss."""
-        self.encoder.recompute = self.recompute
+        self.encoder.activation_checkpointing = self.activation_checkpointing
         self.module.zero_grad(set_to_none=True)
         total = self.module(self.batch, self.stage)["total"]
         total.backward()

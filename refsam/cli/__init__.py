@@ -5,7 +5,9 @@ when it is asked for, and imports what it needs when it runs: ``refsam segment``
 """
 
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Annotated, Any
@@ -13,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from refsam import __version__
+from refsam import __version__, renamed
 from refsam.errors import UserError
 
 _COMMANDS = "segment segment-videos demo train evaluate data convert info bench export ui".split()
@@ -46,8 +48,10 @@ class CommandLine(TyperGroup):
         words = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in words
         options["standalone_mode"] = False
+        words = [word for word in words if word != "--debug"]
         try:
-            code = super().main([word for word in words if word != "--debug"], *rest, **options)
+            with _old_names_in_one_line():
+                code = super().main(renamed.command_line(words), *rest, **options)
         except Exception as error:
             message = _message(error)
             if debug or message is None:
@@ -56,6 +60,23 @@ class CommandLine(TyperGroup):
                 typer.echo(f"refsam: {message}", err=True)
             code = 2
         sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _old_names_in_one_line() -> Iterator[None]:
+    """Print the warnings about old names as the command line prints errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", renamed.RenamedWarning)
+        show = warnings.showwarning
+
+        def show_line(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, renamed.RenamedWarning):
+                typer.echo(f"refsam: {message}", err=True)
+            else:
+                show(message, category, *rest, **more)
+
+        warnings.showwarning = show_line
+        yield
 
 
 def _module(command: str) -> str:

@@ -50,14 +50,14 @@ def demo(
     check_output(out, overwrite=overwrite)
     session, precision = load_session(ModelChoice(checkpoint), [], device, dtype)
     from refsam.data.generated import generate_clip
-    from refsam.session import read_ahead
+    from refsam.session import prefetch_frames
 
     clip = generate_clip(seed=seed, frames=frames)
     for expression in clip.expressions:
         session.add(expression)
     writer = ResultWriter(out, clip.expressions, fps=_FPS, time_base=1 / _FPS, overwrite=overwrite)
     with writer:
-        prepared = read_ahead(session, _frames(clip))
+        prepared = prefetch_frames(session, _frames(clip))
         run = segment_frames(session, prepared, writer, precision, frames, started)
         writer.finish(**run.facts(checkpoint, f"generated, seed {seed}", session, precision))
     run.report(out)

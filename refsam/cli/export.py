@@ -38,7 +38,7 @@ def export(
     Writes into the folder OUT:
 
     - `image_encoder.onnx` and `.pt2`: `pixels` to `levels`, at the model's own size
-    - `prompt_and_mask.onnx` and `.pt2`: `levels`, `tokens`, `lengths`, `track`, `has_track` to `logits`,
+    - `mask_decoder.onnx` and `.pt2`: `levels`, `tokens`, `lengths`, `track`, `has_track` to `logits`,
       `iou`, `next_track`, for any number of expressions and words
     - `export.json`: names, shapes, how to normalise pixels, and how far the results are off
 

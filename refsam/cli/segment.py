@@ -80,7 +80,7 @@ def segment(
     check_output(out, overwrite=overwrite)
     with open_source(source) as reader:
         session, precision = load_session(model, text, device, dtype, graphs=graphs)
-        from refsam.session import read_ahead
+        from refsam.session import prefetch_frames
 
         writer = ResultWriter(
             out,
@@ -90,7 +90,7 @@ def segment(
             overlay=overlay,
             overwrite=overwrite,
         )
-        with writer, closing(read_ahead(session, reader)) as frames:
+        with writer, closing(prefetch_frames(session, reader)) as frames:
             run = segment_frames(
                 session, frames, writer, precision, reader.expected_frames, started
             )
@@ -245,7 +245,7 @@ def segment_frames(
     """Step through the frames and queue the results, until the end, a bad frame or Ctrl-C.
 
     Args:
-        frames: as `read_ahead` gives them.
+        frames: as `prefetch_frames` gives them.
         started: `time.perf_counter` when the command began.
 
     Raises:
@@ -254,7 +254,7 @@ def segment_frames(
     import torch
 
     from refsam.cli.progress import progress
-    from refsam.runtime.signals import held_back
+    from refsam.runtime.signals import defer_interrupts
     from refsam.session import EncodedFrame
     from refsam.video import FrameDecodeError
 
@@ -262,7 +262,11 @@ def segment_frames(
     device = session.model.device
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     try:
-        with progress("segmenting", expected_frames) as advance, autocast, held_back() as check:
+        with (
+            progress("segmenting", expected_frames) as advance,
+            autocast,
+            defer_interrupts() as check,
+        ):
             for frame, prepared in frames:
                 begun = time.perf_counter()
                 masks, scores = session.step(prepared).on_host()

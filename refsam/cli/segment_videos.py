@@ -73,16 +73,16 @@ def segment_videos(
     """
     check_names(device, dtype)
     videos, expressions = _all_sources(sources or [], text or [], listing)
-    from refsam.session import Share
+    from refsam.session import Shard
     from refsam.session import segment_videos as run
 
-    share = Share.of_environment()
+    shard = Shard.from_environment()
     place = choose_device(device)
     loaded, precision = load_model(model, place, dtype)
     import torch
 
     outcomes: list[VideoOutcome] = []
-    total = len(videos) if share.world_size == 1 else None
+    total = len(videos) if shard.world_size == 1 else None
     autocast = torch.autocast(place.type, precision, enabled=precision != torch.float32)
     with progress("segmenting", total, "videos") as advance, autocast:
 
@@ -100,7 +100,7 @@ def segment_videos(
                 out,
                 batch_size=batch_size or (8 if place.type == "cuda" else 1),
                 overlay=overlay,
-                share=share,
+                shard=shard,
                 graphs=make_graphs(loaded) if graphs else None,
                 settings={
                     "refsam": __version__,

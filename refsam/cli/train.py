@@ -27,11 +27,10 @@ def train(
 
     Writes log, curves, the resumable state and, at the end, the model into the folder that the configuration names.
     """
-    from refsam.config import config_from_yaml
     from refsam.training.loop import Trainer
     from refsam.training.settings import TrainingSettings
 
-    trainer = Trainer(config_from_yaml(TrainingSettings, config, overrides or ()), typer.echo)
+    trainer = Trainer(TrainingSettings.from_yaml(config, overrides or ()), typer.echo)
     try:
         for record in trainer.run():
             numbers = "  ".join(f"{n} {value:.4g}" for n, value in record.items() if n != "step")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from refsam import renamed
 from refsam.model.block import Block
 from refsam.model.packing import Packing, RunBlock, arrange_block
 
@@ -50,10 +51,11 @@ class ImageEncoder(nn.Module):
     Adapters stand in the second half of the blocks (paper, section 3.2). Parameter names are
     SAM's, the adapters' the authors'. Nothing is recorded for backward before the first
     parameter that is trained, so a frozen first half costs what it costs under `no_grad`. With
-    `recompute` a block keeps only its input for the backward, which then computes it again.
+    `activation_checkpointing` a block keeps only its input for the backward, which then computes it again.
     """
 
-    recompute = False
+    activation_checkpointing = False
+    recompute = renamed.attribute("ImageEncoder", "recompute")
     packing: Packing | None = None
 
     def __init__(
@@ -170,7 +172,7 @@ class ImageEncoder(nn.Module):
         if self.packing and not recording and not torch.compiler.is_compiling():
             dtype = self.packing.dtype_of(self.pos_embed)
             return self.packing.arranged(blocks, dtype), dtype
-        if self.recompute and recording:
+        if self.activation_checkpointing and recording:
             again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             return [partial(again, block) for block in blocks], x.dtype
         return blocks, x.dtype

@@ -11,14 +11,14 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """Which part of the work this process does: number `rank` of `world_size` processes, as `torchrun` sets them."""
 
     rank: int = 0
     world_size: int = 1
 
     @staticmethod
-    def of_environment() -> "Share":
+    def from_environment() -> "Shard":
         """From RANK and WORLD_SIZE; one process where they are not set. Raises UserError for impossible values."""
         words = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         try:
@@ -29,7 +29,7 @@ class Share:
             raise UserError(
                 f"RANK={words[0]}, WORLD_SIZE={words[1]}: want 0 <= RANK < WORLD_SIZE, as torchrun sets them"
             )
-        return Share(rank, world_size)
+        return Shard(rank, world_size)
 
     def of(self, items: Sequence[Item], cost: Callable[[Item], float]) -> list[Item]:
         """This process's items, dealt by falling cost; the same whenever and wherever it is asked."""

@@ -43,7 +43,7 @@ def ignore_stop_signals() -> None:
 
 
 @contextmanager
-def held_back() -> Iterator[Callable[[], None]]:
+def defer_interrupts() -> Iterator[Callable[[], None]]:
     """Hold an interrupt back until what this yields is called, which raises it; a second one is raised at once.
 
     Raised at any instruction, it can come between the taking of a queue's lock and the block that gives it back: then

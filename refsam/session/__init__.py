@@ -1,14 +1,15 @@
-"""Videos frame by frame: one (`VideoSession`, `segment_video`) or many (`step_together`, `segment_videos`)."""
+"""Videos frame by frame: one (`VideoSession`, `segment_video`) or many (`step_batch`, `segment_videos`)."""
 
-from refsam.runtime.shard import Share
+from refsam.renamed import module_getattr
+from refsam.runtime.shard import Shard
 from refsam.session.graphs import FrameGraphs
 from refsam.session.preparation import EncodedFrame, FramePreparer, PreparedFrame
 from refsam.session.video_session import (
     FrameResult,
     VideoSession,
-    read_ahead,
+    prefetch_frames,
     segment_video,
-    step_together,
+    step_batch,
 )
 from refsam.session.videos import VideoOutcome, segment_videos
 
@@ -18,11 +19,13 @@ __all__ = [
     "FramePreparer",
     "FrameResult",
     "PreparedFrame",
-    "Share",
+    "Shard",
     "VideoOutcome",
     "VideoSession",
-    "read_ahead",
+    "prefetch_frames",
     "segment_video",
     "segment_videos",
-    "step_together",
+    "step_batch",
 ]
+
+__getattr__ = module_getattr(__name__)

@@ -114,13 +114,13 @@ class VideoSession:
         """Segment the next frame.
 
         Args:
-            frame: ``(H, W, 3)`` uint8 RGB, numpy or torch, on any device; or what `FramePreparer` or `read_ahead`
+            frame: ``(H, W, 3)`` uint8 RGB, numpy or torch, on any device; or what `FramePreparer` or `prefetch_frames`
                 made of it.
 
         Raises:
             ValueError: another shape or dtype.
         """
-        return step_together([(self, frame)])[0]
+        return step_batch([(self, frame)])[0]
 
     def add(self, expression: str) -> int:
         """Ask for one more object from the next frame on; returns its index in the masks.
@@ -177,7 +177,7 @@ class VideoSession:
         return self._result(masks, logits, logits.new_zeros(0))
 
 
-def step_together(turns: Sequence[tuple[VideoSession, AnyFrame]]) -> list[FrameResult]:
+def step_batch(turns: Sequence[tuple[VideoSession, AnyFrame]]) -> list[FrameResult]:
     """Segment frames of several videos, or several of one, with one pass of the image encoder.
 
     Expressions of different videos are decoded together too. The results, in the order of the turns, are those of
@@ -203,7 +203,7 @@ def step_together(turns: Sequence[tuple[VideoSession, AnyFrame]]) -> list[FrameR
 def _step_asked(
     turns: list[tuple[VideoSession, PreparedFrame | EncodedFrame]],
 ) -> list[FrameResult]:
-    """`step_together` of sessions that have expressions."""
+    """`step_batch` of sessions that have expressions."""
     if not turns:
         return []
     sessions, frames = [session for session, _ in turns], [frame for _, frame in turns]
@@ -314,7 +314,7 @@ def segment_video(
     return _step_through(session, source)
 
 
-def read_ahead(
+def prefetch_frames(
     session: VideoSession,
     frames: "Iterable[Frame]",
     *,
@@ -324,7 +324,7 @@ def read_ahead(
     """Each frame with what `session.step` takes, made in other threads while the frames before it are segmented.
 
     They read and resize. Where torch computes with one thread of several cores they run the image encoder too,
-    beside the decoder: only that waits for the frame before. encode=False leaves the encoder to `step_together`.
+    beside the decoder: only that waits for the frame before. encode=False leaves the encoder to `step_batch`.
     heed is called every tenth of a second while no frame comes, and may raise.
     """
     from refsam.video import prefetch
@@ -375,5 +375,5 @@ def _step_through(
             frames = stack.enter_context(open_source(source))
         else:
             frames = (Frame(index, 0.0, image) for index, image in enumerate(source))  # type: ignore[arg-type]
-        for _, prepared in stack.enter_context(closing(read_ahead(session, frames))):
+        for _, prepared in stack.enter_context(closing(prefetch_frames(session, frames))):
             yield session.step(prepared)

@@ -13,11 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refsam import renamed
 from refsam.errors import UserError
-from refsam.runtime.shard import Share
+from refsam.runtime.shard import Shard
 from refsam.session.graphs import FrameGraphs
 from refsam.session.preparation import EncodedFrame, PreparedFrame
-from refsam.session.video_session import FrameResult, VideoSession, read_ahead, step_together
+from refsam.session.video_session import FrameResult, VideoSession, prefetch_frames, step_batch
 
 if TYPE_CHECKING:
     from refsam.model import PromptedSAM
@@ -45,6 +46,7 @@ class VideoOutcome:
     was_done: bool = False
 
 
+@renamed.arguments
 def segment_videos(
     model: "PromptedSAM",
     videos: Sequence[Source],
@@ -53,7 +55,7 @@ def segment_videos(
     *,
     batch_size: int = 1,
     overlay: bool = True,
-    share: Share | None = None,
+    shard: Shard | None = None,
     graphs: FrameGraphs | None = None,
     settings: Mapping[str, Any] | None = None,
     advance: Callable[[VideoOutcome], None] = lambda _: None,
@@ -71,7 +73,7 @@ def segment_videos(
         batch_size: frames that go through the image encoder together, from that many videos while there are as
             many. 1 answers soonest; more serve a GPU better. Logits are the same within 1e-5.
         overlay: also write ``overlay.mp4``.
-        share: which of the videos this process does; as `torchrun` says where None.
+        shard: which of the videos this process does; as `torchrun` says where None.
         graphs: as for `VideoSession`.
         settings: what ``result.json`` is to say besides, such as the model's name; an earlier run's must be equal.
         advance: called with each outcome.
@@ -89,24 +91,24 @@ def segment_videos(
     for texts in dict.fromkeys(job.expressions for job in jobs):
         VideoSession(model, texts)  # refuses what cannot be used before anything is done
     settings = dict(settings or {})
-    own = (share or Share.of_environment()).of(jobs, lambda job: _size(job.source))
+    own = (shard or Shard.from_environment()).of(jobs, lambda job: _size(job.source))
     outcomes = [found for job in own if (found := _earlier(job, settings))]
     for outcome in outcomes:
         advance(outcome)
     done = {outcome.folder for outcome in outcomes}
     waiting = deque(job for job in own if job.folder not in done)
-    lanes: list[_Lane] = []
+    streams: list[_VideoStream] = []
     with ExitStack() as stack:
-        while waiting or lanes:
-            while waiting and len(lanes) < batch_size:
+        while waiting or streams:
+            while waiting and len(streams) < batch_size:
                 job = waiting.popleft()
                 session = VideoSession(model, job.expressions, graphs=graphs)
-                lane = _Lane(job, session, overlay, alone=batch_size == 1)
-                lanes.append(stack.enter_context(closing(lane)))
-            _advance_lanes(lanes, batch_size)
-            for lane in [lane for lane in lanes if lane.has_ended]:
-                lanes.remove(lane)
-                outcomes.append(lane.finish(settings))
+                stream = _VideoStream(job, session, overlay, alone=batch_size == 1)
+                streams.append(stack.enter_context(closing(stream)))
+            _advance(streams, batch_size)
+            for stream in [stream for stream in streams if stream.has_ended]:
+                streams.remove(stream)
+                outcomes.append(stream.finish(settings))
                 advance(outcomes[-1])
     return outcomes
 
@@ -118,7 +120,7 @@ class _Job:
     folder: Path
 
 
-class _Lane:
+class _VideoStream:
     """A video under way: its reader, session and writer. `problem` is what ended it early."""
 
     def __init__(self, job: _Job, session: VideoSession, overlay: bool, alone: bool) -> None:
@@ -139,7 +141,7 @@ class _Lane:
         except UserError as error:
             self.problem, self.has_ended = error, True
             return
-        frames = read_ahead(self.session, reader, encode=alone)
+        frames = prefetch_frames(self.session, reader, encode=alone)
         self._frames = self._open.enter_context(closing(frames))
         writer = ResultWriter(
             self.job.folder,
@@ -188,15 +190,17 @@ class _Lane:
         self._open.close()
 
 
-def _advance_lanes(lanes: list[_Lane], batch_size: int) -> None:
+def _advance(streams: list[_VideoStream], batch_size: int) -> None:
     """One batch: as many frames of each video as there is room for."""
-    running = [lane for lane in lanes if not lane.has_ended]
+    running = [stream for stream in streams if not stream.has_ended]
     if not running:
         return
-    taken = [(lane, *pair) for lane in running for pair in lane.take(batch_size // len(running))]
-    results = step_together([(lane.session, prepared) for lane, _, prepared in taken])
-    for (lane, frame, _), result in zip(taken, results, strict=True):
-        lane.write(frame, result)
+    taken = [
+        (stream, *pair) for stream in running for pair in stream.take(batch_size // len(running))
+    ]
+    results = step_batch([(stream.session, prepared) for stream, _, prepared in taken])
+    for (stream, frame, _), result in zip(taken, results, strict=True):
+        stream.write(frame, result)
 
 
 def _jobs(

@@ -103,7 +103,7 @@ class Processes:
 class SharedModule:
     """How several processes share `module`: called like it, with one backward for each call.
 
-    `data`: each has all weights, and gradients are averaged (DistributedDataParallel). `sharded`: weights, gradients and the
+    `ddp`: each has all weights, and gradients are averaged (DistributedDataParallel). `fsdp`: weights, gradients and the
     optimiser's state are spread over them (`fully_shard`), block by block. `whole` are the blocks' first norms, each of
     which the block before computes, and the scalars, which cannot be sharded: every process has them.
     """
@@ -112,7 +112,7 @@ class SharedModule:
         self.processes = processes
         self.whole: list[nn.Parameter] = []
         self.module: Any = module
-        if parallel == "sharded":
+        if parallel == "fsdp":
             self._shard(module)
         elif processes.count > 1:
             # Not every stage uses every part, and none uses the three mask tokens' networks that RefSAM does not read.
@@ -120,7 +120,7 @@ class SharedModule:
 
     def _shard(self, module: nn.Module) -> None:
         if not dist.is_initialized():
-            raise UserError("parallel: got sharded, want processes started by torchrun for it")
+            raise UserError("parallel: got fsdp, want processes started by torchrun for it")
         mesh = init_device_mesh(self.processes.device.type, (self.processes.count,))
         blocks = list(module.get_submodule("model.image_encoder.blocks").children())
         firsts = [p for block in blocks for p in block.get_submodule("norm1").parameters()]

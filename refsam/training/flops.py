@@ -31,14 +31,15 @@ def count_flops(
 
     They are counted on the first frame of the first clip and multiplied: all but a few thousandths grow with both.
     """
-    recompute, model.image_encoder.recompute = model.image_encoder.recompute, False
+    encoder = model.image_encoder
+    checkpointing, encoder.activation_checkpointing = encoder.activation_checkpointing, False
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
     try:
         with counter:
             module(first_frame(batch), replace(stage, clips=1, frames=1))["total"].backward()
     finally:
         model.zero_grad(set_to_none=True)
-        model.image_encoder.recompute = recompute
+        encoder.activation_checkpointing = checkpointing
     return counter.get_total_flops() * stage.clips * stage.frames
 
 

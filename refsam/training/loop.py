@@ -73,7 +73,7 @@ class Trainer:
         self.datasets = open_datasets(settings)
         self.drawer = open_photographs(settings.data.photographs)
         self.model = _build_model(settings, self.datasets, self.drawer).to(self.processes.device)
-        self.model.image_encoder.recompute = settings.recompute
+        self.model.image_encoder.activation_checkpointing = settings.activation_checkpointing
         self.clips = open_clips(settings.validation, self.model.image_size)
         self.module = TrainingModule(self.model, settings).to(self.processes.device)
         self.module.train()
@@ -90,7 +90,7 @@ class Trainer:
         self.optimisers = build_optimisers(
             torch.nn.ModuleList([self.model, self.head]), settings.optimiser
         )
-        self.average = self._copy_of_trained() if settings.optimiser.average else {}
+        self.average = self._copy_of_trained() if settings.optimiser.ema_decay else {}
         self.steps = sum(stage.steps for stage in settings.stages)
         self.saved_step: int | None = None
         self.stopped_by = 0
@@ -140,7 +140,7 @@ class Trainer:
 
     def _batches(self) -> Iterator[TrainingBatch]:
         """This process's batches from the next step on."""
-        count = self.settings.optimiser.accumulation * self.processes.count
+        count = self.settings.optimiser.gradient_accumulation_steps * self.processes.count
         stream = (
             DatasetStream(self.settings, self.datasets, count)
             if self.datasets
@@ -165,26 +165,29 @@ class Trainer:
         sums: dict[str, float] = {}
         status = _FINE
         names: tuple[str, ...] = ()
-        for number in range(settings.accumulation):
+        for number in range(settings.gradient_accumulation_steps):
             batch = next(arriving)
             names += batch.clips.names
             self._count_flops(batch)
-            with self.shared.accumulating(number + 1 == settings.accumulation):
+            with self.shared.accumulating(number + 1 == settings.gradient_accumulation_steps):
                 losses, agreed = self._losses(batch, request)
                 status = max(status, agreed)
-                (losses["total"] / settings.accumulation).backward()
+                (losses["total"] / settings.gradient_accumulation_steps).backward()
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) / settings.accumulation
+                sums[name] = (
+                    sums.get(name, 0.0)
+                    + float(value.detach()) / settings.gradient_accumulation_steps
+                )
             self.skipped += batch.clips.skipped
         self.shared.finish_gradients()
-        norm = clip_gradients(self.model.parameters(), settings.clip_norm)
+        norm = clip_gradients(self.model.parameters(), settings.max_grad_norm)
         if not math.isfinite(norm):
             raise self._stop(NotANumberError("gradient", names))
         for optimiser in self.optimisers:
             optimiser.step()
-        if settings.average:
+        if settings.ema_decay:
             parameters = dict(self.model.named_parameters())
-            update_average(self.average, parameters, settings.average, self.step)
+            update_average(self.average, parameters, settings.ema_decay, self.step)
         self.progress.step += 1
         self.progress.counted += 1
         self.meter.count(len(names) * self.processes.count, self._flops_of_step)
@@ -214,7 +217,9 @@ class Trainer:
         except NotANumberError:  # the step itself will find it
             return
         self.head.zero_grad(set_to_none=True)
-        self._flops_of_step = flops * self.settings.optimiser.accumulation * self.processes.count
+        self._flops_of_step = (
+            flops * self.settings.optimiser.gradient_accumulation_steps * self.processes.count
+        )
 
     def _losses(self, batch: TrainingBatch, request: StopRequest) -> tuple[dict[str, Tensor], int]:
         """Losses of a batch, and whether the processes stop after this step; raises UserError in all if one fails."""
@@ -267,7 +272,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Score the averaged model, log it, draw examples; the best so far is saved as `best/`."""
         assert self.clips is not None
-        is_sharded = self.settings.parallel == "sharded"
+        is_sharded = self.settings.parallel == "fsdp"
         # Sharded weights are gathered frame by frame, so every process must go through the same frames.
         begin, every = (0, 1) if is_sharded else (self.processes.rank, self.processes.count)
         with self.averaged(), self.shared.gathered():
@@ -381,7 +386,7 @@ class Trainer:
             problems.append(f"going on from step {progress.step}")
         if progress.frozen != self.progress.frozen:
             raise UserError(
-                f"{self.output}: its state was trained on other frozen weights than those of start and model: put them back"
+                f"{self.output}: its state was trained on other frozen weights than those of init_from and model: put them back"
             )
         for what in ("threads", "processes"):
             before, now = getattr(progress, what), getattr(self.progress, what)
@@ -426,10 +431,10 @@ def _build_model(
 ) -> RefSAM:
     """A new model, or the one to start from; a small text encoder knows every word that the data can hold."""
     words = [] if drawer is None else drawer.folder.vocabulary()
-    if settings.start is None:
+    if settings.init_from is None:
         known = [*vocabulary(), *words, *_words(datasets)]
         return RefSAM(settings.architecture, tokenizer=word_tokenizer(known))
-    model = RefSAM.from_pretrained(settings.start, sam=settings.sam)
+    model = RefSAM.from_pretrained(settings.init_from, sam=settings.sam)
     if words and isinstance(model.text_encoder, SmallTextEncoder):
         extend_vocabulary(model.text_encoder, words, load_words().relatives())
     return model

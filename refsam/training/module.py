@@ -104,7 +104,7 @@ class TrainingModule(nn.Module):
         text = self._encode_text([text for row in clips.texts for text in row])
         track, steps = None, []
         for t in range(frames):
-            if track is not None and stage.back_frames and t % stage.back_frames == 0:
+            if track is not None and stage.tbptt_frames and t % stage.tbptt_frames == 0:
                 track = track.detach()
             output = self.model.decode(image, text, clip_index * frames + t, track)
             finite = output.logits.isfinite().flatten(1).all(dim=1)

@@ -28,15 +28,15 @@ def build_optimisers(model: nn.Module, settings: OptimiserSettings) -> list[torc
             continue
         part = next(word for word in name.split(".") if not word.isdigit())
         trained.add(part)
-        scale = settings.rates.get(part, settings.learning_rate) / settings.learning_rate
+        scale = settings.lr_overrides.get(part, settings.learning_rate) / settings.learning_rate
         if settings.muon and id(parameter) in linear:
             muon.setdefault(scale, []).append(parameter)
             continue
         free = parameter.ndim <= 1 or any(k in name for k in ("rel_pos", "pos_embed", "token"))
         adamw.setdefault((scale, free, are_sharded([parameter])), []).append(parameter)
-    if unknown := sorted(set(settings.rates) - trained):
+    if unknown := sorted(set(settings.lr_overrides) - trained):
         raise UserError(
-            f"optimiser.rates: nothing to train in {', '.join(unknown)}, want some of {', '.join(sorted(trained))}"
+            f"optimiser.lr_overrides: nothing to train in {', '.join(unknown)}, want some of {', '.join(sorted(trained))}"
         )
     decay, rate = settings.weight_decay, settings.learning_rate
     groups = [

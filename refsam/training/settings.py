@@ -1,5 +1,7 @@
 """What a training run is configured by: the YAML files in `configs/`."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -14,7 +16,14 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from refsam.config import PRESETS, RefSAMConfig, config_from_dict
+from refsam import renamed
+from refsam.config import (
+    PRESETS,
+    RefSAMConfig,
+    apply_overrides,
+    config_from_dict,
+    read_yaml,
+)
 from refsam.data.augmentation import Augmentation
 from refsam.errors import ConfigError
 
@@ -28,7 +37,7 @@ class StageSettings:
     `clips` per batch, `frames` per clip, `expressions` per clip (0: only the image encoder is trained, by `loss.objects`);
     `image_size` that the frames are drawn and seen at, in pixels (None: the model's); `style` of the generated scenes;
     `photographs` is the share of its batches that are made of `data.photographs`, the others are generated;
-    `loss_scale` shrinks the size at which the mask loss is taken; `back_frames`: gradients reach back through track tokens by so
+    `loss_scale` shrinks the size at which the mask loss is taken; `tbptt_frames`: gradients reach back through track tokens by so
     many frames at most (None: the whole clip).
     """
 
@@ -40,28 +49,29 @@ class StageSettings:
     style: Literal["full", "larger", "many", "crowd", "blocks", "few and large"] = "full"
     photographs: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     loss_scale: Literal[1, 2] = 1
-    back_frames: PositiveInt | None = None
+    tbptt_frames: PositiveInt | None = None
 
 
 @dataclass(frozen=True, config=_CLOSED)
 class OptimiserSettings:
     """AdamW, linear warm-up and cosine decay to `final_rate` of the learning rate.
 
-    With `muon` the weights of linear layers are stepped by Muon at the same rate instead: a model that starts from nothing
-    learns in fewer steps. `rates` gives parts of the model, such as mask_decoder, a learning rate of their own, with the same
-    course. `accumulation` adds up the gradients of so many batches before each step. `average` is the decay of the running
-    average of the weights that is validated and saved as the model (None: the weights themselves are).
+    `muon` steps the weights of linear layers by Muon at the same rate: a model that starts from nothing learns in fewer steps.
+    `lr_overrides` gives parts of the model, such as mask_decoder, their own learning rate with the same schedule.
+    `max_grad_norm` clips the gradients of all parameters together. `gradient_accumulation_steps` batches make one step.
+    `ema_decay` is the decay of the moving average of the weights, which is validated and saved as the model; with None the
+    weights themselves are.
     """
 
     muon: bool = False
     learning_rate: PositiveFloat = 1e-3
-    rates: dict[str, PositiveFloat] = Field(default_factory=dict)
+    lr_overrides: dict[str, PositiveFloat] = Field(default_factory=dict)
     weight_decay: NonNegativeFloat = 0.05
     warm_up_steps: NonNegativeInt = 300
     final_rate: NonNegativeFloat = 0.01
-    clip_norm: PositiveFloat = 1.0
-    accumulation: PositiveInt = 1
-    average: Annotated[float, Field(gt=0, lt=1)] | None = 0.999
+    max_grad_norm: PositiveFloat = 1.0
+    gradient_accumulation_steps: PositiveInt = 1
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = 0.999
 
 
 @dataclass(frozen=True, config=_CLOSED)
@@ -145,20 +155,21 @@ class TrainingSettings:
     """One run: model, data, optimiser, how it is computed, and where it writes.
 
     `model` is a preset by name with entries to change, as in `{preset: vit_b, prompt_dim: 128}`, or a whole RefSAMConfig;
-    `start` a checkpoint to begin from, whose own configuration counts, `sam` SAM's file or folder if that one is a delta;
+    `init_from` a checkpoint to begin from, whose own configuration counts, `sam` SAM's file or folder if that one is a delta;
     `output` the folder of log, state and models; `workers` processes draw the batches ahead (0: the training's own).
     `text_cache` is a folder that keeps what a frozen text encoder says about each expression.
 
-    `recompute` keeps the input of each block of the image encoder only and computes the rest again: less memory, more time.
-    `compile` gives the image encoder to torch.compile. `parallel` says what several processes share: `data` alone, or the
-    weights, gradients and optimiser's state too (`sharded`). `peak_tflops` of one device, given or measured, makes the log tell
-    what part of it is used. `delta`: a model that stands on SAM's file is saved without what it left as it was.
+    `activation_checkpointing` keeps only the input of each block of the image encoder and computes the rest again: less memory,
+    more time. `compile` gives the image encoder to torch.compile. `parallel` says how several processes train: `ddp` copies the
+    model to each, `fsdp` splits weights, gradients and the optimiser's state among them. `peak_tflops` of one device, given or
+    measured, makes the log say how much of it is used. `delta` saves a model that was begun from SAM's file without the weights
+    that training left as they were.
     """
 
     model: dict[str, Any]
     stages: tuple[StageSettings, ...]
     output: str
-    start: str | None = None
+    init_from: str | None = None
     sam: str | None = None
     text_cache: str | None = None
     data: DataSettings = Field(default_factory=DataSettings)
@@ -170,13 +181,27 @@ class TrainingSettings:
     device: str = "cpu"
     threads: NonNegativeInt = 0
     workers: NonNegativeInt = 0
-    recompute: bool = False
+    activation_checkpointing: bool = False
     compile: bool = False
-    parallel: Literal["data", "sharded"] = "data"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     peak_tflops: PositiveFloat | Literal["measure"] | None = None
     delta: bool = True
     save_every: PositiveInt = 200
     log_every: PositiveInt = 20
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> "TrainingSettings":
+        """Read a YAML file and apply overrides such as `optimiser.learning_rate=3e-4`.
+
+        Raises ConfigError with every bad entry.
+        """
+        values = renamed.settings(read_yaml(path))
+        return config_from_dict(cls, apply_overrides(values, map(renamed.override, overrides)))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_old_names(cls, values: Any) -> Any:
+        return renamed.settings(values) if isinstance(values, dict) else values
 
     @field_validator("model")
     @classmethod
@@ -202,10 +227,10 @@ class TrainingSettings:
             "stages: photographs need sentences, want expressions over 0": any(
                 stage.photographs and not stage.expressions for stage in self.stages
             ),
-            "optimiser.muon: needs whole matrices, want parallel: data": (
-                self.parallel == "sharded" and self.optimiser.muon
+            "optimiser.muon: needs whole matrices, want parallel: ddp": (
+                self.parallel == "fsdp" and self.optimiser.muon
             ),
-            "sam: only a start that is a delta stands on it": self.sam and not self.start,
+            "sam: only an init_from that is a delta stands on it": self.sam and not self.init_from,
         }
         if failed := [message for message, fails in problems.items() if fails]:
             raise ValueError("; ".join(failed))

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from refsam.runtime.signals import held_back
+from refsam.runtime.signals import defer_interrupts
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a process cannot interrupt itself")
 
@@ -17,7 +17,7 @@ def interrupt() -> None:
 
 
 def test_an_interrupt_waits_until_it_is_asked_for() -> None:
-    with held_back() as check:
+    with defer_interrupts() as check:
         check()
         interrupt()
         reached = True
@@ -28,7 +28,7 @@ def test_an_interrupt_waits_until_it_is_asked_for() -> None:
 
 
 def test_a_second_interrupt_is_raised_at_once() -> None:
-    with held_back():
+    with defer_interrupts():
         interrupt()
         with pytest.raises(KeyboardInterrupt):
             interrupt()
@@ -39,7 +39,7 @@ def test_a_second_interrupt_is_raised_at_once() -> None:
 def test_ignored_interrupts_stay_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with held_back() as check:
+        with defer_interrupts() as check:
             interrupt()
             check()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -51,7 +51,7 @@ def test_another_thread_changes_nothing() -> None:
     handlers = []
 
     def work() -> None:
-        with held_back() as check:
+        with defer_interrupts() as check:
             check()
             handlers.append(signal.getsignal(signal.SIGINT))
 

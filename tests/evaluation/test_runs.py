@@ -25,7 +25,7 @@ from refsam.evaluation.runners.refcoco import RefCoco
 from refsam.evaluation.runners.run_folder import RunFolder
 from refsam.evaluation.runners.submissions import write_submission
 from refsam.evaluation.scoring.problems import MaskProblemsError
-from refsam.session import Share, VideoSession
+from refsam.session import Shard, VideoSession
 from tests.data import fixtures
 from tests.evaluation.known_model import ColourModel, write_lossless
 from tests.tiny_model import tiny_model
@@ -60,8 +60,8 @@ def coco(tmp_path):
     return fixtures.write_refcoco(tmp_path / "coco")
 
 
-def davis_benchmark(root, scoring=(UNSUPERVISED,), joint="probabilities"):
-    return RefDavis17(open_dataset("ref-davis17", root, "valid"), joint, tuple(scoring))
+def davis_benchmark(root, scoring=(UNSUPERVISED,), merge="probabilities"):
+    return RefDavis17(open_dataset("ref-davis17", root, "valid"), merge, tuple(scoring))
 
 
 def mevis_benchmark(root, split="valid_u"):
@@ -85,7 +85,7 @@ def test_ref_davis17_scores_four_annotators_and_their_mean(davis, tmp_path):
     # Annotator 2 means the other object: forgiven by the matching, not by the strict protocol.
     model = ColourModel(misled="café 2")
     benchmark = davis_benchmark(davis, [UNSUPERVISED, STRICT, "per-expression"])
-    outcome = evaluate(benchmark, runner(model), tmp_path / "out", share=Share())
+    outcome = evaluate(benchmark, runner(model), tmp_path / "out", shard=Shard())
     scores = outcome.summary["scores"]
     assert scores[STRICT]["mean"]["J-Mean"] == 0.75
     strict = [row["overall"]["J-Mean"] for row in scores[STRICT]["evaluations"].values()]
@@ -101,7 +101,7 @@ def test_ref_davis17_scores_four_annotators_and_their_mean(davis, tmp_path):
 
 
 def test_ref_davis17_writes_maps_with_the_usual_palette(davis, tmp_path):
-    evaluate(davis_benchmark(davis), runner(), tmp_path / "out", share=Share())
+    evaluate(davis_benchmark(davis), runner(), tmp_path / "out", shard=Shard())
     with Image.open(tmp_path / "out/predictions/anno_3/blackswan/00002.png") as picture:
         assert picture.mode == "P"
         assert picture.getpalette()[:12] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
@@ -116,14 +116,14 @@ def test_ref_davis17_needs_a_sentence_of_each_annotator_and_the_truth(davis, tmp
         davis_benchmark(davis)
 
 
-def test_joint_maps_differ_by_rule_where_both_are_known():
+def test_merged_maps_differ_by_rule_where_both_are_known():
     # At full size already: one pixel row of logits, two objects.
     rows = torch.tensor([[0.05, 25.0, -1.0, 3.0], [-2.0, 30.0, -1.0, 4.0]])
     logits = FrameLogits(rows[:, None].expand(-1, 4, -1), 4, (4, 4), (4, 4), (4, 4))
     # 0.05 is a probability above 0.5 but a logit below the background's 0.1; sigmoid(25) is 1 in float32 as sigmoid(30) is.
-    assert logits.joint_map([1, 2], "probabilities")[0].tolist() == [1, 1, 0, 2]
-    assert logits.joint_map([1, 2], "logits")[0].tolist() == [0, 2, 0, 2]
-    assert logits.joint_map([7, 9], "logits")[0].tolist() == [0, 9, 0, 9]
+    assert logits.merged_map([1, 2], "probabilities")[0].tolist() == [1, 1, 0, 2]
+    assert logits.merged_map([1, 2], "logits")[0].tolist() == [0, 2, 0, 2]
+    assert logits.merged_map([7, 9], "logits")[0].tolist() == [0, 9, 0, 9]
 
 
 def test_predictions_are_those_of_a_session():
@@ -152,7 +152,7 @@ def test_paper_protocol_shrinks_frames_and_lowers_sentences():
     assert predictor._prompts == [["the red box"]]
     assert logits.masks(0.01).shape == (1, 72, 128)
     assert RULES["paper"].threshold == 0.01
-    assert RULES["paper"].joint == "logits"
+    assert RULES["paper"].merge == "logits"
     predictor.step(np.full((128, 71, 3), 128, np.uint8))
     assert model.seen[1] == (int(360 * 128 / 71), 360)
 
@@ -160,7 +160,7 @@ def test_paper_protocol_shrinks_frames_and_lowers_sentences():
 def test_ref_youtube_vos_without_truth_gives_the_submission_only(rvos, tmp_path):
     dataset = open_dataset("ref-youtube-vos", rvos, "valid")
     benchmark = PerExpression("Ref-YouTube-VOS", dataset, "Annotations", None, None)
-    outcome = evaluate(benchmark, runner(), tmp_path / "out", share=Share())
+    outcome = evaluate(benchmark, runner(), tmp_path / "out", shard=Shard())
     assert "not scored: no truth for ref-youtube-vos valid" in outcome.text
     with zipfile.ZipFile(tmp_path / "out/submission.zip") as archive:
         names = [f"{5 * index:05d}" for index in range(4)]
@@ -194,7 +194,7 @@ def test_ref_youtube_vos_is_scored_with_either_layout_of_the_truth(layout, rvos,
 
 
 def test_mevis_unites_objects_scores_absence_and_zips_without_a_folder(mevis, tmp_path):
-    outcome = evaluate(mevis_benchmark(mevis), runner(), tmp_path / "out", share=Share())
+    outcome = evaluate(mevis_benchmark(mevis), runner(), tmp_path / "out", shard=Shard())
     scores = {row["object"]: row["J-Mean"] for row in outcome.summary["objects"]}
     assert scores == {"0": 1, "1": 1, "2": 1}
     with zipfile.ZipFile(tmp_path / "out/submission.zip") as archive:
@@ -204,7 +204,7 @@ def test_mevis_unites_objects_scores_absence_and_zips_without_a_folder(mevis, tm
 
 def test_refcoco_scores_are_those_of_known_masks(coco, tmp_path):
     datasets = tuple(open_dataset("refcoco", coco, split) for split in ("val", "testA"))
-    outcome = evaluate(RefCoco(datasets, ("lavt",)), runner(), tmp_path / "out", share=Share())
+    outcome = evaluate(RefCoco(datasets, ("lavt",)), runner(), tmp_path / "out", shard=Shard())
     for split, time in (("val", 2), ("testA", 0)):
         # Two sentences for each object; object 2 lies on object 1, whose true mask is whole.
         visible = (fixtures.numbers_at(time, 2) == 1).sum() / (12 * 16)
@@ -230,9 +230,9 @@ def test_refcoco_refuses_unknown_conventions_and_empty_splits(coco):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_any_number_of_processes_gives_the_same_files(world_size, davis, tmp_path):
     benchmark = davis_benchmark(davis)
-    alone = evaluate(benchmark, runner(), tmp_path / "alone", share=Share())
+    alone = evaluate(benchmark, runner(), tmp_path / "alone", shard=Shard())
     shared = [
-        evaluate(benchmark, runner(), tmp_path / "shared", share=Share(rank, world_size))
+        evaluate(benchmark, runner(), tmp_path / "shared", shard=Shard(rank, world_size))
         for rank in range(world_size)
     ]
     # Whoever does the last unit scores; a process without units finds it done.
@@ -248,31 +248,31 @@ def test_any_number_of_processes_gives_the_same_files(world_size, davis, tmp_pat
 )
 def test_shares_are_a_partition(costs, world_size):
     items = list(enumerate(costs))
-    shares = [Share(rank, world_size).of(items, lambda item: item[1]) for rank in range(world_size)]
+    shares = [Shard(rank, world_size).of(items, lambda item: item[1]) for rank in range(world_size)]
     assert sorted(item for share in shares for item in share) == items
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_shares_come_from_torchruns_environment(monkeypatch):
-    assert Share.of_environment() == Share(0, 1)
+    assert Shard.from_environment() == Shard(0, 1)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert Share.of_environment() == Share(1, 3)
+    assert Shard.from_environment() == Shard(1, 3)
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(UserError, match="want 0 <= RANK < WORLD_SIZE"):
-        Share.of_environment()
+        Shard.from_environment()
 
 
 def test_an_interrupted_run_continues_without_redoing_or_losing_videos(davis, tmp_path):
     benchmark = davis_benchmark(davis)
-    whole = evaluate(benchmark, runner(), tmp_path / "whole", share=Share())
+    whole = evaluate(benchmark, runner(), tmp_path / "whole", shard=Shard())
     with pytest.raises(KeyboardInterrupt):
-        evaluate(benchmark, runner(ColourModel(fails_after=6)), tmp_path / "out", share=Share())
+        evaluate(benchmark, runner(ColourModel(fails_after=6)), tmp_path / "out", shard=Shard())
     done = files_of(tmp_path / "out/results")
     assert list(done) == ["blackswan.json"]
     assert not (tmp_path / "out/predictions/anno_0/goldfish").exists()
     again = ColourModel()
-    outcome = evaluate(benchmark, runner(again), tmp_path / "out", share=Share())
+    outcome = evaluate(benchmark, runner(again), tmp_path / "out", shard=Shard())
     assert len(again.seen) == 4
     assert files_of(tmp_path / "out/results")["blackswan.json"] == done["blackswan.json"]
     assert outcome.summary["scores"] == whole.summary["scores"]
@@ -305,7 +305,7 @@ def test_a_killed_run_continues(davis, tmp_path, root):
     assert list(files_of(tmp_path / "out/results")) == ["blackswan.json"]
     assert any((tmp_path / "out/.unfinished").iterdir())
     again = ColourModel()
-    outcome = evaluate(davis_benchmark(davis), runner(again), tmp_path / "out", share=Share())
+    outcome = evaluate(davis_benchmark(davis), runner(again), tmp_path / "out", shard=Shard())
     assert len(again.seen) == 4
     assert outcome.summary["scores"][UNSUPERVISED]["mean"]["J&F-Mean"] == 1
     assert not (tmp_path / "out/.unfinished").exists()
@@ -335,27 +335,27 @@ def test_a_unit_that_fails_leaves_nothing(tmp_path):
 
 
 def test_folders_of_other_runs_and_other_files_are_refused(davis, tmp_path):
-    evaluate(davis_benchmark(davis), runner(), tmp_path / "out", share=Share())
+    evaluate(davis_benchmark(davis), runner(), tmp_path / "out", shard=Shard())
     other = runner(protocol="paper")
     message = "other settings: joint was 'probabilities', now 'logits'; protocol was 'default', now 'paper'; give another"
     with pytest.raises(UserError, match=message):
-        evaluate(davis_benchmark(davis, joint="logits"), other, tmp_path / "out", share=Share())
+        evaluate(davis_benchmark(davis, merge="logits"), other, tmp_path / "out", shard=Shard())
     changed = ColourModel()
     changed.weights += 1
     with pytest.raises(UserError, match="weights_sha256 was"):
-        evaluate(davis_benchmark(davis), runner(changed), tmp_path / "out", share=Share())
+        evaluate(davis_benchmark(davis), runner(changed), tmp_path / "out", shard=Shard())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("x")
     with pytest.raises(UserError, match="holds other files"):
-        evaluate(davis_benchmark(davis), runner(), tmp_path / "mine", share=Share())
+        evaluate(davis_benchmark(davis), runner(), tmp_path / "mine", shard=Shard())
     with pytest.raises(UserError, match="is no folder"):
-        evaluate(davis_benchmark(davis), runner(), tmp_path / "mine/thesis.txt", share=Share())
+        evaluate(davis_benchmark(davis), runner(), tmp_path / "mine/thesis.txt", shard=Shard())
 
 
 def test_refused_expressions_stop_the_run_with_a_full_list(mevis, tmp_path):
     model = ColourModel(refuses="that")
     with pytest.raises(MaskProblemsError) as refusal:
-        evaluate(mevis_benchmark(mevis), runner(model), tmp_path / "out", share=Share())
+        evaluate(mevis_benchmark(mevis), runner(model), tmp_path / "out", shard=Shard())
     assert [problem.kind for problem in refusal.value.problems] == ["expression refused"] * 2
     assert "'all that is not red' (expression: knows no word of" in str(refusal.value)
     assert not files_of(tmp_path / "out/results")
@@ -366,7 +366,7 @@ def test_refused_expressions_stop_the_run_with_a_full_list(mevis, tmp_path):
 def test_refused_expressions_score_as_empty_if_asked(mevis, tmp_path):
     model = ColourModel(refuses="not red")
     outcome = evaluate(
-        mevis_benchmark(mevis), runner(model, missing="zero"), tmp_path / "out", share=Share()
+        mevis_benchmark(mevis), runner(model, missing="zero"), tmp_path / "out", shard=Shard()
     )
     scores = {row["object"]: row["J-Mean"] for row in outcome.summary["objects"]}
     assert scores == {"0": 1, "1": 0, "2": 1}
@@ -382,7 +382,7 @@ def test_missing_frames_are_all_named_before_anything_runs(davis, tmp_path):
         (frames / f"{name.split('/')[1]}.jpg").unlink()
     model = ColourModel()
     with pytest.raises(MaskProblemsError, match="blackswan: 1 frame missing: 00001; goldfish"):
-        evaluate(davis_benchmark(davis), runner(model), tmp_path / "out", share=Share())
+        evaluate(davis_benchmark(davis), runner(model), tmp_path / "out", shard=Shard())
     assert not model.seen
     assert not (tmp_path / "out").exists()
 
@@ -392,11 +392,11 @@ def test_an_unreadable_frame_stops_the_run_and_keeps_what_is_done(davis, tmp_pat
     content = path.read_bytes()
     path.write_bytes(content[:40])
     with pytest.raises(UserError, match=r"00002\.jpg: cannot be read as an image"):
-        evaluate(davis_benchmark(davis), runner(), tmp_path / "out", share=Share())
+        evaluate(davis_benchmark(davis), runner(), tmp_path / "out", shard=Shard())
     assert list(files_of(tmp_path / "out/results")) == ["blackswan.json"]
     path.write_bytes(content)
     again = ColourModel()
-    assert evaluate(davis_benchmark(davis), runner(again), tmp_path / "out", share=Share())
+    assert evaluate(davis_benchmark(davis), runner(again), tmp_path / "out", shard=Shard())
     assert len(again.seen) == 4
 
 
@@ -422,7 +422,7 @@ def command(monkeypatch, *words):
 
 
 def test_the_command_prints_rules_scores_speed_and_report(davis, tmp_path, capsys, monkeypatch):
-    words = ["ref-davis17", "--root", davis, "--out", tmp_path / "out", "--protocol", "paper"]
+    words = ["ref-davis17", "--root", davis, "--out", tmp_path / "out", "--inference", "paper"]
     assert command(monkeypatch, *words) == 0
     printed = capsys.readouterr().out
     assert "Frames: short side to 360 pixels first" in printed
@@ -451,9 +451,9 @@ def test_the_command_says_what_is_wrong(davis, mevis, coco, tmp_path, capsys, mo
     for words, message in (
         (["ref-davis17", "--root", tmp_path / "no"], "no folder"),
         (["ref-davis17", "--root", davis, "--split", "val"], "got split 'val', want"),
-        (["ref-davis17", "--root", davis, "--joint", "max"], "want probabilities or logits"),
-        (["ref-davis17", "--root", davis, "--scoring", "coco"], "protocol: got 'coco'"),
-        (["ref-davis17", "--root", davis, "--protocol", "mine"], "want one of default, paper"),
+        (["ref-davis17", "--root", davis, "--merge", "max"], "want probabilities or logits"),
+        (["ref-davis17", "--root", davis, "--protocol", "coco"], "protocol: got 'coco'"),
+        (["ref-davis17", "--root", davis, "--inference", "mine"], "want one of default, paper"),
         (["ref-davis17", "--root", davis, "--missing", "x"], "want error or zero"),
         (["ref-davis17", "--root", davis, "--videos", listed], "not in ref-davis17 valid: bear"),
         (["mevis", "--root", mevis, "--truth", tmp_path / "no"], "there is no"),

@@ -272,7 +272,7 @@ def test_a_frozen_first_half_keeps_nothing_for_the_backward(encoder: ImageEncode
 
 def test_recomputing_blocks_gives_the_same_gradients_and_keeps_less(encoder: ImageEncoder) -> None:
     kept, wanted = saved_elements(trainable_adapters(encoder), PIXELS)
-    encoder.recompute = True
+    encoder.activation_checkpointing = True
     kept_less, found = saved_elements(encoder, PIXELS)
     assert kept_less < 0.5 * kept
     assert found.keys() == wanted.keys()

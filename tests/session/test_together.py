@@ -10,9 +10,9 @@ from refsam.session import (
     FramePreparer,
     FrameResult,
     PreparedFrame,
+    prefetch_frames,
     preparation,
-    read_ahead,
-    step_together,
+    step_batch,
 )
 from refsam.video import Frame
 from tests.session import cuda_stand_in
@@ -54,14 +54,14 @@ def test_a_frame_of_each_video(model: RefSAM) -> None:
     expected = {index: alone(model, index) for index in VIDEOS}
     for time in range(4):
         turns = [(sessions[index], video(index)[time]) for index in VIDEOS]
-        for index, result in zip(VIDEOS, step_together(turns), strict=True):
+        for index, result in zip(VIDEOS, step_batch(turns), strict=True):
             assert_same(result, expected[index][time])
 
 
 def test_videos_that_begin_at_different_times(model: RefSAM) -> None:
     first, second = (VideoSession(model, VIDEOS[index][0]) for index in (0, 2))
     first.step(video(0)[0])
-    results = step_together([(first, video(0)[1]), (second, video(2)[0])])
+    results = step_batch([(first, video(0)[1]), (second, video(2)[0])])
     assert_same(results[0], alone(model, 0)[1])
     assert_same(results[1], alone(model, 2)[0])
 
@@ -70,7 +70,7 @@ def test_several_frames_of_a_video(model: RefSAM) -> None:
     first, second = (VideoSession(model, VIDEOS[index][0]) for index in (0, 1))
     frames = video(0), video(1)
     turns = [(first, f) for f in frames[0][:3]] + [(second, frames[1][0]), (first, frames[0][3])]
-    results = step_together(turns)
+    results = step_batch(turns)
     for time, result in zip((0, 1, 2, 3), [*results[:3], results[4]], strict=True):
         assert_same(result, alone(model, 0)[time])
     assert_same(results[3], alone(model, 1)[0])
@@ -78,10 +78,10 @@ def test_several_frames_of_a_video(model: RefSAM) -> None:
 
 def test_one_without_expressions_among_others(model: RefSAM) -> None:
     empty, other = VideoSession(model), VideoSession(model, VIDEOS[0][0])
-    results = step_together([(empty, video(1)[0]), (other, video(0)[0])])
+    results = step_batch([(empty, video(1)[0]), (other, video(0)[0])])
     assert results[0].masks.shape == (0, 64, 64)
     assert_same(results[1], alone(model, 0)[0])
-    assert step_together([]) == []
+    assert step_batch([]) == []
 
 
 def test_encoded_frames_equal_plain_ones(model: RefSAM) -> None:
@@ -90,11 +90,11 @@ def test_encoded_frames_equal_plain_ones(model: RefSAM) -> None:
         EncodedFrame(model.encode_image(ready.pixels), ready.size, 0.0)
         for ready in (FramePreparer(model)(video(index)[0]) for index in (0, 2))
     ]
-    results = step_together(list(zip(sessions, encoded, strict=True)))
+    results = step_batch(list(zip(sessions, encoded, strict=True)))
     for index, result in zip((0, 2), results, strict=True):
         assert_same(result, alone(model, index)[0])
     with pytest.raises(ValueError, match="turns: got encoded frames among others"):
-        step_together([(sessions[0], encoded[0]), (sessions[1], video(2)[1])])
+        step_batch([(sessions[0], encoded[0]), (sessions[1], video(2)[1])])
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -107,7 +107,7 @@ def test_read_ahead_with_and_without_the_encoder(
     frames = [Frame(time, float(time), image) for time, image in enumerate(video(0))]
     for kind, encode in ((EncodedFrame, True), (PreparedFrame, False)):
         session.reset()
-        ahead = read_ahead(session, frames, encode=encode)
+        ahead = prefetch_frames(session, frames, encode=encode)
         for expected, (frame, ready) in zip(alone(model, 0), ahead, strict=True):
             assert isinstance(ready, kind if threads == 1 else PreparedFrame)
             assert frame.index == expected.frame_index
@@ -117,7 +117,7 @@ def test_read_ahead_with_and_without_the_encoder(
 def test_rejects_sessions_of_different_models(model: RefSAM) -> None:
     turns = [(VideoSession(m, ["dog"]), video(0)[0]) for m in (model, tiny_model(seed=1))]
     with pytest.raises(ValueError, match="turns: got sessions of different models"):
-        step_together(turns)
+        step_batch(turns)
 
 
 def test_prepared_frames_equal_plain_ones(model: RefSAM) -> None:

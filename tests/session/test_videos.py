@@ -14,7 +14,7 @@ from PIL import Image
 
 from refsam import RefSAM, VideoSession
 from refsam.errors import UserError
-from refsam.session import Share, VideoOutcome, segment_videos
+from refsam.session import Shard, VideoOutcome, segment_videos
 from refsam.video import open_source
 from tests.tiny_model import tiny_model
 from tests.video.clips import picture, write_video
@@ -126,7 +126,7 @@ def test_other_settings_are_refused(model: RefSAM, videos: list[Path], tmp_path:
 def test_shares_make_a_whole(model: RefSAM, videos: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     shares = [
-        segment_videos(model, videos, TEXTS, out, share=Share(rank, 3), overlay=False)
+        segment_videos(model, videos, TEXTS, out, shard=Shard(rank, 3), overlay=False)
         for rank in range(3)
     ]
     names = [outcome.folder.name for share in shares for outcome in share]

@@ -50,7 +50,7 @@ def doubled(folder: Path) -> list[float]:
     return losses_of(Trainer(run_settings(folder, "doubled", steps=6, clips=2)))
 
 
-@pytest.mark.parametrize("parallel", ["data", "sharded"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_are_one_with_the_doubled_batch(
     result: dict[str, Any], doubled: list[float], parallel: str
 ) -> None:
@@ -60,27 +60,27 @@ def test_two_processes_are_one_with_the_doubled_batch(
 def test_each_way_goes_on_from_the_state_of_the_other(
     result: dict[str, Any], doubled: list[float]
 ) -> None:
-    assert result["sharded from data"] == pytest.approx(doubled[4:], rel=1e-4)
+    assert result["fsdp from ddp"] == pytest.approx(doubled[4:], rel=1e-4)
     # The second goes on behind what the first has left.
-    assert result["data from sharded"] == pytest.approx(doubled[4:], rel=1e-4)
+    assert result["ddp from fsdp"] == pytest.approx(doubled[4:], rel=1e-4)
 
 
 def test_sharded_means_dtensors(result: dict[str, Any]) -> None:
-    assert result["sharded optimiser"] and result["sharded share"] == 0.5
-    assert not result["sharded wrapped"]
+    assert result["fsdp optimiser"] and result["fsdp share"] == 0.5
+    assert not result["fsdp wrapped"]
     # Only what a block hands to the one before, and scalars, are left whole.
-    assert all("norm1" in n or n == "dense_attention.log_scale" for n in result["sharded whole"])
-    assert "image_encoder.blocks.0.attn.qkv.weight" in result["sharded sharded"]
-    assert "mask_decoder.mask_tokens.weight" in result["sharded sharded"]
+    assert all("norm1" in n or n == "dense_attention.log_scale" for n in result["fsdp whole"])
+    assert "image_encoder.blocks.0.attn.qkv.weight" in result["fsdp sharded"]
+    assert "mask_decoder.mask_tokens.weight" in result["fsdp sharded"]
 
 
 def test_data_parallel_is_pytorchs(result: dict[str, Any]) -> None:
-    assert result["data wrapped"] and result["data share"] == 1.0
-    assert not result["data sharded"] and not result["data optimiser"]
+    assert result["ddp wrapped"] and result["ddp share"] == 1.0
+    assert not result["ddp sharded"] and not result["ddp optimiser"]
 
 
 def test_the_first_process_alone_writes(result: dict[str, Any], folder: Path) -> None:
-    lines = [json.loads(line) for line in (folder / "data/log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "ddp/log.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "total" in line]
     assert steps == list(range(1, len(steps) + 1))
     assert (folder / "data/best/model.safetensors").exists()
@@ -88,18 +88,16 @@ def test_the_first_process_alone_writes(result: dict[str, Any], folder: Path) ->
 
 def test_a_state_of_two_processes_goes_on_in_one(result: dict[str, Any], folder: Path) -> None:
     said: list[str] = []
-    settings = run_settings(folder, "data", steps=8)
+    settings = run_settings(folder, "ddp", steps=8)
     losses = losses_of(Trainer(settings, said.append))
     assert len(losses) == 2
     assert any("2 processes before, now 1" in text for text in said)
 
 
 def test_sharded_wants_torchrun_and_no_muon(folder: Path) -> None:
-    with pytest.raises(
-        UserError, match="parallel: got sharded, want processes started by torchrun"
-    ):
-        Trainer(run_settings(folder, "alone", parallel="sharded"))
+    with pytest.raises(UserError, match="parallel: got fsdp, want processes started by torchrun"):
+        Trainer(run_settings(folder, "alone", parallel="fsdp"))
     stages = [{"steps": 1, "clips": 1}]
-    values = {"model": {"preset": "nano"}, "output": "x", "stages": stages, "parallel": "sharded"}
+    values = {"model": {"preset": "nano"}, "output": "x", "stages": stages, "parallel": "fsdp"}
     with pytest.raises(ConfigError, match=r"optimiser\.muon: needs whole matrices"):
         config_from_dict(TrainingSettings, values | {"optimiser": {"muon": True}})

@@ -76,7 +76,7 @@ def test_one_clip_is_learnt_by_heart(tmp_path: Path) -> None:
             "run",
             steps=400,
             loss={"focal": 6.0, "dice": 1.0},
-            optimiser={"learning_rate": 3e-3, "warm_up_steps": 20, "average": 0.9},
+            optimiser={"learning_rate": 3e-3, "warm_up_steps": 20, "ema_decay": 0.9},
             data={
                 "datasets": [{"name": "ref-youtube-vos", "root": str(tmp_path / "videos")}],
                 "augmentation": {"crop": 0.0, "flip": 0.0, "short_sides": [48], "long_side": 96},

@@ -196,9 +196,9 @@ def test_accumulated_batches_are_one_larger_batch(tmp_path):
     data = {"datasets": [{"name": "ref-youtube-vos", "root": str(tmp_path / "videos")}]}
     data["augmentation"] = {"crop": 0.0, "short_sides": [48], "long_side": 96}
 
-    def losses(name: str, clips: int, accumulation: int) -> list[float]:
+    def losses(name: str, clips: int, steps: int) -> list[float]:
         stage = {"steps": 3, "clips": clips, "frames": 2, "expressions": 1}
-        optimiser = {"accumulation": accumulation}
+        optimiser = {"gradient_accumulation_steps": steps}
         changes = {"stages": [stage], "optimiser": optimiser, "data": data}
         return [r["total"] for r in Trainer(settings(tmp_path / name, **changes)).run()]
 
@@ -210,15 +210,15 @@ def test_gradients_reach_back_through_so_many_track_tokens(tmp_path):
     trainer = Trainer(settings(tmp_path))
     stage = trainer.settings.stages[0]
     batch = next(trainer._batches())
-    for back_frames, is_taught in ((None, True), (2, True), (1, False)):
+    for tbptt_frames, is_taught in ((None, True), (2, True), (1, False)):
         trainer.module.zero_grad(set_to_none=True)
-        trainer.module(batch, replace(stage, back_frames=back_frames))["total"].backward()
+        trainer.module(batch, replace(stage, tbptt_frames=tbptt_frames))["total"].backward()
         gradients = [parameter.grad for parameter in trainer.model.tracking.parameters()]
         assert any(g is not None and g.any() for g in gradients) == is_taught
 
 
 def test_without_a_running_average_the_weights_are_saved(tmp_path):
-    trainer = Trainer(settings(tmp_path, optimiser={"average": None}))
+    trainer = Trainer(settings(tmp_path, optimiser={"ema_decay": None}))
     list(trainer.run())
     saved = RefSAM.from_pretrained(str(tmp_path / "model")).state_dict()
     assert all(torch.equal(saved[n], value) for n, value in trainer.model.state_dict().items())
@@ -226,7 +226,10 @@ def test_without_a_running_average_the_weights_are_saved(tmp_path):
 
 def test_recomputed_blocks_give_the_same_losses(tmp_path):
     plain = [r["total"] for r in Trainer(settings(tmp_path / "plain")).run()]
-    again = [r["total"] for r in Trainer(settings(tmp_path / "again", recompute=True)).run()]
+    again = [
+        r["total"]
+        for r in Trainer(settings(tmp_path / "again", activation_checkpointing=True)).run()
+    ]
     assert again == plain
 
 

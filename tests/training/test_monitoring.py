@@ -144,11 +144,11 @@ def test_counting_operations_changes_no_loss(folder: Path) -> None:
 
 def test_operations_do_not_depend_on_recomputation(folder: Path) -> None:
     counts = []
-    for recompute in (False, True):
-        trainer = Trainer(run_settings(folder, "run", recompute=recompute))
+    for checkpointing in (False, True):
+        trainer = Trainer(run_settings(folder, "run", activation_checkpointing=checkpointing))
         batch, stage = next(trainer._batches()), stage_at(trainer.settings.stages, 0)
         counts.append(flops.count_flops(trainer.module, trainer.model, batch, stage))
-        assert trainer.model.image_encoder.recompute == recompute
+        assert trainer.model.image_encoder.activation_checkpointing == checkpointing
     assert counts[0] == counts[1] > 0
 
 
@@ -237,7 +237,7 @@ def test_the_peak_is_a_plausible_number() -> None:
 
 
 def test_models_that_stand_on_sam_are_saved_as_deltas(folder: Path) -> None:
-    """`delta` leaves out what SAM's file holds; start names that file again for the next stage."""
+    """`delta` leaves out what SAM's file holds; init_from names that file again for the next stage."""
     sam = folder / "sam"
     base = tiny_model()
     values = base.config.to_dict() | {"frozen": True}
@@ -249,17 +249,17 @@ def test_models_that_stand_on_sam_are_saved_as_deltas(folder: Path) -> None:
         sources={"sam": Source("sam_tiny.pth", "0" * 64)},
     )
     write_checkpoint(sam, stored)
-    first = run_settings(folder, "first", start=str(sam))
+    first = run_settings(folder, "first", init_from=str(sam))
     list(Trainer(first).run())
     for name in ("model", "best"):
         header = json.loads((folder / "first" / name / "config.json").read_text())
         assert header["kind"] == "delta"
     with pytest.raises(CheckpointError, match=r"is a delta and needs sam_tiny\.pth"):
-        Trainer(run_settings(folder, "second", start=str(folder / "first/model")))
+        Trainer(run_settings(folder, "second", init_from=str(folder / "first/model")))
     second = Trainer(
-        run_settings(folder, "second", start=str(folder / "first/model"), sam=str(sam))
+        run_settings(folder, "second", init_from=str(folder / "first/model"), sam=str(sam))
     )
     state = second.model.state_dict()
     assert all(torch.equal(state[n], t) for n, t in base.state_dict().items() if is_base(n))
-    list(Trainer(run_settings(folder, "whole", start=str(sam), delta=False)).run())
+    list(Trainer(run_settings(folder, "whole", init_from=str(sam), delta=False)).run())
     assert json.loads((folder / "whole/model/config.json").read_text())["kind"] == "full"

@@ -22,7 +22,7 @@ def test_official_files_are_trained_on(tmp_path: Path, monkeypatch: pytest.Monke
     sam, files = official_files(tmp_path)
     result = convert("official", *files, "--sam", sam, "--out", tmp_path / "official")
     assert result.exit_code == 0, result.output
-    start: dict[str, Any] = {"start": str(tmp_path / "official"), "model": {}, "validation": {}}
+    start: dict[str, Any] = {"init_from": str(tmp_path / "official"), "model": {}, "validation": {}}
     losses = losses_of(Trainer(run_settings(tmp_path, "run", **start)))
     assert len(losses) == 4 and all(math.isfinite(loss) for loss in losses)
     before = RefSAM.from_pretrained(tmp_path / "official").state_dict()

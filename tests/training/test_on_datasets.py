@@ -112,7 +112,7 @@ def test_a_loss_that_is_no_number_names_the_sample(folder: Path) -> None:
 
 
 def test_parts_have_their_own_rates(folder: Path) -> None:
-    optimiser = {"learning_rate": 1e-4, "warm_up_steps": 0, "rates": {"mask_decoder": 1e-6}}
+    optimiser = {"learning_rate": 1e-4, "warm_up_steps": 0, "lr_overrides": {"mask_decoder": 1e-6}}
     trainer = Trainer(settings(folder, optimiser=optimiser))
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
     next(trainer.run())
@@ -149,5 +149,7 @@ def test_a_rate_for_a_part_that_is_not_trained(folder: Path) -> None:
         UserError, match=r"nothing to train in decoder, want some of .*mask_decoder"
     ):
         Trainer(
-            settings(folder, optimiser=vars(OptimiserSettings()) | {"rates": {"decoder": 1e-6}})
+            settings(
+                folder, optimiser=vars(OptimiserSettings()) | {"lr_overrides": {"decoder": 1e-6}}
+            )
         )

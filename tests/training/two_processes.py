@@ -18,7 +18,7 @@ from tests.training.runs import losses_of, run_settings
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     result = {}
-    for parallel in ("data", "sharded"):
+    for parallel in ("ddp", "fsdp"):
         trainer = Trainer(run_settings(folder, parallel, steps=4, parallel=parallel))
         result[parallel] = losses_of(trainer)
         parameters = dict(trainer.model.named_parameters())
@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
         local = largest.to_local() if isinstance(largest, DTensor) else largest
         result[f"{parallel} share"] = local.numel() / largest.numel()
     # Each way goes on from the state that the other has left.
-    for parallel, other in (("sharded", "data"), ("data", "sharded")):
+    for parallel, other in (("fsdp", "ddp"), ("ddp", "fsdp")):
         trainer = Trainer(run_settings(folder, other, steps=6, parallel=parallel))
         result[f"{parallel} from {other}"] = losses_of(trainer)
     if trainer.processes.is_first:

@@ -24,10 +24,10 @@ RunFolderOption = Annotated[
         help="Folder for predictions, scores and report; the one of a run that was cut short continues it."
     ),
 ]
-ProtocolOption = Annotated[
+InferenceOption = Annotated[
     str,
     typer.Option(
-        help="default, or paper: the authors' known choices (360-pixel short side, thresholds)."
+        help="How the model is run: default, or paper, the authors' known choices (360-pixel short side, thresholds)."
     ),
 ]
 VideosOption = Annotated[
@@ -58,17 +58,17 @@ def ref_davis17(
     out: RunFolderOption,
     model: ModelChoice,
     split: str = "valid",
-    protocol: ProtocolOption = "default",
-    joint: Annotated[
+    inference: InferenceOption = "default",
+    merge: Annotated[
         str | None,
         typer.Option(
-            help="How objects share pixels: probabilities, or logits, the authors' rule; the protocol's by default."
+            help="How objects share pixels: probabilities, or logits, the authors' rule; by default that of --inference."
         ),
     ] = None,
-    scoring: Annotated[
+    protocol: Annotated[
         list[str] | None,
         typer.Option(
-            help="davis-unsupervised (default), davis-semi-supervised, per-expression; repeat it for several."
+            help="How it is scored: davis-unsupervised (default), davis-semi-supervised, per-expression; repeat it for several."
         ),
     ] = None,
     videos: VideosOption = None,
@@ -82,15 +82,15 @@ def ref_davis17(
     Started by torchrun, processes and machines share the videos; --out must be a folder that all of them see.
     """
     from refsam.data import open_dataset
-    from refsam.evaluation.runners.inference import JOINT_NOTES, find_rules
+    from refsam.evaluation.runners.inference import MERGE_NOTES, find_rules
     from refsam.evaluation.runners.ref_davis17 import RefDavis17
 
-    rules = find_rules(protocol)
-    if joint is not None and joint not in JOINT_NOTES:
-        raise UserError(f"joint: got {joint!r}, want {' or '.join(JOINT_NOTES)}")
+    rules = find_rules(inference)
+    if merge is not None and merge not in MERGE_NOTES:
+        raise UserError(f"merge: got {merge!r}, want {' or '.join(MERGE_NOTES)}")
     dataset = _chosen(open_dataset("ref-davis17", root, split), videos)
-    chosen = next(rule for rule in JOINT_NOTES if rule == (joint or rules.joint))
-    names = tuple(dict.fromkeys(scoring or ["davis-unsupervised"]))
+    chosen = next(rule for rule in MERGE_NOTES if rule == (merge or rules.merge))
+    names = tuple(dict.fromkeys(protocol or ["davis-unsupervised"]))
     benchmark = RefDavis17(dataset, chosen, names)
     _run(benchmark, rules, out, model, device, dtype, missing, processes)
 
@@ -101,7 +101,7 @@ def ref_youtube_vos(
     out: RunFolderOption,
     model: ModelChoice,
     split: str = "valid",
-    protocol: ProtocolOption = "default",
+    inference: InferenceOption = "default",
     truth: TruthOption = None,
     truth_expressions: TruthExpressionsOption = None,
     videos: VideosOption = None,
@@ -121,7 +121,7 @@ def ref_youtube_vos(
     dataset = _chosen(open_dataset("ref-youtube-vos", root, split), videos)
     places = _truth(dataset, truth, truth_expressions)
     benchmark = PerExpression(f"Ref-YouTube-VOS {split}", dataset, "Annotations", *places)
-    _run(benchmark, find_rules(protocol), out, model, device, dtype, missing, processes)
+    _run(benchmark, find_rules(inference), out, model, device, dtype, missing, processes)
 
 
 @with_model
@@ -130,7 +130,7 @@ def mevis(
     out: RunFolderOption,
     model: ModelChoice,
     split: str = "valid_u",
-    protocol: ProtocolOption = "default",
+    inference: InferenceOption = "default",
     truth: TruthOption = None,
     truth_expressions: TruthExpressionsOption = None,
     videos: VideosOption = None,
@@ -150,7 +150,7 @@ def mevis(
     dataset = _chosen(open_dataset("mevis", root, split), videos)
     places = _truth(dataset, truth, truth_expressions)
     benchmark = PerExpression(f"MeViS {split}", dataset, "", *places)  # its server wants no folder
-    _run(benchmark, find_rules(protocol), out, model, device, dtype, missing, processes)
+    _run(benchmark, find_rules(inference), out, model, device, dtype, missing, processes)
 
 
 @with_model
@@ -166,13 +166,13 @@ def refcoco(
         list[str] | None,
         typer.Option(help="Repeat it for several; all evaluation splits by default."),
     ] = None,
-    convention: Annotated[
+    protocol: Annotated[
         list[str] | None,
         typer.Option(
-            help="referformer (default), sa2va or lavt: how scores are made of IoUs; repeat it for several."
+            help="How scores are made of IoUs: referformer (default), sa2va or lavt; repeat it for several."
         ),
     ] = None,
-    protocol: ProtocolOption = "default",
+    inference: InferenceOption = "default",
     missing: MissingOption = "error",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -186,7 +186,7 @@ def refcoco(
     from refsam.evaluation.runners.inference import find_rules
     from refsam.evaluation.runners.refcoco import RefCoco
 
-    rules = find_rules(protocol)
+    rules = find_rules(inference)
     if dataset not in SPLITS_BY:
         raise UserError(f"dataset: got {dataset!r}, want one of {', '.join(SPLITS_BY)}")
     by = SPLITS_BY[dataset]
@@ -195,7 +195,7 @@ def refcoco(
         open_dataset(dataset, root, name, split_by=split_by)
         for name in dict.fromkeys(split or usual or ("val",))
     ]
-    benchmark = RefCoco(tuple(opened), tuple(dict.fromkeys(convention or ["referformer"])))
+    benchmark = RefCoco(tuple(opened), tuple(dict.fromkeys(protocol or ["referformer"])))
     _run(benchmark, rules, out, model, device, dtype, missing, 1)
 
 
@@ -241,32 +241,32 @@ def _run(
     processes: int,
 ) -> None:
     """Load the model, predict and score; print what was found."""
-    from refsam.evaluation.runners.benchmark import Runner, evaluate, share_of
+    from refsam.evaluation.runners.benchmark import Runner, evaluate, shard_of
     from refsam.runtime.threads import available_cores
-    from refsam.session import Share
+    from refsam.session import Shard
 
     check_names(device, dtype)
     if missing not in ("error", "zero"):
         raise UserError(f"missing: got {missing!r}, want error or zero")
-    share = Share.of_environment()
+    shard = Shard.from_environment()
     place = choose_device(device)
     model = choice.load().to(place)
     model.optimize(choose_encoder_dtype(dtype))
     runner = Runner(model, choice.checkpoint, rules, choose_dtype(dtype, place), missing)
     with (
         listing_problems(),
-        progress("evaluating", len(share_of(benchmark, share)), "videos") as advance,
+        progress("evaluating", len(shard_of(benchmark, shard)), "videos") as advance,
     ):
         outcome = evaluate(
             benchmark,
             runner,
             out,
-            share=share,
+            shard=shard,
             processes=processes or available_cores(),
             advance=advance,
         )
     if outcome is None:
-        typer.echo(f"process {share.rank} of {share.world_size}: done; others are still at work")
+        typer.echo(f"process {shard.rank} of {shard.world_size}: done; others are still at work")
         return
     typer.echo(outcome.text)
     typer.echo(f"\nreport: {out / 'report.html'}")

@@ -30,7 +30,7 @@ from refsam.evaluation.runners.speed import STAGES, StageClock, speed_summary, s
 from refsam.evaluation.scoring.problems import MaskProblemsError, Problem, describe
 from refsam.evaluation.scoring.results import as_json, write_whole
 from refsam.model import RefSAM
-from refsam.session import Share
+from refsam.session import Shard
 from refsam.video import prefetch
 from refsam.video.writer import encode_mask
 
@@ -206,7 +206,7 @@ def evaluate(
     runner: Runner,
     out: Path,
     *,
-    share: Share | None = None,
+    shard: Shard | None = None,
     processes: int = 1,
     advance: Callable[[], None] = lambda: None,
 ) -> Outcome | None:
@@ -216,11 +216,11 @@ def evaluate(
     processes still have units to do: whichever finishes last scores.
     Raises UserError for a folder that cannot be used and for data that is not complete, with all that is wrong.
     """
-    units, share = benchmark.units, share or Share.of_environment()
+    units, shard = benchmark.units, shard or Shard.from_environment()
     _check_frames(units)
     settings = {**benchmark.settings(), **runner.settings(units)}
     run = RunFolder(out, settings)
-    mine = share_of(benchmark, share)
+    mine = shard_of(benchmark, shard)
     refused = runner.refused([unit for unit in mine if not run.is_done(unit.name)])
     for unit in mine:
         if not run.is_done(unit.name):
@@ -234,9 +234,9 @@ def evaluate(
     return _written(out, benchmark, runner, settings, records, outcome)
 
 
-def share_of(benchmark: Benchmark, share: Share) -> list[Unit]:
+def shard_of(benchmark: Benchmark, shard: Shard) -> list[Unit]:
     """The units that a process does."""
-    return share.of(benchmark.units, lambda unit: unit.cost)
+    return shard.of(benchmark.units, lambda unit: unit.cost)
 
 
 def weights_sha256(model: RefSAM) -> str:

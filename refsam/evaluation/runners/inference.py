@@ -17,7 +17,7 @@ from refsam.evaluation.runners.speed import StageClock
 from refsam.model import RefSAM, TextPrompt
 from refsam_kernels import mask_postprocess
 
-JointRule = Literal["probabilities", "logits"]
+MergeRule = Literal["probabilities", "logits"]
 BACKGROUND = 0.1
 _NOWHERE = -1e4  # the logit of an expression that the model refuses: outside by every rule
 
@@ -27,7 +27,7 @@ class InferenceRules:
     """Choices between a frame and its masks that change scores, and `notes` that say them in words.
 
     `short_side`: frames are shrunk or enlarged to it first, None leaves them. `lower_case`: sentences are. `threshold`: a pixel
-    belongs if its logit is above. `joint`: how several objects share the pixels of one map.
+    belongs if its logit is above. `merge`: how several objects share the pixels of one map.
     """
 
     name: str
@@ -35,14 +35,14 @@ class InferenceRules:
     short_side: int | None = None
     lower_case: bool = False
     threshold: float = 0.0
-    joint: JointRule = "probabilities"
+    merge: MergeRule = "probabilities"
 
     def text(self, expression: str) -> str:
         """The sentence as the model is given it."""
         return expression.lower() if self.lower_case else expression
 
 
-JOINT_NOTES: Mapping[JointRule, str] = MappingProxyType(
+MERGE_NOTES: Mapping[MergeRule, str] = MappingProxyType(
     {
         "probabilities": "Joint map: probabilities under 0.5 become 0, the background has 0.1, the highest wins.",
         "logits": "Joint map: logits under 0 become 0, the background has 0.1, the highest wins: an object needs a "
@@ -75,7 +75,7 @@ RULES: Mapping[str, InferenceRules] = MappingProxyType(
             short_side=360,
             lower_case=True,
             threshold=0.01,
-            joint="logits",
+            merge="logits",
         ),
     }
 )
@@ -84,7 +84,7 @@ RULES: Mapping[str, InferenceRules] = MappingProxyType(
 def find_rules(name: str) -> InferenceRules:
     """The rules of that name; UserError if there are none."""
     if name not in RULES:
-        raise UserError(f"protocol: got {name!r}, want one of {', '.join(RULES)}")
+        raise UserError(f"inference: got {name!r}, want one of {', '.join(RULES)}")
     return RULES[name]
 
 
@@ -123,7 +123,7 @@ class FrameLogits:
         )
         return masks.cpu().numpy()
 
-    def joint_map(self, numbers: Sequence[int], rule: JointRule) -> NDArray[np.uint8]:
+    def merged_map(self, numbers: Sequence[int], rule: MergeRule) -> NDArray[np.uint8]:
         """A map `(H, W)` of object numbers, 0 the background; `numbers` are those of the E expressions."""
         scores = self.at_full_size()
         if rule == "probabilities":

@@ -13,7 +13,7 @@ from refsam.errors import UserError
 from refsam.evaluation.reports.masks import Scored, mask_sections, mean_of, overall_table
 from refsam.evaluation.reports.report import Section, Text
 from refsam.evaluation.runners.benchmark import Outcome, Unit
-from refsam.evaluation.runners.inference import JOINT_NOTES, FrameLogits, InferenceRules, JointRule
+from refsam.evaluation.runners.inference import MERGE_NOTES, FrameLogits, InferenceRules, MergeRule
 from refsam.evaluation.runners.run_folder import RunFolder
 from refsam.evaluation.scoring.clips import find_clips
 from refsam.evaluation.scoring.masks import score_layout
@@ -28,12 +28,12 @@ class RefDavis17:
     """Predictions `anno_<annotator>/<video>/<frame>.png`, maps of object numbers.
 
     `scoring` names protocols of `refsam.evaluation.scoring.protocols`; with per-expression among them there are also binary masks
-    `expressions/<video>/<expression>/<frame>.png`. `joint` says how objects share pixels.
+    `expressions/<video>/<expression>/<frame>.png`. `merge` says how objects share pixels.
     Raises UserError for a dataset without truth, or without one sentence per annotator and object.
     """
 
     dataset: ReferringDataset
-    joint: JointRule
+    merge: MergeRule
     scoring: tuple[str, ...] = ("davis-unsupervised",)
     title = "Ref-DAVIS17"
 
@@ -62,7 +62,7 @@ class RefDavis17:
         return {
             "dataset": self.dataset.name,
             "split": self.dataset.split,
-            "joint": self.joint,
+            "joint": self.merge,
             "per_expression": _PER_EXPRESSION in self.scoring,
         }
 
@@ -87,8 +87,8 @@ class RefDavis17:
         pictures: dict[str, NDArray[Any]] = {}
         for annotator, (group, of_group) in enumerate(zip(self.groups(unit), logits, strict=True)):
             numbers = [_number(expression) for expression in group]
-            joint = of_group.joint_map(numbers, self.joint)
-            pictures[f"anno_{annotator}/{unit.video.name}"] = joint
+            merged = of_group.merged_map(numbers, self.merge)
+            pictures[f"anno_{annotator}/{unit.video.name}"] = merged
             if _PER_EXPRESSION in self.scoring:
                 for expression, mask in zip(group, of_group.masks(rules.threshold), strict=True):
                     pictures[f"expressions/{unit.video.name}/{expression.expression_id}"] = mask
@@ -104,9 +104,9 @@ class RefDavis17:
         self, run: RunFolder, records: Mapping[str, Mapping[str, Any]], processes: int
     ) -> Outcome:
         """Each annotator's scores and their mean, by every protocol asked for."""
-        texts = [JOINT_NOTES[self.joint]]
-        sections = [Section("Joint map", (Text((JOINT_NOTES[self.joint],)),))]
-        summary: dict[str, Any] = {"joint": self.joint, "scores": {}}
+        texts = [MERGE_NOTES[self.merge]]
+        sections = [Section("Joint map", (Text((MERGE_NOTES[self.merge],)),))]
+        summary: dict[str, Any] = {"joint": self.merge, "scores": {}}
         files: dict[str, str] = {}
         for name in self.scoring:
             scored = self._scored(run.predictions, name, processes)
