@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 VENV_OLDEST ?= .venv-oldest
 PYTHON_OLDEST ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3) python3.12)
 
-.PHONY: demo test test-oldest test-slow test-gpu sanitize compute-sanitizer bench gpu-report docs lint format libraries venv venv-oldest clean
+.PHONY: demo test test-oldest test-slow test-gpu sanitize compute-sanitizer bench gpu-report gpu-rehearsal gpu-parcel docs lint format libraries venv venv-oldest clean
 
 demo: libraries
 	$(BIN)/refsam demo --out $(OUT)/demo --overwrite
@@ -59,9 +59,27 @@ compute-sanitizer: libraries
 bench: libraries
 	$(BIN)/python -m benchmarks --out $(OUT)/bench
 
-# Libraries that were built elsewhere are used as they are, if they can be loaded.
-gpu-report: venv
-	$(BIN)/python -m benchmarks.report.gpu --out $(OUT)/gpu-report
+# Needs neither pip nor network: it runs with the interpreter that it is given, on what lies here. REPORT has more options.
+REFSAM_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+PARCEL = build/gpu-parcel
+CARRIED = $(if $(wildcard $(PARCEL)/wheels),--wheels $(PARCEL)/wheels)
+gpu-report:
+	$(if $(wildcard $(PARCEL)/libraries),REFSAM_LIBRARIES=$(PARCEL)/libraries) \
+	  $(REFSAM_PYTHON) -m benchmarks.gpu_report --out $(OUT)/gpu-report $(CARRIED) $(REPORT)
+
+# The same stages, processes, limits and files in tiny sizes on stand-ins, with the oldest versions where they are installed: as
+# they are, then with a failure and with a hang in every task.
+REHEARSE = $(firstword $(wildcard $(VENV_OLDEST)/bin/python) $(BIN)/python) -m benchmarks.gpu_report --rehearse --deadline 3600
+gpu-rehearsal:
+	$(BIN)/python -m tests.kernels.emulator build/emulated
+	$(REHEARSE) --out $(OUT)/gpu-rehearsal $(CARRIED) $(REPORT)
+	! $(REHEARSE) --out $(OUT)/gpu-rehearsal/fail --plant fail $(CARRIED) $(REPORT)
+	! $(REHEARSE) --out $(OUT)/gpu-rehearsal/hang --plant hang $(CARRIED) $(REPORT)
+	$(BIN)/python -m benchmarks.gpu_report.rehearsed $(OUT)/gpu-rehearsal
+
+# What a GPU machine without network lacks: wheels and libraries, in build/gpu-parcel, and the command line.
+gpu-parcel: venv
+	$(BIN)/python -m benchmarks.gpu_report.parcel $(PARCEL)
 
 SOURCES = csrc/*.h csrc/*/* tests/csrc/*.cu tests/csrc/*/*.h tests/csrc/*/*.cpp
 # The site, in out/site; warnings are errors.

@@ -27,11 +27,12 @@ def load_sam_modeling() -> ModuleType:
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill every parameter, the position tables included, with seeded random numbers."""
-    generator = torch.Generator().manual_seed(seed)
+    """Fill every parameter, the position tables included, with seeded random numbers, drawn where the parameters are."""
+    device = next(module.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator, device=device)
             is_matrix = parameter.ndim > 1
             scale = parameter[0].numel() ** -0.5 if is_matrix else 0.1
             parameter.copy_(scale * noise if is_matrix else parameter + scale * noise)

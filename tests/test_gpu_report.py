@@ -1,56 +1,240 @@
-"""The GPU report's first step: libraries built elsewhere are used as they are, what cannot be loaded is built."""
+"""The GPU report's processes: nothing that one task does may cost another its results."""
 
+import json
+import os
+import sys
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from benchmarks.report import gpu as gpu_report
+from benchmarks.gpu_report import __main__ as command
+from benchmarks.gpu_report import rows, wheels
+from benchmarks.gpu_report.runner import Runner, interpreter
+from benchmarks.gpu_report.stages import FIRST, STAGES, Stage, Task
+from benchmarks.gpu_report.stand_in import rehearsal_environment, shortened
+from benchmarks.gpu_report.tasks import libraries as libraries_task
 from refsam_kernels import build
 
+ROW = """
+import os
+from pathlib import Path
+from benchmarks.gpu_report.rows import Rows
+rows = Rows(Path(os.environ["REFSAM_REPORT_OUT"]) / "rows.jsonl", *(
+    os.environ["REFSAM_REPORT_" + name] for name in ("STAGE", "TASK")))
+rows.write(value=1)
+"""
+HANG = ROW + "import time\ntime.sleep(600)"
+STUBBORN = ROW + (
+    "import signal, subprocess, sys, time\n"
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+    "rows.write(child=child.pid)\n"
+    "time.sleep(600)"
+)
 
-@pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that the report would have run."""
-    commands: list[list[str]] = []
-    monkeypatch.setattr(gpu_report, "record", lambda command, path: commands.append(command))
-    return commands
+
+def task(name: str, code: str, limit_s: float | None = None) -> Task:
+    return Task(name, command=("-c", code), limit_s=limit_s)
 
 
-def test_libraries_that_can_be_loaded_are_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: list[list[str]]
-) -> None:
-    build.write_report(tmp_path, {"_C_cuda": {"built": True, "architectures": "9.0"}})
-    monkeypatch.setattr(gpu_report, "refusal", lambda name: None)
-    monkeypatch.setenv("REFSAM_LIBRARIES", str(tmp_path))
-    gpu_report.load_or_build(tmp_path / "libraries.txt")
-    assert not built
-    assert (tmp_path / "libraries.txt").read_text().splitlines() == [
-        "_C_cpu.so is loaded (nothing is known of its build)",
-        "_C_cuda.so is loaded (architectures 9.0)",
+def stage(name: str, *tasks: Task, limit_s: float = 60, **options: object) -> Stage:
+    return Stage(name, limit_s, tasks, **options)  # type: ignore[arg-type]
+
+
+def run(out: Path, *stages: Stage, deadline: float = 120) -> tuple[int, list[dict]]:
+    out.mkdir(exist_ok=True)
+    code = Runner(out, deadline, {}).run(stages)
+    return code, rows.read(out / "rows.jsonl")
+
+
+def outcomes(found: list[dict]) -> dict[str, str]:
+    return {row["task"]: row["outcome"] for row in found if "outcome" in row}
+
+
+def test_a_failure_a_crash_and_a_hang_lose_only_themselves(tmp_path: Path) -> None:
+    code, found = run(
+        tmp_path,
+        stage(
+            "bad",
+            task("fails", ROW + "raise RuntimeError('no such kernel')"),
+            task("crashes", ROW + "os.abort()"),
+            task("hangs", HANG, limit_s=10),
+            parallel=3,
+        ),
+        stage("good", task("works", ROW), is_timed=True),
+    )
+    assert code == 1
+    ended = outcomes(found)
+    assert ended["fails"] == "failed: exit code 1: RuntimeError: no such kernel"
+    assert ended["crashes"] == "failed: ended by SIGABRT"
+    assert ended["hangs"] == "killed at its limit of 10 s"
+    assert ended["works"] == "done"
+    # What each wrote before is there.
+    assert [row["task"] for row in found if "value" in row].count("hangs") == 1
+    assert sum("value" in row for row in found) == 4
+    summary = (tmp_path / "summary.txt").read_text()
+    assert "fails: failed: exit code 1" in summary
+    assert "works: value 1" in summary
+    assert "Traceback" in (tmp_path / "report.log").read_text()
+
+
+def test_a_kill_takes_the_tasks_own_children_with_it(tmp_path: Path) -> None:
+    _, found = run(tmp_path, stage("bad", task("stubborn", STUBBORN, limit_s=10)))
+    (child,) = (row["child"] for row in found if "child" in row)
+    time.sleep(0.2)
+    stat = Path(f"/proc/{child}/stat")
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+def test_the_deadline_ends_everything_and_says_so(tmp_path: Path) -> None:
+    began = time.monotonic()
+    stages = (stage("first", task("hangs", HANG)), stage("second", task("late", ROW)))
+    code, found = run(tmp_path, *stages, deadline=5)
+    assert time.monotonic() - began < 12
+    assert code == 1
+    assert outcomes(found)["late"] == "left out: no time was left"
+
+
+def test_a_stages_limit_leaves_time_to_the_next(tmp_path: Path) -> None:
+    stages = (stage("first", task("hangs", HANG), limit_s=4), stage("second", task("works", ROW)))
+    _, found = run(tmp_path, *stages)
+    assert outcomes(found) == {"hangs": "killed at its limit of 4 s", "works": "done"}
+
+
+def test_nothing_is_timed_beside_work_in_the_background(tmp_path: Path) -> None:
+    slow = "import time; time.sleep(1.5)\n" + ROW
+    _, found = run(
+        tmp_path,
+        stage("compile", task("background", slow), is_background=True),
+        stage("beside", task("beside", ROW)),
+        stage("timed", task("timed", ROW), is_timed=True),
+    )
+    order = [row["task"] for row in found if "value" in row]
+    assert order == ["beside", "background", "timed"]
+
+
+def test_all_done_is_zero_also_with_wrong_results(tmp_path: Path) -> None:
+    code, _ = run(tmp_path, stage("good", task("works", ROW + "rows.write(wrong='off by 1')")))
+    assert code == 0
+    assert "WRONG works: wrong: off by 1" in (tmp_path / "summary.txt").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "report.log",
+        "rows.jsonl",
+        "summary.txt",
     ]
 
 
-def test_libraries_that_cannot_be_loaded_are_built(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: list[list[str]]
-) -> None:
-    reasons = iter(["no such symbol", None, None, None])
-    monkeypatch.setattr(gpu_report, "refusal", lambda name: next(reasons))
-    gpu_report.load_or_build(tmp_path / "libraries.txt")
-    assert [command[-1] for command in built] == [build.__file__]
-    text = (tmp_path / "libraries.txt").read_text()
-    assert "_C_cpu.so cannot be loaded: no such symbol" in text
-    assert text.index("Built here") < text.index("_C_cpu.so is loaded")
+def test_rows_that_a_kill_cut_short_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows.Rows(path, "stage", "task").write(value=1)
+    with path.open("a") as file:
+        file.write('{"stage": "sta')
+    assert [row["value"] for row in rows.read(path)] == [1]
 
 
-def test_refusal_is_the_loaders_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REFSAM_LIBRARIES", str(tmp_path))
-    assert "_C_cpu.so was not built" in (gpu_report.refusal("cpu") or "")
+def test_the_interpreter_is_the_one_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("REFSAM_PYTHON", raising=False)
+    assert interpreter() == [sys.executable]
+    monkeypatch.setenv("REFSAM_PYTHON", "/opt/python -P")
+    assert interpreter() == ["/opt/python", "-P"]
 
 
-def test_without_a_gpu_nothing_is_measured(
+def test_unknown_stages_and_no_gpu_are_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu_report.torch.cuda, "is_available", lambda: False)
-    assert gpu_report.main(["--out", str(tmp_path / "report")]) == 2
-    assert "needs a CUDA device" in capsys.readouterr().out
+    assert command.main(["--only", "smok"]) == 2
+    assert "--only: got smok, wanted some of precompile" in capsys.readouterr().out
+    monkeypatch.setattr(command, "no_gpu", lambda: "no CUDA device")
+    assert command.main(["--out", str(tmp_path / "report")]) == 2
     assert not (tmp_path / "report").exists()
+
+
+def test_the_stages_fit_into_ten_minutes() -> None:
+    """One after the other; what runs in the background runs beside them."""
+    limits = [s.limit_s for s in STAGES if s.name in FIRST and not s.is_background]
+    assert sum(limits) <= 600
+    names = [task.name for stage in STAGES for task in stage.tasks]
+    assert "kernels/triton/test_rel_pos_attention.py" in names
+    assert "session/test_graphs.py" in names
+
+
+def test_a_rehearsal_runs_every_stage(tmp_path: Path) -> None:
+    wanted = shortened(STAGES, short=True, hangs=False)
+    assert [stage.name for stage in wanted] == [stage.name for stage in STAGES]
+    assert all(len(stage.tasks) == 1 for stage in wanted)
+    assert rehearsal_environment(tmp_path)["REFSAM_REPORT_REHEARSAL"]
+
+
+def make_wheel(folder: Path, name: str, members: dict[str, str]) -> None:
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w") as archive:
+        for path, text in members.items():
+            archive.writestr(path, text)
+
+
+def test_carried_wheels_can_be_imported_and_hide_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "wheels"
+    make_wheel(folder, "carried", {"carried_package/__init__.py": "value = 1"})
+    make_wheel(folder, "json", {"json/__init__.py": "raise ImportError"})
+    with wheels.unpacked(folder) as site:
+        assert site is not None
+        assert sorted(path.name for path in site.iterdir()) == ["carried_package"]
+    assert not site.exists()
+    with wheels.unpacked(None) as site:
+        assert site is None
+
+
+def test_a_wheel_that_writes_elsewhere_is_refused(tmp_path: Path) -> None:
+    make_wheel(tmp_path / "wheels", "evil", {"../evil.py": ""})
+    with (
+        pytest.raises(ValueError, match="outside the archive"),
+        wheels.unpacked(tmp_path / "wheels"),
+    ):
+        pass
+    with pytest.raises(ValueError, match="wanted a folder with wheels"), wheels.unpacked(tmp_path):
+        pass
+
+
+def test_each_test_of_a_file_is_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "test_it.py"
+    path.write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2\n"
+        "@pytest.mark.skip(reason='not here')\n"
+        "def test_skipped(): pass\n"
+    )
+    options = ["-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider"]
+    options += ["-p", "benchmarks.gpu_report.pytest_rows", "--rootdir", str(tmp_path), str(path)]
+    code, found = run(tmp_path / "out", stage("tests", Task("file", command=tuple(options))))
+    results = {row["test"]: row for row in found if "test" in row}
+    assert code == 0
+    assert results["test_bad"]["wrong"]
+    assert "not here" in results["test_skipped"]["skipped"]
+    assert not results["test_good"].keys() & {"wrong", "skipped"}
+
+
+def test_a_library_that_cannot_be_loaded_is_a_wrong_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build.write_report(tmp_path, {"_C_cuda": {"built": True, "architectures": "9.0"}})
+    monkeypatch.setenv("REFSAM_LIBRARIES", str(tmp_path))
+    assert libraries_task.described("cuda", None) == {"architectures": "9.0"}
+    reason = libraries_task.refusal("cpu")
+    assert reason is not None
+    assert "_C_cpu.so was not built" in reason
+    assert "cannot be loaded: " in libraries_task.described("cpu", reason)["wrong"]
+
+
+def test_a_planted_failure_comes_after_the_first_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFSAM_REPORT_PLANT", "fail")
+    from benchmarks.gpu_report.task import PlantedRows
+
+    with pytest.raises(RuntimeError, match="planted"):
+        PlantedRows(tmp_path / "rows.jsonl", "stage", "task").write(value=1)
+    assert json.loads((tmp_path / "rows.jsonl").read_text())["value"] == 1
+    assert os.environ["REFSAM_REPORT_PLANT"] == "fail"

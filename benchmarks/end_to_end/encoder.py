@@ -53,7 +53,7 @@ _TRANSFORMERS_NAMES = {
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to encode; `backend` is that of our rel_pos_attention."""
+    """One way to encode; `backend` is that of our rel_pos_attention, "" for the automatic choice."""
 
     name: str
     dtype: str
@@ -105,10 +105,11 @@ def make(provider: Provider, config: RefSAMConfig, sam: nn.Module) -> Callable[[
     if provider.packed:
         encoder.optimize(dtype)
     lowered = dtype != torch.float32 and not provider.packed
+    request = f"rel_pos_attention={provider.backend}" if provider.backend else ""
 
     def encode(pixels: Tensor) -> Tensor:
         autocast = torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=lowered)
-        with use_backend(f"rel_pos_attention={provider.backend}"), autocast:
+        with use_backend(request), autocast:
             return encoder(pixels)[0].permute(0, 3, 1, 2)
 
     return encode

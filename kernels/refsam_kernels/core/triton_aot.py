@@ -125,6 +125,22 @@ def compile_ahead(case: CompileCase, architecture: int) -> Resources:
     return Resources(registers, shared, spills)
 
 
+def precompile(case: CompileCase, architecture: int) -> None:
+    """Compiles for sm_<architecture> into Triton's cache, where a launch with these arguments finds it.
+
+    Raises `CompilationError` with the compiler's message.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    try:
+        triton.compile(source_of(case), target=GPUTarget("cuda", architecture, 32), options=options)
+    except Exception as error:  # each stage of the compiler has exceptions of its own
+        message = str(error).strip() or type(error).__name__
+        raise CompilationError(f"{case.name}, sm_{architecture}: {message}") from error
+
+
 def argument_type(value: Any) -> str | None:
     """The type of a kernel's argument as `CompileCase.signature` has it; None for a value that a launch makes constant."""
     if isinstance(value, Tensor):

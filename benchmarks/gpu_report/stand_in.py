@@ -1,0 +1,51 @@
+"""A rehearsal: every stage with tiny sizes on what stands in for a GPU, Triton's interpreter and the emulator of CUDA.
+
+The stages, limits, files and processes are those of the real run; only the device and the sizes are others.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.gpu_report.stages import ROOT, Stage, Task
+
+EMULATED = ROOT / "build" / "emulated"
+# Stages without kernels on a stand-in: they compile, or load what a GPU would be given.
+COMPILING = ("precompile", "start")
+HANG_LIMIT = 45.0  # seconds for a task that was made to hang: it must first have written a row
+TESTS = {  # of all files one of each kind, in its quickest part
+    "kernels/triton/test_mask_upscale.py": "repeats",
+    "kernels/cuda/test_dense_attention.py": "repeats",
+    "session/test_graphs.py": "least_recently or own",
+}
+
+
+def rehearsal_environment(out: Path) -> dict[str, str]:
+    """What tells the tasks that this is a rehearsal; kernels are compiled into a cache of its own."""
+    return {"REFSAM_REPORT_REHEARSAL": "1", "TRITON_CACHE_DIR": str(out.resolve() / ".triton")}
+
+
+def shortened(stages: Sequence[Stage], *, short: bool, hangs: bool) -> list[Stage]:
+    """The stages for a rehearsal: limits for a slow machine, one task a stage if it is to be short."""
+    return [shorten(stage, short=short, hangs=hangs) for stage in stages]
+
+
+def shorten(stage: Stage, *, short: bool, hangs: bool) -> Stage:
+    """One stage for a rehearsal."""
+    tasks = tuple(test_task(task) for task in stage.tasks if task.function or task.name in TESTS)
+    tasks = tasks[:1] if short else tasks
+    interpreted = {"TRITON_INTERPRET": "1"}
+    if (EMULATED / "_C_cuda.so").is_file():
+        interpreted["REFSAM_LIBRARIES"] = str(EMULATED)
+    environment = {} if stage.name in COMPILING else interpreted
+    limit = HANG_LIMIT if hangs else 600.0
+    tasks = tuple(replace(task, environment=environment, limit_s=limit) for task in tasks)
+    return replace(stage, tasks=tasks, limit_s=3600.0, parallel=min(2, stage.parallel))
+
+
+def test_task(task: Task) -> Task:
+    """A test file's quickest part, which is marked for a GPU only where there is one."""
+    if not task.command:
+        return task
+    *options, mark, _, path = task.command
+    return replace(task, command=(*options, mark, "not slow", "-k", TESTS[task.name], path))

@@ -1,0 +1,98 @@
+"""The image encoder in bfloat16, one image and eight, by graph replay: our backends, and other libraries."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.end_to_end.encoder import BASELINE, SDPA, Provider, errors, make, random_sam
+from benchmarks.gpu_report.machine import (
+    DEVICE,
+    IS_REHEARSAL,
+    attempt,
+    exact_products,
+    peak_bytes,
+    timed,
+)
+from benchmarks.gpu_report.rows import Rows
+from benchmarks.ops.image_encoder import encoder_flops
+from benchmarks.registry import backends_of
+from refsam.config import RefSAMConfig
+
+BATCHES = (1, 2) if IS_REHEARSAL else (1, 8)
+# In bfloat16 a result may be off by twice what segment-anything's own is; relative to the largest value.
+FACTOR = 2
+TINY = (
+    "image_encoder.image_size=64",
+    "image_encoder.embed_dim=32",
+    "image_encoder.num_heads=1",
+    "image_encoder.depth=2",
+    "image_encoder.window_size=3",
+    "image_encoder.global_blocks=[0,1]",
+)
+
+
+@torch.inference_mode()
+def run(rows: Rows, model: str) -> None:
+    """A row for each batch and provider."""
+    exact_products()
+    config = RefSAMConfig.preset(model)
+    if IS_REHEARSAL:
+        config = config.override(*TINY)
+    with torch.device(DEVICE):  # the weights are drawn where they are used
+        sam = random_sam(config)
+    size = config.image_encoder.image_size
+    pixels = torch.randn(max(BATCHES), 3, size, size, device=DEVICE)
+    exact = sam(pixels[:1])
+    plain = features(make(Provider(BASELINE, "bfloat16"), config, sam), pixels[:1])
+    limit = FACTOR * errors({"": plain}, exact)[""]
+    flops = encoder_flops(config)
+    for batch in BATCHES:
+        for name, build in providers(config, sam):
+            facts = {"model": model, "batch": batch, "provider": name}
+            measure = partial(measure_one, build, pixels[:batch], exact, limit, flops)
+            attempt(rows, measure, **facts)
+
+
+def providers(config: RefSAMConfig, sam: nn.Module) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Our encoder with each backend of its attention, with the automatic order, with adapters; then what others have."""
+    backends = [name for name in backends_of("rel_pos_attention", DEVICE) if name != "reference"]
+    for name in ("", *backends):
+        # Triton's interpreter, in a rehearsal, knows no bfloat16.
+        dtype = "float32" if IS_REHEARSAL and name in ("", "triton") else "bfloat16"
+        ours = Provider(f"refsam, {name or 'automatic'}", dtype, name, packed=True)
+        yield ours.name, partial(make, ours, config, sam)
+    adapted = Provider("refsam, adapters", "bfloat16", "fallback" if IS_REHEARSAL else "")
+    adapted = Provider(adapted.name, adapted.dtype, adapted.backend, packed=True, adapters=True)
+    yield adapted.name, partial(make, adapted, config, sam)
+    for other in (BASELINE, SDPA):
+        yield other, partial(make, Provider(other, "bfloat16"), config, sam)
+
+
+def features(encode: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+    """Features (B, C, h, w) float32."""
+    return encode(pixels).float()
+
+
+def measure_one(
+    build: Callable[[], Callable[[Tensor], Tensor]],
+    pixels: Tensor,
+    exact: Tensor,
+    limit: float,
+    flops: int,
+) -> dict[str, Any]:
+    """Checks the first image, then times the batch; in words what is wrong."""
+    with torch.device(DEVICE):
+        encode = build()
+    error = errors({"": features(encode, pixels[:1])}, exact)[""]
+    if not error <= limit and not IS_REHEARSAL:
+        return {"wrong": f"error {error:.1e}, at most {limit:.1e} is allowed"}
+    found = timed(partial(encode, pixels), seconds=1.0)
+    best = found.get("ms", found["eager_ms"])
+    rate = 1e-9 * flops * len(pixels) / best
+    memory = peak_bytes(partial(encode, pixels))
+    return {"error": error, **found, "ms_an_image": best / len(pixels), "TFLOP/s": rate} | (
+        {"peak_bytes": memory} if memory is not None else {}
+    )

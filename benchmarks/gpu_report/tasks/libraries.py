@@ -1,0 +1,49 @@
+"""Loads the compiled libraries that lie here, built elsewhere perhaps; what cannot be loaded is a wrong result, and is built."""
+
+import os
+import subprocess
+import sys
+
+from benchmarks.gpu_report.rows import Rows
+from refsam_kernels import build
+from refsam_kernels.core import libraries
+
+IS_REHEARSAL = bool(os.environ.get("REFSAM_REPORT_REHEARSAL"))
+NAMES = ("cpu", "cuda")
+
+
+def run(rows: Rows) -> None:
+    """A row for each library; after a build, again."""
+    refusals = {name: refusal(name) for name in NAMES}
+    for name, reason in refusals.items():
+        rows.write(library=name, **described(name, reason))
+    if not any(refusals.values()) or IS_REHEARSAL:
+        return
+    result = subprocess.run(
+        [sys.executable, "-P", build.__file__],
+        env={"TORCH_CUDA_ARCH_LIST": "9.0", **os.environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(result.stdout[-4000:], result.stderr[-4000:])
+    for name in NAMES:
+        if refusals[name]:
+            rows.write(library=name, built_here=True, **described(name, refusal(name)))
+
+
+def refusal(name: str) -> str | None:
+    """Why a new process cannot load the library, None if it can."""
+    code = f"from refsam_kernels.core import libraries; libraries.load({name!r})"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    return (result.stderr.strip() or "it ended").splitlines()[-1] if result.returncode else None
+
+
+def described(name: str, reason: str | None) -> dict[str, str]:
+    """What the library was built with if it can be loaded, why not otherwise."""
+    if reason:
+        return {"wrong": f"_C_{name}.so cannot be loaded: {reason}"}
+    entry = libraries.report_of(f"_C_{name}", libraries.folder())
+    return {key: str(value) for key, value in entry.items() if key != "built"}
