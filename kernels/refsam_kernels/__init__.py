@@ -8,6 +8,7 @@ Every operator is a function that works on any device, is differentiable and is 
 from refsam_kernels.adapter_mlp.op import adapter_mlp
 from refsam_kernels.adapter_projection.op import adapter_projection
 from refsam_kernels.core.dispatch import BackendError, use_backend
+from refsam_kernels.core.streams import is_capturing, settle
 from refsam_kernels.decomposition import decompositions
 from refsam_kernels.dense_attention.op import dense_attention
 from refsam_kernels.feed_forward.mlp import AdapterWeights
@@ -35,6 +36,7 @@ __all__ = [
     "adapter_projection",
     "decompositions",
     "dense_attention",
+    "is_capturing",
     "mask_loss",
     "mask_postprocess",
     "mask_postprocess_bits",
@@ -42,6 +44,7 @@ __all__ = [
     "mask_upscale",
     "packs",
     "rel_pos_attention",
+    "settle",
     "token_image_attention",
     "use_backend",
     "weights_key",

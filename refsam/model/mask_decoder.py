@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from refsam.model.image_encoder import NORM_2D_EPS, LayerNorm2d
 from refsam.model.two_way_transformer import TwoWayTransformer
-from refsam_kernels import mask_upscale, weights_key
+from refsam_kernels import is_capturing, mask_upscale, settle, weights_key
 
 # Pixels' values that a CPU holds for all expressions that it decodes at a time: what is larger leaves its caches between two
 # operators, and is padded to the longest sentence.
@@ -35,14 +35,14 @@ class RandomPositionEncoding(nn.Module):
         """The encoding (1, height * width, dim) of a grid, computed in float32 or wider."""
         matrix = self.positional_encoding_gaussian_matrix
         # A CUDA graph's own memory must not be kept, and its replays follow the matrix.
-        is_recorded = matrix.is_cuda and torch.cuda.is_current_stream_capturing()
-        if is_recorded or torch.compiler.is_compiling():
+        if is_capturing(matrix) or torch.compiler.is_compiling():
             return self._encode(height, width).to(dtype)
         key, made = (height, width, dtype, weights_key([matrix])), self._made
         if made is None or made[0] != key:
             # Tensors made in inference mode could not be used outside it, and nothing made of them is remembered.
             with torch.inference_mode(False), torch.no_grad():
                 made = key, self._encode(height, width).to(dtype)
+            settle([made[1]])
             self._made = made
         return made[1]
 

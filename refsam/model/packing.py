@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refsam.model.block import ADAPTER_SCALE, VIT_EPS, Block, BlockWeights, attend, run_block
-from refsam_kernels import AdapterWeights, PackedLinear, packs, weights_key
+from refsam_kernels import AdapterWeights, PackedLinear, is_capturing, packs, settle, weights_key
 
 RunBlock = Callable[[Tensor, Tensor, nn.LayerNorm | None], tuple[Tensor, Tensor | None]]
 
@@ -54,6 +54,11 @@ class Packing:
             # Tensors made in inference mode could not be used outside it.
             with torch.inference_mode(False), torch.no_grad():
                 made = key, [self._arrange(module, dtype) for module in modules]
+            weights = [parameter for module in modules for parameter in module.parameters()]
+            # Within a CUDA graph's capture they lie in the graph's memory, which is nobody else's.
+            if weights and is_capturing(weights[0]):
+                return made[1]
+            settle(weights)
             self._made = made
         return made[1]
 

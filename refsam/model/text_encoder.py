@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from refsam.checkpoint import Source
 from refsam.errors import ExpressionError
-from refsam_kernels import weights_key
+from refsam_kernels import settle, weights_key
 
 UNKNOWN = "[UNK]"
 PADDING = "[PAD]"
@@ -159,6 +159,7 @@ class CachedTextEncoder(nn.Module):
             # Tensors made in inference mode could never be used by a later training step.
             with torch.inference_mode(False), torch.no_grad():
                 encoded = self.encode(missing)
+            settle(self.parameters())
             found |= {text: encoded.select([index]) for index, text in enumerate(missing)}
         with self._lock:
             for text, key in keys.items():

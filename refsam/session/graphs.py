@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refsam.model.features import ImageFeatures, MaskOutput, TextPrompt
@@ -48,6 +48,7 @@ class FrameGraphs:
         if model.device.type != "cuda":
             raise ValueError(f"model: got one on {model.device}, want one on a CUDA device")
         self.model = model
+        self._weights = WeightsWatch(model)
         self._graphs = GraphCache(capacity)
 
     @property
@@ -109,7 +110,7 @@ class FrameGraphs:
         """What a recording depends on besides its inputs: weights, packing and autocast."""
         encoder = self.model.image_encoder
         return (
-            weights_key(self.model.parameters()),
+            self._weights.changes(),
             id(encoder.packing),
             torch.is_autocast_enabled("cuda"),
             torch.get_autocast_dtype("cuda"),
@@ -119,6 +120,32 @@ class FrameGraphs:
 def _tensors(image: ImageFeatures) -> tuple[Tensor, ...]:
     """The levels and, where there are any, the patches."""
     return (image.levels,) if image.patches is None else (image.levels, image.patches)
+
+
+class WeightsWatch:
+    """Counts the changes of a model's weights, without a walk through its modules for each question."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._count = 0
+        self._key: Hashable = None
+        self._walk()
+
+    def changes(self) -> int:
+        """How many changes were noticed: weights changed in place or replaced, modules replaced or added."""
+        if any(tuple(found.values()) != known for found, known in self._children):
+            self._walk()
+        parameters = (p for owner in self._owners for p in owner.values() if p is not None)
+        key = weights_key(parameters)
+        if key != self._key:
+            self._key, self._count = key, self._count + 1
+        return self._count
+
+    def _walk(self) -> None:
+        """Remembers where the parameters stand, and which modules there are."""
+        modules = list(self._model.modules())
+        self._owners = [module._parameters for module in modules]
+        self._children = [(m._modules, tuple(m._modules.values())) for m in modules]
 
 
 class _FixedPrompt(TextPrompt):
@@ -182,6 +209,7 @@ class GraphCache:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._lock = threading.Lock()
 
     @property
@@ -207,10 +235,13 @@ class GraphCache:
         """
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         key = (name, state, shapes)
-        with self._lock:
+        device = device_of(inputs)
+        with self._lock, torch.cuda.device(device):
             if key not in self._graphs:
                 self._make_room(name, state)
-                self._graphs[key] = _record(function, inputs)
+                if device not in self._streams:
+                    self._streams[device] = torch.cuda.Stream(device)
+                self._graphs[key] = _record(function, inputs, self._streams[device])
             self._graphs.move_to_end(key)
             return _replay(self._graphs[key], inputs)
 
@@ -221,26 +252,38 @@ class GraphCache:
             self._graphs.popitem(last=False)
 
 
-def _record(function: Function, inputs: Sequence[Tensor]) -> _Graph:
-    device = inputs[0].device
+def device_of(inputs: Sequence[Tensor]) -> torch.device:
+    """The GPU that a function's inputs lie on."""
+    return inputs[0].device
+
+
+def _record(function: Function, inputs: Sequence[Tensor], stream: torch.cuda.Stream) -> _Graph:
+    """Captures on the stream, one of the current device. Other threads may upload and allocate meanwhile."""
+    device = device_of(inputs)
     fixed = [tensor.clone() for tensor in inputs]
-    before = torch.cuda.memory_reserved(device)
-    main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    side.wait_stream(main)
+    main = torch.cuda.current_stream(device)
+    stream.wait_stream(main)
     with _no_cached_casts():
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_CALLS):
                 function(*fixed)
-        main.wait_stream(side)
+        main.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             outputs = function(*fixed)
-    memory = torch.cuda.memory_reserved(device) - before
-    return _Graph(graph, fixed, tuple(outputs), max(0, memory), torch.cuda.Event())
+    memory = pool_bytes(graph) + sum(tensor.nbytes for tensor in fixed)
+    return _Graph(graph, fixed, tuple(outputs), memory, torch.cuda.Event())
+
+
+def pool_bytes(graph: Any) -> int:
+    """Device memory of a graph's own pool, whatever other threads allocate and free meanwhile."""
+    pool = tuple(graph.pool())
+    segments = torch.cuda.memory_snapshot()
+    return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == pool)
 
 
 def _replay(recorded: _Graph, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    stream = torch.cuda.current_stream(inputs[0].device)
+    stream = torch.cuda.current_stream(device_of(inputs))
     stream.wait_event(recorded.taken)  # another thread's stream may still read the results
     for fixed, given in zip(recorded.inputs, inputs, strict=True):
         fixed.copy_(given)

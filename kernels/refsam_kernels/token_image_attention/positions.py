@@ -3,9 +3,10 @@
 import weakref
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from refsam_kernels.core.streams import is_capturing, settle
 
 
 class _Remembered(NamedTuple):
@@ -27,13 +28,14 @@ def project_positions(
     those through `.data`). Within a CUDA graph it is always computed: a replay must follow the weights.
     """
     tensors = [t for t in (positions, weight, bias) if t is not None]
-    if not remember or any(t.is_inference() for t in tensors) or _is_capturing(positions):
+    if not remember or any(t.is_inference() for t in tensors) or is_capturing(positions):
         return _project(positions, weight, bias)
     versions = tuple(t._version for t in tensors)
     of_weights = _memory.setdefault(positions, {})
     found = of_weights.get(id(weight))
     if found is None or found.versions != versions or not _same(found.made_of, tensors):
         product = _project(positions, weight, bias)
+        settle([product])
         found = _Remembered(product, tuple(weakref.ref(t) for t in tensors), versions)
         of_weights[id(weight)] = found
     return found.product
@@ -48,7 +50,3 @@ def _same(references: tuple[weakref.ref[Tensor], ...], tensors: list[Tensor]) ->
     return len(references) == len(tensors) and all(
         reference() is tensor for reference, tensor in zip(references, tensors, strict=True)
     )
-
-
-def _is_capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

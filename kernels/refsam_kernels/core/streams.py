@@ -1,0 +1,25 @@
+"""What is kept between calls on a GPU: one stream fills it, others read it, and no CUDA graph may own it."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def settle(tensors: Iterable[Tensor]) -> None:
+    """Waits, once for each GPU, until the current stream has made these tensors: any stream may read them from now on.
+
+    Call it when something is put into a cache, never within a CUDA graph's capture.
+    """
+    for device in {tensor.device for tensor in tensors if is_on_gpu(tensor)}:
+        torch.cuda.current_stream(device).synchronize()
+
+
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is captured on the tensor's GPU: what is made now lies in the graph's own memory."""
+    return is_on_gpu(tensor) and torch.cuda.is_current_stream_capturing()
+
+
+def is_on_gpu(tensor: Tensor) -> bool:
+    """Whether the tensor is computed by streams."""
+    return tensor.is_cuda
