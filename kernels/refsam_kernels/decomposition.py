@@ -28,6 +28,13 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def _formula(dispatcher: Dispatcher) -> Callable[..., Any]:
-    """The forward of the operator's reference, which takes all arguments but the last, `backend`."""
+    """The forward of the operator's reference on all arguments but the last, `backend`."""
     module: Any = dispatcher.module("reference")
-    return lambda *arguments: module.forward(*arguments[:-1])
+    if dispatcher.inputs is None:
+        return lambda *arguments: module.forward(*arguments[:-1])
+
+    def formula(*arguments: Any) -> Any:
+        outputs = module.forward(dispatcher.inputs(*arguments[:-1]))
+        return tuple(outputs) if isinstance(outputs, tuple) else outputs
+
+    return formula

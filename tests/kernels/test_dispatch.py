@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,14 +18,18 @@ from refsam_kernels import BackendError, use_backend
 from refsam_kernels.core.dispatch import Dispatcher, parse_request, requested_backend
 from refsam_kernels.core.registration import (
     Operator,
-    drop_skipped,
-    empty_gradients,
     gradients_by_vjp,
     needs_gradient,
 )
 
 PACKAGE = "operator_of_test_dispatch"
 NAME = "scaled_product"
+
+
+class Inputs(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    scale: float
 
 
 def formula(x: Tensor, weight: Tensor, scale: float) -> Tensor:
@@ -43,15 +47,16 @@ def make_backend(name: str, **members: Any) -> ModuleType:
     """A backend module of the test's operator that records that it ran."""
     module = ModuleType(f"{PACKAGE}.{name}")
 
-    def forward(x: Tensor, weight: Tensor, scale: float) -> Tensor:
+    def forward(inputs: Inputs) -> Tensor:
         TRACE.append(f"forward {name}")
-        return formula(x, weight, scale)
+        return formula(*inputs)
 
     def backward(
-        grad: Tensor, x: Tensor, weight: Tensor, scale: float, needs: list[bool]
+        inputs: Inputs, outputs: None, grads: list[Tensor], needs: list[bool]
     ) -> tuple[Tensor, ...]:
         TRACE.append(f"backward {name}")
-        return gradients_by_vjp(lambda *pair: formula(*pair, scale), (x, weight), needs, (grad,))
+        *tensors, scale = inputs
+        return gradients_by_vjp(lambda *pair: formula(*pair, scale), tensors, needs, grads)
 
     module.__dict__.update({"forward": forward, "backward": backward, **members})
     return module
@@ -59,29 +64,13 @@ def make_backend(name: str, **members: Any) -> ModuleType:
 
 def register() -> tuple[Operator, Any]:
     """Registers the test's operator as docs/design.md says and returns it with its forward."""
-    operator = Operator(NAME, PACKAGE)
+    operator = Operator(NAME, Inputs, package=PACKAGE)
 
     @operator.forward
-    def run(x: Tensor, weight: Tensor, scale: float, backend: str) -> Tensor:
-        return torch.empty_like(x)
+    def run(inputs: Inputs) -> Tensor:
+        return torch.empty_like(inputs.x)
 
-    @operator.backward
-    def run_backward(
-        grad: Tensor, x: Tensor, weight: Tensor, scale: float, needs: list[bool], backend: str
-    ) -> tuple[Tensor, Tensor]:
-        first, second = empty_gradients((x, weight), needs)
-        return first, second
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, ctx.scale, _ = inputs
-        ctx.save_for_backward(x, weight)
-
-    def gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        needs = list(ctx.needs_input_grad[:2])
-        results = run_backward(grad, *ctx.saved_tensors, ctx.scale, needs, ctx.backend)
-        return *drop_skipped(results, needs), None, None
-
-    operator.differentiate(save, gradients)
+    operator.differentiate({"grad": "out"})
     return operator, run
 
 
@@ -294,9 +283,9 @@ def test_request_is_read_item_by_item() -> None:
 
 
 def test_autocast_is_off_inside(run: Any, backends: dict[str, Any]) -> None:
-    def product(x: Tensor, weight: Tensor, scale: float) -> Tensor:
-        assert (x[None] @ weight[:, None]).dtype == torch.float32
-        return formula(x, weight, scale)
+    def product(inputs: Inputs) -> Tensor:
+        assert (inputs.x[None] @ inputs.weight[:, None]).dtype == torch.float32
+        return formula(*inputs)
 
     backends["fallback"] = make_backend("fallback", forward=product)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,12 +1,12 @@
 """The formula of `adapter_mlp`, in segment-anything's order of operations."""
 
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.core.registration import gradients_by_vjp, or_empty
+from refsam_kernels.adapter_mlp.inputs import Inputs, Outputs
+from refsam_kernels.core.registration import bundle_gradients, or_empty
 from refsam_kernels.feed_forward.mlp import empty_kept, kept_of
 from refsam_kernels.feed_forward.torch_steps import (
     empty_statistics,
@@ -15,45 +15,31 @@ from refsam_kernels.feed_forward.torch_steps import (
 )
 
 
-def forward(
-    normed: Tensor,
-    residual: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    adapter_fc1_weight: Tensor | None,
-    adapter_fc1_bias: Tensor | None,
-    adapter_fc2_weight: Tensor | None,
-    adapter_fc2_bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: float,
-    eps: float,
-    keep: bool,
-) -> tuple[Tensor, ...]:
-    """x and its layer norm; for the backward, the norm's statistics and what each perceptron keeps."""
+def forward(inputs: Inputs) -> Outputs:
+    """x and its layer norm; for the backward, the norm's statistics and the values that each MLP keeps."""
+    normed, keep = inputs.normed, inputs.keep
     normed_next = None
-    hidden = F.linear(normed, fc1_weight, fc1_bias)
+    hidden = F.linear(normed, *inputs.mlp[:2])
     activated = F.gelu(hidden)
-    x = residual + F.linear(activated, fc2_weight, fc2_bias)
+    x = inputs.residual + F.linear(activated, *inputs.mlp[2:])
     kept = kept_of(hidden, activated, keep)
-    kept_by_adapter = empty_kept(normed, None, keep)
-    if adapter_fc1_weight is not None and adapter_fc2_weight is not None:
-        hidden = F.linear(normed, adapter_fc1_weight, adapter_fc1_bias)
+    adapter_kept = empty_kept(normed, None, keep)
+    if inputs.adapter is not None:
+        hidden = F.linear(normed, *inputs.adapter[:2])
         activated = F.gelu(hidden)
-        x = x + scale * F.linear(activated, adapter_fc2_weight, adapter_fc2_bias)
-        kept_by_adapter = kept_of(hidden, activated, keep)
+        x = x + inputs.scale * F.linear(activated, *inputs.adapter[2:])
+        adapter_kept = kept_of(hidden, activated, keep)
     statistics = empty_statistics(x, False)
-    if norm_weight is not None and norm_bias is not None:
-        normed_next = layer_norm(x, norm_weight, norm_bias, eps)[0].to(normed.dtype)
-        statistics = row_statistics(x, eps) if keep else statistics
-    return x.contiguous(), or_empty(normed_next, normed), *statistics, *kept, *kept_by_adapter
+    if inputs.norm_weight is not None and inputs.norm_bias is not None:
+        norm = (inputs.norm_weight, inputs.norm_bias, inputs.eps)
+        normed_next = layer_norm(x, *norm)[0].to(normed.dtype)
+        statistics = row_statistics(x, inputs.eps) if keep else statistics
+    normed_next = or_empty(normed_next, normed)
+    return Outputs(x.contiguous(), normed_next, *statistics, *kept, *adapter_kept)
 
 
-def backward(grad_x: Tensor, grad_normed: Tensor, *arguments: Any) -> list[Tensor]:
-    """One gradient for each of the forward's tensors."""
-    *inputs, scale, eps, needs = arguments
-    tensors = inputs[:12]
-    formula = partial(forward, scale=scale, eps=eps, keep=False)
-    return list(gradients_by_vjp(formula, tensors, needs, (grad_x, grad_normed)))
+def backward(
+    inputs: Inputs, outputs: Outputs, grads: Sequence[Tensor], needs: Sequence[bool]
+) -> Sequence[Tensor]:
+    """One gradient for each tensor of the inputs."""
+    return bundle_gradients(forward, inputs, inputs._fields[:12], needs, grads)

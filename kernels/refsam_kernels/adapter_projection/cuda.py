@@ -1,11 +1,9 @@
 """`adapter_projection`'s forward with the steps between torch's matrix products in CUDA; see feed_forward/cuda_steps.py."""
 
 from functools import partial
-from typing import Any
-
-from torch import Tensor
 
 from refsam_kernels.adapter_projection import fallback
+from refsam_kernels.adapter_projection.inputs import Inputs
 from refsam_kernels.core.libraries import reasons_against_device
 from refsam_kernels.feed_forward.cuda_steps import CUDA_STEPS
 from refsam_kernels.feed_forward.mlp import reasons_against
@@ -13,6 +11,7 @@ from refsam_kernels.feed_forward.mlp import reasons_against
 forward = partial(fallback.forward, steps=CUDA_STEPS)
 
 
-def not_supported_reasons(attention: Tensor, residual: Tensor, *_: Any) -> list[str]:
-    """Why these cannot be computed here."""
-    return reasons_against(attention, residual) + reasons_against_device(attention)
+def not_supported_reasons(inputs: Inputs) -> list[str]:
+    """Why the kernels cannot compute these."""
+    tokens = inputs.attention
+    return reasons_against(tokens, inputs.residual) + reasons_against_device(tokens)

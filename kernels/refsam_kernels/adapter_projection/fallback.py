@@ -1,95 +1,61 @@
-"""`adapter_projection` in plain PyTorch: sums in place, an explicit backward that skips what is frozen."""
+"""`adapter_projection` in plain PyTorch: sums in place, an explicit backward that skips frozen parameters."""
+
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from refsam_kernels.adapter_projection.inputs import Inputs, Outputs
 from refsam_kernels.core.registration import or_empty
-from refsam_kernels.feed_forward.mlp import (
-    empty_kept,
-    perceptron,
-    perceptron_backward,
-    shaped,
-)
+from refsam_kernels.feed_forward.mlp import empty_kept, mlp_backward, mlp_forward, shaped
 from refsam_kernels.feed_forward.torch_steps import TORCH_STEPS, Steps, rows
 
 
-def forward(
-    attention: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    adapter_fc1_weight: Tensor | None,
-    adapter_fc1_bias: Tensor | None,
-    adapter_fc2_weight: Tensor | None,
-    adapter_fc2_bias: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    keep: bool,
-    steps: Steps = TORCH_STEPS,
-) -> tuple[Tensor, ...]:
-    """x and its layer norm; for the backward, the norm's statistics, and with an adapter the projection and what it keeps."""
+def forward(inputs: Inputs, steps: Steps = TORCH_STEPS) -> Outputs:
+    """x and its layer norm; for the backward, the norm's statistics, and with an adapter the projection and its values."""
+    attention, keep = inputs.attention, inputs.keep
     terms: tuple[Tensor, Tensor | None]
-    projected = F.linear(attention, weight, bias)
+    projected = F.linear(attention, inputs.weight, inputs.bias)
     saved: tuple[Tensor, ...] = (attention.new_empty(0), *empty_kept(projected, None, keep))
-    if adapter_fc1_weight is None:
+    if inputs.adapter is None:
         terms = (projected, None)
     else:
-        adapter = (adapter_fc1_weight, adapter_fc1_bias, adapter_fc2_weight, adapter_fc2_bias)
-        adapted, *kept = perceptron(steps, projected, adapter, keep=keep)
+        adapted, *kept = mlp_forward(steps, projected, inputs.adapter, keep=keep)
         terms = (adapted, projected)  # in this order, since the first may be overwritten
         saved = (projected, *kept) if keep else saved
-    x, normed, *statistics = steps.add_and_norm(
-        residual, *terms, 1.0, norm_weight, norm_bias, eps, keep
-    )
-    return x, or_empty(normed, attention), *statistics, *saved
+    norm = (inputs.norm_weight, inputs.norm_bias, inputs.eps)
+    x, normed, *statistics = steps.add_and_norm(inputs.residual, *terms, 1.0, *norm, keep)
+    return Outputs(x, or_empty(normed, attention), *statistics, *saved)
 
 
 def backward(
-    grad_x: Tensor,
-    grad_normed: Tensor,
-    attention: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    adapter_fc1_weight: Tensor | None,
-    adapter_fc1_bias: Tensor | None,
-    adapter_fc2_weight: Tensor | None,
-    adapter_fc2_bias: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    projected: Tensor,
-    hidden: Tensor,
-    activated: Tensor,
-    eps: float,
-    needs: list[bool],
+    inputs: Inputs,
+    outputs: Outputs,
+    grads: Sequence[Tensor],
+    needs: Sequence[bool],
     steps: Steps = TORCH_STEPS,
 ) -> list[Tensor]:
-    """One gradient for each of the forward's tensors."""
-    adapter = (adapter_fc1_weight, adapter_fc1_bias, adapter_fc2_weight, adapter_fc2_bias)
-    norm = (norm_weight, norm_bias)
-    has_adapter = adapter_fc1_weight is not None
-    needs_linear = any((needs[0], *needs[2:4]))
-    needs_sum = needs[7] if has_adapter else needs[3]
-    total, grad, column_sum, *on_norm = steps.add_and_norm_backward(
-        grad_x, grad_normed, x, mean, rstd, *norm, attention.dtype, needs_sum, needs[8:]
+    """One gradient for each tensor of the inputs."""
+    attention, adapter = inputs.attention, inputs.adapter
+    statistics = (outputs.x, outputs.mean, outputs.rstd)
+    norm = (inputs.norm_weight, inputs.norm_bias)
+    needs_sum = needs[3] if adapter is None else needs[7]
+    total, grad, column_sum, *grad_norm = steps.add_and_norm_backward(
+        *grads, *statistics, *norm, attention.dtype, needs_sum, needs[8:]
     )
-    on_adapter: list[Tensor | None] = [None] * 4
-    on_bias = column_sum
-    if adapter_fc1_weight is not None and adapter_fc2_weight is not None:
-        on_projected, *on_weights = perceptron_backward(
-            *(steps, grad, rows(projected), (hidden, activated)),
-            *(adapter_fc1_weight, adapter_fc2_weight, (needs_linear, *needs[4:7])),
-            addend=grad,
+    grad_adapter: list[Tensor | None] = [None] * 4
+    grad_bias = column_sum
+    if adapter is not None:
+        kept = (outputs.hidden, outputs.activated)
+        adapter_needs = (any((needs[0], *needs[2:4])), *needs[4:7])
+        grad_projected, *grad_weights = mlp_backward(
+            steps, grad, rows(outputs.projected), kept, adapter, adapter_needs, addend=grad
         )
-        on_adapter = [*on_weights, column_sum]
-        if on_projected is not None:
-            grad = on_projected
-            on_bias = grad.sum(0) if needs[3] else None
-    on_attention = grad @ weight if needs[0] else None
-    on_weight = grad.T @ rows(attention) if needs[2] else None
-    gradients = (on_attention, total, on_weight, on_bias, *on_adapter, *on_norm)
-    return shaped(gradients, (attention, residual, weight, bias, *adapter, *norm), needs)
+        grad_adapter = [*grad_weights, column_sum]
+        if grad_projected is not None:
+            grad = grad_projected
+            grad_bias = grad.sum(0) if needs[3] else None
+    grad_attention = grad @ inputs.weight if needs[0] else None
+    grad_weight = grad.T @ rows(attention) if needs[2] else None
+    gradients = (grad_attention, total, grad_weight, grad_bias, *grad_adapter, *grad_norm)
+    return shaped(gradients, inputs[:10], needs)

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from refsam_kernels.adapter_projection.inputs import Inputs, Outputs
 from refsam_kernels.core.checks import (
     autocast,
     check_same_device,
@@ -11,103 +12,35 @@ from refsam_kernels.core.checks import (
     check_shape,
     require,
 )
-from refsam_kernels.core.registration import (
-    Operator,
-    drop_skipped,
-    empty_gradients,
-    needs_gradient,
-    or_zeros,
-)
+from refsam_kernels.core.registration import Operator, needs_gradient
 from refsam_kernels.feed_forward.mlp import (
     NO_ADAPTER,
     AdapterWeights,
+    check_mlp,
     check_norm,
-    check_perceptron,
     empty_kept,
     named_adapter,
 )
 from refsam_kernels.feed_forward.torch_steps import empty_statistics, sum_dtype
 
-operator = Operator("adapter_projection")
+operator = Operator("adapter_projection", Inputs, Outputs)
 
 
 @operator.forward
-def _forward(
-    attention: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    adapter_fc1_weight: Tensor | None,
-    adapter_fc1_bias: Tensor | None,
-    adapter_fc2_weight: Tensor | None,
-    adapter_fc2_bias: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    keep: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x and its layer norm; for the backward, the norm's statistics, and with an adapter the projection and what it keeps.
-
-    What is not kept has no elements.
-    """
+def _forward(inputs: Inputs) -> Outputs:
+    attention, residual, keep = inputs.attention, inputs.residual, inputs.keep
     x = residual.new_empty(residual.shape, dtype=sum_dtype(residual, attention))
-    normed = attention.new_empty(attention.shape)
-    has_projected = keep and adapter_fc1_weight is not None
+    has_projected = keep and inputs.adapter_fc1_weight is not None
     projected = attention.new_empty(attention.shape if has_projected else 0)
-    kept = empty_kept(attention, adapter_fc1_weight, keep)
-    return x, normed, *empty_statistics(x, keep), projected, *kept
+    kept = empty_kept(attention, inputs.adapter_fc1_weight, keep)
+    normed = attention.new_empty(attention.shape)
+    return Outputs(x, normed, *empty_statistics(x, keep), projected, *kept)
 
 
-@operator.backward
-def _backward(
-    grad_x: Tensor,
-    grad_normed: Tensor,
-    attention: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    adapter_fc1_weight: Tensor | None,
-    adapter_fc1_bias: Tensor | None,
-    adapter_fc2_weight: Tensor | None,
-    adapter_fc2_bias: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    projected: Tensor,
-    hidden: Tensor,
-    activated: Tensor,
-    eps: float,
-    needs: list[bool],
-    backend: str,
-) -> list[Tensor]:
-    """One gradient for each tensor from `attention` to `norm_bias`."""
-    adapter = (adapter_fc1_weight, adapter_fc1_bias, adapter_fc2_weight, adapter_fc2_bias)
-    tensors = (attention, residual, weight, bias, *adapter, norm_weight, norm_bias)
-    return list(empty_gradients(tensors, needs))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.eps, _, _ = inputs
-    x, _, *saved = output
-    ctx.save_for_backward(*tensors, x, *saved)
-    ctx.mark_non_differentiable(*saved)
-
-
-def _gradients(
-    ctx: Any, grad_x: Tensor | None, grad_normed: Tensor | None, *_: None
-) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    attention, x = saved[0], saved[10]
-    grads = (or_zeros(grad_x, x), or_zeros(grad_normed, attention))
-    needs = list(ctx.needs_input_grad[:10])
-    gradients = _backward(*grads, *saved, ctx.eps, needs, ctx.backend)
-    return *drop_skipped(gradients, needs), None, None, None
-
-
-operator.differentiate(_save, _gradients)
+operator.differentiate(
+    {"grad_x": "x", "grad_normed": "normed"},
+    saved=["x", "mean", "rstd", "projected", "hidden", "activated"],
+)
 
 
 def adapter_projection(
@@ -147,37 +80,26 @@ def adapter_projection(
     Follows the RefSAM paper, section 3.2, and segment-anything `modeling/image_encoder.py`,
     `Block`.
     """
-    attention, weight, bias, *adapter_tensors = autocast(
-        attention, weight, bias, *(adapter or NO_ADAPTER)
-    )
-    if adapter is not None:
-        adapter = AdapterWeights(*adapter_tensors)
-    _check(attention, residual, weight, bias, adapter, norm_weight, norm_bias)
-    tensors = (attention, residual, weight, bias, *adapter_tensors, norm_weight, norm_bias)
-    return _forward(*tensors, eps, needs_gradient(*tensors), backend or "")[:2]
+    attention, *weights = autocast(attention, weight, bias, *(adapter or NO_ADAPTER))
+    tensors: list[Any] = [attention, residual, *weights, norm_weight, norm_bias]
+    inputs = Inputs(*tensors, eps, needs_gradient(*tensors))  # type: ignore[call-arg]
+    _check(inputs)
+    return _forward(*inputs, backend or "")[:2]
 
 
-def _check(
-    attention: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    adapter: AdapterWeights | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-) -> None:
-    """Raises `ValueError` for what `adapter_projection` cannot take."""
+def _check(inputs: Inputs) -> None:
+    """Raises `ValueError` for arguments that `adapter_projection` cannot take."""
+    attention, residual = inputs.attention, inputs.residual
     require(attention.dim() > 1, "attention", f"shape {tuple(attention.shape)}", "(..., D)")
     width = attention.shape[-1]
     check_shape("residual", residual, tuple(attention.shape))
-    check_shape("weight", weight, (width, width))
-    check_shape("bias", bias, (width,))
-    operands = {"weight": weight, "bias": bias}
-    if adapter is not None:
-        adapter_operands = named_adapter(adapter)
-        check_perceptron(adapter_operands, width)
-        operands |= adapter_operands
+    check_shape("weight", inputs.weight, (width, width))
+    check_shape("bias", inputs.bias, (width,))
+    operands = {"weight": inputs.weight, "bias": inputs.bias}
+    if inputs.adapter is not None:
+        check_mlp(named_adapter(inputs.adapter), width)
+        operands |= named_adapter(inputs.adapter)
     check_same_dtype(attention=attention, **operands)
-    check_norm(norm_weight, norm_bias, sum_dtype(residual, attention), width)
-    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    norm = {"norm_weight": inputs.norm_weight, "norm_bias": inputs.norm_bias}
+    check_norm(inputs.norm_weight, inputs.norm_bias, sum_dtype(residual, attention), width)
     check_same_device(attention=attention, residual=residual, **operands, **norm)

@@ -1,11 +1,9 @@
 """`adapter_projection` with the steps between torch's matrix products in Triton; see feed_forward/triton_steps.py."""
 
 from functools import partial
-from typing import Any
-
-from torch import Tensor
 
 from refsam_kernels.adapter_projection import fallback
+from refsam_kernels.adapter_projection.inputs import Inputs
 from refsam_kernels.core.triton_aot import CompileCase
 from refsam_kernels.feed_forward.mlp import reasons_against
 from refsam_kernels.feed_forward.triton_steps import TRITON_STEPS, row_cases
@@ -14,16 +12,9 @@ forward = partial(fallback.forward, steps=TRITON_STEPS)
 backward = partial(fallback.backward, steps=TRITON_STEPS)
 
 
-def not_supported_reasons(attention: Tensor, residual: Tensor, *_: Any) -> list[str]:
-    """Why these cannot be computed here."""
-    return reasons_against(attention, residual)
-
-
-def backward_not_supported_reasons(
-    grad_x: Tensor, grad_normed: Tensor, attention: Tensor, residual: Tensor, *_: Any
-) -> list[str]:
-    """Like `not_supported_reasons`."""
-    return reasons_against(attention, residual)
+def not_supported_reasons(inputs: Inputs) -> list[str]:
+    """Why the kernels cannot compute these."""
+    return reasons_against(inputs.attention, inputs.residual)
 
 
 def compile_cases() -> list[CompileCase]:

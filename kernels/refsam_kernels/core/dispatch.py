@@ -3,10 +3,10 @@
 A backend of an operator is a module of the operator's folder with the backend's name
 (`fallback.py`, `triton.py`, ...). It holds
 
-    forward(*arguments)         # the arguments of the custom operator without `backend`
-    backward(*arguments)        # likewise; without it the backward is left to the others, also if this one was named
-    not_supported_reasons(*arguments) -> list[str]    # optional: in words, why it cannot run these
-    backward_not_supported_reasons(*arguments) -> list[str]    # optional
+    forward(inputs)             # the bundle of the operator's arguments (see `registration`)
+    backward(inputs, outputs, grads, needs)     # optional: without it other backends run it, even if this one was named
+    not_supported_reasons(inputs) -> list[str]  # optional: in words, why it cannot run these, forward or backward
+    backward_not_supported_reasons(inputs) -> list[str]    # optional: in its place for the backward
 
 and is imported when it is first considered for tensors of a device that it serves, never before. A
 module that cannot work on this machine (a library that was not built) raises `ImportError` with the
@@ -80,14 +80,14 @@ BACKENDS = {
 class Dispatcher:
     """Finds, imports and chooses the backends of one operator.
 
-    `operator` is its name and `package` the import path of its folder, `refsam_kernels.<operator>`
-    if not given.
+    `operator` is its name, `inputs` the class of its arguments' bundle and `package` the import path of its folder,
+    `refsam_kernels.<operator>` if not given.
     """
 
     known: ClassVar[dict[str, "Dispatcher"]] = {}
 
-    def __init__(self, operator: str, package: str | None = None) -> None:
-        self.operator = operator
+    def __init__(self, operator: str, inputs: Any = None, package: str | None = None) -> None:
+        self.operator, self.inputs = operator, inputs
         self.package = package or f"{__package__.rpartition('.')[0]}.{operator}"
         self._exists: dict[str, bool] = {}
         self._modules: dict[str, ModuleType | str] = {}
@@ -136,7 +136,11 @@ class Dispatcher:
             return [f"has no {direction}"]
         prefix = "" if direction == "forward" else f"{direction}_"
         explain = getattr(module, f"{prefix}not_supported_reasons", None)
-        return explain(*arguments) if explain is not None else []
+        if self.inputs is None:
+            return explain(*arguments) if explain is not None else []
+        if explain is None and direction == "backward":
+            explain = getattr(module, "not_supported_reasons", None)
+        return explain(arguments[0]) if explain is not None else []
 
     def choose(self, direction: str, arguments: Sequence[Any], backend: str = "") -> str:
         """The name of the backend that runs `direction` on these arguments.
@@ -191,8 +195,10 @@ class Dispatcher:
 
 
 def device_of(arguments: Sequence[Any]) -> torch.device:
-    """The device of the first tensor among the arguments."""
-    return next(value.device for value in arguments if isinstance(value, torch.Tensor))
+    """The device of the first tensor, that of a bundle included."""
+    first = arguments[0]
+    values = first if isinstance(first, tuple) else arguments
+    return next(value.device for value in values if isinstance(value, torch.Tensor))
 
 
 def device_type_of(arguments: Sequence[Any]) -> str:

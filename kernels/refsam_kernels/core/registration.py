@@ -2,47 +2,51 @@
 
 How to add an operator (`scaled_sum` stands for its name). In `refsam_kernels/scaled_sum/`:
 
+`inputs.py`, the only place that lists the arguments::
+
+    class Inputs(NamedTuple):           # tensors first, then settings; no defaults
+        x: Tensor
+        weight: Tensor
+        scale: float
+        keep: bool                      # optional: whether a backward will follow; False in a backward
+
+    class Outputs(NamedTuple):          # `Tensor` instead, if there is one output
+        sum: Tensor
+        statistic: Tensor
+
 `op.py`::
 
-    operator = Operator("scaled_sum")
+    operator = Operator("scaled_sum", Inputs, Outputs)
 
-    @operator.forward       # the schema and the fake: outputs of the right shape, dtype, strides
-    def _forward(x: Tensor, weight: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(x), x.new_empty(x.shape[0])
+    @operator.forward                   # the fake: outputs of the right shape, dtype, strides
+    def _forward(inputs: Inputs) -> Outputs:
+        return Outputs(torch.empty_like(inputs.x), inputs.x.new_empty(len(inputs.x)))
 
-    @operator.backward
-    def _backward(
-        grad: Tensor, x: Tensor, weight: Tensor, statistic: Tensor, scale: float,
-        needs: list[bool], backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        return empty_gradients((x, weight), needs)
-
-    def _save(ctx, inputs, output):                 # ctx.backend is set already
-        x, weight, ctx.scale, _ = inputs
-        ctx.save_for_backward(x, weight, output[1])
-        ctx.mark_non_differentiable(output[1])
-
-    def _gradients(ctx, grad, _):
-        needs = list(ctx.needs_input_grad[:2])
-        gradients = _backward(grad, *ctx.saved_tensors, ctx.scale, needs, ctx.backend)
-        return *drop_skipped(gradients, needs), None, None
-
-    operator.differentiate(_save, _gradients)
+    operator.differentiate({"grad": "sum"}, saved=["statistic"])
 
     def scaled_sum(x, weight, *, scale: float, backend: str | None = None) -> Tensor:
-        ...                                         # check the arguments, autocast, then
-        return _forward(x, weight, scale, backend or "")[0]
+        ...                             # autocast, check the arguments, then
+        return _forward(*Inputs(x, weight, scale, needs_gradient(x, weight)), backend or "")[0]
 
-`reference.py`, `fallback.py`, ...: `forward` and `backward` with the same arguments less `backend`
-(see `dispatch`). What the forward saves must mean the same in every backend: the backward may run
-in another one. Plain autograd is off below a custom operator; `gradients_by_vjp` takes a backward
-from the forward's formula. Outputs must be new memory, contiguous as the fake says. Arguments have
-no defaults. Then name the public function in `refsam_kernels/__init__.py`.
+The schemas follow from the bundles: the forward takes the fields of `Inputs` and `backend`; the backward takes the gradients, the
+tensors of `Inputs`, the saved outputs, the settings, `needs` and `backend`.
+
+`reference.py`, `fallback.py`, ... (see `dispatch`)::
+
+    def forward(inputs: Inputs) -> Outputs: ...
+    def backward(inputs: Inputs, outputs: Outputs, grads: Sequence[Tensor], needs: Sequence[bool]) -> Sequence[Tensor]: ...
+
+`outputs` holds what was saved, None elsewhere. The backward returns one gradient per differentiable tensor, without elements
+where `needs` is False. Saved outputs must mean the same in every backend: the backward may run in another one. Plain autograd
+is off below a custom operator; `gradients_by_vjp` derives a backward from the forward's formula. Outputs must be new memory,
+contiguous as the fake says. Then name the public function in `refsam_kernels/__init__.py`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from operator import itemgetter
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -53,9 +57,224 @@ from refsam_kernels.core.dispatch import Dispatcher, requested_backend
 NAMESPACE = "refsam_kernels"
 # Not `torch.library.custom_op`: its first call imports torch._dynamo, which takes seconds.
 LIBRARY = Library(NAMESPACE, "FRAGMENT")
+# The setting that asks the forward for what a backward needs.
+KEEP = "keep"
 
 
 class Operator:
+    """One operator `refsam_kernels::<name>` and its backward `refsam_kernels::<name>_backward`.
+
+    `inputs` is the NamedTuple class of its arguments, `outputs` that of its results, or Tensor. Its backends are modules of
+    `package`, `refsam_kernels.<name>` if not given.
+    """
+
+    def __init__(
+        self, name: str, inputs: Any, outputs: Any = Tensor, package: str | None = None
+    ) -> None:
+        self.name, self.inputs, self.outputs = name, inputs, outputs
+        self.dispatcher = Dispatcher(name, inputs, package)
+        self.fake: Callable[[Any], Any]
+
+    def forward(self, fake: Callable[[Any], Any]) -> Callable[..., Any]:
+        """Registers the forward and returns it; `fake(inputs)` gives uninitialised outputs."""
+        self.fake = fake
+        return self._of_bundle(self.name, "forward", self.inputs, self.outputs, fake)
+
+    def register(
+        self, function: str, inputs: Any, outputs: Any, fake: Callable[[Any], Any]
+    ) -> Callable[..., Any]:
+        """Registers `refsam_kernels::<name>_<function>` without a derivative; backends hold it as `function`."""
+        return self._of_bundle(f"{self.name}_{function}", function, inputs, outputs, fake)
+
+    def _of_bundle(
+        self, name: str, function: str, inputs: Any, outputs: Any, fake: Callable[[Any], Any]
+    ) -> Callable[..., Any]:
+        is_single = outputs is Tensor
+        returns = Tensor if is_single else tuple[(Tensor,) * len(outputs._fields)]  # type: ignore[misc]
+        plain = same if is_single else tuple
+        parameters = get_type_hints(inputs)
+        return self._define(
+            name, function, parameters, returns, lambda *values: (inputs(*values),), fake, plain
+        )
+
+    def _define(
+        self,
+        name: str,
+        function: str,
+        parameters: Mapping[str, Any],
+        returns: Any,
+        bundle: Callable[..., tuple[Any, ...]],
+        fake: Callable[..., Any],
+        plain: Callable[[Any], Any],
+    ) -> Callable[..., Any]:
+        """Defines an operator with these parameters, by their types, and `backend`.
+
+        `bundle` makes the arguments of a backend of the values, `plain` the operator's result of a backend's.
+        """
+
+        def implementation(*values: Any) -> Any:
+            return plain(self.dispatcher.run(function, bundle(*values[:-1]), values[-1]))
+
+        def fake_implementation(*values: Any) -> Any:
+            return plain(fake(*bundle(*values[:-1])))
+
+        schema = infer_schema(signed({**parameters, "backend": str}, returns), mutates_args=())
+        LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        register_fake(f"{NAMESPACE}::{name}", fake_implementation, lib=LIBRARY)
+        return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def differentiate(
+        self,
+        grads: Mapping[str, str],
+        *,
+        saved: Sequence[str] = (),
+        frozen: Sequence[str] = (),
+        as_tuple: bool = False,
+    ) -> None:
+        """Registers the backward and the derivative; the derivative of the backward raises `RuntimeError`.
+
+        Args:
+            grads: the backward's names of gradients, each with the output whose gradient it is.
+            saved: outputs that the backward takes.
+            frozen: tensors of the inputs that get no gradient.
+            as_tuple: whether the schema returns a tuple of gradients instead of a list.
+        """
+        derivative = _Derivative(self, grads, saved, frozen)
+        returns: Any = list[Tensor]
+        if derivative.is_single:
+            returns = Tensor
+        elif as_tuple:
+            returns = tuple[(Tensor,) * len(derivative.wanted)]  # type: ignore[misc]
+        derivative.backward = self._define(
+            f"{self.name}_backward",
+            "backward",
+            derivative.parameters,
+            returns,
+            derivative.bundle,
+            derivative.fake,
+            itemgetter(0) if derivative.is_single else tuple if as_tuple else list,
+        )
+
+        def refuse(ctx: Any, *grads: Tensor) -> None:
+            raise RuntimeError(f"{NAMESPACE}::{self.name}: second derivatives are not supported")
+
+        register_autograd(f"{NAMESPACE}::{self.name}_backward", refuse, lib=LIBRARY)
+        register_autograd(
+            f"{NAMESPACE}::{self.name}",
+            derivative.gradients,
+            setup_context=derivative.save,
+            lib=LIBRARY,
+        )
+
+    def named_outputs(self, results: Any) -> dict[str, Any]:
+        """The outputs by name; a single one is called out."""
+        if self.outputs is Tensor:
+            return {"out": results[0] if isinstance(results, tuple) else results}
+        return dict(zip(self.outputs._fields, results, strict=True))
+
+
+class _Derivative:
+    """What autograd does around one operator, and how the backward's arguments lie; see `Operator.differentiate`."""
+
+    def __init__(
+        self,
+        operator: Operator,
+        grads: Mapping[str, str],
+        saved: Sequence[str],
+        frozen: Sequence[str],
+    ) -> None:
+        hints = get_type_hints(operator.inputs)
+        self.operator, self.grads, self.saved, self.fields = operator, grads, saved, list(hints)
+        self.tensors = [name for name, hint in hints.items() if hint in (Tensor, Tensor | None)]
+        self.settings = [name for name in hints if name not in (*self.tensors, KEEP)]
+        self.wanted = [name for name in self.tensors if name not in frozen]
+        self.is_single = len(self.wanted) == 1
+        self.backward: Callable[..., Any]
+        self.parameters: dict[str, Any] = dict.fromkeys(grads, Tensor)
+        self.parameters |= {name: hints[name] for name in self.tensors}
+        self.parameters |= dict.fromkeys(saved, Tensor)
+        self.parameters |= {name: hints[name] for name in self.settings}
+        self.parameters |= {} if self.is_single else {"needs": list[bool]}
+
+    def bundle(self, *values: Any) -> tuple[Any, Any, list[Tensor], list[bool]]:
+        """The backward's arguments as a backend takes them: inputs, outputs, gradients, needs."""
+        named = dict(zip(self.parameters, values, strict=True))
+        outputs = self.operator.outputs
+        saved = outputs(*map(named.get, outputs._fields)) if self.saved else None
+        grads = [named[name] for name in self.grads]
+        return self.inputs_of(named), saved, grads, named.get("needs", [True])
+
+    def inputs_of(self, named: Mapping[str, Any]) -> Any:
+        """The bundle of inputs from values by their names; a backward keeps nothing."""
+        return self.operator.inputs(*(named.get(name, False) for name in self.fields))
+
+    def fake(
+        self, inputs: Any, outputs: Any, grads: Sequence[Tensor], needs: Sequence[bool]
+    ) -> Sequence[Tensor]:
+        """Uninitialised gradients."""
+        return empty_gradients([getattr(inputs, name) for name in self.wanted], needs)
+
+    def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Saves what the backward takes, and the backend that was asked for by name: the backward keeps to it.
+
+        It can run on another thread, or after a `use_backend` block.
+        """
+        *values, backend = inputs
+        ctx.backend = requested_backend(self.operator.name, backend)
+        ctx.set_materialize_grads(False)  # else autograd makes zeros for all that is saved
+        named = dict(zip(self.fields, values, strict=True))
+        outputs = self.operator.named_outputs(output)
+        ctx.settings = [named[name] for name in self.settings]
+        saved = (outputs[name] for name in self.saved)
+        ctx.save_for_backward(*(named[name] for name in self.tensors), *saved)
+        constant = (t for name, t in outputs.items() if name not in self.grads.values())
+        ctx.mark_non_differentiable(*constant)
+
+    def gradients(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """One gradient per argument of the forward; None for all if no output was used."""
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        by_output = self.operator.named_outputs(grads)
+        found = [by_output[output] for output in self.grads.values()]
+        if any(grad is None for grad in found):
+            found = self._or_zeros(ctx, found)
+        needed = dict(zip(self.fields, ctx.needs_input_grad, strict=False))
+        needs = [needed[name] for name in self.wanted]
+        options = (*ctx.settings, *([] if self.is_single else [needs]), ctx.backend)
+        results = self.backward(*found, *ctx.saved_tensors, *options)
+        results = drop_skipped([results] if self.is_single else results, needs)
+        by_name = dict(zip(self.wanted, results, strict=True))
+        return *map(by_name.get, self.fields), None
+
+    def _or_zeros(self, ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradients, and zeros like the output where an output was not used."""
+        named = dict(zip((*self.tensors, *self.saved), ctx.saved_tensors, strict=True))
+        inputs = self.inputs_of(named | dict(zip(self.settings, ctx.settings, strict=True)))
+        like = self.operator.named_outputs(self.operator.fake(inputs))
+        return [
+            torch.zeros_like(like[output]) if grad is None else grad
+            for output, grad in zip(self.grads.values(), grads, strict=True)
+        ]
+
+
+def signed(parameters: Mapping[str, Any], returns: Any) -> Callable[..., Any]:
+    """A function whose signature has these parameters, by their types."""
+
+    def function(*values: Any) -> Any: ...
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    listed = [inspect.Parameter(name, kind, annotation=hint) for name, hint in parameters.items()]
+    function.__signature__ = inspect.Signature(listed, return_annotation=returns)  # type: ignore[attr-defined]
+    return function
+
+
+def same(result: Any) -> Any:
+    """The result itself."""
+    return result
+
+
+class FlatOperator:
     """One operator `refsam_kernels::<name>` and its backward `refsam_kernels::<name>_backward`.
 
     Its backends are modules of `package`, `refsam_kernels.<name>` if not given.
@@ -63,7 +282,7 @@ class Operator:
 
     def __init__(self, name: str, package: str | None = None) -> None:
         self.name = name
-        self.dispatcher = Dispatcher(name, package)
+        self.dispatcher = Dispatcher(name, None, package)
 
     def forward(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """Registers the forward and returns it.
@@ -184,6 +403,21 @@ def gradients_by_vjp(
         taken.add(memory_of(gradient))
         results[i] = gradient
     return tuple(results)
+
+
+def bundle_gradients(
+    forward: Callable[[Any], Tensor | tuple[Tensor, ...]],
+    inputs: Any,
+    names: Sequence[str],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Gradients of `forward(inputs)` to the tensors of these names, by `gradients_by_vjp`."""
+
+    def formula(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return forward(inputs._replace(**dict(zip(names, tensors, strict=True))))
+
+    return gradients_by_vjp(formula, [getattr(inputs, name) for name in names], needs, grads)
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from refsam_kernels.core.checks import (
     require,
 )
 from refsam_kernels.core.index_checks import check_range
-from refsam_kernels.core.registration import Operator, drop_skipped, empty_gradients
+from refsam_kernels.core.registration import FlatOperator, drop_skipped, empty_gradients
 
-operator = Operator("dense_attention")
+operator = FlatOperator("dense_attention")
 
 
 @operator.forward

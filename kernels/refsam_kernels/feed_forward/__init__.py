@@ -1,1 +1,1 @@
-"""Two-layer perceptrons and sums with a layer norm, shared by `adapter_mlp` and `adapter_projection`."""
+"""MLPs and sums with a layer norm, shared by `adapter_mlp` and `adapter_projection`."""

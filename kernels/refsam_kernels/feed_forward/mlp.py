@@ -1,11 +1,11 @@
-"""Two-layer perceptrons `fc2(gelu(fc1(x)))` and their backward, for `adapter_mlp` and `adapter_projection`.
+"""MLPs `fc2(gelu(fc1(x)))` of two layers and their backward, for `adapter_mlp` and `adapter_projection`.
 
-The backward is explicit, on rows (·, D) of tokens: it skips what is not needed, and computes the GELU again instead of keeping
-its result where that is large. The matrix products are torch's in every backend; a backend's `Steps` compute the rest.
+The backward is explicit, on rows (·, D) of tokens: it skips frozen parameters, and recomputes a large GELU instead of keeping
+its result. Every backend takes torch's matrix products; its `Steps` compute the rest.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,8 @@ from refsam_kernels.core.checks import check_shape, require
 from refsam_kernels.feed_forward.torch_steps import Steps, rows, short
 
 
-class AdapterWeights(NamedTuple):
-    """Parameters of an adapter `fc2(gelu(fc1(x)))` of H hidden channels: (H, D), (H,), (D, H), (D,)."""
+class MLPWeights(NamedTuple):
+    """Parameters of `fc2(gelu(fc1(x)))` with H hidden channels: (H, D), (H,), (D, H), (D,)."""
 
     fc1_weight: Tensor
     fc1_bias: Tensor
@@ -24,19 +24,20 @@ class AdapterWeights(NamedTuple):
     fc2_bias: Tensor
 
 
+AdapterWeights = MLPWeights  # an adapter is an MLP
 NO_ADAPTER = (None, None, None, None)
-# Elements of a GELU's result that is kept for the backward: computing it again takes time, and saves much memory only
-# where it is large.
+# Largest GELU result that is kept for the backward, in elements: recomputing takes time, and saves much memory only
+# where the result is large.
 MOST_KEPT = 2**22
-# What the kernels on rows, in Triton and in CUDA, have in their registers.
+# Dtypes and width of the row kernels in Triton and CUDA, which hold a row in registers.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST_ROW = 8192
 
 
-def check_perceptron(weights: Mapping[str, Tensor], width: int) -> None:
+def check_mlp(weights: Mapping[str, Tensor], width: int) -> None:
     """Raises `ValueError` unless four tensors, by their names in messages, fit tokens of this width.
 
-    Their order is that of `AdapterWeights`.
+    Their order is that of `MLPWeights`.
     """
     (first, fc1_weight), *others = weights.items()
     check_shape(first, fc1_weight, ("H", width))
@@ -46,7 +47,7 @@ def check_perceptron(weights: Mapping[str, Tensor], width: int) -> None:
         check_shape(name, tensor, shape)
 
 
-def named_adapter(adapter: AdapterWeights) -> dict[str, Tensor]:
+def named_adapter(adapter: MLPWeights) -> dict[str, Tensor]:
     """The adapter's tensors by their names in messages."""
     return {f"adapter.{name}": tensor for name, tensor in adapter._asdict().items()}
 
@@ -60,7 +61,7 @@ def check_norm(weight: Tensor, bias: Tensor, x_dtype: torch.dtype, width: int) -
 
 
 def empty_kept(x: Tensor, fc1_weight: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
-    """Memory for what `perceptron` keeps."""
+    """Memory for the values that `mlp_forward` keeps."""
     if not keep or fc1_weight is None:
         return x.new_empty(0), x.new_empty(0)
     hidden = x.new_empty(*x.shape[:-1], fc1_weight.shape[0])
@@ -68,7 +69,7 @@ def empty_kept(x: Tensor, fc1_weight: Tensor | None, keep: bool) -> tuple[Tensor
 
 
 def kept_of(hidden: Tensor, activated: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """What `perceptron` keeps of its values before and after the GELU."""
+    """The values before and after the GELU that `mlp_forward` keeps."""
     keep_activated = keep and hidden.numel() <= MOST_KEPT
     return (
         hidden if keep else hidden.new_empty(0),  # an operator's outputs must not be one tensor
@@ -76,50 +77,48 @@ def kept_of(hidden: Tensor, activated: Tensor, keep: bool) -> tuple[Tensor, Tens
     )
 
 
-def perceptron(
-    steps: Steps, x: Tensor, weights: Sequence[Any], *, keep: bool
+def mlp_forward(
+    steps: Steps, x: Tensor, weights: MLPWeights, *, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`fc2(gelu(fc1(x)))`, and what the backward needs: the values (..., H) before and, where they are few, after the GELU.
+    """`fc2(gelu(fc1(x)))`, and for the backward the values (..., H) before and, where they are few, after the GELU.
 
-    What is not kept has no elements.
+    Values that are not kept have no elements.
     """
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
-    hidden, activated = steps.hidden_layer(x, fc1_weight, fc1_bias, keep)
-    return F.linear(activated, fc2_weight, fc2_bias), *kept_of(hidden, activated, keep)
+    hidden, activated = steps.hidden_layer(x, weights.fc1_weight, weights.fc1_bias, keep)
+    return F.linear(activated, *weights[2:]), *kept_of(hidden, activated, keep)
 
 
-def perceptron_backward(
+def mlp_backward(
     steps: Steps,
     grad: Tensor,
     x: Tensor,
     kept: tuple[Tensor, Tensor],
-    fc1_weight: Tensor,
-    fc2_weight: Tensor,
+    weights: MLPWeights,
     needs: Sequence[bool],
     *,
     scale: float = 1.0,
     addend: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """Gradients of `scale * perceptron(x)` for the gradient (rows, D) of its result, None where `needs` is False.
+    """Gradients of `scale * mlp_forward(x)` for the gradient (rows, D) of its result, None where `needs` is False.
 
-    In the order x, fc1_weight, fc1_bias, fc2_weight; fc2_bias has the column sum of `scale * grad`. To the gradient of x
-    `addend` is added. `kept` is what `perceptron` keeps.
+    In the order x, fc1_weight, fc1_bias, fc2_weight; the gradient of fc2_bias is the column sum of `scale * grad`. `addend` is
+    added to the gradient of x. `kept` holds the values that `mlp_forward` keeps.
     """
-    on_x = on_fc1_weight = on_fc1_bias = on_fc2_weight = None
+    grad_x = grad_fc1_weight = grad_fc1_bias = grad_fc2_weight = None
     hidden, activated = map(rows, kept) if kept[1].numel() else (rows(kept[0]), None)
     if any(needs[:3]):
-        on_hidden = grad @ scaled(fc2_weight, scale)
+        grad_hidden = grad @ scaled(weights.fc2_weight, scale)
         again = needs[3] and activated is None
-        recomputed, on_fc1_bias = steps.gelu_backward(on_hidden, hidden, again, needs[2])
+        recomputed, grad_fc1_bias = steps.gelu_backward(grad_hidden, hidden, again, needs[2])
         activated = recomputed if again else activated
-        on_fc1_weight = on_hidden.T @ x if needs[1] else None
+        grad_fc1_weight = grad_hidden.T @ x if needs[1] else None
     if needs[0]:
-        product = (on_hidden, fc1_weight)
-        on_x = torch.mm(*product) if addend is None else torch.addmm(addend, *product)
+        product = (grad_hidden, weights.fc1_weight)
+        grad_x = torch.mm(*product) if addend is None else torch.addmm(addend, *product)
     if needs[3]:
         activated = F.gelu(hidden) if activated is None else activated
-        on_fc2_weight = scaled(grad.T @ activated, scale)
-    return [on_x, on_fc1_weight, on_fc1_bias, on_fc2_weight]
+        grad_fc2_weight = scaled(grad.T @ activated, scale)
+    return [grad_x, grad_fc1_weight, grad_fc1_bias, grad_fc2_weight]
 
 
 def scaled(tensor: Tensor, scale: float) -> Tensor:

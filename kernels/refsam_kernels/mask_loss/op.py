@@ -8,10 +8,10 @@ from torch import Tensor
 
 from refsam_kernels.core.checks import check_same_device, check_shape, require
 from refsam_kernels.core.index_checks import check_finite, check_range
-from refsam_kernels.core.registration import Operator, or_zeros
+from refsam_kernels.core.registration import FlatOperator, or_zeros
 from refsam_kernels.mask_postprocess.op import check_resize
 
-operator = Operator("mask_loss")
+operator = FlatOperator("mask_loss")
 
 
 @operator.forward

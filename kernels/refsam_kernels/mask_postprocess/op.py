@@ -7,9 +7,9 @@ from torch import Tensor
 
 from refsam_kernels.core.checks import check_shape, require
 from refsam_kernels.core.index_checks import check_finite
-from refsam_kernels.core.registration import Operator
+from refsam_kernels.core.registration import FlatOperator
 
-operator = Operator("mask_postprocess")
+operator = FlatOperator("mask_postprocess")
 
 
 @operator.forward

@@ -11,9 +11,9 @@ from refsam_kernels.core.checks import (
     check_shape,
     require,
 )
-from refsam_kernels.core.registration import Operator, drop_skipped, empty_gradients
+from refsam_kernels.core.registration import FlatOperator, drop_skipped, empty_gradients
 
-operator = Operator("mask_upscale")
+operator = FlatOperator("mask_upscale")
 
 
 @operator.forward

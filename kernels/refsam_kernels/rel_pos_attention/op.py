@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.core.checks import autocast, check_same_device, check_same_dtype, require
-from refsam_kernels.core.registration import Operator, drop_skipped, empty_gradients
+from refsam_kernels.core.registration import FlatOperator, drop_skipped, empty_gradients
 
 PAD_MODES = ("bias", "mask", "none")
 
-operator = Operator("rel_pos_attention")
+operator = FlatOperator("rel_pos_attention")
 
 
 @operator.forward

@@ -14,10 +14,15 @@ from refsam_kernels.core.checks import (
     require,
 )
 from refsam_kernels.core.index_checks import check_range
-from refsam_kernels.core.registration import Operator, drop_skipped, empty_gradients, needs_gradient
+from refsam_kernels.core.registration import (
+    FlatOperator,
+    drop_skipped,
+    empty_gradients,
+    needs_gradient,
+)
 from refsam_kernels.token_image_attention.outputs import empty_outputs
 
-operator = Operator("token_image_attention")
+operator = FlatOperator("token_image_attention")
 
 
 class AttentionWeights(NamedTuple):
