@@ -9,10 +9,14 @@ from typing import Any, Literal
 
 from refsam.data.catalogue import DATASETS, open_dataset
 from refsam.data.dataset import DataError, ReferringDataset, UnreadableError, VideoRecord
+from refsam.data.folder import OWN
 from refsam.data.listings import Part, read_videos
+from refsam.data.photographs.check import check_folder
 
 State = Literal["ok", "missing", "broken", "not there"]
 Contents = tuple[str, list[str]]  # what was counted, and every problem
+# The name of a folder of photographs with class masks, which no split of sentences belongs to.
+PHOTOGRAPHS = "photographs"
 # How many wrong files are named.
 _NAMED = 3
 
@@ -48,8 +52,10 @@ def recognise(root: Path) -> tuple[str, ...]:
         return ("mevis",)
     if any(root.glob("*/expressions.csv")):
         return ("folder",)
+    if (root / "manifest.jsonl").is_file():
+        return (PHOTOGRAPHS,)
     raise DataError(
-        f"root: no dataset is recognised in {root}; say which it should be with --dataset: {', '.join(DATASETS)}"
+        f"root: no dataset is recognised in {root}; say which it should be with --dataset: {', '.join((*DATASETS, PHOTOGRAPHS))}"
     )
 
 
@@ -64,8 +70,11 @@ def check(
 
     `advance` is called after every video.
     """
+    if name == PHOTOGRAPHS:
+        yield from _check_photographs(root, decode, advance)
+        return
     if name not in DATASETS:
-        raise DataError(f"dataset: got {name!r}, want one of {', '.join(DATASETS)}")
+        raise DataError(f"dataset: got {name!r}, want one of {', '.join((*DATASETS, PHOTOGRAPHS))}")
     module = import_module(f"refsam.data.{DATASETS[name]}")
     official = getattr(module, "OFFICIAL_VIDEOS", {})
     for arguments in module.variants(name, root):
@@ -85,6 +94,21 @@ def check(
             if kind == "expressions" and state == "ok" and split in official:
                 detail += f" (official: {official[split]} videos)"
             yield Finding(name, split, kind, state, detail, part.source)
+
+
+def _check_photographs(root: Path, decode: bool, advance: Callable[[], None]) -> Iterator[Finding]:
+    for split, reports in check_folder(root, decode, advance).items():
+        for part, report in reports.items():
+            state: State = "broken" if report.problems else "ok"
+            counted = "; ".join([f"{report.count} {part}" if report.count else "", *report.notes])
+            detail = _told(counted.strip("; "), report.problems)
+            yield Finding(PHOTOGRAPHS, split, part, state, detail, OWN)
+
+
+def _told(counted: str, problems: list[str]) -> str:
+    """What was counted and the first few problems, and how many more there are."""
+    more = f" and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+    return "; ".join([*filter(None, [counted]), *problems[:_NAMED]]) + more
 
 
 def _whole(name: str) -> dict[str, Any]:
@@ -115,8 +139,7 @@ def _state(part: Part, found: Contents | None) -> tuple[State, str]:
     counted, problems = found or ("is there", [])
     if not problems:
         return "ok", counted
-    more = f" and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
-    return "broken", "; ".join([*filter(None, [counted]), *problems[:_NAMED]]) + more
+    return "broken", _told(counted, problems)
 
 
 def _contents(

@@ -14,7 +14,7 @@ from refsam.images import images_in
 
 _COLUMNS = ("video", "objects", "text")
 _DELIMITERS = ",;\t"  # Excel's, by language and format
-_OWN = "you: docs/data.md says how"
+OWN = "you: docs/data.md says how"
 _WHITE = 255
 
 
@@ -37,9 +37,9 @@ def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
 def parts(name: str, root: Path, split: str) -> dict[str, Part]:
     """What a split is made of."""
     return {
-        "expressions": Part(root / split / "expressions.csv", _OWN),
-        "frames": Part(root / split / "frames", _OWN),
-        "masks": Part(root / split / "masks", _OWN, needed=False),
+        "expressions": Part(root / split / "expressions.csv", OWN),
+        "frames": Part(root / split / "frames", OWN),
+        "masks": Part(root / split / "masks", OWN, needed=False),
     }
 
 

@@ -18,7 +18,7 @@ UNSURE = 255
 """In labels: nobody knows what is there; in instances: a crowd, or objects that could not be told apart."""
 
 # The numbers 1 to 58 in `parts/`: the garments of the Clothing Co-Parsing set, under its own names.
-_PARTS = (
+PARTS = (
     "accessories bag belt blazer blouse bodysuit boots bra bracelet cape cardigan clogs coat dress earrings flats glasses "
     "gloves hair hat heels hoodie intimate jacket jeans jumper leggings loafers necklace panties pants pumps purse ring romper "
     "sandals scarf shirt shoes shorts skin skirt sneakers socks stockings suit sunglasses sweater sweatshirt swimwear t-shirt "
@@ -84,7 +84,7 @@ class PhotoFolder:
     @cached_property
     def garments(self) -> dict[int, str]:
         """The numbers in `parts/` that mean a garment of the word list, by its name."""
-        named = ((n, _PARTS_AS.get(name, name)) for n, name in enumerate(_PARTS, 1))
+        named = ((n, _PARTS_AS.get(name, name)) for n, name in enumerate(PARTS, 1))
         return {n: meant[0] for n, name in named if len(meant := self.words.meaning(name)) == 1}
 
     def vocabulary(self) -> list[str]:
@@ -106,7 +106,7 @@ def open_folder(root: str | Path, split: str) -> PhotoFolder:
     if not root.is_dir():
         raise DataError(f"photographs: no folder {root}; docs/data.md says what it must hold")
     words = load_words()
-    names = _read_names(root / "classes.json")
+    names = read_names(root / "classes.json")
     rows = [row for row in read_lines(root / "manifest.jsonl") if row.get("split") == split]
     if not rows:
         raise DataError(f"{root / 'manifest.jsonl'}: no photograph of the split {split!r}")
@@ -144,7 +144,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _read_names(path: Path) -> dict[int, str]:
+def read_names(path: Path) -> dict[int, str]:
+    """The classes by number, without the background's 0; raises DataError."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return {int(number): str(name) for number, name in values.items() if int(number)}
@@ -164,7 +165,7 @@ def _photograph(
             row.get("instances"),
             row.get("parts"),
             row.get("source", ""),
-            {words.class_of(names[int(number)]): float(s) for number, s in shares.items()},
+            _shares(shares, names, words),
             bool(row.get("complete", human and "objects" in row)),
             human,
             image_size(root / row["image"])
@@ -173,8 +174,25 @@ def _photograph(
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{root / 'manifest.jsonl'}: {row.get('image', row)}: {type(error).__name__} {error}; refsam data check tells all"
+            f"{root / 'manifest.jsonl'}: {row.get('image', row)}: {_reason(error)}; refsam data check tells all"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    return f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
+
+
+def _shares(
+    shares: Mapping[Any, float], names: Mapping[int, str], words: Words
+) -> dict[str, float]:
+    """Shares of the area by the word list's name; two numbers of one name add up."""
+    found: dict[str, float] = {}
+    for number, share in shares.items():
+        if int(number) not in names:
+            raise ValueError(f"class {number} stands in no line of classes.json")
+        name = words.class_of(names[int(number)])
+        found[name] = found.get(name, 0.0) + float(share)
+    return found
 
 
 def _count(path: Path) -> dict[int, float]:

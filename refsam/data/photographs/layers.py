@@ -109,17 +109,18 @@ def _lay(
     there, here = seen
     pixels = _place(picture.image, (width, height), angle, corner, here, smooth=True)
     numbers = _place(picture.owner, (width, height), angle, corner, here, smooth=False)
+    if not np.all(layer.gain == 1):
+        pixels = _amplified(pixels, layer.gain)
     if layer.is_cut_out:
         weight = _edge(picture.owner, (width, height), angle, corner, here, layer.softness)
+        if layer.shadow:
+            _cast_shadow(frame, weight, there, layer.shadow)
+        below = frame[there].astype(np.float32)
+        frame[there] = below + (pixels - below) * weight[..., None] + np.float32(0.5)
+        on_top = weight > _COVERED
     else:
-        weight = np.ones(numbers.shape, np.float32)
-    if layer.shadow:
-        _cast_shadow(frame, weight, there, layer.shadow)
-    if not np.all(layer.gain == 1):
-        pixels = np.clip(pixels * layer.gain, 0, 255)
-    below = frame[there].astype(np.float32)
-    frame[there] = np.round(below + (pixels - below) * weight[..., None]).astype(np.uint8)
-    on_top = weight > _COVERED
+        frame[there] = pixels
+        on_top = np.ones(numbers.shape, bool)
     shown = np.where((numbers != 0) & (numbers != UNSURE), numbers + (layer.first - 1), numbers)
     if layer.is_cut_out:  # a blended edge may lie beside the cut-out's own pixels
         shown = np.where(numbers == 0, UNSURE, shown)
@@ -128,6 +129,11 @@ def _lay(
     if picture.garments is not None:
         worn = _place(picture.garments, (width, height), angle, corner, here, smooth=False)
     garments[there][on_top] = worn[on_top]
+
+
+def _amplified(pixels: NDArray[np.uint8], gain: NDArray[np.float64]) -> NDArray[np.uint8]:
+    table = np.clip(np.arange(256) * gain[:, None], 0, 255).astype(np.uint8)
+    return np.asarray(Image.fromarray(pixels).point(table.ravel().tolist()))
 
 
 def _turned_size(width: int, height: int, angle: float) -> tuple[int, int]:

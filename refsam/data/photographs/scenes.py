@@ -6,6 +6,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from refsam.data.dataset import DataError
 from refsam.data.photographs.folder import PhotoFolder
 from refsam.data.photographs.layers import Layer, PhotoClip, Size, cover, draw
 from refsam.data.photographs.pictures import Picture, cut_out, read_picture
@@ -119,8 +120,19 @@ class SceneDrawer:
             below = cover(_drifting(random, times, picture, random.uniform(1, 1.4)), size)
         layers = [below, *self._spread(random, times, size, cut_outs)]
         if len(times) > 1 and len(layers) > 1 and random.random() < 0.35:
-            layers.append(self._coverer(random, times, layers[1]))
+            layers.append(self._coverer(random, times, size, layers[1]))
         return draw(_numbered(layers), size, mistaken)
+
+    def covered(self, random: np.random.Generator, times: Times, size: Size) -> PhotoClip:
+        """A cut-out, thing 1, that something without a name hides for ten frames; raises DataError where none is found."""
+        below, mistaken = self._background(random, times, size)
+        for _ in range(_TRIES):
+            alone = self._cut_out(random, self.draw_class(random))
+            if alone is not None:
+                target = self._spread(random, times, size, [alone])[0]
+                layers = [below, target, self._coverer(random, times, size, target)]
+                return draw(_numbered(layers), size, mistaken)
+        raise DataError(f"{self.folder.root}: found no object that can be cut out")
 
     def _cut_out(self, random: np.random.Generator, name: str) -> Picture | None:
         numbers = self.folder.by_class.get(name, ())
@@ -160,26 +172,47 @@ class SceneDrawer:
             )
         return layers
 
-    def _coverer(self, random: np.random.Generator, times: Times, target: Layer) -> Layer:
-        """A piece of a photograph that hides the target for ten frames and is elsewhere before and after."""
-        rows = self.folder.backgrounds
-        if rows:
-            image = self.folder.image(rows[random.integers(len(rows))].image)
-        else:
-            image = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        picture = Picture(image, np.zeros(image.shape[:2], np.uint8), ())
-        begin = random.uniform(times[0], max(times[0], times[-1] - _COVERED_FRAMES / 2))
-        hidden = (times >= begin) & (times < begin + _COVERED_FRAMES)
-        away = np.clip(np.minimum(begin - times, times - begin - _COVERED_FRAMES), -1e9, 1e9)
-        shape = target.picture.owner.shape
+    def _coverer(
+        self, random: np.random.Generator, times: Times, size: Size, target: Layer
+    ) -> Layer:
+        """A piece of a background that slides over the target, hides it for ten frames and slides on."""
+        angle = np.radians(np.abs(target.path[:, 3]).max())
+        tall, wide = target.picture.owner.shape
+        tall, wide = (
+            tall * np.cos(angle) + wide * np.sin(angle),
+            wide * np.cos(angle) + tall * np.sin(angle),
+        )
+        piece = self._piece(random, tall / wide)
+        begin, end = _hidden_stretch(random, times)
         path = target.path.copy()
-        aspect = (shape[1] / shape[0]) / (image.shape[1] / image.shape[0])
-        path[:, 2] *= 1.25 * max(1.0, aspect)
+        path[:, 2] *= 1.15 * tall / target.picture.owner.shape[0]
         path[:, 3] = 0
+        width = path[:, 2].max() * wide / tall * size[0] / size[1]
+        away = np.maximum(0, np.maximum(begin - times, times - end))
         side = 1 if target.path[0, 0] < 0.5 else -1
-        away_by = np.where(hidden, 0.0, np.minimum(1.6, 0.35 + 0.12 * np.maximum(away, 0)))
-        path[:, 0] += side * away_by * np.maximum(1.0, path[:, 2])
-        return Layer(picture, path, False)
+        hidden = (times >= begin) & (times < end)
+        path[:, 0] += side * np.where(hidden, 0, width * np.minimum(4, 0.5 + 0.3 * away))
+        return Layer(Picture(piece, np.zeros(piece.shape[:2], np.uint8), ()), path, False)
+
+    def _piece(self, random: np.random.Generator, ratio: float) -> NDArray[np.uint8]:
+        """A part of a background, or a plain colour, with that ratio of height to width."""
+        rows = self.folder.backgrounds
+        if not rows:
+            return np.full((max(1, round(8 * ratio)), 8, 3), random.integers(0, 256, 3), np.uint8)
+        image = self.folder.image(rows[random.integers(len(rows))].image)
+        height, width = image.shape[:2]
+        tall, wide = min(height, width * ratio), min(width, height / ratio)
+        top, left = (int(random.uniform(0, side)) for side in (height - tall, width - wide))
+        return image[top : top + max(1, round(tall)), left : left + max(1, round(wide))]
+
+
+def _hidden_stretch(random: np.random.Generator, times: Times) -> tuple[float, float]:
+    """When something is hidden: for ten frames, between the first and, if there are three, the last moment of a clip."""
+    latest = times[-1] - _COVERED_FRAMES - 0.1
+    first = times[0] + 0.1
+    begin = random.uniform(first, latest) if latest > first else random.uniform(first, times[1])
+    end = begin + _COVERED_FRAMES
+    return begin, min(end, times[-1] - 0.1) if len(times) > 2 else end
 
 
 def _numbered(layers: list[Layer]) -> list[Layer]:

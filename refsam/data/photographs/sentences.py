@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -19,8 +20,9 @@ _SEEN_PIXELS = 40  # fewer of an object show nothing
 _RANKED_SHARE = 0.002  # of the frame, that an object covers at least if its place or size counts
 _GAP = 0.07  # of the frame, between the middles of objects whose order counts
 _RATIO = 1.5  # between the areas of objects whose size counts
-_FREQUENT = 20  # photographs of a class from which on backgrounds are known to be free of it
-# Groups whose classes are noticed where they are; of others something unlabelled may lie about anywhere.
+# Of a folder's photographs: a class that so many show has a label wherever it is seen, if it is of a group below or a person;
+# of other classes something unlabelled may lie about anywhere.
+_FREQUENT = 0.005
 _NOTICED = ("animal", "vehicle", "fruit")
 
 
@@ -97,7 +99,7 @@ class PhotoGrammar:
         if not groups:
             return None
         noun = self._pick(groups)
-        if not self.clip.complete and set(noun.classes) - set(self._noticed()):
+        if not self.clip.complete and set(noun.classes) - set(self._noticed):
             return None
         members = self._members(noun.classes)
         return self._sentence(self._plain(noun, members), "group", members)
@@ -207,14 +209,15 @@ class PhotoGrammar:
             sentence = self._wrong_colour()
             if sentence is not None:
                 return sentence
-        names = self._noticed() if not self.clip.complete else self.words.classes
+        names = self.words.classes if self.clip.complete else self._noticed
         absent = [name for name in names if name not in self.present]
+        absent = absent or [name for name in self.words.classes if name not in self.present]
         near = [
             *self.clip.mistaken,
             *(close for name in sorted(self.present) for close in self.words.neighbours(name)),
         ]
         hard = [name for name in absent if name in near]
-        frequent = [name for name in absent if len(self.folder.by_class.get(name, ())) >= _FREQUENT]
+        frequent = [name for name in absent if name in self._frequent]
         for choices, share in ((hard, 0.5), (frequent, 0.6), (absent, 1.0)):
             if choices and self.random.random() < share:
                 name = self._pick(choices)
@@ -239,7 +242,7 @@ class PhotoGrammar:
         members = self._members((name,))
         if name == "person" or not all(self.clip.things[n - 1].single for n in members):
             return None
-        mask = np.isin(self.clip.owner, members)
+        mask = self._shown(members)
         colours = colours_without(self.clip.frames[mask])
         if not colours:
             return None
@@ -247,11 +250,16 @@ class PhotoGrammar:
         text = self._pick(TEMPLATES["plain"][0]).format(np=f"{colour} {noun.word}")
         return PhotoSentence(text, "absent", np.zeros_like(mask), self.unsure)
 
-    def _noticed(self) -> list[str]:
+    @cached_property
+    def _frequent(self) -> tuple[str, ...]:
+        least = _FREQUENT * len(self.folder.photographs)
+        return tuple(name for name, found in self.folder.by_class.items() if len(found) >= least)
+
+    @cached_property
+    def _noticed(self) -> tuple[str, ...]:
         """Classes that would have a label if they were in a photograph that is not labelled completely."""
-        classes = {c for group in _NOTICED for c in self.words.meaning(group)} | {"person"}
-        known = self.folder.by_class
-        return [c for c in sorted(classes) if len(known.get(c, ())) >= _FREQUENT]
+        told_apart = {c for group in _NOTICED for c in self.words.meaning(group)} | {"person"}
+        return tuple(name for name in self._frequent if name in told_apart)
 
     # Helpers
 
@@ -285,6 +293,12 @@ class PhotoGrammar:
             return None
         return sum(bool(gap[0] < 0) for gap in gaps)
 
+    def _shown(self, members: Sequence[int]) -> NDArray[np.bool_]:
+        """Where one of these things is seen, (T, H, W) bool."""
+        is_member = np.zeros(256, bool)
+        is_member[list(members)] = True
+        return is_member[self.clip.owner]
+
     def _middles(self, number: int, axis: int) -> NDArray[np.float64]:
         """Where the middle of a thing's pixels lies in each frame, as a share of the frame's height (axis 0) or width."""
         where = (self.clip.owner == number).sum(axis=2 - axis)
@@ -303,7 +317,7 @@ class PhotoGrammar:
         persons = self._members(("person",))
         if not persons or not set(persons) <= self.clip.garments_known:
             return {}
-        on_person = np.isin(self.clip.owner, persons)
+        on_person = self._shown(persons)
         found: dict[str, NDArray[np.bool_]] = {}
         for number in np.unique(self.clip.garments[on_person]):
             name = self.folder.garments.get(int(number))
@@ -317,8 +331,11 @@ class PhotoGrammar:
         return self.unsure & ~mask
 
     def _noun(self, name: str) -> Noun:
+        """Half of the time the class's own name, else one of its nouns, those that the list names early more often."""
         nouns = [noun for noun in self.words.about(name) if noun.role != "group"]
-        return nouns[0] if self.random.random() < 0.5 else self._pick(nouns)
+        if self.random.random() < 0.5:
+            return nouns[0]
+        return nouns[int(len(nouns) * self.random.random() ** 2)]
 
     def _plain(self, noun: Noun, members: list[int]) -> str:
         """ "The dog" of one or of nobody knows how many, "the dogs" of several."""
@@ -332,8 +349,8 @@ class PhotoGrammar:
         self, text: str, kind: str, members: Sequence[int], others: Sequence[int] = ()
     ) -> PhotoSentence:
         """What members show is meant, what others show does not count."""
-        mask = np.isin(self.clip.owner, members)
-        ignore = self.unsure | np.isin(self.clip.owner, others) if len(others) else self.unsure
+        mask = self._shown(members)
+        ignore = self.unsure | self._shown(others) if others else self.unsure
         return PhotoSentence(text, kind, mask, ignore)
 
     def _pick(self, choices: Sequence[Item]) -> Item:

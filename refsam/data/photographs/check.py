@@ -1,0 +1,187 @@
+"""What is wrong with a folder of photographs: lists, files, masks, classes and licences, all of it at once."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refsam.data.dataset import DataError, image_size, read_image
+from refsam.data.masks import read_numbers
+from refsam.data.photographs.folder import PARTS, UNSURE, read_lines, read_names
+from refsam.data.photographs.words import load_words
+
+FIELDS = ("image", "label", "source", "licence", "split")
+_SHARE_TOLERANCE = 0.02  # of the area, between what a list says of a class and what the label shows
+_OPTIONAL = ("instances", "parts")
+# Which part of the report a field of each list belongs to.
+_PARTS_OF = {
+    "photographs": {
+        "image": "photographs",
+        "label": "labels",
+        "instances": "instances",
+        "parts": "parts",
+    },
+    "backgrounds": {"image": "backgrounds"},
+}
+
+
+@dataclass
+class Report:
+    """How many files of one part of a folder are listed, what else is to be said, and every problem with it."""
+
+    count: int = 0
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def check_folder(
+    root: Path, decode: bool = False, advance: Callable[[], None] = lambda: None
+) -> dict[str, dict[str, Report]]:
+    """Reports by split and part; with `decode` every image is decoded, too. `advance` is called after every photograph.
+
+    Masks and the headers of images are always read. What cannot be read is a problem of its part, nothing is raised.
+    """
+    names, classes = _check_classes(root / "classes.json")
+    lists = Report()
+    splits: dict[str, dict[str, Report]] = {"every": {"classes": classes, "lists": lists}}
+    for kind, listing in (("photographs", "manifest.jsonl"), ("backgrounds", "backgrounds.jsonl")):
+        if kind == "backgrounds" and not (root / listing).is_file():
+            continue
+        count = 0
+        for count, row in enumerate(_rows(root / listing, lists), 1):
+            reports = splits.setdefault(str(row.get("split", "no split")), {})
+            for field_name, part in _PARTS_OF[kind].items():
+                if row.get(field_name):
+                    reports.setdefault(part, Report()).count += 1
+            for part, problem in _check_row(root, kind, f"{listing}, line {count}", row, names):
+                reports.setdefault(part, Report()).problems.append(problem)
+            if decode and isinstance(row.get("image"), str):
+                reports[kind].problems += _undecodable(root / row["image"])
+            advance()
+        lists.notes.append(f"{count} {kind}")
+    return splits
+
+
+def _rows(path: Path, report: Report) -> Iterator[dict[str, Any]]:
+    try:
+        yield from read_lines(path)
+    except DataError as error:
+        report.problems.append(str(error))
+
+
+def _check_classes(path: Path) -> tuple[Mapping[int, str], Report]:
+    try:
+        names = read_names(path)
+    except DataError as error:
+        return {}, Report(problems=[str(error)])
+    words = load_words()
+    own = sorted({words.class_of(n) for n in names.values()} - {*words.classes, *words.garments})
+    notes = [f"no words of the list: {', '.join(own)}"] if own else []
+    problems = [f"number {n} of {names[n]}: want 1 to 254" for n in names if not 0 < n < UNSURE]
+    return names, Report(len(names), notes, problems)
+
+
+def _check_row(
+    root: Path, kind: str, place: str, row: dict[str, Any], names: Mapping[int, str]
+) -> Iterator[tuple[str, str]]:
+    """(part, problem) of one line of a list and of the files that it names."""
+    wanted = [f for f in FIELDS if not (kind == "backgrounds" and f == "label")]
+    missing = [
+        name for name in wanted if not (isinstance(row.get(name), str) and row[name].strip())
+    ]
+    if missing:
+        yield kind, f"{place}: {row.get('image', 'no image')}: no {', '.join(missing)}"
+    size = None
+    if isinstance(row.get("image"), str):
+        try:
+            size = image_size(_inside(root, row["image"]))
+        except DataError as error:
+            yield kind, str(error)
+    stated = (row.get("height"), row.get("width"))
+    if size is not None and None not in stated and stated != size:
+        yield (
+            kind,
+            f"{place}: {stated[1]}x{stated[0]} are listed, {row['image']} is {size[1]}x{size[0]}",
+        )
+    if kind == "backgrounds":
+        return
+    maps: dict[str, NDArray[np.uint8]] = {}
+    for part in ("label", *_OPTIONAL):
+        if isinstance(row.get(part), str):
+            try:
+                maps[part] = read_numbers(_inside(root, row[part]))
+            except DataError as error:
+                yield _PARTS_OF[kind][part], str(error)
+                continue
+            if size is not None and maps[part].shape != size:
+                height, width = maps.pop(part).shape
+                yield (
+                    _PARTS_OF[kind][part],
+                    f"{row[part]} is {width}x{height}, its image {size[1]}x{size[0]} (width x height)",
+                )
+    if "label" in maps:
+        yield from _check_maps(row, maps, names)
+
+
+def _check_maps(
+    row: dict[str, Any], maps: dict[str, NDArray[np.uint8]], names: Mapping[int, str]
+) -> Iterator[tuple[str, str]]:
+    """(part, problem) of label, instances and parts of one photograph, which have its size."""
+    labels = maps["label"]
+    counts = np.bincount(labels.ravel(), minlength=256)
+    shown = {int(n) for n in np.flatnonzero(counts)} - {0, UNSURE}
+    if unknown := sorted(shown - names.keys()):
+        yield "labels", f"{row['label']}: {_numbers(unknown)} in no line of classes.json"
+    if not shown:
+        yield "labels", f"{row['label']}: shows no class"
+    try:
+        listed = {int(n): float(share) for n, share in (row.get("classes") or {}).items()}
+    except (AttributeError, TypeError, ValueError):
+        yield (
+            "labels",
+            f"{row['label']}: classes are {row['classes']!r}, want a share for each number",
+        )
+        listed = {}
+    for number in sorted(listed.keys() | shown if listed else ()):
+        told, found = (
+            listed.get(number, 0.0),
+            counts[number] / labels.size if number in shown else 0.0,
+        )
+        if abs(told - found) > _SHARE_TOLERANCE:
+            yield (
+                "labels",
+                f"{row['label']}: class {number} covers {found:.3f}, {told:.3f} is listed",
+            )
+    if "instances" in maps:
+        objects = maps["instances"]
+        outside = np.unique(objects[(labels == 0) & (objects != 0) & (objects != UNSURE)])
+        if len(outside):
+            yield (
+                "instances",
+                f"{row['instances']}: {_numbers(outside)} where the label shows nothing",
+            )
+    if "parts" in maps and (wrong := np.unique(maps["parts"][maps["parts"] > len(PARTS)])).size:
+        yield "parts", f"{row['parts']}: {_numbers(wrong)}, want 0 to {len(PARTS)}"
+
+
+def _inside(root: Path, name: str) -> Path:
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise DataError(f"{name}: lies outside {root}")
+    return path
+
+
+def _numbers(values: Any) -> str:
+    named = ", ".join(str(int(v)) for v in values[:5])
+    return f"number {named}{' and more' if len(values) > 5 else ''}"
+
+
+def _undecodable(path: Path) -> list[str]:
+    try:
+        read_image(path)
+    except DataError as error:
+        return [str(error)]
+    return []
