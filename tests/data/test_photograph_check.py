@@ -150,5 +150,4 @@ def test_decode_finds_a_damaged_image(tmp_path: Path) -> None:
     root = write_photographs(tmp_path)
     path = root / "images/dog0.png"
     path.write_bytes(path.read_bytes()[:-200])
-    assert findings(root)["train", "photographs"].state == "ok"
     assert "dog0.png" in findings(root, decode=True)["train", "photographs"].detail
