@@ -6,7 +6,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {
+    "EVFSAM": "refsam.model",
     "RefSAM": "refsam.model",
+    "load_model": "refsam.model",
     "RefSAMConfig": "refsam.config",
     "VideoSession": "refsam.session",
     "FrameResult": "refsam.session",
@@ -15,11 +17,13 @@ _LAZY = {
 }
 
 __all__ = [
+    "EVFSAM",
     "FrameResult",
     "RefSAM",
     "RefSAMConfig",
     "VideoSession",
     "__version__",
+    "load_model",
     "segment_video",
     "segment_videos",
 ]

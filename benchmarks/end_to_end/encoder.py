@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.measure import Times, peak_memory, summarise, time_cpu
 from benchmarks.provenance import ROOT, collect
 from benchmarks.registry import backends_of, unusable
-from refsam.config import RefSAMConfig
+from refsam.config import EVFConfig, RefSAMConfig
 from refsam.model.build import build_image_encoder
 from refsam_kernels import use_backend
 from refsam_kernels.integrations import optimize
@@ -79,7 +79,7 @@ def providers(dtype: str, device: str = "cpu") -> Iterator[Provider]:
             yield Provider(f"{TIMM}, optimize(), {backend}", dtype, backend)
 
 
-def random_sam(config: RefSAMConfig) -> nn.Module:
+def random_sam(config: RefSAMConfig | EVFConfig) -> nn.Module:
     """segment-anything's encoder with random weights."""
     sizes = config.image_encoder
     return sam_image_encoder(

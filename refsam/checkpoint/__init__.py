@@ -7,6 +7,7 @@ from refsam.checkpoint.conversion import (
     detect_config,
     text_encoder_entries,
 )
+from refsam.checkpoint.evf import read_evf
 from refsam.checkpoint.files import (
     SAM_SOURCES,
     Checkpoint,
@@ -15,7 +16,6 @@ from refsam.checkpoint.files import (
     file_sha256,
     is_base,
     is_sam,
-    load,
     read_checkpoint,
     read_sam,
     resize_positions,
@@ -23,6 +23,7 @@ from refsam.checkpoint.files import (
     write_checkpoint,
 )
 from refsam.checkpoint.foreign import read_torch_file
+from refsam.checkpoint.loading import load
 
 __all__ = [
     "SAM_SOURCES",
@@ -38,6 +39,7 @@ __all__ = [
     "is_sam",
     "load",
     "read_checkpoint",
+    "read_evf",
     "read_sam",
     "read_torch_file",
     "resize_positions",

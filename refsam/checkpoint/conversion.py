@@ -84,7 +84,7 @@ def detect_config(
     text_encoder: entries that no SAM holds. Raises CheckpointError if these are not a SAM's tensors.
     """
     try:
-        encoder, decoder = _encoder_sizes(tensors), _decoder_sizes(tensors)
+        encoder, decoder = encoder_sizes(tensors), decoder_sizes(tensors)
         prompt_dim = tensors["image_encoder.neck.0.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
         held = shorten(sorted(tensors)) or "nothing"
@@ -95,7 +95,8 @@ def detect_config(
     return RefSAMConfig.from_dict(values)
 
 
-def _encoder_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def encoder_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Entries of `ImageEncoderConfig` for SAM's tensors; raises KeyError, ValueError or IndexError for others."""
     prefix = "image_encoder.blocks."
     embed_dim, _, patch_size, _ = tensors["image_encoder.patch_embed.proj.weight"].shape
     depth = 1 + max(int(key.split(".")[2]) for key in tensors if key.startswith(prefix))
@@ -115,7 +116,8 @@ def _encoder_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _decoder_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def decoder_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Entries of `MaskDecoderConfig` for SAM's tensors; raises as `encoder_sizes`."""
     prefix = "mask_decoder.transformer.layers."
     inner_dim, dim = tensors[f"{prefix}0.cross_attn_token_to_image.q_proj.weight"].shape
     return {
@@ -181,6 +183,7 @@ def convert_official(
     paths = [Path(file) for file in files]
     parts = _official_parts(paths)
     base, sam_report = convert_sam(sam, expected)
+    assert isinstance(base.config, RefSAMConfig)
     config = _official_config(base.config, parts, text_encoder or _text_encoder_name(paths))
     tensors = base.tensors | {key: value for part in parts.values() for key, value in part.items()}
     tensors["dense_attention.level_logits"] = torch.zeros(1)

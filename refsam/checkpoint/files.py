@@ -22,14 +22,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from refsam.checkpoint.foreign import read_safetensors, read_sam_file
-from refsam.config import RefSAMConfig
+from refsam.config import EVFConfig, RefSAMConfig, config_from_dict, config_to_dict
 from refsam.errors import CheckpointError
 from refsam.runtime.files import follow_umask
 
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
 BUNDLED = Path(__file__).parents[1] / "weights"
 SAM_DIR_VARIABLE = "REFSAM_SAM_DIR"
-KINDS = ("full", "delta", "sam")
+KINDS = ("full", "delta", "sam", "evf")
+# EVF-SAM's repositories hold either kind of weights, in one file or several, and either kind of tokenizer.
+HUB_FILES = (CONFIG_FILE, "*.safetensors", "*.index.json", TOKENIZER_FILE, "*.spm", "*.bpe.model")
+OLD_HUB_WEIGHTS = "pytorch_model*.bin"
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,11 @@ class Checkpoint:
     """What a folder holds.
 
     kind: `full` (everything but a pretrained text encoder), `delta` (what was trained) or `sam` (SAM's
-    parts alone). tokenizer: the JSON text of the small text encoder's tokenizer. sources: what it
-    stands on, under `sam` and `text_encoder`.
+    parts alone), of RefSAM all of them; or `evf`, EVF-SAM. tokenizer: the JSON text of the small text
+    encoder's or EVF-SAM's tokenizer. sources: what it stands on, under `sam`, `text_encoder` and `evf`.
     """
 
-    config: RefSAMConfig
+    config: RefSAMConfig | EVFConfig
     tensors: dict[str, Tensor]
     kind: str = "full"
     tokenizer: str | None = None
@@ -99,40 +102,18 @@ def resolve_directory(name: str | Path, **hub_options: Any) -> Path:
         raise CheckpointError(f"checkpoint: got {str(name)!r}, {wanted}")
     from huggingface_hub import snapshot_download
 
-    files = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE]
     try:
-        return Path(snapshot_download(name, allow_patterns=files, **hub_options))
+        folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES], **hub_options))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(name, allow_patterns=[OLD_HUB_WEIGHTS], **hub_options)
+        return folder
     # Its errors share no base: HTTP, validation, missing cache entry, no connection.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"checkpoint: got {name!r}, {wanted}; Hub: {reason}") from None
-
-
-def load(
-    name: str | Path,
-    *,
-    sam: str | Path | None = None,
-    text_encoder: str | None = None,
-    image_size: int | None = None,
-    **hub_options: Any,
-) -> Checkpoint:
-    """Read a checkpoint, put a delta onto its SAM file, fit position tables to image_size.
-
-    sam: where SAM's file or its converted folder is, for a delta. text_encoder: replaces the name of the
-    pretrained text encoder. Raises CheckpointError or ConfigError.
-    """
-    stored = read_checkpoint(resolve_directory(name, **hub_options))
-    tensors = stored.tensors
-    if stored.kind == "delta":
-        base = read_sam(find_sam(stored.sources.get("sam"), sam), stored.sources.get("sam"))
-        tensors = {key: value for key, value in base.items() if is_base(key)} | tensors
-    overrides = [] if image_size is None else [f"image_encoder.image_size={image_size}"]
-    if text_encoder is not None:
-        overrides.append(f"text_encoder.name={json.dumps(text_encoder)}")
-    config = stored.config.override(*overrides)
-    if image_size is not None:
-        tensors = resize_positions(tensors, config)
-    return Checkpoint(config, tensors, stored.kind, stored.tokenizer, stored.sources)
+        raise CheckpointError(
+            f"checkpoint: got {name!r}, {wanted}; Hub: {reason}. Without a connection: copy {CONFIG_FILE}, the weights "
+            f"and the tokenizer from https://huggingface.co/{name} into a folder and give that"
+        ) from None
 
 
 def read_checkpoint(directory: str | Path) -> Checkpoint:
@@ -148,13 +129,18 @@ def read_checkpoint(directory: str | Path) -> Checkpoint:
     if not isinstance(header, dict) or header.get("kind") not in KINDS or "config" not in header:
         raise CheckpointError(f"{directory}: not a checkpoint of refsam")
     tokenizer = directory / TOKENIZER_FILE
-    config = RefSAMConfig.from_dict(header["config"])
+    config: RefSAMConfig | EVFConfig
+    if header["kind"] == "evf":
+        config = config_from_dict(EVFConfig, header["config"])
+    else:
+        config = RefSAMConfig.from_dict(header["config"])
     try:
         sources = {key: Source(**value) for key, value in header.get("sources", {}).items()}
         text = tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None
     except (AttributeError, TypeError, OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{directory}: damaged ({error})") from None
-    if config.text_encoder.kind == "small" and text is None and header["kind"] != "sam":
+    needs_tokenizer = isinstance(config, EVFConfig) or config.text_encoder.kind == "small"
+    if needs_tokenizer and text is None and header["kind"] != "sam":
         raise CheckpointError(f"{directory}: {TOKENIZER_FILE} is missing")
     tensors = read_safetensors(directory / WEIGHTS_FILE)
     return Checkpoint(config, tensors, header["kind"], text, sources)
@@ -170,7 +156,7 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> None:
     partial = directory.parent / f".{directory.name}.{os.getpid()}.partial"
     header = {
         "kind": checkpoint.kind,
-        "config": checkpoint.config.to_dict(),
+        "config": config_to_dict(checkpoint.config),
         "sources": {key: asdict(source) for key, source in checkpoint.sources.items()},
     }
     tensors = {key: value.detach().cpu().contiguous() for key, value in checkpoint.tensors.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,11 @@ def _is_state(value: Any) -> bool:
 def is_hugging_face(path: Path) -> bool:
     """Whether a folder is that of a `transformers` model."""
     return (
-        any((path / name).is_file() for name in (*_HUGGING_FACE_FILES, _index(path).name))
+        any(
+            (path / f"{name}{end}").is_file()
+            for name in _HUGGING_FACE_FILES
+            for end in ("", ".index.json")
+        )
         and (path / "config.json").is_file()
     )
 
@@ -129,27 +133,46 @@ def read_hugging_face(folder: Path) -> tuple[dict[str, Tensor], Path]:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in ("sam", "sam_hq"):
         raise CheckpointError(f"{folder}: got a model of type {kind!r}, wanted sam")
-    if _index(folder).is_file():
-        return _renamed(_read_shards(folder)), _index(folder)
-    path = next(folder / name for name in _HUGGING_FACE_FILES if (folder / name).is_file())
-    read = read_safetensors if path.suffix == ".safetensors" else read_torch_file
-    return _renamed(read(path)), path
+    files, said_by = _weight_files(folder)
+    return _renamed(_read_files(files)), said_by
 
 
-def _index(folder: Path) -> Path:
-    return folder / "model.safetensors.index.json"
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a Hugging Face folder: safetensors or torch's files, one or those that an index names.
+
+    Raises CheckpointError for files that are missing or damaged.
+    """
+    return _read_files(_weight_files(folder)[0])
 
 
-def _read_shards(folder: Path) -> dict[str, Tensor]:
+def _weight_files(folder: Path) -> tuple[list[Path], Path]:
+    """The files with the weights, and the one that says which weights they are: the index, or the only file."""
+    for name in _HUGGING_FACE_FILES:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return [folder / file for file in _named_files(index)], index
+        if (folder / name).is_file():
+            return [folder / name], folder / name
+    raise CheckpointError(f"{folder}: no weights, wanted {' or '.join(_HUGGING_FACE_FILES)}")
+
+
+def _named_files(index: Path) -> list[str]:
     try:
-        names = sorted(set(json.loads(_index(folder).read_bytes())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{_index(folder)}: cannot be read ({error!r})") from None
-    tensors: dict[str, Tensor] = {}
+        raise CheckpointError(f"{index}: cannot be read ({error!r})") from None
     for name in names:
         if Path(str(name)).name != name:
-            raise CheckpointError(f"{_index(folder)}: got the file {name!r}, wanted one beside it")
-        tensors |= read_safetensors(folder / name)
+            raise CheckpointError(f"{index}: got the file {name!r}, wanted one beside it")
+    return names
+
+
+def _read_files(files: Iterable[Path]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= (
+            read_safetensors(file) if file.suffix == ".safetensors" else read_torch_file(file)
+        )
     return tensors
 
 

@@ -10,6 +10,7 @@ from refsam.errors import UserError
 if TYPE_CHECKING:
     from refsam.checkpoint import Checkpoint, KeyReport
 
+_DTYPES = ("float32", "bfloat16", "float16")
 app = typer.Typer(no_args_is_help=True, help="Convert checkpoints of other programs.")
 
 _Out = Annotated[Path, typer.Option("--out", help="The folder to write.")]
@@ -67,6 +68,32 @@ def official(
 
     _check_out(out, overwrite)
     _write(*convert_official(files, sam, RefSAM.expected_tensors, text_encoder), out)
+
+
+@app.command()
+def evf(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="EVF-SAM's folder: config.json, weights, tokenizer (see docs/evf_sam.md)."
+        ),
+    ],
+    out: _Out,
+    dtype: Annotated[
+        str, typer.Option(help="Of the tensors written: float32, bfloat16 or float16.")
+    ] = "float32",
+    overwrite: _Overwrite = False,
+) -> None:
+    """EVF-SAM's published files: a model that segments by text, as it is."""
+    from refsam.checkpoint import read_evf
+    from refsam.model import EVFSAM
+
+    _check_out(out, overwrite)
+    if dtype not in _DTYPES:
+        raise UserError(f"--dtype {dtype}: want {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}")
+    import torch
+
+    _write(*read_evf(folder, EVFSAM.expected_tensors, getattr(torch, dtype)), out)
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

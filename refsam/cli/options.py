@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from refsam.errors import UserError
+
 if TYPE_CHECKING:
-    from refsam.model import RefSAM
+    from refsam.model import PromptedSAM
 
 OutOption = Annotated[Path, typer.Option(help="Folder for the results; it must not exist yet.")]
 OverwriteOption = Annotated[
@@ -30,6 +32,13 @@ DtypeOption = Annotated[
         help="Precision of matrix products: float32, bfloat16 or auto (bfloat16 where the GPU has it; on a CPU that has it, "
         "in the image encoder).",
         metavar="NAME",
+    ),
+]
+SemanticOption = Annotated[
+    bool,
+    typer.Option(
+        "--semantic",
+        help="EVF-SAM only: put '[semantic] ' before each text, for parts, stuff and all objects of a kind.",
     ),
 ]
 GraphsOption = Annotated[
@@ -62,25 +71,30 @@ class ModelChoice:
     checkpoint: str = "nano"
     sam: Path | None = None
     text_encoder: str | None = None
+    semantic: bool = False
 
-    def load(self) -> "RefSAM":
+    def load(self) -> "PromptedSAM":
         """The model, in eval mode, on the CPU; raises UserError."""
-        from refsam.model import RefSAM
+        from refsam.model import EVFSAM, load_model
 
-        return RefSAM.from_pretrained(
-            self.checkpoint, sam=self.sam, text_encoder=self.text_encoder
-        ).eval()
+        model = load_model(self.checkpoint, sam=self.sam, text_encoder=self.text_encoder)
+        if isinstance(model, EVFSAM):
+            model.semantic = self.semantic
+        elif self.semantic:
+            raise UserError(f"--semantic: {self.checkpoint} is not EVF-SAM; leave the option out")
+        return model
 
 
 _MODEL_OPTIONS = (
     ("checkpoint", CheckpointOption, "nano"),
     ("sam", SamOption, None),
     ("text_encoder", TextEncoderOption, None),
+    ("semantic", SemanticOption, False),
 )
 
 
 def with_model(function: Callable[..., None]) -> Callable[..., None]:
-    """The command whose parameter `model` is a ModelChoice: on the command line --checkpoint, --sam and --text-encoder."""
+    """The command whose parameter `model` is a ModelChoice: see `_MODEL_OPTIONS`."""
     signature = inspect.signature(function)
     options = [
         inspect.Parameter(

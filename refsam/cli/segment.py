@@ -26,7 +26,7 @@ from refsam.runtime.threads import choose_threads
 if TYPE_CHECKING:
     import torch
 
-    from refsam.model import RefSAM
+    from refsam.model import PromptedSAM
     from refsam.session import EncodedFrame, FrameGraphs, PreparedFrame, VideoSession
     from refsam.video import Frame, ResultWriter
 
@@ -170,7 +170,7 @@ def check_expressions(expressions: list[str]) -> None:
 
 def load_model(
     choice: ModelChoice, device: "torch.device", dtype: str
-) -> tuple["RefSAM", "torch.dtype"]:
+) -> tuple["PromptedSAM", "torch.dtype"]:
     """A model on a device, its encoder's weights packed, and the dtype for autocast.
 
     Raises:
@@ -183,7 +183,7 @@ def load_model(
     return model.optimize(choose_encoder_dtype(dtype)), precision
 
 
-def precision_facts(model: "RefSAM", precision: "torch.dtype") -> dict[str, str]:
+def precision_facts(model: "PromptedSAM", precision: "torch.dtype") -> dict[str, str]:
     """What ``result.json`` says of the dtypes: that of autocast, and that of the image encoder's products."""
     import torch
 
@@ -192,7 +192,7 @@ def precision_facts(model: "RefSAM", precision: "torch.dtype") -> dict[str, str]
     return {key: str(dtype).removeprefix("torch.") for key, dtype in names.items()}
 
 
-def make_graphs(model: "RefSAM") -> "FrameGraphs":
+def make_graphs(model: "PromptedSAM") -> "FrameGraphs":
     """CUDA graphs for a model.
 
     Raises:

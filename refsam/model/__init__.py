@@ -2,6 +2,7 @@
 
 from refsam.model.evf_sam import EVFSAM
 from refsam.model.features import FrameSize, ImageFeatures, MaskOutput, TextPrompt
+from refsam.model.loading import load_model
 from refsam.model.pretrained_text_encoder import T5TextEncoder
 from refsam.model.prompted_sam import PromptedSAM
 from refsam.model.refsam import RefSAM
@@ -24,5 +25,6 @@ __all__ = [
     "T5TextEncoder",
     "TextEncoder",
     "TextPrompt",
+    "load_model",
     "word_tokenizer",
 ]

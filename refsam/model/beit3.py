@@ -40,7 +40,7 @@ class State(NamedTuple):
     words: Tensor
 
 
-def both(make: Callable[[], nn.Module]) -> nn.ModuleDict:
+def both(make: Callable[[], nn.Module]) -> Any:
     """The copies for patches and for words."""
     return nn.ModuleDict({"A": make(), "B": make()})
 
@@ -78,7 +78,8 @@ class Beit3Layer(nn.Module):
 
     def branch(self, copy: str) -> Branch:
         """The parameters of copy A or B as they are."""
-        attention, ffn = self.self_attn, self.ffn[copy]
+        attention: Any = self.self_attn
+        ffn: Any = self.ffn[copy]
         projections = [getattr(attention, f"{name}_proj")[copy] for name in "qkv"]
         return Branch(
             self.self_attn_layer_norm[copy],
@@ -111,11 +112,9 @@ class Encoder(nn.Module):
 
     def __init__(self, width: int, depth: int, hidden: int, patches: int, positions: int) -> None:
         super().__init__()
-        self.embed_positions = nn.ModuleDict(
-            {
-                "A": nn.Embedding(FIRST_POSITION + patches, width),
-                "B": nn.Embedding(positions, width),
-            }
+        tables = {"A": FIRST_POSITION + patches, "B": positions}
+        self.embed_positions: Any = nn.ModuleDict(
+            {copy: nn.Embedding(rows, width) for copy, rows in tables.items()}
         )
         self.layers = nn.ModuleList(Beit3Layer(width, hidden) for _ in range(depth))
         self.layer_norm = both(lambda: nn.LayerNorm(width, eps=EPS))
@@ -177,7 +176,8 @@ class BEiT3(nn.Module):
         """
         layers = self.layers()
         is_key = key_mask(patches.shape[1], words.shape[1], lengths)
-        own = layers[0][0].qkv(layers[0][0].norm1(patches))
+        own: Tensor | None = layers[0][0].qkv(layers[0][0].norm1(patches))
+        assert own is not None
         if image_index is None:
             patches, own = (x.expand(len(words), -1, -1) for x in (patches, own))
         else:
@@ -249,7 +249,8 @@ def _pack_layer(layer: Beit3Layer, dtype: torch.dtype) -> tuple[Branch, Branch]:
 
 
 def _pack_branch(layer: Beit3Layer, copy: str, dtype: torch.dtype) -> Branch:
-    attention, ffn = layer.self_attn, layer.ffn[copy]
+    attention: Any = layer.self_attn
+    ffn: Any = layer.ffn[copy]
     projections = [getattr(attention, f"{name}_proj")[copy] for name in "qkv"]
 
     def linear(modules: Sequence[nn.Linear], gelu: bool = False) -> Layer:
@@ -259,7 +260,7 @@ def _pack_branch(layer: Beit3Layer, copy: str, dtype: torch.dtype) -> Branch:
             return PackedLinear(weight, bias, gelu=gelu)
         return lambda x: F.gelu(F.linear(x, weight, bias)) if gelu else F.linear(x, weight, bias)
 
-    def norm(module: nn.Module) -> Layer:
+    def norm(module: nn.LayerNorm) -> Layer:
         weight, bias = module.weight, module.bias
         return lambda x: F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, EPS).to(dtype)
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from refsam.checkpoint import Checkpoint
+from refsam.config import RefSAMConfig
 
 TEMPLATE = """---
 {{ card_data }}
@@ -44,6 +45,7 @@ for result in segment_video(model, "clip.mp4", ["the red cup"]):
 def card_facts(stored: Checkpoint) -> dict[str, Any]:
     """What `TEMPLATE` says of a checkpoint."""
     config, encoder = stored.config, stored.config.image_encoder
+    assert isinstance(config, RefSAMConfig)
     count = sum(tensor.numel() for tensor in stored.tensors.values())
     facts = {
         "image encoder": f"{encoder.depth} blocks, {encoder.embed_dim} wide, {encoder.num_heads} heads, "

@@ -9,6 +9,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from refsam.checkpoint import Source
 from refsam.config import EVFConfig, RefSAMConfig
 from refsam.model.features import FrameSize, ImageFeatures, MaskOutput, TextPrompt
 from refsam.model.image_encoder import ImageEncoder
@@ -64,6 +65,13 @@ class PromptedSAM(nn.Module):
     def next_track(self, object_token: Tensor, track: Tensor | None) -> Tensor:
         """The track token (P, C) for the next frame; a model without a memory passes the object token on."""
         return object_token
+
+    def text_source(self) -> Source | None:
+        """The pretrained text encoder that the model stands on, None where it holds its own."""
+        return None
+
+    def forget_text(self) -> None:
+        """Drop what is remembered of expressions."""
 
     def view(self, frames: Tensor) -> Tensor | None:
         """What prompts need of frames (B, H, W, 3) uint8 RGB besides the encoder's pixels; None: nothing."""

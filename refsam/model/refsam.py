@@ -89,6 +89,8 @@ class RefSAM(
 
         A checkpoint of SAM alone gives an untrained RefSAM: the other parts are new.
         """
+        if not isinstance(stored.config, RefSAMConfig):
+            raise CheckpointError("checkpoint: got EVF-SAM, wanted RefSAM: use refsam.load_model")
         tokenizer = build.read_tokenizer(stored.tokenizer)
         with torch.device("meta"):
             model = cls(stored.config, tokenizer)
@@ -250,6 +252,14 @@ class RefSAM(
         lengths = encoded.lengths.to(self.device, non_blocking=True)
         words, sentence = self.cross_modal_mlp(tokens, lengths)
         return TextPrompt(words, sentence, encoded.lengths, encoded.unknown)
+
+    def text_source(self) -> Source | None:
+        """See `PromptedSAM`."""
+        return self.text_encoder.source()
+
+    def forget_text(self) -> None:
+        """See `PromptedSAM`."""
+        self.text_encoder.clear_cache()
 
     def prompt(
         self,

@@ -25,7 +25,7 @@ from refsam.video.overlay import caption
 if TYPE_CHECKING:
     import torch
 
-    from refsam.model import RefSAM
+    from refsam.model import PromptedSAM
     from refsam.session import VideoSession
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Engine:
     """
 
     name: str
-    model: "RefSAM"
+    model: "PromptedSAM"
     precision: "torch.dtype"
 
 

@@ -29,7 +29,7 @@ from refsam.evaluation.runners.run_folder import RunFolder
 from refsam.evaluation.runners.speed import STAGES, StageClock, speed_summary, speed_table
 from refsam.evaluation.scoring.problems import MaskProblemsError, Problem, describe
 from refsam.evaluation.scoring.results import as_json, write_whole
-from refsam.model import RefSAM
+from refsam.model import PromptedSAM
 from refsam.session import Shard
 from refsam.video import prefetch
 from refsam.video.writer import encode_mask
@@ -116,7 +116,7 @@ class Runner:
     With `missing` "zero", expressions that the model refuses get no mask, else they stop the run.
     """
 
-    model: RefSAM
+    model: PromptedSAM
     checkpoint: str
     rules: InferenceRules
     precision: torch.dtype = torch.float32
@@ -124,7 +124,7 @@ class Runner:
 
     def settings(self, units: Sequence[Unit]) -> dict[str, Any]:
         """All that a prediction depends on, as JSON takes it."""
-        text_encoder = self.model.text_encoder.source()
+        text_encoder = self.model.text_source()
         return {
             "refsam": installed("refsam"),
             "protocol": self.rules.name,
@@ -165,7 +165,7 @@ class Runner:
     ) -> None:
         """Write the pictures of one unit and, as the last thing, its record."""
         started, clock = time.perf_counter(), StageClock(self._synchronize)
-        self.model.text_encoder.clear_cache()  # so that "prompt" holds the time of encoding
+        self.model.forget_text()  # so that "prompt" holds the time of encoding
         predictor = VideoPredictor(
             self.model,
             self.rules,
@@ -239,7 +239,7 @@ def shard_of(benchmark: Benchmark, shard: Shard) -> list[Unit]:
     return shard.of(benchmark.units, lambda unit: unit.cost)
 
 
-def weights_sha256(model: RefSAM) -> str:
+def weights_sha256(model: PromptedSAM) -> str:
     """SHA-256 over the names, types, shapes and bytes of a model's tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -339,7 +339,7 @@ def _written(
     return Outcome("\n".join(lines), content, tuple(sections), outcome.files)
 
 
-def _hardware(model: RefSAM) -> dict[str, str]:
+def _hardware(model: PromptedSAM) -> dict[str, str]:
     device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {"computed on": name, "threads": str(torch.get_num_threads())}

@@ -19,7 +19,7 @@ from refsam.data.generated import GeneratedClip, generate_clip
 from refsam.data.generated.grammar import KINDS
 from refsam.errors import UserError
 from refsam.metrics import contour_accuracy, region_similarity
-from refsam.model import RefSAM
+from refsam.model import PromptedSAM
 from refsam.session import VideoSession
 
 CLIPS = 240
@@ -84,7 +84,7 @@ def manifest(clips: int = CLIPS) -> dict[str, Any]:
 
 
 def evaluate_generated(
-    model: RefSAM, clips: int = CLIPS, advance: Callable[[], None] = lambda: None
+    model: PromptedSAM, clips: int = CLIPS, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Score the model on the first `clips` clips: a summary by kind of sentence, and every sentence's score.
 
@@ -124,7 +124,7 @@ def _mean(scores: list[SentenceScore]) -> dict[str, float | int]:
     return {"sentences": len(shown), "J": region, "F": contour, "J&F": (region + contour) / 2}
 
 
-def _score_clip(index: int, clip: GeneratedClip, model: RefSAM) -> Iterator[SentenceScore]:
+def _score_clip(index: int, clip: GeneratedClip, model: PromptedSAM) -> Iterator[SentenceScore]:
     session = VideoSession(model, clip.expressions)
     predicted = np.stack([np.asarray(session.step(frame).masks) for frame in clip.frames], axis=1)
     for e, (text, kind) in enumerate(zip(clip.expressions, clip.kinds, strict=True)):

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from refsam.errors import ExpressionError, UserError
 from refsam.evaluation.runners.speed import StageClock
-from refsam.model import RefSAM, TextPrompt
+from refsam.model import PromptedSAM, TextPrompt
+from refsam.session.preparation import prepare_now
 from refsam_kernels import mask_postprocess
 
 MergeRule = Literal["probabilities", "logits"]
@@ -145,7 +146,7 @@ class VideoPredictor:
 
     def __init__(
         self,
-        model: RefSAM,
+        model: PromptedSAM,
         rules: InferenceRules,
         groups: Sequence[Sequence[str]],
         *,
@@ -173,13 +174,13 @@ class VideoPredictor:
         seen = _with_short_side(frame, self.rules.short_side)
         with torch.no_grad(), self._autocast:
             with self.clock.stage("encode"):
-                pixels, size = self.model.preprocess(torch.from_numpy(seen.copy())[None])
-                image = self.model.encode_image(pixels)
+                prepared = prepare_now(self.model, seen)
+                image, size = self.model.encode_image(*prepared.wait()), prepared.size
             results = []
             with self.clock.stage("decode masks"):
                 for index, prompt in enumerate(self._prompts):
                     side = 4 * image.grid[0], 4 * image.grid[1]
-                    logits = pixels.new_full((self._counts[index], *side), _NOWHERE).float()
+                    logits = image.levels.new_full((self._counts[index], *side), _NOWHERE).float()
                     if prompt is not None:
                         output = self.model.decode(image, prompt, None, self._tracks[index])
                         self._tracks[index] = output.track_token
@@ -199,13 +200,13 @@ class VideoPredictor:
         return self.model.encode_text(texts) if texts else None
 
 
-def refused_expressions(model: RefSAM, texts: Sequence[str]) -> dict[str, str]:
+def refused_expressions(model: PromptedSAM, texts: Sequence[str]) -> dict[str, str]:
     """The sentences that the model's text encoder cannot take, each with the reason."""
     refused = {}
     with torch.no_grad():
         for text in dict.fromkeys(texts):
             try:
-                model.text_encoder([text])
+                model.encode_text([text])
             except ExpressionError as error:
                 refused[text] = str(error)
     return refused
