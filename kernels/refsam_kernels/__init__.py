@@ -12,6 +12,7 @@ from refsam_kernels.core.streams import is_capturing, settle
 from refsam_kernels.decomposition import decompositions
 from refsam_kernels.dense_attention.op import dense_attention
 from refsam_kernels.feed_forward.mlp import AdapterWeights
+from refsam_kernels.fingerprint import Fingerprint
 from refsam_kernels.mask_loss.op import mask_loss
 from refsam_kernels.mask_postprocess.op import mask_postprocess
 from refsam_kernels.mask_postprocess.packed import (
@@ -21,7 +22,7 @@ from refsam_kernels.mask_postprocess.packed import (
     mask_postprocess_rle,
 )
 from refsam_kernels.mask_upscale.op import mask_upscale
-from refsam_kernels.packed_linear import PackedLinear, packs, weights_key
+from refsam_kernels.packed_linear import PackedLinear, packs
 from refsam_kernels.rel_pos_attention.op import rel_pos_attention
 from refsam_kernels.token_image_attention.op import AttentionWeights, token_image_attention
 
@@ -29,6 +30,7 @@ __all__ = [
     "AdapterWeights",
     "AttentionWeights",
     "BackendError",
+    "Fingerprint",
     "MaskStatistics",
     "PackedLinear",
     "PackedMasks",
@@ -47,5 +49,4 @@ __all__ = [
     "settle",
     "token_image_attention",
     "use_backend",
-    "weights_key",
 ]

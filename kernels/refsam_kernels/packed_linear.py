@@ -4,24 +4,12 @@ torch has public functions for that layout only as modules that copy their input
 calls (`torch.ops.mkldnn`), if they are there.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor, nn
 
-
-def weights_key(tensors: Iterable[Tensor]) -> Hashable:
-    """Something that changes whenever one of the tensors does: in place, by another one, by its dtype or device."""
-    return tuple(
-        # Inference tensors count no versions.
-        (
-            tensor.data_ptr(),
-            0 if tensor.is_inference() else tensor._version,
-            tensor.dtype,
-            tensor.device,
-        )
-        for tensor in tensors
-    )
+from refsam_kernels.fingerprint import Fingerprint
 
 
 def packs(weight: Tensor) -> bool:
@@ -51,10 +39,11 @@ class PackedLinear:
 
 
 class PackedCopy:
-    """A packed copy of a linear module's weights, made when it is first used and anew when they have changed."""
+    """A packed copy of a linear module's weights, made when it is first used and anew when `Fingerprint` sees them changed."""
 
     def __init__(self, *, gelu: bool = False) -> None:
         self.gelu = gelu
+        self._fingerprint = Fingerprint()
         self._made: tuple[Hashable, PackedLinear] | None = None
 
     @staticmethod
@@ -74,7 +63,9 @@ class PackedCopy:
 
     def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
         """(..., in) to (..., out), with an exact GELU behind it if so made; `serves` must hold."""
-        key = weights_key(module.parameters())
+        # Not `parameters()`: FSDP1 gives a module plain tensors in their place.
+        tensors = (module.weight, module.bias)
+        key = self._fingerprint(tensor for tensor in tensors if tensor is not None)
         if self._made is None or self._made[0] != key:
             # Tensors made in inference mode could not be used outside it.
             with torch.inference_mode(False), torch.no_grad():
@@ -83,7 +74,7 @@ class PackedCopy:
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles leave the packed weights behind: tensors in oneDNN's layout have no storage."""
-        return {"gelu": self.gelu, "_made": None}
+        return {"gelu": self.gelu, "_fingerprint": Fingerprint(), "_made": None}
 
 
 def is_unhooked(module: nn.Module) -> bool:

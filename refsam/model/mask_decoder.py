@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from refsam.model.image_encoder import NORM_2D_EPS, LayerNorm2d
 from refsam.model.two_way_transformer import TwoWayTransformer
-from refsam_kernels import is_capturing, mask_upscale, settle, weights_key
+from refsam_kernels import Fingerprint, is_capturing, mask_upscale, settle
 
 # Pixels' values that a CPU holds for all expressions that it decodes at a time: what is larger leaves its caches between two
 # operators, and is padded to the longest sentence.
@@ -29,6 +29,7 @@ class RandomPositionEncoding(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, dim // 2))
+        self._fingerprint = Fingerprint()
         self._made: tuple[Hashable, Tensor] | None = None
 
     def forward(self, height: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -37,7 +38,7 @@ class RandomPositionEncoding(nn.Module):
         # A CUDA graph's own memory must not be kept, and its replays follow the matrix.
         if is_capturing(matrix) or torch.compiler.is_compiling():
             return self._encode(height, width).to(dtype)
-        key, made = (height, width, dtype, weights_key([matrix])), self._made
+        key, made = (height, width, dtype, self._fingerprint([matrix])), self._made
         if made is None or made[0] != key:
             # Tensors made in inference mode could not be used outside it, and nothing made of them is remembered.
             with torch.inference_mode(False), torch.no_grad():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refsam.model.block import ADAPTER_SCALE, VIT_EPS, Block, BlockWeights, attend, run_block
-from refsam_kernels import AdapterWeights, PackedLinear, is_capturing, packs, settle, weights_key
+from refsam_kernels import AdapterWeights, Fingerprint, PackedLinear, is_capturing, packs, settle
 
 RunBlock = Callable[[Tensor, Tensor, nn.LayerNorm | None], tuple[Tensor, Tensor | None]]
 
@@ -36,6 +36,7 @@ class Packing:
     ) -> None:
         self.dtype = dtype
         self._arrange = arrange
+        self._fingerprint = Fingerprint()
         self._made: tuple[Hashable, list[Any]] | None = None
 
     def dtype_of(self, weight: Tensor) -> torch.dtype:
@@ -48,7 +49,7 @@ class Packing:
     def arranged(self, modules: Sequence[Any], dtype: torch.dtype) -> list[Any]:
         """What computes the modules with products in this dtype; for the ViT's blocks see `run_block`."""
         parameters = (parameter for module in modules for parameter in module.parameters())
-        key = (dtype, weights_key(parameters))
+        key = (dtype, self._fingerprint(parameters))
         made = self._made
         if made is None or made[0] != key:
             # Tensors made in inference mode could not be used outside it.
@@ -64,7 +65,8 @@ class Packing:
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles leave the blocks behind: tensors in oneDNN's layout have no storage."""
-        return {"dtype": self.dtype, "_arrange": self._arrange, "_made": None}
+        kept = {"dtype": self.dtype, "_arrange": self._arrange}
+        return {**kept, "_fingerprint": Fingerprint(), "_made": None}
 
 
 def automatic_dtype(weight: Tensor) -> torch.dtype:

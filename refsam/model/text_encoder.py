@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from refsam.checkpoint import Source
 from refsam.errors import ExpressionError
-from refsam_kernels import settle, weights_key
+from refsam_kernels import Fingerprint, settle
 
 UNKNOWN = "[UNK]"
 PADDING = "[PAD]"
@@ -105,7 +105,7 @@ class CachedTextEncoder(nn.Module):
     """Checks expressions and remembers what it encoded.
 
     A subclass gives `encode(expressions) -> EncodedText` and `weights_key()`. The cache is used only where no
-    gradient is wanted, is keyed by the weights' versions and emptied by `load_state_dict`.
+    gradient is wanted, is keyed by the weights' `Fingerprint` and emptied by `load_state_dict`.
     """
 
     cache_size = 1024
@@ -114,6 +114,7 @@ class CachedTextEncoder(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
+        self._fingerprint = Fingerprint()
         self._cache: OrderedDict[Hashable, EncodedText] = OrderedDict()
         self._lock = threading.Lock()
         self.register_load_state_dict_post_hook(_forget)
@@ -124,7 +125,7 @@ class CachedTextEncoder(nn.Module):
 
     def weights_key(self) -> Hashable:
         """Something that changes whenever the weights do."""
-        return weights_key(self.parameters())
+        return self._fingerprint(self.parameters())
 
     def source(self) -> Source | None:
         """The file that the weights come from, for an encoder that no checkpoint holds."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refsam.model.features import ImageFeatures, MaskOutput, TextPrompt
-from refsam_kernels import weights_key
+from refsam_kernels import Fingerprint
 
 if TYPE_CHECKING:
     from refsam.model import PromptedSAM
@@ -127,6 +127,7 @@ class WeightsWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._fingerprint = Fingerprint()
         self._count = 0
         self._key: Hashable = None
         self._walk()
@@ -136,7 +137,7 @@ class WeightsWatch:
         if any(tuple(found.values()) != known for found, known in self._children):
             self._walk()
         parameters = (p for owner in self._owners for p in owner.values() if p is not None)
-        key = weights_key(parameters)
+        key = self._fingerprint(parameters)
         if key != self._key:
             self._key, self._count = key, self._count + 1
         return self._count

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from refsam_kernels import BackendError, use_backend
+from refsam_kernels.core.checks import autocast_dtype
 from refsam_kernels.core.dispatch import Dispatcher, parse_request, requested_backend
 from refsam_kernels.core.registration import (
     Operator,
@@ -349,3 +350,20 @@ print([name for name in sys.modules if name.startswith(("triton", "torch._dynamo
     )
     assert result.stdout == "[]\n"
     assert result.stderr == ""
+
+
+def test_nothing_is_asked_that_an_older_dynamo_cannot_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Dynamo of torch 2.10 and 2.11 refuses this question, newer ones trace it: `make test-oldest` sees the rest."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("torch.amp.is_autocast_available cannot be traced by torch 2.11")
+
+    for owner in (torch.amp, torch):
+        monkeypatch.setattr(owner, "is_autocast_available", refuse, raising=False)
+    assert autocast_dtype(torch.device("cpu")) is None
+    assert autocast_dtype(torch.device("meta")) is None
+    monkeypatch.undo()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert autocast_dtype(torch.device("cpu")) == torch.bfloat16

@@ -13,6 +13,7 @@ from refsam import RefSAM, VideoSession
 from refsam.model import packing
 from refsam.model.image_encoder import ImageEncoder
 from refsam.model.packing import PackedBlock, automatic_dtype, fuse
+from tests.kernels.test_fingerprint import Change, each_change
 from tests.model.test_image_encoder import build_encoder
 from tests.tiny_model import tiny_model
 
@@ -99,6 +100,18 @@ def test_new_weights_are_heeded_at_once(encoder: ImageEncoder, kind: str) -> Non
     with torch.no_grad():
         encoder.blocks[1].mlp.lin2.weight.mul_(2)
         other.blocks[1].mlp.lin2.weight.mul_(2)
+    assert_close(run(encoder), run(other), TOLERANCES[torch.float32])
+
+
+@each_change
+def test_weights_changed_behind_the_count_of_versions(
+    encoder: ImageEncoder, kind: str, change: Change
+) -> None:
+    other = copy.deepcopy(encoder)
+    run(encoder.optimize(torch.float32))
+    with torch.no_grad():
+        change(list(encoder.blocks.parameters()))
+        change(list(other.blocks.parameters()))
     assert_close(run(encoder), run(other), TOLERANCES[torch.float32])
 
 

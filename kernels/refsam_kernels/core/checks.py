@@ -7,6 +7,13 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+# Asked once, at import: Dynamo of torch 2.10 and 2.11 cannot trace the question. The meta device is none of them.
+AUTOCAST_DEVICES = frozenset(
+    name
+    for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "maia")
+    if torch.amp.is_autocast_available(name)
+)
+
 
 def require(condition: bool, name: str, got: Any, wanted: str) -> None:
     """Raises `ValueError` unless the condition holds."""
@@ -48,8 +55,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast wants for matrix products on the device now, or None outside
     autocast.
     """
-    available = torch.amp.is_autocast_available(device.type)  # not on the meta device
-    if not available or not torch.is_autocast_enabled(device.type):
+    if device.type not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 

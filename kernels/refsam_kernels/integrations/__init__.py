@@ -57,6 +57,11 @@ def optimize(model: Any) -> Optimization:
     before, so their hooks and later changes of their weights are heeded; only the upscaling's modules
     are read, not called. Gradients are those of the original.
 
+    For inference on a CPU linear layers are packed, and anew when their weights have changed: in any way
+    that torch counts, and also behind its count (`p.data.mul_()`, `torch._foreach_*`, a mean teacher's
+    loop, FSDP's flat parameters) if a whole row or column changes. Fewer values changed so are not seen:
+    change them in place under `torch.no_grad()` instead.
+
     Outputs differ by the order of sums: in float32 features by at most 1e-5 of their largest value,
     logits of masks by 1e-4, and masks where a logit is within 1e-5 of the threshold, relative to the
     largest; in bfloat16 features at most twice what the original is off.

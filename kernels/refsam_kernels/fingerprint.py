@@ -1,0 +1,71 @@
+"""Notices that tensors have changed, also where torch counts no new version.
+
+`p.data.mul_()`, `torch._foreach_*` on `.data`, loops over `state_dict()` and FSDP1's flat parameters write values without a new
+version. So values on a CPU are looked at too: of a matrix some in every row and every column.
+"""
+
+import math
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Integers of a value's size: bits are compared, so that NaN equals itself and no rounding hides a change.
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Values of a vector that are looked at, about.
+SAMPLES = 4096
+
+
+class Fingerprint:
+    """Tells by a key whether some tensors, the same ones at each call or others, are still what they were.
+
+    It keeps views of the last call's tensors, which so live until the next one; copies and pickles of it begin anew.
+    """
+
+    def __init__(self) -> None:
+        self._seen: tuple[Hashable, list[Any]] | None = None
+
+    def __call__(self, tensors: Iterable[Tensor]) -> Hashable:
+        """Something that changes whenever one of the tensors does: by another one, its dtype or device, in place.
+
+        A change in place is seen by torch's count of versions and, on a CPU, by the values: not where fewer than a row or a
+        column of a matrix change behind the count's back. Elsewhere, where looking at values would stop the stream, only by
+        the count.
+        """
+        tensors = list(tensors)
+        places = tuple([(t.data_ptr(), t.dtype, t.device) for t in tensors])
+        seen = self._seen
+        if seen is None or seen[0] != places:
+            self._seen = seen = places, [x for x in map(sampled, tensors) if x is not None]
+        # Inference tensors count no versions.
+        versions = tuple([0 if t.is_inference() else t._version for t in tensors])
+        return places, versions, hash(b"".join([values.tobytes() for values in seen[1]]))
+
+    def __reduce__(self) -> Any:
+        return Fingerprint, ()
+
+
+def sampled(tensor: Tensor) -> Any:
+    """A view (n,), as numpy has it, of the bits of values in every row and column; None where they cannot be looked at."""
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    bits = BITS.get(tensor.element_size())
+    if not is_plain or tensor.device.type != "cpu" or bits is None or tensor.numel() == 0:
+        return None
+    values = tensor.detach().view(bits).numpy()
+    values = values.transpose(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    if not values.flags.c_contiguous:
+        return values  # all of them: there are no rows with one step between their values
+    rows = len(values) if values.ndim > 1 else 1
+    return values.reshape(-1)[:: step_of(rows, values.size // rows)]
+
+
+def step_of(rows: int, columns: int) -> int:
+    """How far apart, in row-major order, values lie that together are in every row and every column."""
+    if rows == 1:
+        return max(1, columns // SAMPLES)
+    # Below a row's length, no row is skipped; at most the number of rows and prime to a row's length, no column is.
+    step = max(1, min(rows, columns - 1))
+    while math.gcd(step, columns) > 1:
+        step -= 1
+    return step

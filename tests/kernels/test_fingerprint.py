@@ -1,0 +1,179 @@
+"""Weights that change behind torch's count of versions: what was packed of them is made anew."""
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+from refsam_kernels import Fingerprint
+from refsam_kernels.integrations import optimize
+from refsam_kernels.token_image_attention.positions import project_positions
+from tests.kernels.test_integrations import (
+    assert_close,
+    each_encoder,
+    features,
+    pixels_of,
+    sam_encoder,
+)
+
+Change = Callable[[list[Tensor]], None]
+
+
+def multiply(parameters: list[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.data.mul_(0.9)
+
+
+def multiply_together(parameters: list[Tensor]) -> None:
+    torch._foreach_mul_([parameter.data for parameter in parameters], 0.9)
+
+
+def follow_a_student(parameters: list[Tensor]) -> None:
+    """A mean teacher's step."""
+    for parameter in parameters:
+        student = parameter.detach() + 0.1
+        parameter.data = parameter.data.mul_(0.99).add_(student, alpha=0.01)
+
+
+def copy_into(parameters: list[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.data.copy_(parameter.detach() + 0.01)
+
+
+def through_numpy(parameters: list[Tensor]) -> None:
+    for parameter in parameters:
+        values = parameter.detach().numpy()
+        values *= 0.9
+
+
+def negate(parameters: list[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.data.neg_()
+
+
+CHANGES: dict[str, Change] = {
+    change.__name__: change
+    for change in (multiply, multiply_together, follow_a_student, copy_into, through_numpy, negate)
+}
+each_change = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+
+
+@each_encoder
+@each_change
+@torch.no_grad()
+def test_an_optimized_model_computes_with_the_values_of_now(
+    make: Callable[..., nn.Module], change: Change
+) -> None:
+    model, pixels = make(), pixels_of()
+    plain = copy.deepcopy(model)
+    optimize(model)
+    before = features(model, pixels)
+    for changed in (model, plain):
+        change(list(changed.parameters()))
+    found = features(model, pixels)
+    assert_close(found, features(plain, pixels))
+    assert (found - before).abs().max() > 1e-3 * before.abs().max()  # the change can be seen
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_training_with_fsdp_flat_parameters(process_group: None, use_orig_params: bool) -> None:
+    original, pixels = sam_encoder(), pixels_of()
+
+    def trained(optimized: bool) -> Tensor:
+        model: Any = copy.deepcopy(original)
+        if optimized:
+            optimize(model)
+        model = FullyShardedDataParallel(
+            model,
+            sharding_strategy=ShardingStrategy.NO_SHARD,
+            use_orig_params=use_orig_params,
+            device_id=torch.device("cpu"),
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        for _ in range(2):
+            with torch.no_grad():
+                model(pixels)
+            model(pixels).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            return model(pixels)
+
+    assert_close(trained(optimized=True), trained(optimized=False), 1e-4)
+
+
+@each_change
+@torch.no_grad()
+def test_remembered_projections_of_positions(change: Change) -> None:
+    positions, weight, bias = torch.rand(1, 50, 8), torch.rand(16, 8), torch.rand(16)
+    project_positions(positions, weight, bias, remember=True)
+    change([weight, bias])
+    found = project_positions(positions, weight, bias, remember=True)
+    torch.testing.assert_close(found, nn.functional.linear(positions, weight, bias).mT)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_a_row_or_a_column_is_enough(data: st.DataObject) -> None:
+    shape = data.draw(st.tuples(st.integers(1, 300), st.integers(1, 300)))
+    weight = torch.zeros(shape, dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
+    weight = data.draw(st.sampled_from([weight, weight.mT, weight.expand(2, *shape)[1]]))
+    fingerprint = Fingerprint()
+    key = fingerprint([weight])
+    assert fingerprint([weight]) == key
+    dim = data.draw(st.integers(0, 1))
+    weight.data.select(dim, data.draw(st.integers(0, weight.shape[dim] - 1))).fill_(1e-30)
+    assert fingerprint([weight]) != key
+
+
+@pytest.mark.parametrize("change", ["dtype", "place", "version"])
+def test_what_torch_itself_counts(change: str) -> None:
+    weight = nn.Parameter(torch.zeros(3, 3))
+    fingerprint = Fingerprint()
+    key = fingerprint([weight])
+    if change == "version":
+        weight.detach()[0, 0] += 1
+    else:
+        weight.data = weight.data.double() if change == "dtype" else weight.data.clone()
+    assert fingerprint([weight]) != key
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_begin_anew(duplicate: Callable[[Any], Any]) -> None:
+    weight, fingerprint = torch.zeros(3, 3), Fingerprint()
+    assert duplicate(fingerprint)([weight]) == fingerprint([weight])
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.empty(0),
+        torch.empty(3, 0),
+        torch.tensor(1.0),
+        torch.empty(2, 3, device="meta"),
+        torch.zeros(2, 3, dtype=torch.complex128),
+        torch.zeros(4, 3, 5, 5).to(memory_format=torch.channels_last),
+        torch.zeros(2, 3, dtype=torch.bool),
+    ],
+    ids=lambda tensor: f"{tuple(tensor.shape)} {tensor.dtype} {tensor.device}",
+)
+def test_any_tensor_has_a_key(tensor: Tensor) -> None:
+    fingerprint = Fingerprint()
+    assert fingerprint([tensor]) == fingerprint([tensor])
+    assert hash(fingerprint([tensor])) is not None
