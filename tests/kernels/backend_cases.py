@@ -3,7 +3,7 @@
 A test file makes a class per backend, of `TorchCases`, `TritonCases` or `CudaCases` and of its operator's cases.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -74,11 +74,9 @@ class BackendCases:
             assert found.keys() == every.keys() - set(frozen)
             assert all(torch.equal(found[name], every[name]) for name in found)
 
-    def test_any_strides(self) -> None:
-        outputs, gradients = self.run(self.inputs())
-        found, found_gradients = self.run(checks.permuted(self.inputs()))
-        torch.testing.assert_close(found, outputs)
-        torch.testing.assert_close(found_gradients, gradients)
+    @pytest.mark.parametrize("layout", checks.LAYOUTS.values(), ids=checks.LAYOUTS)
+    def test_any_layout(self, layout: Callable[[Tensor], Tensor]) -> None:
+        checks.check_layout(self.operator, self.inputs(), self.backend, layout)
 
     def test_checkpoint(self) -> None:
         checks.check_checkpoint(self.operator, self.inputs(), self.backend)

@@ -1,5 +1,6 @@
 """What every backend of mask_loss must do; a test file makes a class of it per backend."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -85,11 +86,15 @@ class MaskLossCases:
     def test_targets_of_every_dtype_are_the_same(self, dtype: torch.dtype) -> None:
         inputs = self.inputs()
         inputs["targets"] = (inputs["targets"] > 0.5).float()
-        inputs["ignore"] = inputs["ignore"].mT.contiguous().mT  # any strides
         outputs, _ = self.run(inputs)
         inputs["targets"] = inputs["targets"].to(dtype)
         found, _ = self.run(inputs)
         assert all(map(torch.equal, found, outputs))
+
+    @pytest.mark.parametrize("layout", checks.LAYOUTS.values(), ids=checks.LAYOUTS)
+    def test_any_layout(self, layout: Callable[[Tensor], Tensor]) -> None:
+        operator, inputs = self.operator_of(), self.inputs()
+        checks.check_layout(operator, inputs, self.backend, layout, ("targets",))
 
     def test_ignored_pixels_change_no_bit(self) -> None:
         """Whatever stands there, NaN included, and their gradient is that of the other pixels alone."""

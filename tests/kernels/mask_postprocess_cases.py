@@ -4,6 +4,7 @@ Logits are made so that none is near the threshold where results must be equal: 
 decide.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from refsam_kernels import mask_postprocess, mask_postprocess_bits, mask_postprocess_rle
 from refsam_kernels.core import libraries
 from refsam_kernels.mask_postprocess import packed
+from tests.kernels import operator_checks as checks
 from tests.kernels.interpreter import slow_in_interpreter
 
 Size = tuple[int, int]
@@ -91,11 +93,17 @@ class MaskPostprocessCases:
         assert masks.shape == (shape[0], *output)
         assert flips(masks, logits, interpolated(logits, image, cropped, output), threshold) == 0
 
-    def test_views_are_read_correctly(self) -> None:
-        logits = make_logits((4, 32, 60)).to(self.device)[1:, ::2, 5:45:2]
-        sizes = {"image_size": 80, "input_size": (60, 80), "output_size": (90, 120)}
-        masks = mask_postprocess(logits, **sizes, backend=self.backend)
-        assert torch.equal(masks.cpu(), self.masks(logits.clone(), **sizes))
+    @pytest.mark.parametrize("layout", checks.LAYOUTS.values(), ids=checks.LAYOUTS)
+    def test_any_layout(self, layout: Callable[[Tensor], Tensor]) -> None:
+        logits = layout(make_logits((2, 8, 10)).to(self.device))
+        sizes = {"image_size": 40, "input_size": (30, 40), "output_size": (20, 13)}
+        for function in (mask_postprocess, mask_postprocess_bits):
+            found, wanted = (
+                function(x, **sizes, backend=self.backend) for x in (logits, logits.contiguous())
+            )
+            if function is mask_postprocess_bits:
+                found, wanted = found.words, wanted.words
+            assert torch.equal(found, wanted)
 
     @slow_in_interpreter
     def test_low_precision_is_resized_in_float32(self) -> None:

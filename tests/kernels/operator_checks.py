@@ -37,11 +37,85 @@ def permuted(inputs: Inputs) -> dict[str, Tensor]:
     }
 
 
+def between(x: Tensor) -> Tensor:
+    """What a kernel that passes over strides reads in their place: NaN, or where there is none a value of its own."""
+    if x.is_floating_point():
+        return torch.full_like(x, float("nan"))
+    return ~x if x.dtype == torch.bool else torch.zeros_like(x)
+
+
+def reversed_order(x: Tensor) -> Tensor:
+    order = tuple(reversed(range(x.dim())))
+    return x.permute(order).contiguous().permute(order)
+
+
+def every_second(x: Tensor) -> Tensor:
+    return torch.stack([x, between(x)], -1)[..., 0]
+
+
+def within_wider_rows(x: Tensor) -> Tensor:
+    return torch.cat([x, between(x[..., :1])], -1)[..., :-1]
+
+
+def from_the_second_on(x: Tensor) -> Tensor:
+    return torch.cat([between(x.flatten()[:1]), x.flatten()])[1:].view(x.shape)
+
+
+def expanded(x: Tensor) -> Tensor:
+    """The first value of each row in the row's place, without memory of its own for the others."""
+    return x[..., :1].expand(x.shape)
+
+
+def every_image_the_first(x: Tensor) -> Tensor:
+    return x[:1].expand(x.shape)
+
+
+# A tensor of one dimension or more as a view, of the same values but for the last two; none is what `contiguous()` gives.
+LAYOUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    layout.__name__: layout
+    for layout in (
+        reversed_order,
+        every_second,
+        within_wider_rows,
+        from_the_second_on,
+        expanded,
+        every_image_the_first,
+    )
+}
+
+
+def check_layout(
+    operator: Operator,
+    inputs: Inputs,
+    backend: str,
+    layout: Callable[[Tensor], Tensor],
+    frozen: tuple[str, ...] = (),
+) -> None:
+    """All inputs as such views give what their values give in compact memory: outputs and gradients."""
+    inputs = {name: x.detach().clone().contiguous() for name, x in inputs.items()}
+    compact = {name: layout(x).contiguous() if x.dim() else x for name, x in inputs.items()}
+    views = {name: layout(x) if x.dim() else x for name, x in inputs.items()}
+    outputs, gradients = run(operator, compact, backend, frozen)
+    found, found_gradients = run(operator, views, backend, frozen, clone=False)
+    pairs = [*enumerate(zip(found, outputs, strict=True))]
+    pairs += [(name, (found_gradients[name], x)) for name, x in gradients.items()]
+    for name, (value, wanted) in pairs:
+        assert_close(str(name), value, wanted.double(), 1e-5)
+
+
 def run(
-    operator: Operator, inputs: Inputs, backend: str, frozen: tuple[str, ...] = ()
+    operator: Operator,
+    inputs: Inputs,
+    backend: str,
+    frozen: tuple[str, ...] = (),
+    *,
+    clone: bool = True,
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Outputs, and gradients of a fixed random projection of them to the floating point inputs that are not frozen."""
-    inputs = {name: tensor.detach().clone() for name, tensor in inputs.items()}
+    """Outputs, and gradients of a fixed random projection of them to the floating point inputs that are not frozen.
+
+    A clone is dense; without, a view's strides reach the operator.
+    """
+    inputs = {name: x.detach().clone() if clone else x.detach() for name, x in inputs.items()}
     wanted = [name for name, x in inputs.items() if x.is_floating_point() and name not in frozen]
     for name in wanted:
         inputs[name].requires_grad_()

@@ -3,6 +3,7 @@
 A test file makes a class of it per backend, or per kernel of a backend.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -112,6 +113,11 @@ class RelPosAttentionCases:
         found = self.operator(**inputs | {"qkv": qkv}, backend=self.backend)
         wanted = self.operator(**inputs | {"qkv": qkv.contiguous()}, backend=self.backend)
         torch.testing.assert_close(found, wanted)
+
+    @slow_in_interpreter
+    @pytest.mark.parametrize("layout", checks.LAYOUTS.values(), ids=checks.LAYOUTS)
+    def test_any_layout(self, layout: Callable[[Tensor], Tensor]) -> None:
+        checks.check_layout(self.operator, self.inputs(), self.backend, layout)
 
     @slow_in_interpreter
     @pytest.mark.parametrize("size", [0.0, 5.0], ids=["equal", "up-to-80"])

@@ -186,6 +186,8 @@ def add_and_norm_launch(
 ) -> tuple[Launch, Normed]:
     """The launch that computes `torch_steps.add_and_norm`, and its results, still empty."""
     residual, first = residual.contiguous(), first.contiguous()
+    if norm_weight is not None and norm_bias is not None:
+        norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
     x = residual.new_empty(residual.shape, dtype=sum_dtype(residual, first))
     normed = None if norm_weight is None else torch.empty_like(first)
     mean, rstd = empty_statistics(x, keep and normed is not None)
@@ -251,7 +253,7 @@ def add_and_norm_backward_launch(
         "x_ptr": x,
         "mean_ptr": mean,
         "rstd_ptr": rstd,
-        "norm_weight_ptr": norm_weight,
+        "norm_weight_ptr": norm_weight.contiguous(),
         "total_ptr": total,
         "operand_ptr": None if operand is total else operand,
         "column_sums_ptr": sums[0],

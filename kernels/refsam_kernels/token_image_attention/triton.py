@@ -503,7 +503,8 @@ def forward(
     outputs = outputs._replace(**made) if keep else outputs
     tensors: dict[str, Any] = dict.fromkeys(Outputs._fields)  # None: not kept
     tensors |= (outputs._asdict() if keep else {"out": outputs.out}) | made
-    tensors |= {"lengths": key_lengths, "residual": queries.contiguous()}
+    tensors |= {"lengths": None if key_lengths is None else key_lengths.contiguous()}
+    tensors |= {"residual": queries.contiguous()}
     tensors |= {"out_weight": out_weight.contiguous(), "norm_weight": norm_weight.contiguous()}
     tensors |= {"out_added": torch.addmv(out_bias, out_weight, v_bias)}
     tensors |= {"norm_bias": norm_bias.contiguous()}
@@ -612,7 +613,8 @@ def _attend_backward(
     """Gradients to q, k and v for `grad`, that to what is attended to."""
     tensors = {"q": q, "k": k, "v": v, "attended": attended, "log_sum_exp": log_sum_exp}
     tensors = {name: x.contiguous() for name, x in (tensors | {"grad": grad}).items()}
-    launch, gradients = _backward_launch(tensors, key_lengths, num_heads)
+    lengths = None if key_lengths is None else key_lengths.contiguous()
+    launch, gradients = _backward_launch(tensors, lengths, num_heads)
     if len(q):
         launch.run()
     return [
