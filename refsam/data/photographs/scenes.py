@@ -123,6 +123,18 @@ class SceneDrawer:
             layers.append(self._coverer(random, times, size, layers[1]))
         return draw(_numbered(layers), size, mistaken)
 
+    def alike(
+        self, random: np.random.Generator, times: Times, size: Size, count: int
+    ) -> PhotoClip | None:
+        """So many cut-outs of one class on a background, none of them covered; None where the class drawn has too few."""
+        name = self.draw_class(random)
+        cut_outs = [c for _ in range(count) if (c := self._cut_out(random, name)) is not None]
+        if len(cut_outs) < count:
+            return None
+        below, mistaken = self._background(random, times, size)
+        layers = [below, *self._spread(random, times, size, cut_outs)]
+        return draw(_numbered(layers), size, mistaken)
+
     def covered(self, random: np.random.Generator, times: Times, size: Size) -> PhotoClip:
         """A cut-out, thing 1, that something without a name hides for ten frames; raises DataError where none is found."""
         below, mistaken = self._background(random, times, size)

@@ -107,12 +107,12 @@ class PhotoGrammar:
     def _colour(self) -> PhotoSentence | None:
         number = self._pick(self.seen)
         name = self.clip.things[number - 1].name
-        colour = self._colour_of(number)
+        colour = self.colour_of(number)
         if colour is None or name == "person":
             return None
         alike, others = [], []
         for n in self._members((name,)):
-            own = self._colour_of(n)
+            own = self.colour_of(n)
             if own == colour:
                 alike.append(n)
             elif own is None or not self.clip.things[n - 1].single:
@@ -133,7 +133,7 @@ class PhotoGrammar:
         if target is None:
             return None
         for side in self.random.permutation(list(SIDE_WORDS)):
-            if self._rank(target, rivals, side) == 0:
+            if self.rank(target, rivals, side) == 0:
                 slots = {"side": str(side), "sidemost": self._pick(SIDE_WORDS[side])}
                 text = self._pick(TEMPLATES["position"][0]).format(np=noun.word, **slots)
                 return self._sentence(text, "position", [target])
@@ -144,7 +144,7 @@ class PhotoGrammar:
         if target is None:
             return None
         for side in self.random.permutation(["left", "right", "left", "right", "top", "bottom"]):
-            rank = self._rank(target, rivals, side)
+            rank = self.rank(target, rivals, side)
             if rank is not None and rank < len(ORDINALS) and (rank or self.random.random() < 0.3):
                 slots = {"side": str(side), "ordinal": ORDINALS[rank]}
                 text = self._pick(TEMPLATES["order"][0]).format(np=noun.word, **slots)
@@ -155,14 +155,10 @@ class PhotoGrammar:
         target, rivals, noun = self._rivals(2)
         if target is None:
             return None
-        others = np.stack([self.counts[:, n] for n in rivals if n != target])
-        own = self.counts[:, target]
-        if np.all(own > _RATIO * others.max(0)):
-            word = self._pick(SIZE_WORDS["large"])
-        elif np.all(own < others.min(0) / _RATIO):
-            word = self._pick(SIZE_WORDS["small"])
-        else:
+        extreme = self.extreme(target, rivals)
+        if extreme is None:
             return None
+        word = self._pick(SIZE_WORDS[extreme])
         text = self._pick(TEMPLATES["size"][0]).format(np=noun.word, size=word)
         return self._sentence(text, "size", [target])
 
@@ -271,16 +267,26 @@ class PhotoGrammar:
         number = self._pick(self.seen)
         name = self.clip.things[number - 1].name
         rivals = self._members((name,))
-        area = self.clip.owner[0].size
-        shown = all(
-            self.clip.things[n - 1].single and self.counts[:, n].min() >= _RANKED_SHARE * area
-            for n in rivals
-        )
-        if len(rivals) < least or not shown:
+        if len(rivals) < least or not self.are_in_view(rivals):
             return None, rivals, self._noun(name)
         return number, rivals, self._noun(name)
 
-    def _rank(self, target: int, rivals: list[int], side: str) -> int | None:
+    def extreme(self, target: int, rivals: list[int]) -> str | None:
+        """ "large" or "small" where the target is clearly so among its rivals in every frame."""
+        others = np.stack([self.counts[:, n] for n in rivals if n != target])
+        own = self.counts[:, target]
+        if np.all(own > _RATIO * others.max(0)):
+            return "large"
+        return "small" if np.all(own < others.min(0) / _RATIO) else None
+
+    def are_in_view(self, numbers: Sequence[int]) -> bool:
+        """Whether all these things are single objects that are well seen in every frame."""
+        least = _RANKED_SHARE * self.clip.owner[0].size
+        return all(
+            self.clip.things[n - 1].single and self.counts[:, n].min() >= least for n in numbers
+        )
+
+    def rank(self, target: int, rivals: list[int], side: str) -> int | None:
         """The target's place from that side, the same in every frame; None where it is unclear."""
         axis = 1 if side in ("left", "right") else 0
         sign = 1 if side in ("left", "top") else -1
@@ -305,7 +311,8 @@ class PhotoGrammar:
         length = where.shape[1]
         return where @ (np.arange(length) + 0.5) / np.maximum(where.sum(1), 1) / length
 
-    def _colour_of(self, number: int) -> str | None:
+    def colour_of(self, number: int) -> str | None:
+        """The one colour that a thing has where most of it is seen, None where no name is clear."""
         if number not in self._colours:
             frame = int(self.counts[:, number].argmax())
             pixels = self.clip.frames[frame][self.clip.owner[frame] == number]

@@ -1,0 +1,50 @@
+"""`python -m benchmarks.end_to_end.composites FOLDER --out FILE`: `nano` among objects of one kind, and covered ones.
+
+FOLDER is a folder of photographs as docs/data.md lays it out, of which the `val` photographs are used; it is not part of the
+project, the SHA-256 of its list stands in the result. See `refsam.evaluation.runners.composites`.
+"""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provenance import collect
+from refsam.evaluation.runners.composites import evaluate_composites
+from refsam.model import RefSAM
+
+
+def main() -> None:
+    """Score, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--clips", type=int, default=40, help="of each kind")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    manifest = arguments.folder / "manifest.jsonl"
+    if not manifest.is_file():
+        parser.error(f"folder: no {manifest}")
+    origin = collect("cpu")
+    model = RefSAM.from_pretrained(arguments.model).eval()
+    result = evaluate_composites(model, arguments.folder, arguments.clips)
+    print(table(result))
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    content = {**origin, "manifest_sha256": digest, **result}
+    arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def table(result: dict[str, Any]) -> str:
+    """The summary as a Markdown table."""
+    summary = result["summary"]
+    lines = ["| sentence | J |", "|---|--:|"]
+    lines += [f"| {kind} | {value:.3f} |" for kind, value in summary["J"].items()]
+    lines.append(f"| left, right, largest, second | {summary['told apart']:.3f} |")
+    area = summary["false_area while covered"]
+    lines.append(f"| marked while covered, % of the frame | {100 * area:.3f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
