@@ -1,5 +1,6 @@
 """``refsam train``: train a model from a YAML configuration."""
 
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,21 +23,32 @@ def train(
             help="Entries to change, such as optimiser.learning_rate=3e-4.",
         ),
     ] = None,
+    allow_changes: Annotated[
+        bool,
+        typer.Option(
+            "--allow-changes",
+            help="Go on with a run whose configuration was another; what is new is noted in its log.",
+        ),
+    ] = False,
 ) -> None:
     """Train a model; run again to resume where it stopped, also after a kill. On several GPUs: torchrun -m refsam train CONFIG.
 
-    Writes log, curves, the resumable state and, at the end, the model into the folder that the configuration names.
+    Writes log, curves, the resumable state and, at the end, the model into the folder that the configuration names. SIGUSR1 saves
+    the state after the step; SIGTERM and Ctrl-C end the run after it, with its state saved.
     """
+    # Read when torch is first imported: threads that wait by spinning keep the workers that draw batches off the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from refsam.training.loop import Trainer
     from refsam.training.settings import TrainingSettings
 
-    trainer = Trainer(TrainingSettings.from_yaml(config, overrides or ()), typer.echo)
+    settings = TrainingSettings.from_yaml(config, overrides or ())
+    trainer = Trainer(settings, typer.echo, allow_changes=allow_changes)
     try:
         for record in trainer.run():
             numbers = "  ".join(f"{n} {value:.4g}" for n, value in record.items() if n != "step")
             _echo(trainer, f"step {int(record['step'])}/{trainer.steps}  {numbers}")
     finally:
-        trainer.processes.leave()
+        trainer.leave()
     if not trainer.stopped_by:
         _echo(trainer, f"model written to {trainer.output / 'model'}")
         return

@@ -34,13 +34,14 @@ def own_name(path: Path) -> Path:
 def only_writer(path: Path, *, wait: bool) -> Iterator[None]:
     """Hold the lock file `<path>.lock` within; it is let go of when the process ends, however that ends.
 
-    With `wait`, wait for another holder; without, raise UserError if there is one. Raises UserError where it cannot be made.
+    One thread may hold it several times. With `wait`, wait for another holder; without, raise UserError if there is one.
+    Raises UserError where it cannot be made.
     """
     from filelock import FileLock, Timeout
 
     name = path.with_name(f".{path.name}.lock")
     # A lock that its maker alone may open would lock colleagues out for ever.
-    lock = FileLock(name, timeout=-1 if wait else 0, mode=0o666)
+    lock = FileLock(name, timeout=-1 if wait else 0, mode=0o666, is_singleton=True)
     try:
         lock.acquire()
     except Timeout:

@@ -10,16 +10,23 @@ from typing import Any
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class WaitedTooLongError(Exception):
+    """A signal asked to stop, and what was waited for did not come."""
+
+
 class StopRequest:
     """Within a `with` block, `signal` is the first of the signals that arrived, 0 before that; by default of SIGTERM and SIGINT.
 
-    A second SIGINT interrupts at once. Python handles signals in the main thread only: elsewhere nothing is caught.
+    A second SIGINT interrupts at once. `save_wanted` says that SIGUSR1 arrived, if that is among the signals. Python handles
+    signals in the main thread only: elsewhere nothing is caught.
     """
 
     def __init__(self, signals: Sequence[signal.Signals] = _SIGNALS) -> None:
         self.signal = 0
+        self.save_wanted = False
         self._signals = signals
         self._before: dict[int, Any] = {}
+        self._patience: float | None = None
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -30,15 +37,41 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def waiting(self, seconds: float) -> Iterator[None]:
+        """Around what may never come: where a signal asked to stop, WaitedTooLongError is raised after so many seconds."""
+        if not self._before:
+            yield
+            return
+        before = signal.signal(signal.SIGALRM, _give_up)
+        self._patience = seconds
+        if self.signal:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            self._patience = None
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
     def _note(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            self.save_wanted = True
+            return
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = self.signal or number
+        if self._patience is not None:
+            signal.setitimer(signal.ITIMER_REAL, self._patience)
+
+
+def _give_up(number: int, _: FrameType | None) -> None:
+    raise WaitedTooLongError
 
 
 def ignore_stop_signals() -> None:
     """For processes that serve the one that handles them: a terminal and torchrun signal all of a group."""
-    for number in _SIGNALS:
+    for number in (*_SIGNALS, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from refsam.data import DataError, ReferringDataset, open_dataset
 from refsam.data.clips import ClipBatch, ClipMixture, ClipSampler
@@ -15,7 +14,7 @@ from refsam.data.generated import generate_batch
 from refsam.data.photographs.clips import photograph_batch
 from refsam.data.photographs.folder import open_folder
 from refsam.data.photographs.scenes import SceneDrawer
-from refsam.runtime.signals import ignore_stop_signals
+from refsam.training.loading import draw
 from refsam.training.settings import PhotographSettings, StageSettings, TrainingSettings
 
 # Height to width of a generated batch's frames.
@@ -104,6 +103,10 @@ class GeneratedStream(Dataset[TrainingBatch | DataError]):
         )
         return TrainingBatch(clips, batch.attributes, batch.owner)
 
+    def course(self, step: int) -> dict[str, float]:
+        """Clips seen before a step."""
+        return {"samples": self.batches * clips_before(self.settings.stages, step)}
+
 
 class DatasetStream(Dataset[TrainingBatch | DataError]):
     """Batch number `index` takes the clips that follow those of the batches before it in an endless mixture of the datasets.
@@ -136,12 +139,21 @@ class DatasetStream(Dataset[TrainingBatch | DataError]):
         step, place = divmod(index, self.batches)
         stage = stage_at(self.settings.stages, step)
         mixture = self.mixtures[stage.frames, stage.expressions]
-        position = self.batches * _clips_before(self.settings.stages, step) + place * stage.clips
+        position = self.batches * clips_before(self.settings.stages, step) + place * stage.clips
         try:
             clips = [mixture.clip(position + clip) for clip in range(stage.clips)]
         except DataError as error:
             return error
         return TrainingBatch(ClipBatch.of(clips))
+
+    def course(self, step: int) -> dict[str, float]:
+        """Clips seen and passes over the datasets done before a step, as the stage before it mixes them."""
+        seen = self.batches * clips_before(self.settings.stages, step)
+        stage = stage_at(self.settings.stages, max(0, step - 1))
+        return {
+            "samples": seen,
+            "epoch": seen / len(self.mixtures[stage.frames, stage.expressions]),
+        }
 
 
 def open_photographs(settings: PhotographSettings | None) -> SceneDrawer | None:
@@ -177,19 +189,14 @@ def batches(
     workers: int,
     rank: int = 0,
     ranks: int = 1,
+    pin: bool = False,
 ) -> Iterator[TrainingBatch]:
     """Those of steps `begin` to `end`, the end not included, that fall to one of `ranks` processes.
 
-    In order, drawn ahead by `workers` other processes; raises DataError.
+    In order, drawn ahead by `workers` other processes, as `refsam.training.loading` says; raises DataError and UserError.
     """
-    loader: DataLoader[TrainingBatch | DataError] = DataLoader(
-        stream,
-        batch_size=None,
-        sampler=range(begin * stream.batches + rank, end * stream.batches, ranks),
-        num_workers=workers,
-        worker_init_fn=_begin_worker,
-    )
-    for batch in loader:
+    order = range(begin * stream.batches + rank, end * stream.batches, ranks)
+    for batch in draw(stream, order, workers, pin):
         if isinstance(batch, DataError):
             raise batch
         yield batch
@@ -210,15 +217,10 @@ def stage_at(stages: tuple[StageSettings, ...], step: int) -> StageSettings:
     raise IndexError(f"step {step} lies behind the last stage")
 
 
-def _clips_before(stages: tuple[StageSettings, ...], step: int) -> int:
+def clips_before(stages: tuple[StageSettings, ...], step: int) -> int:
     """How many clips the steps before this one take where each is one batch."""
     clips = 0
     for stage in stages:
         clips += stage.clips * min(step, stage.steps)
         step -= min(step, stage.steps)
     return clips
-
-
-def _begin_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    ignore_stop_signals()

@@ -4,6 +4,7 @@
 reads and writes the output folder.
 """
 
+import gc
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -34,21 +35,33 @@ class Processes:
 
     @classmethod
     def join(cls, device: str) -> "Processes":
-        """Join those that torchrun started, or be the only one without it; a GPU each where `device` is "cuda"."""
-        place = torch.device(device)
-        if not dist.is_torchelastic_launched():
+        """Join those that torchrun, srun or mpirun started, or be the only one; a GPU each where `device` is "cuda".
+
+        Raises UserError where there is no such GPU, and where several were started that cannot find each other: each of them
+        would train by itself, into one folder.
+        """
+        started = _started()
+        place = _place(device, started)
+        if started is None:
             return cls(0, 1, place)
-        if place.type == "cuda":
-            place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(place)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+            dist.init_process_group(
+                "nccl" if place.type == "cuda" else "gloo",
+                rank=started.rank,
+                world_size=started.count,
+            )
         return cls(dist.get_rank(), dist.get_world_size(), place)
 
     def leave(self) -> None:
-        """End what `join` began."""
+        """End what `join` began; whatever exchanges gradients must be gone by then."""
+        gc.collect()  # a DistributedDataParallel that outlives its process group may wait for it for ever
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.count > 1:
+            dist.barrier()
 
     @property
     def is_first(self) -> bool:
@@ -100,6 +113,65 @@ class Processes:
         return received
 
 
+@dataclass(frozen=True)
+class _Started:
+    """What a launcher says of this process: its number, how many there are, and its number on this machine."""
+
+    rank: int
+    count: int
+    local_rank: int
+
+
+# Variables of rank, count and rank on the machine, by launcher; those of Slurm are a step's (srun), not a whole job's.
+_LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+}
+
+
+def _started() -> _Started | None:
+    """Who this process is among several, None if it was started alone; raises UserError where they cannot find each other."""
+    for launcher, (rank, count, local) in _LAUNCHERS.items():
+        if rank not in os.environ or count not in os.environ:
+            continue
+        numbers = [os.environ[rank], os.environ[count], os.environ.get(local, os.environ[rank])]
+        if not all(number.isdigit() for number in numbers):
+            raise UserError(f"{rank}, {count}: got {', '.join(numbers)}, want whole numbers")
+        found = _Started(*(int(number) for number in numbers))
+        if found.count == 1 and not dist.is_torchelastic_launched():
+            continue
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if missing:
+            raise UserError(
+                f"{found.count} processes were started by {launcher} and cannot find each other, as {' and '.join(missing)} "
+                "are not set: set them to the first machine and a free port, or start with torchrun"
+            )
+        return found
+    return None
+
+
+def _place(device: str, started: _Started | None) -> torch.device:
+    """The device of that name for this process; raises UserError where the machine lacks it."""
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device: got {device!r}, want cpu, cuda or cuda:N") from None
+    if place.type != "cuda":
+        return place
+    count = torch.cuda.device_count()
+    if started is not None:
+        place = torch.device("cuda", started.local_rank % max(1, count))
+    if (place.index or 0) >= count:
+        found = f"{count} GPU{'s' if count != 1 else ''}" if count else "no CUDA GPU"
+        raise UserError(
+            f"device: got {device}, torch {torch.__version__} sees {found} here; take device=cpu"
+        )
+    torch.cuda.set_device(place)
+    return place
+
+
 class SharedModule:
     """How several processes share `module`: called like it, with one backward for each call.
 
@@ -133,6 +205,10 @@ class SharedModule:
 
     def __call__(self, *arguments: Any) -> Any:
         return self.module(*arguments)
+
+    def release(self) -> None:
+        """Let go of what exchanges gradients, which must end before the processes part."""
+        self.module = None
 
     @contextmanager
     def accumulating(self, is_last: bool) -> Iterator[None]:

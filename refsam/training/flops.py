@@ -16,9 +16,46 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from refsam.model import RefSAM
 from refsam.training.batches import TrainingBatch
-from refsam.training.settings import StageSettings
+from refsam.training.distributed import Processes
+from refsam.training.module import NotANumberError, TrainingModule
+from refsam.training.monitoring import measure_peak_flops
+from refsam.training.settings import StageSettings, TrainingSettings
 
 Shape = Sequence[int]
+
+
+class StepFlops:
+    """What the batches of a run take, counted once for each stage, and only where the devices' peak is known.
+
+    `peak` is what all devices together reach, operations per second.
+    """
+
+    def __init__(
+        self, settings: TrainingSettings, module: TrainingModule, processes: Processes
+    ) -> None:
+        self.module = module
+        self.peak: float | None = None
+        self._counted: tuple[StageSettings, int] | None = None
+        if settings.peak_tflops == "measure":
+            dtype = getattr(torch, settings.dtype)
+            self.peak = measure_peak_flops(processes.device, dtype) * processes.count
+        elif settings.peak_tflops is not None:
+            self.peak = 1e12 * settings.peak_tflops * processes.count
+
+    def of(
+        self, shared: Callable[..., dict[str, Tensor]], batch: TrainingBatch, stage: StageSettings
+    ) -> int:
+        """Operations of one batch of a stage on one device, 0 where they are not wanted."""
+        if self.peak is None:
+            return 0
+        if self._counted is None or self._counted[0] is not stage:
+            try:
+                flops = count_flops(shared, self.module.model, batch, stage)
+            except NotANumberError:  # the step itself will find it
+                return 0
+            self.module.head.zero_grad(set_to_none=True)
+            self._counted = (stage, flops)
+        return self._counted[1]
 
 
 def count_flops(

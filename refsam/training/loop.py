@@ -1,26 +1,20 @@
 """The training loop: steps, what is logged and validated on the way, and a state that a killed run goes on from."""
 
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from refsam.checkpoint import Checkpoint, write_checkpoint
-from refsam.checkpoint.files import shorten
-from refsam.data import ReferringDataset
-from refsam.data.generated.grammar import vocabulary
-from refsam.data.photographs.scenes import SceneDrawer
-from refsam.data.photographs.words import load_words
 from refsam.errors import UserError
-from refsam.model import RefSAM, SmallTextEncoder, word_tokenizer
-from refsam.model.model_card import card_arguments
-from refsam.model.vocabulary import extend_vocabulary
-from refsam.runtime.signals import StopRequest
+from refsam.model import RefSAM
+from refsam.runtime.files import only_writer
+from refsam.runtime.signals import StopRequest, WaitedTooLongError
 from refsam.training.batches import (
     DatasetStream,
     GeneratedStream,
@@ -30,24 +24,31 @@ from refsam.training.batches import (
     open_photographs,
     stage_at,
 )
-from refsam.training.distributed import Processes, SharedModule, local, spread_like, whole
-from refsam.training.flops import count_flops
+from refsam.training.checkpointing import Weights
+from refsam.training.configuration import accumulation_for, check_configuration, learnt
+from refsam.training.distributed import Processes, SharedModule
+from refsam.training.flops import StepFlops
 from refsam.training.module import NotANumberError, TrainingModule
-from refsam.training.monitoring import Log, Meter, measure_peak_flops
+from refsam.training.monitoring import Log, Meter
 from refsam.training.optim import (
     build_optimisers,
     clip_gradients,
     learning_rate,
     update_average,
 )
-from refsam.training.settings import StageSettings, TrainingSettings
+from refsam.training.settings import TrainingSettings
+from refsam.training.start import build_model, check_sentences
 from refsam.training.state import Progress, digest, read_state, write_state
-from refsam.training.validation import open_clips, score_clips
+from refsam.training.validation import open_clips
+from refsam.training.validator import Validator
 
 # How many samples an error message names.
 _NAMED = 4
 # What processes tell each other in the middle of a step; a larger number prevails.
-_FINE, _STOP_AFTER_STEP, _FAILED = 0, 1, 2
+_FINE, _SAVE, _STOP_AFTER_STEP, _FAILED = 0, 1, 2, 3
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# How long a run that was asked to stop waits for the data of its next step.
+_PATIENCE_SECONDS = 5.0
 
 
 class Trainer:
@@ -55,14 +56,20 @@ class Trainer:
 
     The output folder holds `log.jsonl` and `tensorboard/`, `state.safetensors` (what `run` resumes from; the previous one beside
     it), `examples/`, and the averaged model as `best/`, by validation, and `model/`, the last. `stopped_by` is the signal
-    that ended `run` early, 0 for none. `say` is told in words what a reader of the log must know.
+    that ended `run` early, 0 for none. `say` is told in words what a reader of the log must know. With `allow_changes` a run goes
+    on with another configuration than it was begun with.
     """
 
     def __init__(
-        self, settings: TrainingSettings, say: Callable[[str], None] = lambda text: None
+        self,
+        settings: TrainingSettings,
+        say: Callable[[str], None] = lambda text: None,
+        *,
+        allow_changes: bool = False,
     ) -> None:
         self.settings = settings
         self.say = say
+        self.allow_changes = allow_changes
         self.output = Path(settings.output)
         self.processes = Processes.join(settings.device)
         if self.processes.is_first:
@@ -72,17 +79,20 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.datasets = open_datasets(settings)
         self.drawer = open_photographs(settings.data.photographs)
-        self.model = _build_model(settings, self.datasets, self.drawer).to(self.processes.device)
+        self.model = build_model(settings, self.datasets, self.drawer).to(self.processes.device)
+        check_sentences(self.model.text_encoder, self.datasets)
         self.model.image_encoder.activation_checkpointing = settings.activation_checkpointing
-        self.clips = open_clips(settings.validation, self.model.image_size)
+        clips = open_clips(settings.validation, self.model.image_size)
         self.module = TrainingModule(self.model, settings).to(self.processes.device)
         self.module.train()
         self.head = self.module.head
         frozen = {n: p for n, p in self.model.named_parameters() if not p.requires_grad}
+        self.accumulation = settings.optimiser.gradient_accumulation_steps
         self.progress = Progress(
             frozen=digest(frozen),
             threads=torch.get_num_threads(),
             processes=self.processes.count,
+            batches=self.accumulation * self.processes.count,
         )
         self.shared = SharedModule(self.module, settings.parallel, self.processes)
         if settings.compile:
@@ -90,13 +100,17 @@ class Trainer:
         self.optimisers = build_optimisers(
             torch.nn.ModuleList([self.model, self.head]), settings.optimiser
         )
-        self.average = self._copy_of_trained() if settings.optimiser.ema_decay else {}
+        self.weights = Weights(
+            self.module, self.optimisers, self.processes, settings.optimiser.ema_decay is not None
+        )
+        self.average = self.weights.average
+        self.validator = (
+            None if clips is None else Validator(settings, clips, self.weights, self.shared)
+        )
         self.steps = sum(stage.steps for stage in settings.stages)
         self.saved_step: int | None = None
         self.stopped_by = 0
         self.skipped: list[str] = []
-        self._flops_of_step = 0
-        self._counted_stage: StageSettings | None = None
 
     @property
     def step(self) -> int:
@@ -104,80 +118,135 @@ class Trainer:
         return self.progress.step
 
     def run(self) -> Iterator[dict[str, float]]:
-        """Train from the last saved step to the end, or to a signal; raises UserError where something stops being a number."""
-        problems = self.resume()
-        self.log = Log(self.output, self.step, self.processes.is_first)
-        self.meter = Meter(self.processes.device, self._peak_flops())
-        try:
-            self._note("state", problems)
-            self._note("log", self.log.problems)
-            self._note("data", [note for dataset in self.datasets for note in dataset.notes])
-            with StopRequest() as request:
-                yield from self._steps(request)
-        finally:
-            self.log.close()
-        if not self.stopped_by:
-            self._save_model("model")
+        """Train from the last saved step to the end, or to a signal; raises UserError where something stops being a number.
+
+        Raises UserError, too, while another process trains into the same folder, and for what `resume` refuses.
+        """
+        with (
+            only_writer(self.output / "run", wait=False)
+            if self.processes.is_first
+            else nullcontext()
+        ):
+            problems = self.resume()
+            self.log = Log(self.output, self.step, self.processes.is_first, self.settings.wandb)
+            self.flops = StepFlops(self.settings, self.module, self.processes)
+            self.meter = Meter(self.processes.device, self.flops.peak)
+            try:
+                self._note("state", problems)
+                self._note("log", self.log.problems)
+                notes = [n for dataset in self.datasets for n in (*dataset.notes, *dataset.faults)]
+                self._note("data", notes)
+                with StopRequest(_SIGNALS) as request:
+                    yield from self._steps(request)
+            finally:
+                self.log.close()
+            if not self.stopped_by:
+                self.weights.save_model(self.output / "model", self.settings.delta)
+                self.processes.wait()
+
+    def leave(self) -> None:
+        """Leave the other processes: what exchanges gradients first, or its end may wait for theirs for ever."""
+        self.shared.release()
+        self.processes.leave()
 
     def _steps(self, request: StopRequest) -> Iterator[dict[str, float]]:
         arriving = self._batches()
         self.meter.restart()
-        while self.step < self.steps:
-            status = self.train_step(arriving, request)
+        if self._is_due(self.settings.validation.every) and self._must_validate():
+            yield from self._validate_and_save()  # the process was ended in the middle of it
+        while self.step < self.steps and not self._has_stalled():
+            try:
+                status = self.train_step(arriving, request)
+            except WaitedTooLongError:
+                self._stop_waiting(request)
+                return
             is_last = self.step == self.steps or status == _STOP_AFTER_STEP
+            is_validated = self._is_due(self.settings.validation.every)
             if self._is_due(self.settings.log_every):
                 yield self._read_out()
-            if self._is_due(self.settings.validation.every):
-                yield self.validate()
-            if is_last or self._is_due(self.settings.save_every):
+            if is_last or is_validated or status == _SAVE or self._is_due(self.settings.save_every):
                 self.save()
+                request.save_wanted = False
+            if is_validated:
+                yield from self._validate_and_save()
             if is_last and self.step < self.steps:
                 self.stopped_by = self.processes.maximum(request.signal)
                 return
+
+    def _must_validate(self) -> bool:
+        return self.step > 0 and self.progress.validated < self.step
+
+    def _validate_and_save(self) -> Iterator[dict[str, float]]:
+        """Validate a state that is saved already, and save what came of it."""
+        yield self.validate()
+        self.save()
+
+    def _has_stalled(self) -> bool:
+        """Whether validation has found nothing better for as long as the settings bear."""
+        patience = self.settings.validation.patience
+        if patience is None or self.progress.worse < patience:
+            return False
+        self._note(
+            "stopped",
+            [
+                f"no better score in {patience} validations; the best was at step {self.progress.best_step}"
+            ],
+        )
+        return True
+
+    def _stop_waiting(self, request: StopRequest) -> None:
+        """End a run that waits for data in vain: the state of a process alone is saved, several keep their last one."""
+        if self.processes.count > 1:
+            raise UserError(
+                f"stopped by {signal.Signals(request.signal).name} while waiting for data; {self._kept()}"
+            ) from None
+        self.save()
+        self.stopped_by = request.signal
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and (self.step % every == 0 or self.step == self.steps)
 
     def _batches(self) -> Iterator[TrainingBatch]:
         """This process's batches from the next step on."""
-        count = self.settings.optimiser.gradient_accumulation_steps * self.processes.count
-        stream = (
+        count = self.accumulation * self.processes.count
+        self.stream = (
             DatasetStream(self.settings, self.datasets, count)
             if self.datasets
             else GeneratedStream(self.settings, self.model.image_size, count, self.drawer)
         )
         return batches(
-            stream,
+            self.stream,
             self.step,
             self.steps,
             self.settings.workers,
             self.processes.rank,
             self.processes.count,
+            pin=self.processes.device.type == "cuda",
         )
 
     def train_step(self, arriving: Iterator[TrainingBatch], request: StopRequest) -> int:
         """One step on the next batches; returns whether to stop after it. Raises UserError."""
         settings = self.settings.optimiser
-        rate = learning_rate(self.step, self.steps, settings)
+        stage = stage_at(self.settings.stages, self.step)
+        together = self.accumulation * self.processes.count
+        rate = learning_rate(self.step, self.steps, settings, stage.clips * together)
         for group in (group for each in self.optimisers for group in each.param_groups):
             group["lr"] = rate * group["scale"]
         self.module.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
-        status = _FINE
+        status, of_batch = _FINE, 0
         names: tuple[str, ...] = ()
-        for number in range(settings.gradient_accumulation_steps):
-            batch = next(arriving)
+        for number in range(self.accumulation):
+            with request.waiting(_PATIENCE_SECONDS):
+                batch = next(arriving)
             names += batch.clips.names
-            self._count_flops(batch)
-            with self.shared.accumulating(number + 1 == settings.gradient_accumulation_steps):
+            of_batch = self.flops.of(self.shared, batch, stage)
+            with self.shared.accumulating(number + 1 == self.accumulation):
                 losses, agreed = self._losses(batch, request)
                 status = max(status, agreed)
-                (losses["total"] / settings.gradient_accumulation_steps).backward()
+                (losses["total"] / self.accumulation).backward()
             for name, value in losses.items():
-                sums[name] = (
-                    sums.get(name, 0.0)
-                    + float(value.detach()) / settings.gradient_accumulation_steps
-                )
+                sums[name] = sums.get(name, 0.0) + float(value.detach()) / self.accumulation
             self.skipped += batch.clips.skipped
         self.shared.finish_gradients()
         norm = clip_gradients(self.model.parameters(), settings.max_grad_norm)
@@ -190,36 +259,12 @@ class Trainer:
             update_average(self.average, parameters, settings.ema_decay, self.step)
         self.progress.step += 1
         self.progress.counted += 1
+        self._flops_of_step = of_batch * together
         self.meter.count(len(names) * self.processes.count, self._flops_of_step)
         sums |= {"gradient_norm": norm, "learning_rate": rate}
         for name, of_step in sums.items():
             self.progress.sums[name] = self.progress.sums.get(name, 0.0) + of_step
         return status
-
-    def _peak_flops(self) -> float | None:
-        """What all devices together reach, where it is to be known."""
-        given = self.settings.peak_tflops
-        if given is None:
-            return None
-        if given != "measure":
-            return 1e12 * given * self.processes.count
-        dtype = getattr(torch, self.settings.dtype)
-        return measure_peak_flops(self.processes.device, dtype) * self.processes.count
-
-    def _count_flops(self, batch: TrainingBatch) -> None:
-        """What a step of this stage takes on all devices, counted once where the devices' peak is known."""
-        stage = stage_at(self.settings.stages, self.step)
-        if self.meter.peak_flops is None or self._counted_stage is stage:
-            return
-        self._counted_stage = stage
-        try:
-            flops = count_flops(self.shared, self.model, batch, stage)
-        except NotANumberError:  # the step itself will find it
-            return
-        self.head.zero_grad(set_to_none=True)
-        self._flops_of_step = (
-            flops * self.settings.optimiser.gradient_accumulation_steps * self.processes.count
-        )
 
     def _losses(self, batch: TrainingBatch, request: StopRequest) -> tuple[dict[str, Tensor], int]:
         """Losses of a batch, and whether the processes stop after this step; raises UserError in all if one fails."""
@@ -229,7 +274,7 @@ class Trainer:
             losses = self.shared(batch, stage_at(self.settings.stages, self.step))
         except NotANumberError as error:
             problem = error
-        status = _FAILED if problem else _STOP_AFTER_STEP if request.signal else _FINE
+        status = _FAILED if problem else _asked_for(request)
         agreed = self.processes.maximum(status)
         if problem:
             raise self._stop(problem) from None
@@ -240,14 +285,9 @@ class Trainer:
     def _stop(self, problem: NotANumberError) -> UserError:
         names = problem.names
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        kept = (
-            "no state was saved before it"
-            if self.saved_step is None
-            else f"the state of step {self.saved_step} is kept in {self.output}"
-        )
         return UserError(
             f"the {problem.what} is not a number at step {self.step} (seed {self.settings.seed}), on {'; '.join(names[:_NAMED])}"
-            f"{more}; {kept}: lower optimiser.learning_rate, or look at the data"
+            f"{more}; {self._kept()}: lower optimiser.learning_rate, or look at the data"
         )
 
     def _read_out(self) -> dict[str, float]:
@@ -256,6 +296,8 @@ class Trainer:
         progress = self.progress
         own = {name: value / progress.counted for name, value in progress.sums.items()}
         record = self.processes.means(own) | {"step": self.step} | self.meter.read()
+        record |= self.stream.course(self.step)
+        record["hours_left"] = record["seconds_per_step"] * (self.steps - self.step) / 3600
         if progress.unreadable:
             record["unreadable"] = progress.unreadable
         progress.sums, progress.counted = {}, 0
@@ -270,116 +312,55 @@ class Trainer:
             self.log.write({"step": self.step, "skipped": skipped})
 
     def validate(self) -> dict[str, float]:
-        """Score the averaged model, log it, draw examples; the best so far is saved as `best/`."""
-        assert self.clips is not None
-        is_sharded = self.settings.parallel == "fsdp"
-        # Sharded weights are gathered frame by frame, so every process must go through the same frames.
-        begin, every = (0, 1) if is_sharded else (self.processes.rank, self.processes.count)
-        with self.averaged(), self.shared.gathered():
-            self.model.eval()
-            own = score_clips(
-                self.model, self.clips, range(begin, len(self.clips), every), self._draw
-            )
-            self.model.train()
-        rows = own if is_sharded else [row for part in self.processes.gather(own) for row in part]
-        region, contour = torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist()
-        score = (region + contour) / 2
-        record = {"step": self.step, "J": region, "F": contour, "J&F": score}
+        """Score the averaged model, log it, draw examples; the best so far is saved as `best/`, the `keep` best below `top/`."""
+        assert self.validator is not None
+        record = self.validator.run(self.progress, self.log, self.skipped)
+        self._log_skipped()
+        if not record:
+            raise UserError(f"validation: none of its clips can be read; {self._kept()}")
         self.log.write(record)
-        if self.progress.best is None or score > self.progress.best:
-            self.progress.best, self.progress.best_step = score, self.step
-            self._save_model("best")
         self.meter.restart()
         return record
 
-    def _draw(self, index: int, image: Any) -> None:
-        if index >= self.settings.validation.examples or not self.processes.is_first:
-            return
-        from PIL import Image
-
-        folder = self.output / "examples"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(image).save(folder / f"{self.step:06d}_{index:02d}.png")
-        self.log.picture(f"example_{index:02d}", image, self.step)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """Within, the model's weights are the averaged ones."""
-        if not self.average:
-            yield
-            return
-        trained = self._trained()
-        kept = {name: local(value).clone() for name, value in trained.items()}
-        try:
-            self._fill(trained, {name: local(value) for name, value in self.average.items()})
-            yield
-        finally:
-            self._fill(trained, kept)
-
-    @staticmethod
-    @torch.no_grad()
-    def _fill(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            local(targets[name]).copy_(value)
+        return self.weights.averaged()
 
     def averaged_model(self) -> RefSAM:
         """A copy of the model, in eval mode, with the averaged weights; every process must ask for it."""
-        return RefSAM.from_checkpoint(self._checkpoint(delta=False)).to(self.processes.device)
-
-    def _checkpoint(self, delta: bool) -> Checkpoint:
-        with self.averaged():
-            stored = self.model.to_checkpoint(delta)
-            tensors = {n: whole(t).detach().cpu().clone() for n, t in stored.tensors.items()}
-        return Checkpoint(stored.config, tensors, stored.kind, stored.tokenizer, stored.sources)
-
-    def _save_model(self, name: str) -> None:
-        """Write the averaged model: without what stands in SAM's file, where the model stands on one."""
-        stands_on_sam = "sam" in self.model.sources and self.model.config.frozen
-        stored = self._checkpoint(self.settings.delta and stands_on_sam)
-        if self.processes.is_first:
-            write_checkpoint(self.output / name, stored)
-            card = self.model.generate_model_card(**card_arguments(stored, None))
-            card.save(self.output / name / "README.md")
-
-    def _trained(self) -> dict[str, Tensor]:
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-
-    def _copy_of_trained(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self._trained().items()}
+        return self.weights.averaged_model()
 
     def save(self) -> None:
-        """Write the resumable state; the one before stays beside it."""
+        """Write the resumable state; the one before stays beside it. Raises UserError where it cannot be written."""
         self._log_skipped()
-        state = self._weights() | self._optimiser_state()
-        # In one order: all processes gather the same tensor at a time.
-        tensors = {n: whole(state[n]).detach().cpu().contiguous() for n in sorted(state)}
+        tensors = self.weights.state()
         # Each process has sums of its own: the mean over them is what the log gets.
         self.progress.sums = self.processes.means(self.progress.sums)
+        problem = None
         if self.processes.is_first:
-            write_state(self.output, tensors, self.progress)
+            try:
+                write_state(self.output, tensors, self.progress, learnt(self.settings))
+            except (OSError, SafetensorError) as error:
+                problem = (
+                    f"the state of step {self.step} cannot be written ({error}); {self._kept()}"
+                )
+        if problem := self.processes.from_first(problem):
+            raise UserError(problem)
         self.saved_step = self.step
 
-    def _weights(self) -> dict[str, Tensor]:
-        """What training changes in the module, and its running average, by name."""
-        frozen = {n for n, p in self.module.named_parameters() if not p.requires_grad}
-        weights = {n: t for n, t in self.module.state_dict().items() if n not in frozen}
-        return weights | {f"average.{name}": value for name, value in self.average.items()}
-
-    def _optimiser_state(self) -> dict[str, Tensor]:
-        """What the optimisers remember of each parameter that was stepped."""
-        state = {}
-        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        for optimiser in self.optimisers:
-            for parameter, values in optimiser.state.items():
-                for key, value in values.items():
-                    state[f"optimiser.{key}.{names[id(parameter)]}"] = value
-        return state
+    def _kept(self) -> str:
+        if self.saved_step is None:
+            return "no state was saved before it"
+        return f"the state of step {self.saved_step} is kept in {self.output}"
 
     def resume(self) -> list[str]:
-        """Load the newest state that is whole, if there is one; in words, what was wrong with a newer one and what is new."""
+        """Load the newest state that is whole, if there is one; in words, what was wrong with a newer one and what is new.
+
+        Raises UserError for a state of another configuration, unless changes are allowed.
+        """
         found = read_state(self.output) if self.processes.is_first else None
-        tensors, progress, problems = found or ({}, None, [])
-        progress, problems = self.processes.from_first((progress, problems))
+        tensors, progress, before, problems = found or ({}, None, {}, [])
+        progress, before, problems = self.processes.from_first((progress, before, problems))
         if progress is None:
             return []
         if problems:
@@ -388,35 +369,35 @@ class Trainer:
             raise UserError(
                 f"{self.output}: its state was trained on other frozen weights than those of init_from and model: put them back"
             )
-        for what in ("threads", "processes"):
-            before, now = getattr(progress, what), getattr(self.progress, what)
-            if before != now:
-                problems.append(f"{before} {what} before, now {now}: losses will differ slightly")
-                setattr(progress, what, now)
-        self._load(self.processes.tensors_from_first(tensors))
+        problems += check_configuration(before, self.settings, self.allow_changes)
+        problems += self._adapt(progress, before)
+        self.weights.load(self.processes.tensors_from_first(tensors), self.output)
         self.progress, self.saved_step = progress, progress.step
         return problems
 
-    def _load(self, tensors: dict[str, Tensor]) -> None:
-        expected = self._weights()
-        stored = {name for name in tensors if not name.startswith("optimiser.")}
-        if wrong := sorted(stored ^ expected.keys()):
+    def _adapt(self, progress: Progress, before: Mapping[str, Any]) -> list[str]:
+        """Keep the batches of a step where the number of processes is another; in words, what is new. Raises UserError."""
+        count, threads = self.processes.count, self.progress.threads
+        accumulation = accumulation_for(progress, before, self.settings, count)
+        if accumulation is None and not self.allow_changes:
             raise UserError(
-                f"{self.output}: its state is of another model ({shorten(wrong)} differ): take another output"
+                f"{self.output}: a step was {progress.batches} batches on {progress.processes} processes, which {count} cannot "
+                "share evenly: take a number of processes that divides it, or go on with --allow-changes"
             )
-        self._fill(
-            expected,
-            {n: local(spread_like(tensors[n], expected[n])) for n in expected},
-        )
-        parameters = dict(self.module.named_parameters())
-        owner = {id(p): o for o in self.optimisers for g in o.param_groups for p in g["params"]}
-        for name in sorted(tensors.keys() - stored):
-            _, key, parameter = name.split(".", 2)
-            target = parameters[parameter]
-            value = tensors[name]
-            # The number of steps is no tensor of the parameter's shape, and never sharded.
-            placed = value.to(target.device) if key == "step" else spread_like(value, target)
-            owner[id(target)].state[target][key] = placed
+        self.accumulation = accumulation or self.accumulation
+        said = []
+        if progress.threads != threads:
+            said.append(
+                f"{progress.threads} threads before, now {threads}: losses will differ slightly"
+            )
+        if progress.processes != count:
+            said.append(
+                f"{progress.processes} processes before, now {count}: a step is {self.accumulation * count} batches, "
+                f"{self.accumulation} on each; losses will differ slightly"
+            )
+        progress.threads, progress.processes = threads, count
+        progress.batches = self.accumulation * count
+        return said
 
     def _note(self, kind: str, texts: Sequence[str]) -> None:
         """Say and log what is no number."""
@@ -426,21 +407,6 @@ class Trainer:
             self.log.write({"step": self.step, kind: list(texts)})
 
 
-def _build_model(
-    settings: TrainingSettings, datasets: Sequence[ReferringDataset], drawer: SceneDrawer | None
-) -> RefSAM:
-    """A new model, or the one to start from; a small text encoder knows every word that the data can hold."""
-    words = [] if drawer is None else drawer.folder.vocabulary()
-    if settings.init_from is None:
-        known = [*vocabulary(), *words, *_words(datasets)]
-        return RefSAM(settings.architecture, tokenizer=word_tokenizer(known))
-    model = RefSAM.from_pretrained(settings.init_from, sam=settings.sam)
-    if words and isinstance(model.text_encoder, SmallTextEncoder):
-        extend_vocabulary(model.text_encoder, words, load_words().relatives())
-    return model
-
-
-def _words(datasets: Sequence[ReferringDataset]) -> list[str]:
-    """What a small text encoder that starts from nothing must know beside the generated sentences."""
-    texts = (e.text for dataset in datasets for row in dataset.sentences.values() for e in row)
-    return sorted({word for text in texts for word in re.findall(r"\w+", text.lower())})
+def _asked_for(request: StopRequest) -> int:
+    """What a signal wants after this step."""
+    return _STOP_AFTER_STEP if request.signal else _SAVE if request.save_wanted else _FINE

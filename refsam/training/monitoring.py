@@ -1,5 +1,6 @@
 """What a run tells about itself: speed, memory, how much of the device it uses, and curves for TensorBoard."""
 
+import hashlib
 import json
 import os
 import resource
@@ -79,14 +80,17 @@ class Log:
     A run that goes on from `step` first takes back what an earlier one logged behind it.
     """
 
-    def __init__(self, folder: Path, step: int, active: bool) -> None:
+    def __init__(self, folder: Path, step: int, active: bool, project: str | None = None) -> None:
         self.path = folder / "log.jsonl"
         self.curves: Any = None
+        self.wandb: Any = None
         self.problems: list[str] = []
         self.active = active
         if not active:
             return
         self._take_back(step)
+        if project is not None:
+            self._open_wandb(folder, project)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -100,10 +104,12 @@ class Log:
             return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        numbers = {n: v for n, v in record.items() if isinstance(v, int | float) and n != "step"}
         if self.curves is not None:
-            for name, value in record.items():
-                if isinstance(value, int | float) and name != "step":
-                    self.curves.add_scalar(name, value, record["step"])
+            for name, value in numbers.items():
+                self.curves.add_scalar(name, value, record["step"])
+        if self.wandb is not None and numbers:
+            self.wandb.log(numbers, step=record["step"])
 
     def picture(self, name: str, image: NDArray[np.uint8], step: int) -> None:
         """An image (H, W, 3) uint8 RGB beside the curves."""
@@ -111,9 +117,23 @@ class Log:
             self.curves.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write what TensorBoard has not written yet."""
+        """Write what TensorBoard and Weights & Biases have not written yet."""
         if self.curves is not None:
             self.curves.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def _open_wandb(self, folder: Path, project: str) -> None:
+        """A run of that project which a resumed training goes on with."""
+        try:
+            import wandb
+        except ImportError:
+            self.problems.append("no Weights & Biases: pip install wandb")
+            return
+        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        self.wandb = wandb.init(
+            project=project, name=folder.name, id=name, resume="allow", dir=str(folder)
+        )
 
     def _take_back(self, step: int) -> None:
         if not self.path.exists():

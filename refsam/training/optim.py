@@ -32,7 +32,8 @@ def build_optimisers(model: nn.Module, settings: OptimiserSettings) -> list[torc
         if settings.muon and id(parameter) in linear:
             muon.setdefault(scale, []).append(parameter)
             continue
-        free = parameter.ndim <= 1 or any(k in name for k in ("rel_pos", "pos_embed", "token"))
+        is_vector = parameter.ndim <= 1 and not settings.decay_norms
+        free = is_vector or any(k in name for k in ("rel_pos", "pos_embed", "token"))
         adamw.setdefault((scale, free, are_sharded([parameter])), []).append(parameter)
     if unknown := sorted(set(settings.lr_overrides) - trained):
         raise UserError(
@@ -44,7 +45,7 @@ def build_optimisers(model: nn.Module, settings: OptimiserSettings) -> list[torc
         for key in sorted(adamw)
     ]
     optimisers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
+        torch.optim.AdamW(groups, lr=rate, betas=settings.betas, fused=True)
     ]
     if muon:
         groups = [{"params": muon[scale], "scale": scale} for scale in sorted(muon)]
@@ -54,17 +55,22 @@ def build_optimisers(model: nn.Module, settings: OptimiserSettings) -> list[torc
     return optimisers
 
 
-def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:
-    """The learning rate at a step: linear warm-up, then half a cosine."""
+def learning_rate(
+    step: int, steps: int, settings: OptimiserSettings, clips: int | None = None
+) -> float:
+    """The learning rate at a step of so many clips: linear warm-up, then half a cosine; scaled where `lr_batch` is given."""
+    top = settings.learning_rate
+    if clips is not None and settings.lr_batch is not None:
+        top *= clips / settings.lr_batch
     if step < settings.warm_up_steps:
-        return settings.learning_rate * (step + 1) / settings.warm_up_steps
+        return top * (step + 1) / settings.warm_up_steps
     progress = (step - settings.warm_up_steps) / max(1, steps - settings.warm_up_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return settings.learning_rate * (settings.final_rate + (1 - settings.final_rate) * cosine)
+    return top * (settings.final_rate + (1 - settings.final_rate) * cosine)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
-    """Scale the gradients so that the norm of all together is at most `limit`; returns the norm before."""
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> float:
+    """Scale the gradients so that the norm of all together is at most `limit`, if there is one; returns the norm before."""
     groups: dict[bool, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
@@ -74,8 +80,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
         for group in groups.values()
     ]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-    for group in groups.values():
-        clip_grads_with_norm_(group, limit, norm)
+    if limit is not None:
+        for group in groups.values():
+            clip_grads_with_norm_(group, limit, norm)
     return float(norm)
 
 

@@ -11,7 +11,6 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    field_validator,
     model_validator,
 )
 from pydantic.dataclasses import dataclass
@@ -22,12 +21,14 @@ from refsam.config import (
     RefSAMConfig,
     apply_overrides,
     config_from_dict,
+    config_to_dict,
     read_yaml,
 )
 from refsam.data.augmentation import Augmentation
 from refsam.errors import ConfigError
 
 _CLOSED = ConfigDict(extra="forbid")
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, config=_CLOSED)
@@ -58,7 +59,10 @@ class OptimiserSettings:
 
     `muon` steps the weights of linear layers by Muon at the same rate: a model that starts from nothing learns in fewer steps.
     `lr_overrides` gives parts of the model, such as mask_decoder, their own learning rate with the same schedule.
-    `max_grad_norm` clips the gradients of all parameters together. `gradient_accumulation_steps` batches make one step.
+    `max_grad_norm` clips the gradients of all parameters together (None: they are only measured). `betas` are AdamW's;
+    `decay_norms`: vectors, such as norms and biases, decay too. `lr_batch` is the number of clips in a step that the learning
+    rates are meant for: with more or less, over all processes, they are scaled linearly (None: they are what they are).
+    `gradient_accumulation_steps` batches make one step.
     `ema_decay` is the decay of the moving average of the weights, which is validated and saved as the model; with None the
     weights themselves are.
     """
@@ -69,7 +73,10 @@ class OptimiserSettings:
     weight_decay: NonNegativeFloat = 0.05
     warm_up_steps: NonNegativeInt = 300
     final_rate: NonNegativeFloat = 0.01
-    max_grad_norm: PositiveFloat = 1.0
+    max_grad_norm: PositiveFloat | None = 1.0
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    decay_norms: bool = False
+    lr_batch: PositiveInt | None = None
     gradient_accumulation_steps: PositiveInt = 1
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = 0.999
 
@@ -140,14 +147,19 @@ class ValidationSettings:
     """What the model is scored on, every `every` steps and at the end (None: never).
 
     `clips` videos of `dataset`, spread evenly over its list, or generated clips of what training never draws; the first `frames`
-    annotated frames of each; pictures of the first `examples` of them.
+    annotated frames of each (None: the whole video, online, as it will be used), `most_frames` in all, so that as many videos
+    are taken as they hold; pictures of the first `examples` of them. `keep` models of the highest scores are kept below `top/`.
+    `patience`: the run ends after so many validations without a better score (None: never).
     """
 
     every: PositiveInt | None = None
     dataset: DatasetSettings | None = None
     clips: PositiveInt = 20
-    frames: PositiveInt = 8
+    frames: PositiveInt | None = 8
+    most_frames: PositiveInt | None = None
     examples: NonNegativeInt = 4
+    keep: PositiveInt = 1
+    patience: PositiveInt | None = None
 
 
 @dataclass(frozen=True, config=_CLOSED)
@@ -155,7 +167,8 @@ class TrainingSettings:
     """One run: model, data, optimiser, how it is computed, and where it writes.
 
     `model` is a preset by name with entries to change, as in `{preset: vit_b, prompt_dim: 128}`, or a whole RefSAMConfig;
-    `init_from` a checkpoint to begin from, whose own configuration counts, `sam` SAM's file or folder if that one is a delta;
+    `init_from` a checkpoint to begin from, over whose configuration the entries of `model` are put (a preset must be its size);
+    `sam` SAM's file or folder if that one is a delta;
     `output` the folder of log, state and models; `workers` processes draw the batches ahead (0: the training's own).
     `text_cache` is a folder that keeps what a frozen text encoder says about each expression.
 
@@ -163,12 +176,12 @@ class TrainingSettings:
     more time. `compile` gives the image encoder to torch.compile. `parallel` says how several processes train: `ddp` copies the
     model to each, `fsdp` splits weights, gradients and the optimiser's state among them. `peak_tflops` of one device, given or
     measured, makes the log say how much of it is used. `delta` saves a model that was begun from SAM's file without the weights
-    that training left as they were.
+    that training left as they were. `wandb` is a project of Weights & Biases that gets the log too.
     """
 
-    model: dict[str, Any]
     stages: tuple[StageSettings, ...]
     output: str
+    model: dict[str, Any] = Field(default_factory=dict)
     init_from: str | None = None
     sam: str | None = None
     text_cache: str | None = None
@@ -186,6 +199,7 @@ class TrainingSettings:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     peak_tflops: PositiveFloat | Literal["measure"] | None = None
     delta: bool = True
+    wandb: str | None = None
     save_every: PositiveInt = 200
     log_every: PositiveInt = 20
 
@@ -202,12 +216,6 @@ class TrainingSettings:
     @classmethod
     def _accept_old_names(cls, values: Any) -> Any:
         return renamed.settings(values) if isinstance(values, dict) else values
-
-    @field_validator("model")
-    @classmethod
-    def _check_model(cls, model: dict[str, Any]) -> dict[str, Any]:
-        _architecture(model)
-        return model
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingSettings":
@@ -230,16 +238,37 @@ class TrainingSettings:
             "optimiser.muon: needs whole matrices, want parallel: ddp": (
                 self.parallel == "fsdp" and self.optimiser.muon
             ),
+            "model: got nothing, want a preset, a configuration, or init_from": (
+                not self.model and not self.init_from
+            ),
+            "validation.frames: generated clips have a length, want a number": (
+                self.validation.frames is None and self.validation.dataset is None
+            ),
             "sam: only an init_from that is a delta stands on it": self.sam and not self.init_from,
         }
         if failed := [message for message, fails in problems.items() if fails]:
             raise ValueError("; ".join(failed))
+        if self.init_from is None:
+            _architecture(self.model)
         return self
 
     @property
     def architecture(self) -> RefSAMConfig:
-        """The configuration that `model` means."""
+        """The configuration that `model` means without `init_from`."""
         return _architecture(self.model)
+
+    def changed_architecture(self, config: RefSAMConfig) -> RefSAMConfig:
+        """The configuration of what `init_from` names with the entries of `model` put over it; raises ConfigError."""
+        values = dict(self.model)
+        preset = values.pop("preset", None)
+        if preset is not None:
+            wanted, found = _architecture({"preset": preset}).image_encoder, config.image_encoder
+            sizes = [(e.embed_dim, e.depth, e.num_heads) for e in (wanted, found)]
+            if sizes[0] != sizes[1]:
+                raise ConfigError(
+                    f"model: got the preset {preset} of width, depth and heads {sizes[0]}, but {self.init_from} has {sizes[1]}"
+                )
+        return config_from_dict(RefSAMConfig, _merged(config_to_dict(config), values))
 
 
 def _architecture(model: dict[str, Any]) -> RefSAMConfig:
@@ -258,5 +287,7 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        # Another kind of text encoder has other entries.
+        both = both and value.get("kind", result[key].get("kind")) == result[key].get("kind")
         result[key] = _merged(result[key], value) if both else value
     return result

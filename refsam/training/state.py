@@ -26,7 +26,9 @@ class Progress:
     """How far a run is, beside its tensors.
 
     `sums` of the losses of the `counted` steps since the last line of the log, `skipped` and `unreadable` files, the `best`
-    validation score and its step; `frozen` is the digest of the weights that are not trained, which no state holds.
+    validation score and its step, the `top` ones as (score, step), how many since the best were `worse`, the step of the last
+    one (`validated`); `frozen` is the digest of the weights that are not trained, which no state holds. A step takes `batches`
+    over all `processes`, 0 if an earlier version did not say.
     """
 
     step: int = 0
@@ -38,14 +40,38 @@ class Progress:
     frozen: str = ""
     threads: int = 0
     processes: int = 1
+    batches: int = 0
+    validated: int = 0
+    worse: int = 0
+    top: list[tuple[float, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.top = [(score, step) for score, step in self.top]  # JSON knows lists only
 
 
-def write_state(folder: Path, tensors: Mapping[str, Tensor], progress: Progress) -> None:
-    """Write the state under another name and rename it; the newest there was stays as the previous one."""
+def write_state(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    progress: Progress,
+    configuration: Mapping[str, Any],
+) -> None:
+    """Write the state under another name and rename it; the newest there was stays as the previous one.
+
+    `configuration` is what `refsam.training.configuration.learnt` tells. Raises OSError or SafetensorError, and leaves nothing
+    unfinished behind, where it cannot be written.
+    """
     path = folder / STATE
     temporary = path.with_suffix(".tmp")
-    metadata = {"progress": json.dumps(asdict(progress)), "digest": digest(tensors)}
-    save_file(dict(tensors), temporary, metadata)
+    metadata = {
+        "progress": json.dumps(asdict(progress)),
+        "configuration": json.dumps(dict(configuration)),
+        "digest": digest(tensors),
+    }
+    try:
+        save_file(dict(tensors), temporary, metadata)
+    except (OSError, SafetensorError):
+        temporary.unlink(missing_ok=True)
+        raise
     follow_umask(temporary)
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
@@ -54,9 +80,12 @@ def write_state(folder: Path, tensors: Mapping[str, Tensor], progress: Progress)
     os.replace(temporary, path)
 
 
-def read_state(folder: Path) -> tuple[dict[str, Tensor], Progress, list[str]] | None:
+def read_state(
+    folder: Path,
+) -> tuple[dict[str, Tensor], Progress, dict[str, Any], list[str]] | None:
     """The newest state that is whole, and in words what is wrong with a newer one; None where there is none at all.
 
+    Beside tensors and progress it is the configuration, empty in a state of an earlier version.
     Raises UserError where there are states and none of them is whole.
     """
     problems: list[str] = []
@@ -80,14 +109,15 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], Progress, list[str]] | 
     return None
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], Progress]:
+def _read(path: Path) -> tuple[dict[str, Tensor], Progress, dict[str, Any]]:
     open(path, "rb").close()  # safetensors says of a file that may not be read that it is not there
     with safe_open(path, "pt") as file:
         metadata: dict[str, Any] = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     if digest(tensors) != metadata["digest"]:
         raise ValueError("its checksum differs")
-    return tensors, Progress(**json.loads(metadata["progress"]))
+    configuration = json.loads(metadata.get("configuration", "{}"))
+    return tensors, Progress(**json.loads(metadata["progress"])), configuration
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

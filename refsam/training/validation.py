@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from refsam.data import DataError, ReferringDataset, open_dataset
+from refsam.data import DataError, ReferringDataset, VideoRecord, open_dataset
+from refsam.data.dataset import UnreadableError
 from refsam.data.generated import generate_clip
 from refsam.errors import ExpressionError
 from refsam.metrics import contour_accuracy, region_similarity
@@ -52,7 +53,7 @@ class GeneratedClips:
     def __getitem__(self, index: int) -> ValidationClip:
         clip = generate_clip(
             _SEED + index,
-            frames=self.settings.frames,
+            frames=self.settings.frames or 1,
             size=self.size,
             kinds=_KINDS[index % len(_KINDS)],
             held_out=True,
@@ -71,8 +72,22 @@ class DatasetClips:
         self.frames = settings.frames
         self.dataset = dataset
         videos = [video for video in dataset.videos if video.annotated]
+        if not videos:
+            raise DataError(
+                f"validation.dataset: no frame of {dataset.name} {dataset.split} has a mask"
+            )
         count = min(settings.clips, len(videos))
         self.videos = [videos[index * len(videos) // count] for index in range(count)]
+        if settings.most_frames is not None:
+            self.videos = self._within(settings.most_frames)
+
+    def _within(self, most_frames: int) -> list[VideoRecord]:
+        """As many of the videos, spread evenly, as have so many frames in all; one at least."""
+        for count in range(len(self.videos), 1, -1):
+            chosen = [self.videos[index * len(self.videos) // count] for index in range(count)]
+            if sum(len(video.annotated[: self.frames]) for video in chosen) <= most_frames:
+                return chosen
+        return self.videos[:1]
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -106,15 +121,23 @@ def score_clips(
     clips: ValidationClips,
     indices: Sequence[int],
     picture: Callable[[int, NDArray[np.uint8]], None] = lambda index, image: None,
+    skipped: list[str] | None = None,
 ) -> list[tuple[float, float]]:
     """(J, F) of every expression of those clips, means over its frames; the model is in eval mode.
 
     An expression that the text encoder cannot take has empty masks. `picture` is given, for each clip, its last frame with the
-    predicted masks and beside it the true ones.
+    predicted masks and beside it the true ones. A clip that cannot be read is left out and noted in `skipped`; without that list
+    it raises UnreadableError.
     """
     scores = []
     for index in indices:
-        clip = clips[index]
+        try:
+            clip = clips[index]
+        except UnreadableError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+            continue
         predicted = predict(model, clip)
         for found, truth in zip(predicted, clip.masks, strict=True):
             region, contour = region_similarity(found, truth), contour_accuracy(found, truth)

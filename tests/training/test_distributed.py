@@ -83,7 +83,7 @@ def test_the_first_process_alone_writes(result: dict[str, Any], folder: Path) ->
     lines = [json.loads(line) for line in (folder / "ddp/log.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "total" in line]
     assert steps == list(range(1, len(steps) + 1))
-    assert (folder / "data/best/model.safetensors").exists()
+    assert (folder / "ddp/best/model.safetensors").exists()
 
 
 def test_a_state_of_two_processes_goes_on_in_one(result: dict[str, Any], folder: Path) -> None:

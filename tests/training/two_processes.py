@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
         result[f"{parallel} from {other}"] = losses_of(trainer)
     if trainer.processes.is_first:
         (folder / "result.json").write_text(json.dumps(result))
-    trainer.processes.leave()
+    trainer.leave()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,100 @@
+"""The configuration that a run was begun with, and what may change when it goes on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from refsam.config import config_to_dict
+from refsam.errors import UserError
+from refsam.training.settings import TrainingSettings
+from refsam.training.state import Progress
+
+_ACCUMULATION = "optimiser.gradient_accumulation_steps"
+
+# Where and how it is computed, what is watched and kept: nothing of it changes what is learnt.
+_HARMLESS = (
+    "output",
+    "init_from",
+    "sam",
+    "text_cache",
+    "validation",
+    "device",
+    "threads",
+    "workers",
+    "activation_checkpointing",
+    "compile",
+    "parallel",
+    "peak_tflops",
+    "delta",
+    "wandb",
+    "save_every",
+    "log_every",
+)
+
+
+def learnt(settings: TrainingSettings) -> dict[str, Any]:
+    """The entries that decide what is learnt, by their dotted names."""
+    values = config_to_dict(settings)
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in _HARMLESS:
+            _collect(key, value, found)
+    return found
+
+
+def _collect(name: str, value: Any, found: dict[str, Any]) -> None:
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            _collect(f"{name}.{key}", entry, found)
+    elif isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value):
+        for index, entry in enumerate(value):
+            _collect(f"{name}.{index}", entry, found)
+    else:
+        found[name] = value
+
+
+def differences(before: Mapping[str, Any], settings: TrainingSettings) -> list[str]:
+    """In words, every entry whose value is another than `learnt` told when the run was begun.
+
+    More steps in the last stage are none where the learning rate does not depend on their number.
+    """
+    now = learnt(settings)
+    last = f"stages.{len(settings.stages) - 1}.steps"
+    found = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        is_longer = key == last and old is not None and new is not None and new > old
+        if old != new and not (is_longer and settings.optimiser.final_rate == 1.0):
+            found.append(f"{key} was {_short(old)}, now {_short(new)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = "not there" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_configuration(
+    before: Mapping[str, Any], settings: TrainingSettings, allow_changes: bool
+) -> list[str]:
+    """In words, the changes that are allowed; raises UserError with all of them where they are not."""
+    changes = differences(before, settings) if before else []
+    if changes and not allow_changes:
+        raise UserError(
+            f"{settings.output} holds a run with another configuration: {'; '.join(changes)}; put it back, take another output, "
+            "or go on with --allow-changes"
+        )
+    return [f"allowed changes: {'; '.join(changes)}"] if changes else []
+
+
+def accumulation_for(
+    progress: Progress, before: Mapping[str, Any], settings: TrainingSettings, count: int
+) -> int | None:
+    """How many batches each of `count` processes must add up for the steps of the state's run; None where none will do.
+
+    So a step keeps its batches and their order, unless the settings ask for another number.
+    """
+    given = settings.optimiser.gradient_accumulation_steps
+    total = progress.batches or progress.processes * given
+    if given != before.get(_ACCUMULATION, given):
+        return given
+    return total // count if total % count == 0 else None

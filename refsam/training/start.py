@@ -1,0 +1,136 @@
+"""What a run begins with: its model, and sentences that this model can take."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from refsam import checkpoint
+from refsam.checkpoint import Checkpoint
+from refsam.config import RefSAMConfig, config_to_dict
+from refsam.data import ReferringDataset
+from refsam.data.generated.grammar import vocabulary
+from refsam.data.listings import named
+from refsam.data.photographs.scenes import SceneDrawer
+from refsam.data.photographs.words import load_words
+from refsam.errors import ConfigError, ExpressionError, UserError
+from refsam.model import RefSAM, SmallTextEncoder, word_tokenizer
+from refsam.model.text_encoder import CachedTextEncoder
+from refsam.model.vocabulary import extend_vocabulary
+from refsam.training.settings import TrainingSettings
+
+_NAMED = 8
+
+
+def build_model(
+    settings: TrainingSettings, datasets: Sequence[ReferringDataset], drawer: SceneDrawer | None
+) -> RefSAM:
+    """A new model, or the one to start from; a small text encoder knows every word that the data can hold.
+
+    With `init_from`, the entries of `model` are put over that checkpoint's configuration. Raises UserError where its weights
+    do not fit them.
+    """
+    words = [] if drawer is None else drawer.folder.vocabulary()
+    known = [*vocabulary(), *words, *_words(datasets)]
+    if settings.init_from is None:
+        return RefSAM(settings.architecture, tokenizer=word_tokenizer(known))
+    stored = checkpoint.load(settings.init_from, sam=settings.sam)
+    model = RefSAM.from_checkpoint(_changed(stored, settings, known))
+    if isinstance(model.text_encoder, SmallTextEncoder) and stored.tokenizer is not None:
+        new = [*words, *_words(datasets)]
+        if drawer is not None:
+            extend_vocabulary(model.text_encoder, new, load_words().relatives())
+        elif _unknown(model.text_encoder, new):
+            extend_vocabulary(model.text_encoder, new)
+    return model
+
+
+def _changed(stored: Checkpoint, settings: TrainingSettings, known: Sequence[str]) -> Checkpoint:
+    """The checkpoint with the entries of `model` put over its configuration."""
+    config = settings.changed_architecture(stored.config)
+    if stored.kind == "sam":
+        is_small = config.text_encoder.kind == "small"
+        tokenizer = word_tokenizer(known).to_str() if is_small else None
+        tensors = _fitted(stored, config)
+        return Checkpoint(config, tensors, stored.kind, tokenizer, stored.sources)
+    different = [
+        key for key in _leaves(stored.config) if _leaves(config)[key] != _leaves(stored.config)[key]
+    ]
+    try:
+        tensors = _fitted(stored, config)
+        with torch.device("meta"):
+            expected = RefSAM(config, None).state_dict()
+        vocabulary_size = ("text_encoder.words.weight",)
+        checkpoint.check_keys(
+            {key: value for key, value in tensors.items() if key not in vocabulary_size},
+            {key: value for key, value in expected.items() if key not in vocabulary_size},
+        )
+    except UserError as error:
+        raise ConfigError(
+            f"model: {', '.join(different)} cannot be changed in the trained {settings.init_from}: {error}"
+        ) from None
+    sources = dict(stored.sources)
+    if config.text_encoder != stored.config.text_encoder:
+        sources.pop("text_encoder", None)
+    return Checkpoint(config, tensors, stored.kind, stored.tokenizer, sources)
+
+
+def _fitted(stored: Checkpoint, config: RefSAMConfig) -> dict[str, torch.Tensor]:
+    if config.image_encoder.image_size == stored.config.image_encoder.image_size:
+        return stored.tensors
+    return checkpoint.resize_positions(stored.tensors, config)
+
+
+def _leaves(config: RefSAMConfig) -> dict[str, object]:
+    """Entries of a configuration by their dotted names."""
+    found: dict[str, object] = {}
+
+    def collect(prefix: str, value: object) -> None:
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                collect(f"{prefix}.{key}" if prefix else key, entry)
+        else:
+            found[prefix] = value
+
+    collect("", config_to_dict(config))
+    return found
+
+
+def _words(datasets: Sequence[ReferringDataset]) -> list[str]:
+    """Every word of the datasets' sentences."""
+    texts = (e.text for dataset in datasets for row in dataset.sentences.values() for e in row)
+    return sorted({word for text in texts for word in re.findall(r"\w+", text.lower())})
+
+
+def _unknown(encoder: SmallTextEncoder, words: Iterable[str]) -> list[str]:
+    known = encoder.tokenizer.get_vocab()
+    return [word for word in words if word not in known]
+
+
+def check_sentences(encoder: CachedTextEncoder, datasets: Sequence[ReferringDataset]) -> None:
+    """Raise UserError with every sentence that the text encoder cannot take, before one of them ends the run."""
+    refused = []
+    for dataset in datasets:
+        for video in dataset.videos:
+            for expression in dataset.expressions(video.name):
+                if reason := _refusal(encoder, expression.text):
+                    place = (
+                        f"{dataset.name} {dataset.split} {video.name}/{expression.expression_id}"
+                    )
+                    refused.append(f"{place} {expression.text!r} ({reason})")
+    if refused:
+        raise UserError(
+            f"data: {len(refused)} sentences cannot be trained on: {named(refused, _NAMED)}; put them right or leave them out"
+        )
+
+
+def _refusal(encoder: CachedTextEncoder, text: str) -> str | None:
+    if not text.strip():
+        return "it is empty"
+    if not isinstance(encoder, SmallTextEncoder):
+        return None
+    try:
+        encoder.tokenize(text)
+    except ExpressionError as error:
+        return str(error)
+    return None

@@ -1,0 +1,92 @@
+"""Validation on the way: the averaged model is scored, the best models are kept, examples are drawn."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from refsam.training.checkpointing import Weights
+from refsam.training.distributed import SharedModule
+from refsam.training.monitoring import Log
+from refsam.training.settings import TrainingSettings
+from refsam.training.state import Progress
+from refsam.training.validation import ValidationClips, score_clips
+
+
+class Validator:
+    """Scores the averaged model on `clips`; every process must take part.
+
+    The best model is saved as `best/` in the output folder, the `validation.keep` best below `top/`.
+    """
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        clips: ValidationClips,
+        weights: Weights,
+        shared: SharedModule,
+    ) -> None:
+        self.settings = settings
+        self.clips = clips
+        self.weights = weights
+        self.shared = shared
+        self.output = Path(settings.output)
+
+    def run(self, progress: Progress, log: Log, skipped: list[str]) -> dict[str, float]:
+        """The record of J, F and J&F at this step, empty where no clip can be read.
+
+        What may be skipped is added to `skipped`; raises UnreadableError where it may not be.
+        """
+        processes, model = self.weights.processes, self.weights.model
+        is_sharded = self.settings.parallel == "fsdp"
+        # Sharded weights are gathered frame by frame, so every process must go through the same frames.
+        begin, every = (0, 1) if is_sharded else (processes.rank, processes.count)
+
+        def draw(index: int, image: NDArray[np.uint8]) -> None:
+            self._draw(index, image, progress.step, log)
+
+        may_skip = self.settings.data.unreadable == "skip"
+        with self.weights.averaged(), self.shared.gathered():
+            model.eval()
+            order = range(begin, len(self.clips), every)
+            own = score_clips(model, self.clips, order, draw, skipped if may_skip else None)
+            model.train()
+        rows = own if is_sharded else [row for part in processes.gather(own) for row in part]
+        if not rows:
+            return {}
+        region, contour = torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist()
+        score = (region + contour) / 2
+        self._rank(progress, score)
+        return {"step": progress.step, "J": region, "F": contour, "J&F": score}
+
+    def _rank(self, progress: Progress, score: float) -> None:
+        """Save the model where its score says so."""
+        keep, step, is_delta = self.settings.validation.keep, progress.step, self.settings.delta
+        progress.validated = step
+        progress.worse += 1
+        if progress.best is None or score > progress.best:
+            progress.best, progress.best_step, progress.worse = score, step, 0
+            self.weights.save_model(self.output / "best", is_delta)
+        if keep == 1:
+            return
+        ranked = sorted([*progress.top, (score, step)], reverse=True)
+        progress.top = ranked[:keep]
+        if (score, step) in progress.top:
+            self.weights.save_model(self._top(step), is_delta)
+        for _, left in ranked[keep:]:
+            if self.weights.processes.is_first:
+                shutil.rmtree(self._top(left), ignore_errors=True)
+
+    def _top(self, step: int) -> Path:
+        return self.output / "top" / f"{step:06d}"
+
+    def _draw(self, index: int, image: NDArray[np.uint8], step: int, log: Log) -> None:
+        if index >= self.settings.validation.examples or not self.weights.processes.is_first:
+            return
+        folder = self.output / "examples"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f"{step:06d}_{index:02d}.png")
+        log.picture(f"example_{index:02d}", image, step)
