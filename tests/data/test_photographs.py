@@ -22,10 +22,14 @@ from tests.data.photograph_fixtures import (
     GREEN,
     ONE_CAT,
     RED,
+    WHITE,
+    write_lines,
+    write_photograph,
     write_photographs,
 )
 
 SIZE = (60, 96)
+Drawn = list[tuple[PhotoClip, list[PhotoSentence]]]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def folder(root: Path) -> PhotoFolder:
 
 
 @pytest.fixture(scope="module")
-def drawn(folder: PhotoFolder) -> list[tuple[PhotoClip, list[PhotoSentence]]]:
+def drawn(folder: PhotoFolder) -> Drawn:
     """Clips of one and three frames with sentences, half of them composites."""
     drawer = SceneDrawer(folder, composites=0.5)
     clips = []
@@ -127,6 +131,21 @@ def test_class_in_two_pieces_is_no_single_object(folder: PhotoFolder) -> None:
     together = read_picture(folder, replace(photograph, instances=None))
     assert together.things == (Thing("cat", False),)
     assert cut_out(together, 1) is None
+
+
+def test_piece_that_stands_out_is_an_object_of_its_own(tmp_path: Path) -> None:
+    boxes = ((1, WHITE, 10, 10, 60, 50), (1, RED, 20, 70, 36, 86))
+    write_lines(tmp_path / "manifest.jsonl", [write_photograph(tmp_path, "two", boxes)])
+    (tmp_path / "classes.json").write_text('{"1": "dog"}')
+    folder = open_folder(tmp_path, "train")
+    picture = read_picture(folder, folder.photographs[0])
+    assert picture.things == (Thing("dog", True), Thing("dog", False))
+    assert (picture.image[picture.owner == 1] == WHITE).all() and (picture.owner == 2).sum() == 256
+    clip = draw([Layer(picture, np.array([[0.5, 0.5, 1.0, 0.0]]), False)], (72, 96))
+    for seed in range(12):
+        for s in PhotoGrammar(np.random.default_rng(seed), folder, clip).sentences(4):
+            if s.kind == "class" and not s.mask[clip.owner == 2].any():
+                assert s.ignore[clip.owner == 2].all()  # it may belong to the dog
 
 
 # Draw by class
@@ -275,16 +294,27 @@ def test_absent_sentences_are_true(folder: PhotoFolder, drawn) -> None:
     assert checked > 60
 
 
-def test_class_sentences_mean_every_pixel_of_their_class(folder: PhotoFolder, drawn) -> None:
+def test_class_sentences_mean_all_of_their_class_or_the_one_that_stands_out(
+    folder: PhotoFolder, drawn: Drawn
+) -> None:
+    singular = plural = 0
     for clip, sentences in drawn:
         for sentence in sentences:
-            if sentence.kind in ("class", "group"):
-                meant = meaning(folder, sentence.text)
-                numbers = [n for n, t in enumerate(clip.things, 1) if t.name in meant]
-                assert numbers and (sentence.mask == np.isin(clip.owner, numbers)).all(), (
-                    sentence.text
-                )
             assert (sentence.ignore >= (clip.owner == 255)).all()
+            if sentence.kind not in ("class", "group"):
+                continue
+            meant = meaning(folder, sentence.text)
+            numbers = [n for n, t in enumerate(clip.things, 1) if t.name in meant]
+            targets = [n for n in numbers if (sentence.mask & (clip.owner == n)).any()]
+            assert (sentence.mask == np.isin(clip.owner, targets)).all(), sentence.text
+            areas = {n: int((clip.owner == n).sum()) for n in numbers}
+            if targets != [n for n in numbers if areas[n]]:
+                (target,) = targets
+                assert areas[target] > 1.6 * max(a for n, a in areas.items() if n != target)
+                singular += 1
+            else:
+                plural += len(targets) > 1
+    assert singular > 3 and plural > 3
 
 
 def test_colour_sentences_mean_pixels_of_that_colour(drawn) -> None:

@@ -33,7 +33,7 @@ from tests.training.test_loop import TINY
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_photographs(tmp_path_factory.mktemp("val"))
-    boxes = (ONE_CAT, ONE_DOG, ONE_CAT, ONE_DOG)
+    boxes = (ONE_CAT, ONE_DOG) * 4
     rows = [write_photograph(folder, f"v{n}", box, split="val") for n, box in enumerate(boxes)]
     write_lines(folder / "manifest.jsonl", rows)
     return folder
@@ -101,8 +101,9 @@ def test_summary_keeps_covered_objects_apart() -> None:
 
 
 def test_folder_without_enough_cut_outs_is_told(tmp_path: Path) -> None:
-    row = write_photograph(tmp_path, "one", ((1, (9, 9, 9), 0, 0, 72, 96),), split="val")
-    write_lines(tmp_path / "manifest.jsonl", [row])
+    whole = ((1, (9, 9, 9), 0, 0, 72, 96),)
+    rows = [write_photograph(tmp_path, f"one{n}", whole, split="val") for n in range(4)]
+    write_lines(tmp_path / "manifest.jsonl", rows)
     (tmp_path / "classes.json").write_text('{"1": "dog"}')
     with pytest.raises(DataError, match="no clip of the kind left"):
         composite_clip(val_drawer(tmp_path), "left", 0)

@@ -8,8 +8,10 @@ from scipy import ndimage
 
 from refsam.data.photographs.folder import UNSURE, PhotoFolder, Photograph
 
-# A class without instances counts as one object where this share of it hangs together.
+# A class without instances counts as one object where this share of it hangs together; otherwise its largest piece does where
+# it is so many times as large as the next.
 _ONE_PIECE = 0.95
+_STANDS_OUT = 2.5
 # An object is cut out of its photograph where at most this share of its box's outline lies on the photograph's border.
 _MOST_ON_BORDER = 0.12
 _LEAST_AREA, _MOST_AREA = 0.015, 0.75
@@ -63,18 +65,29 @@ def read_picture(folder: PhotoFolder, photograph: Photograph) -> Picture:
             owner[where] = len(things)
             left &= ~where
     for label in np.unique(labels[left]):
-        where = left & (labels == label)
-        things.append(Thing(folder.names[int(label)], _is_one_piece(where)))
-        owner[where] = len(things)
+        name, where = folder.names[int(label)], left & (labels == label)
+        main = _main_piece(where)
+        for piece, single in ((main, True), (where & ~main, False)):
+            if piece.any():
+                things.append(Thing(name, single))
+                owner[piece] = len(things)
     garments = folder.map(photograph.parts) if photograph.parts else None
     return Picture(
         folder.image(photograph.image), owner, tuple(things), garments, photograph.complete
     )
 
 
-def _is_one_piece(where: NDArray[np.bool_]) -> bool:
+def _main_piece(where: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The whole mask if nearly all of it hangs together, else the piece that stands out, else nothing."""
     pieces, count = ndimage.label(where)
-    return count == 1 or bool(np.bincount(pieces.ravel())[1:].max() >= _ONE_PIECE * where.sum())
+    sizes = np.bincount(pieces.ravel())[1:]
+    first, second = np.partition(sizes, -2)[-1:-3:-1] if count > 1 else (sizes[0], 0)
+    if first >= _ONE_PIECE * sizes.sum():
+        return where
+    if first < _STANDS_OUT * second:
+        return np.zeros_like(where)
+    main: NDArray[np.bool_] = pieces == 1 + sizes.argmax()
+    return main
 
 
 def cut_out(picture: Picture, number: int) -> Picture | None:

@@ -24,7 +24,8 @@ class SceneDrawer:
 
     `composites` is the share of clips that are composites; `balance` the power of a class's number of photographs that it is
     drawn in proportion to (0: every class alike, 1: every photograph alike); `only_cut_out` the sources whose photographs
-    are no scenes but hold objects to cut out; `cached` how many photographs are kept decoded.
+    are no scenes but hold objects to cut out; `cached` how many photographs are kept decoded; `least` how many a class must
+    have to be drawn.
     """
 
     def __init__(
@@ -34,12 +35,16 @@ class SceneDrawer:
         balance: float = 0.6,
         only_cut_out: tuple[str, ...] = (),
         cached: int = 0,
+        least: int = 1,
     ) -> None:
         self.folder = folder
         self.composites = composites
         self.is_scene = [p.source not in only_cut_out for p in folder.photographs]
-        self.classes = tuple(folder.by_class)
-        weights = np.array([len(found) for found in folder.by_class.values()]) ** balance
+        counts = {
+            name: len(found) for name, found in folder.by_class.items() if len(found) >= least
+        }
+        self.classes = tuple(counts)
+        weights = np.array(list(counts.values()), dtype=float) ** balance
         self.weights = weights / weights.sum()
         self.picture = lru_cache(maxsize=cached)(self._read)
 
@@ -164,10 +169,13 @@ class SceneDrawer:
         layers: list[Layer] = []
         placed: list[tuple[float, NDArray[np.float64]]] = []
         side = float(np.exp(random.uniform(np.log(0.14), np.log(0.5))))
-        for picture in cut_outs:
+        one_stands_out = len(cut_outs) > 1 and random.random() < 0.25
+        for place, picture in enumerate(cut_outs):
             height, width = picture.owner.shape
-            # The geometric mean of its sides, as a share of the frame's; those of a clip are of like size.
+            # The geometric mean of its sides, as a share of the frame's; those of a clip are of like size, or one stands out.
             own = side * float(np.exp(random.normal(0, 0.3)))
+            if one_stands_out:
+                own *= 1.6 if place == 0 else 0.6
             tall = own * (height / width * size[1] / size[0]) ** 0.5
             tall = min(tall, 1.1, 1.1 * size[1] / size[0] * height / width)
             centre = _free_place(random, own, placed)

@@ -19,6 +19,7 @@ _ABSENT = 1 / 3  # of all sentences
 _SEEN_PIXELS = 40  # fewer of an object show nothing
 _RANKED_SHARE = 0.002  # of the frame, that an object covers at least if its place or size counts
 _GAP = 0.07  # of the frame, between the middles of objects whose order counts
+_STANDS_OUT = 1.7  # times the area of any other of its kind, of what "the dog" means among dogs
 _RATIO = 1.5  # between the areas of objects whose size counts
 # Of a folder's photographs: a class that so many show has a label wherever it is seen, if it is of a group below or a person;
 # of other classes something unlabelled may lie about anywhere.
@@ -89,9 +90,7 @@ class PhotoGrammar:
 
     def _class(self) -> PhotoSentence | None:
         name = self.clip.things[self._pick(self.seen) - 1].name
-        members = self._members((name,))
-        text = self._plain(self._noun(name), members)
-        return self._sentence(text, "class", members)
+        return self._named(self._noun(name), "class", self._members((name,)))
 
     def _group(self) -> PhotoSentence | None:
         name = self.clip.things[self._pick(self.seen) - 1].name
@@ -101,8 +100,31 @@ class PhotoGrammar:
         noun = self._pick(groups)
         if not self.clip.complete and set(noun.classes) - set(self._noticed):
             return None
-        members = self._members(noun.classes)
-        return self._sentence(self._plain(noun, members), "group", members)
+        return self._named(noun, "group", self._members(noun.classes))
+
+    def _named(self, noun: Noun, kind: str, members: list[int]) -> PhotoSentence:
+        """ "The dog" of the only one or of the one that stands out, "the dogs" of all."""
+        if len(members) == 1 and self.clip.things[members[0] - 1].single:
+            meant, others = members, []
+        else:
+            meant, others = self._standing_out(members)
+        if not meant or (len(members) > 1 and self.random.random() < 0.5):
+            text = self._pick(TEMPLATES["plural"][0]).format(nps=noun.plural, np=noun.word)
+            return self._sentence(text, kind, members)
+        text = self._pick(TEMPLATES["plain"][0]).format(np=noun.word)
+        return self._sentence(text, kind, meant, others)
+
+    def _standing_out(self, members: list[int]) -> tuple[list[int], list[int]]:
+        """The one thing that is by far the largest in every frame, if there is one; and pieces that may belong to it."""
+        pieces = [n for n in members if not self.clip.things[n - 1].single]
+        for n in members:
+            others = [m for m in members if m != n]
+            if (
+                n not in pieces
+                and (self.counts[:, n] > _STANDS_OUT * self.counts[:, others].max(1)).all()
+            ):
+                return [n], pieces
+        return [], []
 
     def _colour(self) -> PhotoSentence | None:
         number = self._pick(self.seen)
@@ -343,14 +365,6 @@ class PhotoGrammar:
         if self.random.random() < 0.5:
             return nouns[0]
         return nouns[int(len(nouns) * self.random.random() ** 2)]
-
-    def _plain(self, noun: Noun, members: list[int]) -> str:
-        """ "The dog" of one or of nobody knows how many, "the dogs" of several."""
-        several = sum(self.counts[:, n].max() >= _SEEN_PIXELS for n in members) > 1
-        several = several or not all(self.clip.things[n - 1].single for n in members)
-        if several and self.random.random() < 0.5:
-            return self._pick(TEMPLATES["plural"][0]).format(nps=noun.plural, np=noun.word)
-        return self._pick(TEMPLATES["plain"][0]).format(np=noun.word)
 
     def _sentence(
         self, text: str, kind: str, members: Sequence[int], others: Sequence[int] = ()
