@@ -242,6 +242,6 @@ def test_the_table_of_a_run() -> None:
 
 
 def test_a_stale_table_would_be_found() -> None:
-    text = "<!-- table: nano_targets -->\nold\n<!-- end -->"
+    text = "<!-- table: segment_nano_cpu -->\nold\n<!-- end -->"
     assert "old" not in tables.fill(text)
     assert "frames/s" in tables.fill(text)

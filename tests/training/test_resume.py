@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 
-from refsam.config import config_from_yaml
 from refsam.training.loop import Trainer
 from refsam.training.settings import TrainingSettings
 from tests.data import fixtures
@@ -86,7 +85,7 @@ def one_thread() -> None:
 def test_killed_twice_and_resumed_the_curve_is_the_same(tmp_path: Path) -> None:
     fixtures.write_ref_youtube_vos(tmp_path / "videos")
     whole = write_configuration(tmp_path, "whole")
-    for _ in Trainer(config_from_yaml(TrainingSettings, whole)).run():
+    for _ in Trainer(TrainingSettings.from_yaml(whole)).run():
         pass
     assert len(curve(tmp_path / "whole")) == STEPS
 
