@@ -3,8 +3,9 @@
 from refsam.renamed import module_getattr
 from refsam.runtime.shard import Shard
 from refsam.session.graphs import FrameGraphs
-from refsam.session.preparation import EncodedFrame, FramePreparer, PreparedFrame
+from refsam.session.preparation import EncodedFrame, FramePreparer, PreparedFrame, encode_now
 from refsam.session.video_session import (
+    FrameLogits,
     FrameResult,
     VideoSession,
     prefetch_frames,
@@ -16,12 +17,14 @@ from refsam.session.videos import VideoOutcome, segment_videos
 __all__ = [
     "EncodedFrame",
     "FrameGraphs",
+    "FrameLogits",
     "FramePreparer",
     "FrameResult",
     "PreparedFrame",
     "Shard",
     "VideoOutcome",
     "VideoSession",
+    "encode_now",
     "prefetch_frames",
     "segment_video",
     "segment_videos",

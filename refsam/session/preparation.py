@@ -1,5 +1,6 @@
 """From a frame in host memory to what the image encoder takes, while the device works on the frames before it."""
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,15 @@ def prepare_now(model: "PromptedSAM", frame: np.ndarray | Tensor) -> PreparedFra
     """Prepare a frame in the current stream, for a caller that has nothing else to do; as `FramePreparer` does."""
     frames = as_tensor(frame)[None]
     return PreparedFrame(*model.preprocess(frames), model.view(frames))
+
+
+def encode_now(model: "PromptedSAM", frame: np.ndarray | Tensor) -> EncodedFrame:
+    """Prepare and encode a frame at once, for several sessions that take the same one."""
+    started = time.perf_counter()
+    prepared = prepare_now(model, frame)
+    with torch.no_grad():
+        image = model.encode_image(*prepared.wait())
+    return EncodedFrame(image, prepared.size, time.perf_counter() - started)
 
 
 def prepare_all(

@@ -55,6 +55,23 @@ class FrameResult:
         return found[0].numpy(), found[1].numpy()
 
 
+@dataclass(frozen=True, slots=True)
+class FrameLogits:
+    """A frame's logits before masks are made of them; tensors are on the model's device.
+
+    Attributes:
+        frame_index: as in `FrameResult`.
+        logits: ``(E, 4h, 4w)`` float32 over the padded square that the model sees.
+        scores: ``(E,)`` float32 in 0..1.
+        size: of the frame, and of its copy inside the square.
+    """
+
+    frame_index: int
+    logits: Tensor
+    scores: Tensor
+    size: "FrameSize"
+
+
 class VideoSession:
     """Frames in, masks out, online. Sessions in several threads may share one model.
 
@@ -122,6 +139,10 @@ class VideoSession:
         """
         return step_batch([(self, frame)])[0]
 
+    def step_logits(self, frame: AnyFrame) -> FrameLogits:
+        """As `step`, without the masks: for thresholds and resizing of one's own, as benchmarks have them."""
+        return _step_all([(self, frame)])[0]
+
     def add(self, expression: str) -> int:
         """Ask for one more object from the next frame on; returns its index in the masks.
 
@@ -165,16 +186,27 @@ class VideoSession:
         self._track = track
         self._has_track = [True] * len(self._expressions)
 
-    def _result(self, masks: Tensor, logits: Tensor, scores: Tensor) -> FrameResult:
+    def _found(self, logits: Tensor, scores: Tensor, size: "FrameSize") -> FrameLogits:
         self._frame_index += 1
-        return FrameResult(self._frame_index - 1, masks, logits, scores)
+        return FrameLogits(self._frame_index - 1, logits, scores, size)
 
-    def _nothing(self, frame: PreparedFrame | EncodedFrame) -> FrameResult:
+    def _with_masks(self, found: FrameLogits) -> FrameResult:
+        if len(found.logits):
+            masks = mask_postprocess(
+                found.logits,
+                image_size=self.model.image_size,
+                input_size=found.size.resized,
+                output_size=found.size.original,
+            )
+        else:
+            masks = found.logits.new_zeros(0, *found.size.original, dtype=torch.bool)
+        return FrameResult(found.frame_index, masks, found.logits, found.scores)
+
+    def _nothing(self, frame: PreparedFrame | EncodedFrame) -> FrameLogits:
         """What a session without expressions sees."""
         side = self.model.image_size // self.model.config.image_encoder.patch_size * 4
         logits = torch.zeros(0, side, side, device=self.model.device)
-        masks = logits.new_zeros(0, *frame.size.original, dtype=torch.bool)
-        return self._result(masks, logits, logits.new_zeros(0))
+        return self._found(logits, logits.new_zeros(0), frame.size)
 
 
 def step_batch(turns: Sequence[tuple[VideoSession, AnyFrame]]) -> list[FrameResult]:
@@ -189,6 +221,13 @@ def step_batch(turns: Sequence[tuple[VideoSession, AnyFrame]]) -> list[FrameResu
     Raises:
         ValueError: sessions of different models or graphs, another frame, or encoded frames among others.
     """
+    with torch.no_grad():
+        found = _step_all(turns)
+        return [session._with_masks(each) for (session, _), each in zip(turns, found, strict=True)]
+
+
+def _step_all(turns: Sequence[tuple[VideoSession, AnyFrame]]) -> list[FrameLogits]:
+    """`step_batch` without masks."""
     if any(session._runner is not turns[0][0]._runner for session, _ in turns):
         raise ValueError("turns: got sessions of different models or graphs, want those of one")
     with torch.no_grad():
@@ -202,13 +241,13 @@ def step_batch(turns: Sequence[tuple[VideoSession, AnyFrame]]) -> list[FrameResu
 
 def _step_asked(
     turns: list[tuple[VideoSession, PreparedFrame | EncodedFrame]],
-) -> list[FrameResult]:
-    """`step_batch` of sessions that have expressions."""
+) -> list[FrameLogits]:
+    """`_step_all` of sessions that have expressions."""
     if not turns:
         return []
     sessions, frames = [session for session, _ in turns], [frame for _, frame in turns]
     image = _features(sessions[0]._runner, frames)
-    results: dict[int, FrameResult] = {}
+    results: dict[int, FrameLogits] = {}
     for rows in _rounds(sessions):
         at = [sessions[row] for row in rows], [frames[row].size for row in rows]
         results |= zip(rows, _decode(image, rows, *at), strict=True)
@@ -227,11 +266,11 @@ def _features(
         return runner.encode_image(*inputs[0])
     if inputs:
         return runner.encode_image(*(torch.cat(parts) for parts in zip(*inputs, strict=True)))
-    return images[0].cat(images)
+    return images[0] if len(images) == 1 else images[0].cat(images)
 
 
 def _rounds(sessions: Sequence[VideoSession]) -> Iterator[list[int]]:
-    """Where each session stands first, where each that stands there again does so, and so on."""
+    """Split the batch into rounds in which each session occurs at most once."""
     places: dict[int, list[int]] = {}
     for place, session in enumerate(sessions):
         places.setdefault(id(session), []).append(place)
@@ -244,12 +283,11 @@ def _decode(
     rows: list[int],
     sessions: list[VideoSession],
     sizes: list["FrameSize"],
-) -> list[FrameResult]:
+) -> list[FrameLogits]:
     """One frame of each session: row `rows[i]` of the image is of session i and has its size."""
     counts = [len(session.expressions) for session in sessions]
-    text = _together(
-        [s._encode(s._expressions) for s in sessions]
-    )  # cached, never of older weights
+    texts = [s._encode(s._expressions) for s in sessions]  # cached, never of older weights
+    text = texts[0] if len(texts) == 1 else texts[0].cat(texts)
     track, valid = _tracks(sessions)
     index = None
     if len(image.embedding) > 1:
@@ -261,18 +299,8 @@ def _decode(
     each = zip(*(part.split(counts) for part in parts), strict=True)
     for session, size, (logits, scores, token) in zip(sessions, sizes, each, strict=True):
         session._remember(token)
-        masks = mask_postprocess(
-            logits,
-            image_size=session.model.image_size,
-            input_size=size.resized,
-            output_size=size.original,
-        )
-        results.append(session._result(masks, logits, scores))
+        results.append(session._found(logits, scores, size))
     return results
-
-
-def _together(texts: list["TextPrompt"]) -> "TextPrompt":
-    return texts[0] if len(texts) == 1 else texts[0].cat(texts)
 
 
 def _tracks(sessions: list[VideoSession]) -> tuple[Tensor | None, Tensor | None]:

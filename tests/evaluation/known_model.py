@@ -23,6 +23,7 @@ class ColourModel(nn.Module):
     """
 
     image_size = 64
+    is_optimized = True
     device = torch.device("cpu")
 
     def __init__(self, misled="-", refuses="-", fails_after=None, failure=KeyboardInterrupt):
@@ -40,7 +41,10 @@ class ColourModel(nn.Module):
 
     def encode_text(self, texts):
         self.text_encoder(texts)
-        return list(texts)
+        return _Prompt(texts)
+
+    def view(self, frames):
+        """Nothing beside the pixels."""
 
     def preprocess(self, frames):
         self.seen.append(tuple(frames.shape[1:3]))
@@ -49,16 +53,17 @@ class ColourModel(nn.Module):
         return preprocess(frames, self.image_size, torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
 
     def encode_image(self, pixels):
-        return SimpleNamespace(pixels=pixels[0], grid=(16, 16))
+        return SimpleNamespace(pixels=pixels[0], embedding=pixels, grid=(16, 16))
 
-    def decode(self, image, texts, image_index, track):
+    def decode(self, image, texts, image_index, track, track_valid):
         keys = torch.tensor([float(hash(text) % 9973) for text in texts])
         if track is None:
             track = torch.stack([keys, torch.zeros_like(keys)], dim=1)
         assert torch.equal(track[:, 0], keys), "a token of another expression"
         assert track[:, 1].unique().numel() == 1, "tokens of unequal age"
         logits = torch.stack([self._logits(image.pixels, text) for text in texts])
-        return SimpleNamespace(logits=logits, track_token=track + torch.tensor([0.0, 1.0]))
+        track = track + torch.tensor([0.0, 1.0])
+        return SimpleNamespace(logits=logits, iou=torch.ones(len(texts)), track_token=track)
 
     def _logits(self, pixels, text):
         colours = torch.tensor([GREY, *COLOURS.values()], dtype=torch.float32)
@@ -73,6 +78,12 @@ class ColourModel(nn.Module):
         if "not red" in text:
             found = set(COLOURS) - {1}
         return {3 - number for number in found} if self.misled in text else found
+
+
+class _Prompt(list):
+    """The sentences themselves, in a `TextPrompt`'s place."""
+
+    unknown = ()
 
 
 class _TextEncoder:

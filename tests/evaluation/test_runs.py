@@ -149,7 +149,7 @@ def test_paper_protocol_shrinks_frames_and_lowers_sentences():
     predictor = VideoPredictor(model, RULES["paper"], [["The RED box"]])
     (logits,) = predictor.step(np.full((72, 128, 3), 128, np.uint8))
     assert model.seen == [(360, 640)]
-    assert predictor._prompts == [["the red box"]]
+    assert [session.expressions for session in predictor._sessions] == [("the red box",)]
     assert logits.masks(0.01).shape == (1, 72, 128)
     assert RULES["paper"].threshold == 0.01
     assert RULES["paper"].merge == "logits"
@@ -415,7 +415,7 @@ def command(monkeypatch, *words):
     """Exit code of `refsam evaluate` with the known model."""
     from refsam.model import RefSAM
 
-    monkeypatch.setattr(RefSAM, "from_pretrained", lambda name: ColourModel())
+    monkeypatch.setattr(RefSAM, "from_pretrained", lambda name, **_: ColourModel())
     with pytest.raises(SystemExit) as finished:
         main(["evaluate", *map(str, words), *(() if "refcoco" in words else ("--processes", "1"))])
     return finished.value.code

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from refsam.errors import ExpressionError, UserError
 from refsam.evaluation.runners.speed import StageClock
-from refsam.model import PromptedSAM, TextPrompt
-from refsam.session.preparation import prepare_now
+from refsam.model import PromptedSAM
+from refsam.session import EncodedFrame, VideoSession, encode_now
 from refsam_kernels import mask_postprocess
 
 MergeRule = Literal["probabilities", "logits"]
@@ -162,42 +162,34 @@ class VideoPredictor:
         )
         self._counts = [len(group) for group in groups]
         self._known = [[i for i, text in enumerate(g) if text not in refused] for g in groups]
-        with self.clock.stage("prompt"), torch.no_grad(), self._autocast:
-            self._prompts = [
-                self._prompt([rules.text(group[index]) for index in known])
+        with self.clock.stage("prompt"), self._autocast:
+            self._sessions = [
+                VideoSession(model, [rules.text(group[i]) for i in known], optimize=False)
                 for group, known in zip(groups, self._known, strict=True)
             ]
-        self._tracks: list[Tensor | None] = [None] * len(self._prompts)
 
     def step(self, frame: NDArray[np.uint8]) -> list[FrameLogits]:
         """Logits of each group in the next frame `(H, W, 3)` uint8 RGB."""
         seen = _with_short_side(frame, self.rules.short_side)
         with torch.no_grad(), self._autocast:
             with self.clock.stage("encode"):
-                prepared = prepare_now(self.model, seen)
-                image, size = self.model.encode_image(*prepared.wait()), prepared.size
-            results = []
+                encoded = encode_now(self.model, seen.copy())
             with self.clock.stage("decode masks"):
-                for index, prompt in enumerate(self._prompts):
-                    side = 4 * image.grid[0], 4 * image.grid[1]
-                    logits = image.levels.new_full((self._counts[index], *side), _NOWHERE).float()
-                    if prompt is not None:
-                        output = self.model.decode(image, prompt, None, self._tracks[index])
-                        self._tracks[index] = output.track_token
-                        logits[self._known[index]] = output.logits.float()
-                    results.append(
-                        FrameLogits(
-                            logits,
-                            self.model.image_size,
-                            size.resized,
-                            size.original,
-                            (frame.shape[0], frame.shape[1]),
-                        )
-                    )
-        return results
+                return [
+                    self._logits(index, encoded, frame.shape[:2])
+                    for index in range(len(self._sessions))
+                ]
 
-    def _prompt(self, texts: list[str]) -> TextPrompt | None:
-        return self.model.encode_text(texts) if texts else None
+    def _logits(self, index: int, frame: EncodedFrame, size: tuple[int, ...]) -> FrameLogits:
+        """Logits of a group; those of refused expressions are outside everywhere."""
+        height, width = frame.image.grid
+        logits = torch.full(
+            (self._counts[index], 4 * height, 4 * width), _NOWHERE, device=self.model.device
+        )
+        if self._known[index]:
+            logits[self._known[index]] = self._sessions[index].step_logits(frame).logits
+        sizes = frame.size.resized, frame.size.original, (size[0], size[1])
+        return FrameLogits(logits, self.model.image_size, *sizes)
 
 
 def refused_expressions(model: PromptedSAM, texts: Sequence[str]) -> dict[str, str]:
