@@ -33,6 +33,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `import refsam` itself costs nothing."""
     if name not in _LAZY:
         raise AttributeError(f"module 'refsam' has no attribute {name!r}")
+    import_module("refsam.runtime.threads").wait_passively()  # before torch is imported
     value = getattr(import_module(_LAZY[name]), name)
     globals()[name] = value
     return value

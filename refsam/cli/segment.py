@@ -19,7 +19,13 @@ from refsam.cli.options import (
     with_model,
 )
 from refsam.errors import UserError
-from refsam.runtime.device import check_names, choose_device, choose_dtype, choose_encoder_dtype
+from refsam.runtime.device import (
+    autocast,
+    check_names,
+    choose_device,
+    choose_dtype,
+    choose_encoder_dtype,
+)
 from refsam.runtime.malloc import keep_freed_memory
 from refsam.runtime.threads import choose_threads
 
@@ -251,7 +257,6 @@ def segment_frames(
     Raises:
         UserError: nothing could be done at all, or the results cannot be written.
     """
-    import torch
 
     from refsam.cli.progress import progress
     from refsam.runtime.signals import defer_interrupts
@@ -260,11 +265,10 @@ def segment_frames(
 
     run, first = Run(), time.perf_counter()
     device = session.model.device
-    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     try:
         with (
             progress("segmenting", expected_frames) as advance,
-            autocast,
+            autocast(device, precision),
             defer_interrupts() as check,
         ):
             for frame, prepared in frames:

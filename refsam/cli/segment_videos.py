@@ -17,7 +17,7 @@ from refsam.cli.options import (
 from refsam.cli.progress import progress
 from refsam.cli.segment import check_expressions, load_model, make_graphs, precision_facts
 from refsam.errors import UserError
-from refsam.runtime.device import check_names, choose_device
+from refsam.runtime.device import autocast, check_names, choose_device
 
 if TYPE_CHECKING:
     from refsam.session import VideoOutcome
@@ -79,12 +79,9 @@ def segment_videos(
     shard = Shard.from_environment()
     place = choose_device(device)
     loaded, precision = load_model(model, place, dtype)
-    import torch
-
     outcomes: list[VideoOutcome] = []
     total = len(videos) if shard.world_size == 1 else None
-    autocast = torch.autocast(place.type, precision, enabled=precision != torch.float32)
-    with progress("segmenting", total, "videos") as advance, autocast:
+    with progress("segmenting", total, "videos") as advance, autocast(place, precision):
 
         def note(outcome: "VideoOutcome") -> None:
             outcomes.append(outcome)

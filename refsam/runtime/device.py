@@ -5,6 +5,7 @@ import re
 from typing import TYPE_CHECKING
 
 from refsam.errors import UserError
+from refsam.runtime.threads import wait_passively
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +31,7 @@ def choose_device(name: str) -> "torch.device":
     Raises:
         UserError: the machine has no such GPU.
     """
-    # Decoder, encoder and torch share the cores. OpenMP's threads would wait for each other by spinning and so keep
-    # the others off them: on two busy cores a frame then took 300 times as long. Read when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_passively()
     import torch
 
     count = torch.cuda.device_count()
@@ -75,3 +74,10 @@ def choose_encoder_dtype(name: str) -> "torch.dtype | None":
     import torch
 
     return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def autocast(device: "torch.device", dtype: "torch.dtype") -> "torch.autocast":
+    """Autocast to `dtype` on a device; off for float32."""
+    import torch
+
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -1,6 +1,8 @@
 """How many cores this process may use, and how many threads it takes."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,3 +36,25 @@ def choose_threads(device: "torch.device", multiplications: float) -> None:
         return
     if multiplications < _SMALL_MODEL:
         torch.set_num_threads(max(1, min(available_cores() - 1, _MOST_THREADS_OF_SMALL)))
+
+
+@contextmanager
+def chosen_threads(device: "torch.device", multiplications: float) -> Iterator[None]:
+    """`choose_threads` within; the number before it afterwards."""
+    import torch
+
+    before = torch.get_num_threads()
+    choose_threads(device, multiplications)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def wait_passively() -> None:
+    """Let OpenMP's threads sleep while they wait, unless OMP_WAIT_POLICY says otherwise.
+
+    Decoder, encoder and torch share the cores. Threads that wait by spinning keep the others off them: on two busy
+    cores a frame then took 300 times as long. OpenMP reads it when torch is first imported; later it has no effect.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -4,14 +4,8 @@ from refsam.renamed import module_getattr
 from refsam.runtime.shard import Shard
 from refsam.session.graphs import FrameGraphs
 from refsam.session.preparation import EncodedFrame, FramePreparer, PreparedFrame, encode_now
-from refsam.session.video_session import (
-    FrameLogits,
-    FrameResult,
-    VideoSession,
-    prefetch_frames,
-    segment_video,
-    step_batch,
-)
+from refsam.session.streaming import prefetch_frames, segment_video
+from refsam.session.video_session import FrameLogits, FrameResult, VideoSession, step_batch
 from refsam.session.videos import VideoOutcome, segment_videos
 
 __all__ = [

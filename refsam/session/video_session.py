@@ -1,9 +1,6 @@
 """Segment a video frame by frame with a memory that does not grow: one track token per expression."""
 
-import os
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
@@ -12,15 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refsam.runtime.threads import available_cores
 from refsam.session.graphs import FrameGraphs
-from refsam.session.preparation import EncodedFrame, PreparedFrame, prepare_all, prepare_now
+from refsam.session.preparation import EncodedFrame, PreparedFrame, prepare_now
 from refsam_kernels import mask_postprocess
 
 if TYPE_CHECKING:
     from refsam.model import PromptedSAM, TextPrompt
     from refsam.model.features import FrameSize, ImageFeatures
-    from refsam.video import Frame
 
 
 AnyFrame = np.ndarray | Tensor | PreparedFrame | EncodedFrame
@@ -316,92 +311,3 @@ def _tracks(sessions: list[VideoSession]) -> tuple[Tensor | None, Tensor | None]
     track = tracks[0] if len(tracks) == 1 else torch.cat(tracks)
     valid = None if all(has_track) else torch.tensor(has_track, device=track.device)
     return track, valid
-
-
-def segment_video(
-    model: "PromptedSAM",
-    source: str | os.PathLike[str] | Iterable[np.ndarray | Tensor],
-    expressions: Sequence[str],
-    *,
-    optimize: bool = True,
-    graphs: FrameGraphs | None = None,
-) -> Iterator[FrameResult]:
-    """Yield the masks of each frame while the next frames are read in another thread.
-
-    Args:
-        model: a `RefSAM` or `EVFSAM` in evaluation mode.
-        source: whatever `refsam.video.open_source` takes (video, folder of images, image, camera), or
-            any iterable of ``(H, W, 3)`` uint8 RGB frames.
-        expressions: what to segment.
-        optimize, graphs: as for `VideoSession`.
-
-    Raises:
-        UserError: an expression or the source cannot be used; `FrameDecodeError` after the last good frame.
-    """
-    session = VideoSession(model, expressions, optimize=optimize, graphs=graphs)
-    return _step_through(session, source)
-
-
-def prefetch_frames(
-    session: VideoSession,
-    frames: "Iterable[Frame]",
-    *,
-    encode: bool = True,
-    heed: Callable[[], None] = lambda: None,
-) -> Generator[tuple["Frame", PreparedFrame | EncodedFrame], None, None]:
-    """Each frame with what `session.step` takes, made in other threads while the frames before it are segmented.
-
-    They read and resize. Where torch computes with one thread of several cores they run the image encoder too,
-    beside the decoder: only that waits for the frame before. encode=False leaves the encoder to `step_batch`.
-    heed is called every tenth of a second while no frame comes, and may raise.
-    """
-    from refsam.video import prefetch
-
-    ahead = not (encode and _has_a_core_for_the_encoder(session.model))
-    prepared = prefetch(prepare_all(session.model, frames), heed=heed if ahead else lambda: None)
-    with closing(prepared):
-        if ahead:
-            yield from prepared
-            return
-        # Threads have modes of their own.
-        dtype = torch.get_autocast_dtype("cpu")
-        autocast = torch.autocast("cpu", dtype, enabled=torch.is_autocast_enabled("cpu"))
-        encoded = prefetch(
-            _encode_all(session, prepared, autocast), depth=2, heed=heed, patience=60
-        )
-        with (
-            closing(encoded),
-            closing(prepared),
-        ):  # closed from the last to the first: wake, then wait
-            yield from encoded
-
-
-def _has_a_core_for_the_encoder(model: "PromptedSAM") -> bool:
-    return model.device.type == "cpu" and torch.get_num_threads() == 1 and available_cores() > 1
-
-
-def _encode_all(
-    session: VideoSession,
-    prepared: Iterable[tuple["Frame", PreparedFrame]],
-    autocast: torch.autocast,
-) -> Iterator[tuple["Frame", EncodedFrame]]:
-    for frame, ready in prepared:
-        started = time.perf_counter()
-        with torch.no_grad(), autocast:
-            image = session._runner.encode_image(*ready.wait())
-        yield frame, EncodedFrame(image, ready.size, time.perf_counter() - started)
-
-
-def _step_through(
-    session: VideoSession, source: str | os.PathLike[str] | Iterable[np.ndarray | Tensor]
-) -> Iterator[FrameResult]:
-    from refsam.video import Frame, open_source
-
-    with ExitStack() as stack:
-        frames: Iterable[Frame]
-        if isinstance(source, str | os.PathLike):
-            frames = stack.enter_context(open_source(source))
-        else:
-            frames = (Frame(index, 0.0, image) for index, image in enumerate(source))  # type: ignore[arg-type]
-        for _, prepared in stack.enter_context(closing(prefetch_frames(session, frames))):
-            yield session.step(prepared)

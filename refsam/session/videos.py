@@ -18,7 +18,8 @@ from refsam.errors import UserError
 from refsam.runtime.shard import Shard
 from refsam.session.graphs import FrameGraphs
 from refsam.session.preparation import EncodedFrame, PreparedFrame
-from refsam.session.video_session import FrameResult, VideoSession, prefetch_frames, step_batch
+from refsam.session.streaming import prefetch_frames
+from refsam.session.video_session import FrameResult, VideoSession, step_batch
 
 if TYPE_CHECKING:
     from refsam.model import PromptedSAM

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from refsam.errors import UserError
+from refsam.runtime.device import autocast
 from refsam.ui.downloads import RunLengths, encode_run_lengths, write_run_lengths, write_zip
 from refsam.ui.uploads import Limits, open_upload
 from refsam.video import Frame, FrameDecodeError, FrameSource, ResultWriter, draw_overlay, prefetch
@@ -191,12 +192,10 @@ class Job:
         frames: Iterable[Frame],
         writer: ResultWriter,
     ) -> None:
-        import torch
 
         device, precision = self._engine.model.device, self._engine.precision
-        autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
         begun = time.perf_counter()
-        with autocast:
+        with autocast(device, precision):
             for frame in frames:
                 if self._cancelled.is_set():
                     self._stopped_by = "cancelled"

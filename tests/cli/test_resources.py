@@ -1,13 +1,17 @@
-"""How many threads and which memory the command line takes."""
+"""How many threads, which memory and which precision a process takes."""
 
+import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from refsam import RefSAMConfig
 from refsam.runtime import device, threads
+from refsam.session import VideoSession, segment_video, streaming
+from tests.tiny_model import tiny_model
 
 FAULTS = """
 import resource, sys
@@ -67,3 +71,39 @@ def test_torchrun_says_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert device.choose_device("auto") == torch.device("cuda", expected)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert device.choose_device("auto") == torch.device("cpu")
+
+
+def test_users_of_segment_video_have_what_the_command_line_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Few threads, kept memory and the automatic dtype, none of which reaches into the caller's code."""
+    counts, kept = [], []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "available_cores", lambda: 64)
+    monkeypatch.setattr(streaming, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(streaming, "choose_dtype", lambda name, place: torch.bfloat16)
+    monkeypatch.setattr(VideoSession, "step", lambda *_: counts.append(facts()))
+    before = torch.get_num_threads()
+    model = tiny_model()
+    for _ in segment_video(model, [np.zeros((8, 8, 3), np.uint8)] * 2, ["the dog"]):
+        assert not torch.is_autocast_enabled("cpu")
+    assert counts == [(4, True)] * 2 and kept == [True]
+    assert torch.get_num_threads() == before
+    counts.clear()
+    with torch.autocast("cpu", torch.float16):
+        list(segment_video(model, [np.zeros((8, 8, 3), np.uint8)], ["the dog"]))
+    list(segment_video(model, [np.zeros((8, 8, 3), np.uint8)], ["the dog"], dtype=torch.float32))
+    assert counts == [(4, True), (4, False)]
+
+
+def facts() -> tuple[int, bool]:
+    """Threads of torch, and whether it lowers products."""
+    return torch.get_num_threads(), torch.is_autocast_enabled("cpu")
+
+
+def test_waiting_is_passive_before_torch_is_imported() -> None:
+    code = "import os, sys, refsam; refsam.RefSAMConfig; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert run.stdout.split() == ["PASSIVE", "False"]

@@ -43,6 +43,12 @@ class ColourModel(nn.Module):
         self.text_encoder(texts)
         return _Prompt(texts)
 
+    def text_source(self):
+        """No file but the checkpoint's."""
+
+    def forget_text(self):
+        """Nothing is kept."""
+
     def view(self, frames):
         """Nothing beside the pixels."""
 
@@ -94,12 +100,6 @@ class _TextEncoder:
         for text in texts:
             if self.refuses in text:
                 raise ExpressionError(f"expression: knows no word of {text!r}")
-
-    def clear_cache(self):
-        """Nothing is kept."""
-
-    def source(self):
-        """No file but the checkpoint's."""
 
 
 def write_lossless(path, pixels):

@@ -101,7 +101,7 @@ def test_encoded_frames_equal_plain_ones(model: RefSAM) -> None:
 def test_read_ahead_with_and_without_the_encoder(
     model: RefSAM, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
-    monkeypatch.setattr("refsam.session.video_session.available_cores", lambda: 2)
+    monkeypatch.setattr("refsam.session.streaming.available_cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     session = VideoSession(model, VIDEOS[0][0])
     frames = [Frame(time, float(time), image) for time, image in enumerate(video(0))]

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from refsam.errors import ExpressionError, UserError
 from refsam.evaluation.runners.speed import StageClock
 from refsam.model import PromptedSAM
+from refsam.runtime.device import autocast
 from refsam.session import EncodedFrame, VideoSession, encode_now
 from refsam_kernels import mask_postprocess
 
@@ -157,9 +158,7 @@ class VideoPredictor:
         self.model = model
         self.rules = rules
         self.clock = clock or StageClock()
-        self._autocast = torch.autocast(
-            model.device.type, precision, enabled=precision != torch.float32
-        )
+        self._autocast = autocast(model.device, precision)
         self._counts = [len(group) for group in groups]
         self._known = [[i for i, text in enumerate(g) if text not in refused] for g in groups]
         with self.clock.stage("prompt"), self._autocast:

@@ -1,0 +1,130 @@
+"""Frames through a session: read, resized and encoded in other threads while the session works on those before."""
+
+import os
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refsam.runtime.device import autocast, choose_dtype
+from refsam.runtime.malloc import keep_freed_memory
+from refsam.runtime.threads import available_cores, chosen_threads
+from refsam.session.graphs import FrameGraphs
+from refsam.session.preparation import EncodedFrame, PreparedFrame, prepare_all
+from refsam.session.video_session import FrameResult, VideoSession
+
+if TYPE_CHECKING:
+    from refsam.model import PromptedSAM
+    from refsam.video import Frame
+
+
+def segment_video(
+    model: "PromptedSAM",
+    source: str | os.PathLike[str] | Iterable[np.ndarray | Tensor],
+    expressions: Sequence[str],
+    *,
+    optimize: bool = True,
+    graphs: FrameGraphs | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[FrameResult]:
+    """Yield the masks of each frame while the next frames are read in another thread.
+
+    Until the last frame glibc keeps freed memory, and a small model on a CPU computes with few threads
+    (`refsam.runtime.threads.choose_threads`).
+
+    Args:
+        model: a `RefSAM` or `EVFSAM` in evaluation mode.
+        source: whatever `refsam.video.open_source` takes (video, folder of images, image, camera), or
+            any iterable of ``(H, W, 3)`` uint8 RGB frames.
+        expressions: what to segment.
+        optimize, graphs: as for `VideoSession`.
+        dtype: of matrix products on a GPU (autocast). None: bfloat16 where the GPU has it, or autocast as it is
+            where that is on already.
+
+    Raises:
+        UserError: an expression or the source cannot be used; `FrameDecodeError` after the last good frame.
+    """
+    session = VideoSession(model, expressions, optimize=optimize, graphs=graphs)
+    return _step_through(session, source, _autocast(model.device, dtype))
+
+
+def prefetch_frames(
+    session: VideoSession,
+    frames: "Iterable[Frame]",
+    *,
+    encode: bool = True,
+    heed: Callable[[], None] = lambda: None,
+) -> Generator[tuple["Frame", PreparedFrame | EncodedFrame], None, None]:
+    """Each frame with what `session.step` takes, made in other threads while the frames before it are segmented.
+
+    They read and resize. Where torch computes with one thread of several cores they run the image encoder too,
+    beside the decoder: only that waits for the frame before. encode=False leaves the encoder to `step_batch`.
+    heed is called every tenth of a second while no frame comes, and may raise.
+    """
+    from refsam.video import prefetch
+
+    ahead = not (encode and _has_a_core_for_the_encoder(session.model))
+    prepared = prefetch(prepare_all(session.model, frames), heed=heed if ahead else lambda: None)
+    with closing(prepared):
+        if ahead:
+            yield from prepared
+            return
+        # Threads have modes of their own.
+        dtype = torch.get_autocast_dtype("cpu")
+        precision = torch.autocast("cpu", dtype, enabled=torch.is_autocast_enabled("cpu"))
+        encoded = prefetch(
+            _encode_all(session, prepared, precision), depth=2, heed=heed, patience=60
+        )
+        with (
+            closing(encoded),
+            closing(prepared),
+        ):  # closed from the last to the first: wake, then wait
+            yield from encoded
+
+
+def _has_a_core_for_the_encoder(model: "PromptedSAM") -> bool:
+    return model.device.type == "cpu" and torch.get_num_threads() == 1 and available_cores() > 1
+
+
+def _encode_all(
+    session: VideoSession,
+    prepared: Iterable[tuple["Frame", PreparedFrame]],
+    precision: torch.autocast,
+) -> Iterator[tuple["Frame", EncodedFrame]]:
+    for frame, ready in prepared:
+        started = time.perf_counter()
+        with torch.no_grad(), precision:
+            image = session._runner.encode_image(*ready.wait())
+        yield frame, EncodedFrame(image, ready.size, time.perf_counter() - started)
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+    if dtype is None and torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return autocast(device, dtype or choose_dtype("auto", device))
+
+
+def _step_through(
+    session: VideoSession,
+    source: str | os.PathLike[str] | Iterable[np.ndarray | Tensor],
+    precision: AbstractContextManager[None],
+) -> Iterator[FrameResult]:
+    from refsam.video import Frame, open_source
+
+    encoder = session.model.config.image_encoder
+    keep_freed_memory()
+    with ExitStack() as stack:
+        stack.enter_context(chosen_threads(session.model.device, encoder.multiplications))
+        frames: Iterable[Frame]
+        if isinstance(source, str | os.PathLike):
+            frames = stack.enter_context(open_source(source))
+        else:
+            frames = (Frame(index, 0.0, image) for index, image in enumerate(source))  # type: ignore[arg-type]
+        for _, prepared in stack.enter_context(closing(prefetch_frames(session, frames))):
+            with precision:  # not around the yield: that would reach into the caller's code
+                result = session.step(prepared)
+            yield result
