@@ -413,9 +413,7 @@ def test_submissions_are_reproducible_and_complete(tmp_path):
 
 def command(monkeypatch, *words):
     """Exit code of `refsam evaluate` with the known model."""
-    from refsam.model import RefSAM
-
-    monkeypatch.setattr(RefSAM, "from_pretrained", lambda name, **_: ColourModel())
+    monkeypatch.setattr("refsam.model.load_model", lambda name, **_: ColourModel())
     with pytest.raises(SystemExit) as finished:
         main(["evaluate", *map(str, words), *(() if "refcoco" in words else ("--processes", "1"))])
     return finished.value.code
