@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Datasets: check them, prepare Ref-DAVIS17.")
+app = typer.Typer(no_args_is_help=True, help="Datasets: check, divide and prepare them.")
 
 
 @app.command()
@@ -68,3 +68,45 @@ def prepare_davis17(
     counts = prepare(davis, texts, out, copy=copy)
     written = ", ".join(f"{count} expressions in {split}" for split, count in counts.items())
     typer.echo(f"{written}\nwritten: {out}")
+
+
+@app.command()
+def split(
+    root: Annotated[Path, typer.Argument(help="Your own videos, as docs/data.md lays them out.")],
+    out: Annotated[Path, typer.Option("--out", help="The new folder to write.")],
+    validation: Annotated[
+        float, typer.Option(help="Share of the videos to validate on, between 0 and 1.")
+    ] = 0.2,
+    source: Annotated[str, typer.Option("--split", help="The split of ROOT to divide.")] = "train",
+    seed: Annotated[int, typer.Option(help="Another seed draws other videos.", min=0)] = 0,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy frames and masks instead of linking to them.")
+    ] = False,
+) -> None:
+    """Divide your own videos into train and validation, whole videos each; they stay where they are."""
+    from refsam.data.splitting import split_folder
+
+    parts = split_folder(root, out, split=source, share=validation, seed=seed, copy=copy)
+    for name, videos in parts.items():
+        typer.echo(
+            f"{name}: {len(videos)} videos ({', '.join(videos[:8])}{', ...' if videos[8:] else ''})"
+        )
+    typer.echo(f"written: {out}")
+
+
+@app.command("encode-text")
+def encode_text(
+    config: Annotated[Path, typer.Argument(help="YAML file of a training run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Entries to change.")
+    ] = None,
+) -> None:
+    """Encode all sentences of a run once, into its text_cache, so that no training process loads the text encoder."""
+    from refsam.cli.progress import progress
+    from refsam.training.settings import TrainingSettings
+    from refsam.training.start import encode_text as run
+
+    settings = TrainingSettings.from_yaml(config, overrides or ())
+    with progress("encoding", None, "sentences") as advance:
+        new = run(settings, advance)
+    typer.echo(f"{new} sentences encoded, those before kept: {settings.text_cache}")

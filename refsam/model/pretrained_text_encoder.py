@@ -59,6 +59,11 @@ class PretrainedTextEncoder(CachedTextEncoder):
         tokenizer, encoder = self._loaded
         return tokenizer, encoder
 
+    def unload(self) -> None:
+        """Let go of the encoder's memory; it is read again when it is used again."""
+        with self._lock:
+            self._loaded = []
+
     def _read(self) -> tuple[Any, nn.Module]:
         try:
             import transformers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -104,7 +104,8 @@ class TextEncoder(Protocol):
 class CachedTextEncoder(nn.Module):
     """Checks expressions and remembers what it encoded.
 
-    A subclass gives `encode(expressions) -> EncodedText` and `weights_key()`. The cache is used only where no
+    A subclass gives `encode(expressions) -> EncodedText` and `weights_key()`. `kept`, if set, is asked for what was encoded
+    before elsewhere, on a disk. The cache is used only where no
     gradient is wanted, is keyed by the weights' `Fingerprint` and emptied by `load_state_dict`.
     """
 
@@ -117,6 +118,7 @@ class CachedTextEncoder(nn.Module):
         self._fingerprint = Fingerprint()
         self._cache: OrderedDict[Hashable, EncodedText] = OrderedDict()
         self._lock = threading.Lock()
+        self.kept: Callable[[str], EncodedText | None] | None = None
         self.register_load_state_dict_post_hook(_forget)
 
     def encode(self, expressions: Sequence[str]) -> EncodedText:
@@ -155,6 +157,9 @@ class CachedTextEncoder(nn.Module):
         with self._lock:
             keys = {text: (text, weights) for text in expressions}
             found = {text: self._cache[key] for text, key in keys.items() if key in self._cache}
+        if self.kept is not None:
+            stored = {text: self.kept(text) for text in keys if text not in found}
+            found |= {text: encoded for text, encoded in stored.items() if encoded is not None}
         missing = [text for text in keys if text not in found]
         if missing:
             # Tensors made in inference mode could never be used by a later training step.
@@ -174,6 +179,7 @@ class CachedTextEncoder(nn.Module):
         """Copies and pickles leave lock and cache behind."""
         state = self.__dict__.copy()
         del state["_lock"], state["_cache"]
+        state["kept"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """The stream of training batches, drawn ahead in other processes where asked: generated clips, or those of datasets."""
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,23 @@ class DatasetStream(Dataset[TrainingBatch | DataError]):
             "samples": seen,
             "epoch": seen / len(self.mixtures[stage.frames, stage.expressions]),
         }
+
+
+def with_steps(
+    settings: TrainingSettings, datasets: Sequence[ReferringDataset], processes: int
+) -> TrainingSettings:
+    """The settings with the steps that the stages' `epochs` take, where these are fewer than their `steps`."""
+    if not any(stage.epochs for stage in settings.stages):
+        return settings
+    together = settings.optimiser.gradient_accumulation_steps * processes
+    mixtures = DatasetStream(settings, datasets).mixtures
+    stages = []
+    for stage in settings.stages:
+        passes = stage.epochs or math.inf
+        samples = passes * len(mixtures[stage.frames, stage.expressions])
+        steps = min(stage.steps, max(1, samples / (stage.clips * together)))
+        stages.append(replace(stage, steps=math.ceil(steps)))
+    return replace(settings, stages=tuple(stages))
 
 
 def open_photographs(settings: PhotographSettings | None) -> SceneDrawer | None:

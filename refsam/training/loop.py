@@ -23,9 +23,11 @@ from refsam.training.batches import (
     open_datasets,
     open_photographs,
     stage_at,
+    with_steps,
 )
 from refsam.training.checkpointing import Weights
 from refsam.training.configuration import accumulation_for, check_configuration, learnt
+from refsam.training.curve import draw_curve
 from refsam.training.distributed import Processes, SharedModule
 from refsam.training.flops import StepFlops
 from refsam.training.module import NotANumberError, TrainingModule
@@ -37,7 +39,7 @@ from refsam.training.optim import (
     update_average,
 )
 from refsam.training.settings import TrainingSettings
-from refsam.training.start import build_model, check_sentences
+from refsam.training.start import build_model, check_sentences, every_sentence, validated_on
 from refsam.training.state import Progress, digest, read_state, write_state
 from refsam.training.validation import open_clips
 from refsam.training.validator import Validator
@@ -78,6 +80,7 @@ class Trainer:
             torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
         self.datasets = open_datasets(settings)
+        self.settings = settings = with_steps(settings, self.datasets, self.processes.count)
         self.drawer = open_photographs(settings.data.photographs)
         self.model = build_model(settings, self.datasets, self.drawer).to(self.processes.device)
         check_sentences(self.model.text_encoder, self.datasets)
@@ -85,6 +88,9 @@ class Trainer:
         clips = open_clips(settings.validation, self.model.image_size)
         self.module = TrainingModule(self.model, settings).to(self.processes.device)
         self.module.train()
+        if self.module.features is not None:
+            sentences = every_sentence([*self.datasets, *validated_on(settings)])
+            self.module.features.encode_all(sentences)
         self.head = self.module.head
         frozen = {n: p for n, p in self.model.named_parameters() if not p.requires_grad}
         self.accumulation = settings.optimiser.gradient_accumulation_steps
@@ -140,6 +146,8 @@ class Trainer:
                     yield from self._steps(request)
             finally:
                 self.log.close()
+            if self.processes.is_first:
+                draw_curve(self.log.path, self.output / "curve.png")
             if not self.stopped_by:
                 self.weights.save_model(self.output / "model", self.settings.delta)
                 self.processes.wait()

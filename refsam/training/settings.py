@@ -35,6 +35,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class StageSettings:
     """A stretch of training on batches of one make.
 
+    `steps` it has; with `epochs` no more of them than so many passes over the datasets take.
     `clips` per batch, `frames` per clip, `expressions` per clip (0: only the image encoder is trained, by `loss.objects`);
     `image_size` that the frames are drawn and seen at, in pixels (None: the model's); `style` of the generated scenes;
     `photographs` is the share of its batches that are made of `data.photographs`, the others are generated;
@@ -44,6 +45,7 @@ class StageSettings:
 
     steps: PositiveInt
     clips: PositiveInt
+    epochs: PositiveFloat | None = None
     frames: PositiveInt = 1
     expressions: NonNegativeInt = 6
     image_size: PositiveInt | None = None
@@ -237,6 +239,9 @@ class TrainingSettings:
             ),
             "optimiser.muon: needs whole matrices, want parallel: ddp": (
                 self.parallel == "fsdp" and self.optimiser.muon
+            ),
+            "stages: epochs pass over datasets, want data.datasets": (
+                not self.data.datasets and any(stage.epochs for stage in self.stages)
             ),
             "model: got nothing, want a preset, a configuration, or init_from": (
                 not self.model and not self.init_from

@@ -1,22 +1,25 @@
 """What a run begins with: its model, and sentences that this model can take."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from refsam import checkpoint
 from refsam.checkpoint import Checkpoint
 from refsam.config import RefSAMConfig, config_to_dict
-from refsam.data import ReferringDataset
+from refsam.data import ReferringDataset, open_dataset
 from refsam.data.generated.grammar import vocabulary
 from refsam.data.listings import named
+from refsam.data.mirroring import mirrored
 from refsam.data.photographs.scenes import SceneDrawer
 from refsam.data.photographs.words import load_words
 from refsam.errors import ConfigError, ExpressionError, UserError
 from refsam.model import RefSAM, SmallTextEncoder, word_tokenizer
 from refsam.model.text_encoder import CachedTextEncoder
 from refsam.model.vocabulary import extend_vocabulary
+from refsam.training.batches import open_datasets, open_photographs
+from refsam.training.module import TrainingModule
 from refsam.training.settings import TrainingSettings
 
 _NAMED = 8
@@ -134,3 +137,40 @@ def _refusal(encoder: CachedTextEncoder, text: str) -> str | None:
     except ExpressionError as error:
         return str(error)
     return None
+
+
+def every_sentence(datasets: Iterable[ReferringDataset]) -> list[str]:
+    """What training and validation say about videos, mirrored as well where that can be."""
+    texts = dict.fromkeys(
+        e.text for dataset in datasets for row in dataset.sentences.values() for e in row
+    )
+    other = (mirrored(text) for text in texts)
+    return [
+        *texts,
+        *dict.fromkeys(text for text in other if text is not None and text not in texts),
+    ]
+
+
+def encode_text(settings: TrainingSettings, advance: Callable[[], None] = lambda: None) -> int:
+    """Put what the frozen text encoder of a run says about every sentence into `text_cache`; returns how many were new.
+
+    Raises UserError where the run has no such encoder or folder.
+    """
+    if settings.text_cache is None:
+        raise UserError("text_cache: not set in this configuration, want a folder")
+    datasets = open_datasets(settings)
+    model = build_model(settings, datasets, open_photographs(settings.data.photographs))
+    features = TrainingModule(model, settings).features
+    if features is None:
+        raise UserError(
+            "text_cache: the text encoder of this configuration is trained, so that nothing can be kept"
+        )
+    return features.encode_all(every_sentence([*datasets, *validated_on(settings)]), advance)
+
+
+def validated_on(settings: TrainingSettings) -> list[ReferringDataset]:
+    """The dataset of validation, none where it has none."""
+    entry = settings.validation.dataset
+    if entry is None or settings.validation.every is None:
+        return []
+    return [open_dataset(entry.name, entry.root, entry.split, **entry.options)]

@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from refsam.model.pretrained_text_encoder import PretrainedTextEncoder
 from refsam.model.text_encoder import CachedTextEncoder, EncodedText
-from refsam.runtime.files import replace_file
+from refsam.runtime.files import only_writer, replace_file
 from refsam.training.state import digest
 
 _IN_MEMORY = 4096
@@ -33,12 +33,43 @@ class TextFeatures:
         self.encoder = encoder
         self.folder = None if folder is None else Path(folder) / identity(encoder)
         self._tokens = lru_cache(_IN_MEMORY)(self._read_or_encode)
+        encoder.kept = (
+            self._read_kept
+        )  # what asks the encoder itself, as validation does, finds it too
 
     def __call__(self, expressions: Sequence[str]) -> EncodedText:
         """P expressions to tokens (P, T, Ct), float32 on the host; raises ExpressionError."""
         rows = [self._tokens(expression) for expression in expressions]
         lengths = torch.tensor([len(row) for row in rows])
         return EncodedText(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)
+
+    def encode_all(
+        self, expressions: Iterable[str], advance: Callable[[], None] = lambda: None
+    ) -> int:
+        """Put the tokens of every expression on the disk, if there is a folder; returns how many were not there.
+
+        One process does it at a time, so that a large encoder is loaded once: the others find everything done. It is not kept.
+        """
+        if self.folder is None:
+            return 0
+        new = 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with only_writer(self.folder / "all", wait=True):
+            for expression in dict.fromkeys(expressions):
+                path = self.file(expression)
+                if path is not None and not path.is_file():
+                    self._read_or_encode(expression)
+                    new += 1
+                advance()
+        if isinstance(self.encoder, PretrainedTextEncoder):
+            self.encoder.unload()
+        return new
+
+    def _read_kept(self, expression: str) -> EncodedText | None:
+        """What the disk holds of an expression."""
+        path = self.file(expression)
+        tokens = None if path is None else _read(path)
+        return None if tokens is None else EncodedText(tokens[None], torch.tensor([len(tokens)]))
 
     def file(self, expression: str) -> Path | None:
         """Where an expression's tokens are kept; None without a folder."""

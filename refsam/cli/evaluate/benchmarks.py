@@ -199,6 +199,32 @@ def refcoco(
     _run(benchmark, rules, out, model, device, dtype, missing, 1)
 
 
+@with_model
+def folder(
+    root: RootOption,
+    out: RunFolderOption,
+    model: ModelChoice,
+    split: str = "validation",
+    inference: InferenceOption = "default",
+    videos: VideosOption = None,
+    missing: MissingOption = "error",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    processes: ProcessesOption = 0,
+) -> None:
+    """Run a model on your own videos and score it, each sentence by itself, in the frames that have a mask.
+
+    Started by torchrun, processes and machines share the videos; --out must be a folder that all of them see.
+    """
+    from refsam.data import open_dataset
+    from refsam.evaluation.runners.inference import find_rules
+    from refsam.evaluation.runners.per_expression import PerExpression
+
+    dataset = _chosen(open_dataset("folder", root, split), videos)
+    benchmark = PerExpression(f"{root} {split}", dataset, None, dataset.truth)
+    _run(benchmark, find_rules(inference), out, model, device, dtype, missing, processes)
+
+
 def _truth(
     dataset: "ReferringDataset", truth: Path | None, expressions: Path | None
 ) -> tuple[Path | None, Path | None]:

@@ -1,7 +1,7 @@
 """``refsam evaluate masks``: score masks against the truth."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from refsam.cli.progress import progress
 from refsam.errors import UserError
 from refsam.runtime.malloc import keep_freed_memory
 from refsam.runtime.threads import available_cores
+
+if TYPE_CHECKING:
+    from refsam.evaluation.scoring.clips import Layout
 
 
 def masks(
@@ -24,7 +27,8 @@ def masks(
         Path,
         typer.Option(
             help="Folder of true PNGs, laid out likewise; with --expressions, maps of objects <video>/<frame>.png, "
-            "or the file mask_dict.json of MeViS."
+            "the file mask_dict.json of MeViS, or a split of your own videos (with expressions.csv), for which --pred may be "
+            "what refsam segment-videos wrote."
         ),
     ],
     protocol: Annotated[
@@ -92,7 +96,11 @@ def masks(
         raise UserError("frames: got it without --report, want both")
     pictures = None if frames is None else folder_frames(frames)
     names = None if videos is None else read_names(videos)
-    layout = find_clips(pred, gt, rules, videos=names, expressions=expressions)
+    if (gt / "expressions.csv").is_file():
+        rules = find_protocol("per-expression")
+        layout = _own_layout(pred, gt, expressions, names)
+    else:
+        layout = find_clips(pred, gt, rules, videos=names, expressions=expressions)
     cores = processes or available_cores()
     with listing_problems(), progress("scoring", len(layout.clips), "clips") as advance:
         result = score_layout(layout, rules, missing=missing, processes=cores, advance=advance)
@@ -109,3 +117,15 @@ def masks(
         facts = provenance_section(provenance())
         page, _ = write_report(report, f"Masks scored by {rules.name}", [*sections, facts])
         typer.echo(f"report: {page}")
+
+
+def _own_layout(
+    pred: Path, gt: Path, expressions: Path | None, videos: list[str] | None
+) -> "Layout":
+    """The clips of one's own videos, scored per expression; raises UserError for options that they do not take."""
+    from refsam.data import open_dataset
+    from refsam.evaluation.scoring.own_videos import find_own_clips
+
+    if expressions is not None or videos is not None:
+        raise UserError(f"expressions, videos: {gt / 'expressions.csv'} lists them, want neither")
+    return find_own_clips(pred, open_dataset("folder", gt.resolve().parent, gt.resolve().name))

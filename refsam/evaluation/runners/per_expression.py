@@ -18,6 +18,7 @@ from refsam.evaluation.runners.run_folder import RunFolder
 from refsam.evaluation.runners.submissions import write_submission
 from refsam.evaluation.scoring.clips import find_clips
 from refsam.evaluation.scoring.masks import score_layout
+from refsam.evaluation.scoring.own_videos import find_own_clips
 from refsam.evaluation.scoring.protocols import find_protocol
 
 
@@ -25,13 +26,14 @@ from refsam.evaluation.scoring.protocols import find_protocol
 class PerExpression:
     """Predictions `<video>/<expression>/<frame>.png`, always a submission, and scores where there is truth.
 
-    `zip_folder` is the folder that the server wants at the top of the zip, "" for none. `truth` is what `find_clips` takes,
+    `zip_folder` is the folder that the server wants at the top of the zip, "" for none; None where there is no server, as for own
+    videos, whose masks are the truth. `truth` is what `find_clips` takes,
     `listing` the file that says which objects of it an expression means, None where the truth has a folder for each expression.
     """
 
     title: str
     dataset: ReferringDataset
-    zip_folder: str
+    zip_folder: str | None
     truth: Path | None = None
     listing: Path | None = None
 
@@ -70,6 +72,8 @@ class PerExpression:
         self, run: RunFolder, records: Mapping[str, Mapping[str, Any]], processes: int
     ) -> Outcome:
         """Write the submission; score the predictions where there is truth."""
+        if self.zip_folder is None:
+            return self._own_outcome(run, processes)
         archive = run.folder / "submission.zip"
         count = write_submission(archive, run.predictions, self._files(), self.zip_folder)
         top = f"{self.zip_folder}/" if self.zip_folder else ""
@@ -86,6 +90,23 @@ class PerExpression:
         files = {"scores.csv": scored.result.as_csv()}
         return Outcome(text, scored.result.as_dict(), tuple(sections), files)
 
+    def _own_outcome(self, run: RunFolder, processes: int) -> Outcome:
+        """Scores of own videos, for which there is no server."""
+        if self.truth is None:
+            unscored = f"not scored: no masks in {self.dataset.root / self.dataset.split}"
+            return Outcome(unscored, {}, (Section("Scores", (Text((unscored,)),)),))
+        protocol = find_protocol("per-expression")
+        layout = find_own_clips(run.predictions, self.dataset)
+        result = score_layout(layout, protocol, processes=processes)
+        scored = Scored("", result, layout.clips, self._texts())
+        text = "\n".join([*protocol.rules, "", overall_table([scored]).markdown()])
+        sections = tuple(mask_sections([scored], self.dataset.frame))
+        return Outcome(text, result.as_dict(), sections, {"scores.csv": result.as_csv()})
+
+    def _texts(self) -> dict[tuple[str, str], str]:
+        every = [expression for unit in self.units for expression in unit.expressions]
+        return {(e.video, e.expression_id): e.text for e in every}
+
     def _files(self) -> list[str]:
         return [
             f"{unit.video.name}/{expression.expression_id}/{frame}.png"
@@ -98,6 +119,5 @@ class PerExpression:
         protocol = find_protocol("per-expression")
         videos = [unit.video.name for unit in self.units]
         layout = find_clips(predictions, truth, protocol, videos=videos, expressions=self.listing)
-        every = [expression for unit in self.units for expression in unit.expressions]
-        texts = {(e.video, e.expression_id): e.text for e in every}
-        return Scored("", score_layout(layout, protocol, processes=processes), layout.clips, texts)
+        result = score_layout(layout, protocol, processes=processes)
+        return Scored("", result, layout.clips, self._texts())

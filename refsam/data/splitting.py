@@ -1,0 +1,82 @@
+"""One's own videos divided into those to train on and those to validate on, whole videos each."""
+
+import csv
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from refsam.data.catalogue import open_dataset
+from refsam.data.dataset import DataError, Expression, ReferringDataset
+from refsam.runtime.files import only_writer, own_name
+
+TRAIN, VALIDATION = "train", "validation"
+
+
+def split_folder(
+    root: Path,
+    out: Path,
+    *,
+    split: str = TRAIN,
+    share: float = 0.2,
+    seed: int = 0,
+    copy: bool = False,
+) -> dict[str, list[str]]:
+    """Write the splits train and validation of one's own videos into the new folder `out`; returns the videos of each.
+
+    `share` of the videos, one at least and never all, are for validation, drawn from `seed`. Frames and masks become symbolic
+    links, or copies with `copy`; `root` stays as it is. Raises DataError for fewer than two videos, for a share that is not
+    between 0 and 1, and where `out` exists.
+    """
+    if not 0 < share < 1:
+        raise DataError(f"validation: got {share}, want a share between 0 and 1")
+    dataset = open_dataset("folder", root, split)
+    names = [video.name for video in dataset.videos]
+    if len(names) < 2:
+        raise DataError(f"{root}: {len(names)} video cannot be divided, want two or more")
+    count = min(len(names) - 1, max(1, round(share * len(names))))
+    drawn = set(np.random.default_rng(seed).choice(names, count, replace=False).tolist())
+    parts = {
+        TRAIN: [name for name in names if name not in drawn],
+        VALIDATION: [name for name in names if name in drawn],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with only_writer(out, wait=False):
+        if out.exists():
+            raise DataError(f"out: {out} exists, want a new folder")
+        partial = own_name(out)
+        try:
+            for part, videos in parts.items():
+                _write_part(partial / part, root / split, dataset, videos, copy)
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return parts
+
+
+def _write_part(
+    folder: Path, source: Path, dataset: ReferringDataset, videos: list[str], copy: bool
+) -> None:
+    folder.mkdir(parents=True)
+    with open(folder / "expressions.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["video", "objects", "text"])
+        table.writerows(_row(e) for video in videos for e in dataset.expressions(video))
+    for kind in ("frames", "masks"):
+        for video in videos:
+            if (source / kind / video).is_dir():
+                _place(source / kind / video, folder / kind / video, copy)
+
+
+def _row(expression: Expression) -> list[str]:
+    numbers = " ".join(map(str, expression.object_ids or ()))
+    return [expression.video, numbers, expression.text]
+
+
+def _place(source: Path, target: Path, copy: bool) -> None:
+    target.parent.mkdir(exist_ok=True)
+    if copy:
+        shutil.copytree(source, target)
+    else:
+        os.symlink(source.resolve(), target, target_is_directory=True)
