@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks import provenance
-from benchmarks.measure import measure_ceiling
+from benchmarks.measure import exact_products, measure_ceiling
 from benchmarks.registry import load_cases
 from benchmarks.report import compare
 from benchmarks.report.plots import write_plots
@@ -50,6 +50,7 @@ def measure(options: argparse.Namespace) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got cuda, wanted cpu: torch sees no CUDA device here")
     cases = load_cases(options.operators, device, short=options.short)
+    exact_products()
     origin = provenance.collect(device)
     ceiling = measure_ceiling(device)
     print(f"limits measured on {device}: {ceiling}", flush=True)

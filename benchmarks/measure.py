@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 MINIMUM_ROUNDS = 5
+WARM_UP_CALLS = 3  # before a capture: kernels are compiled, libraries take their workspaces
 MAXIMUM_ROUNDS = 200
 # Written between calls on a GPU, so that every call starts with a cold L2 cache; larger than any GPU's.
 FLUSH_BYTES = 256 * 2**20
@@ -75,6 +76,45 @@ def time_cuda(provider: Callable[[], Any]) -> float:
     return 1e-3 * start.elapsed_time(end)
 
 
+def exact_products() -> None:
+    """float32 means float32: no TF32 on either side of a comparison."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as a CUDA graph's replay, which returns what the recording returned.
+
+    Raises what the capture raises: a call that looks at values has no graph.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP_CALLS):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def replays_of(providers: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
+    """The providers that have a graph, as its replay."""
+    found = {}
+    for name, provider in providers.items():
+        try:
+            found[name] = captured(provider)
+        except RuntimeError:  # it looks at values, or allocates in a way that a capture forbids
+            torch.cuda.synchronize()
+    return found
+
+
 def peak_memory(provider: Callable[[], Any], device: str) -> int | None:
     """Bytes that a call needs at its peak beyond what lies there before it, result included; None if not measurable."""
     gc.collect()
@@ -128,13 +168,13 @@ class Ceiling:
 
 
 def measure_ceiling(device: str) -> Ceiling:
-    """Copies a large tensor and multiplies two large matrices of each dtype."""
+    """Copies a large tensor and multiplies two large matrices of each dtype, of random values: a GPU is faster on zeros."""
     count, side = (2**28, 8192) if device == "cuda" else (2**25, 2048)
-    source, target = (torch.ones(count, device=device) for _ in range(2))
+    source, target = (torch.randn(count, device=device) for _ in range(2))
     providers: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source)}
     dtypes = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
     for name, dtype in dtypes.items():
-        left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+        left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         providers[name] = partial(torch.mm, left, right)
     best = {name: t.p20_ms for name, t in time_interleaved(providers, device, 2.0).items()}
     copied, computed = 2 * source.nbytes, 2 * side**3

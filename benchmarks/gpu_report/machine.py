@@ -2,69 +2,30 @@
 
 import os
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import torch
 
+from benchmarks import measure
 from benchmarks.gpu_report.rows import Rows
 from refsam_kernels import BackendError
 
 IS_REHEARSAL = bool(os.environ.get("REFSAM_REPORT_REHEARSAL"))
 DEVICE = "cpu" if IS_REHEARSAL else "cuda"
-WARM_UP_CALLS = 3
-# Written before each sample, so that it starts with a cold L2 cache; larger than any GPU's.
-FLUSH_BYTES = 256 * 2**20
 
 Call = Callable[[], Any]
 
 
-def exact_products() -> None:
-    """float32 means float32: no TF32 on either side of a comparison."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-
-
 def captured(call: Call) -> Call:
-    """The call as a CUDA graph's replay, which returns what the recording returned; in a rehearsal the call itself.
-
-    Raises what the capture raises: a call that looks at values has no graph.
-    """
-    if IS_REHEARSAL:
-        return call
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP_CALLS):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = call()
-
-    def replay() -> Any:
-        graph.replay()
-        return result
-
-    return replay
+    """As `benchmarks.measure.captured`; in a rehearsal the call itself."""
+    return call if IS_REHEARSAL else measure.captured(call)
 
 
 def seconds_of(call: Call) -> float:
     """One call's time on the device, with a cold L2 cache; in a rehearsal the clock's."""
-    if IS_REHEARSAL:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return 1e-3 * start.elapsed_time(end)
+    return measure.time_cpu(call) if IS_REHEARSAL else measure.time_cuda(call)
 
 
 def median_ms(call: Call, seconds: float, least: int = 5, most: int = 50) -> dict[str, Any]:
@@ -105,13 +66,13 @@ def peak_bytes(call: Call) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def attempt(rows: Rows, measure: Callable[[], dict[str, Any]], **facts: Any) -> None:
-    """Writes a row of what `measure` finds, with `skipped` a backend's refusal, or with `wrong` why it failed.
+def attempt(rows: Rows, measuring: Callable[[], dict[str, Any]], **facts: Any) -> None:
+    """Writes a row of what `measuring` finds, with `skipped` a backend's refusal, or with `wrong` why it failed.
 
     A device that failed for good ends the task.
     """
     try:
-        found = measure()
+        found = measuring()
     except BackendError as refusal:
         rows.write(**facts, skipped=first_line(refusal))
         return

@@ -48,10 +48,10 @@ SETTINGS = (
 
 
 class Random:
-    """Seeded tensors of a setting; products' operands in its dtype."""
+    """Seeded tensors of a setting, drawn on the device; products' operands in its dtype."""
 
     def __init__(self, setting: Setting, device: str) -> None:
-        self.generator = torch.Generator().manual_seed(42)
+        self.generator = torch.Generator(device).manual_seed(42)
         self.dtype, self.device = setting.dtype, device
 
     def operand(self, *shape: int, size: float = 1.0) -> Tensor:
@@ -60,7 +60,7 @@ class Random:
 
     def stream(self, *shape: int, size: float = 1.0) -> Tensor:
         """Normally distributed float32 values."""
-        return (size * torch.randn(shape, generator=self.generator)).to(self.device)
+        return size * torch.randn(shape, generator=self.generator, device=self.device)
 
     def perceptron(self, width: int, hidden: int, prefix: str = "") -> Tensors:
         """Two linear layers, width -> hidden -> width."""

@@ -37,13 +37,13 @@ def make_inputs(
     device: str, images: int, pixels: int, channels: int, expressions: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Four levels; up to eleven words and the sentence."""
-    generator = torch.Generator().manual_seed(42)
-    normal = partial(torch.randn, generator=generator)
+    generator = torch.Generator(device).manual_seed(42)
+    normal = partial(torch.randn, generator=generator, device=device)
     text = F.normalize(normal(expressions, 12, channels), dim=-1)
     inputs = {
         "features": F.normalize(normal(4, images, pixels, channels), dim=-1).to(dtype),
         "text": text.to(dtype),
-        "lengths": torch.randint(4, 13, (expressions,), generator=generator),
+        "lengths": torch.randint(4, 13, (expressions,), generator=generator, device=device),
         "image_index": torch.arange(expressions) % images,
         "weight": (normal(channels, 2 * channels) * channels**-0.5).to(dtype),
         "bias": normal(channels).to(dtype),
@@ -67,8 +67,9 @@ def workload(
     inputs = make_inputs(device, images, pixels, channels, expressions, dtype)
     for tensor in inputs.values():
         tensor.requires_grad_(trains and tensor.is_floating_point())
-    grad = torch.randn(expressions, pixels, channels, generator=torch.Generator().manual_seed(1))
-    grads = {"dense": grad.to(device, dtype)}
+    seeded = torch.Generator(device).manual_seed(1)
+    grad = torch.randn(expressions, pixels, channels, generator=seeded, device=device)
+    grads = {"dense": grad.to(dtype)}
     ways = {"eager": eager} | {
         name: lambda backend=name, **tensors: (dense_attention(**tensors, backend=backend),)
         for name in backends_of("dense_attention", device)

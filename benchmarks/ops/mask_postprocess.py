@@ -60,9 +60,9 @@ def coco_loop(logits: Tensor, output_size: Size) -> list[Any]:
 
 def smooth_logits(masks: int, device: str) -> Tensor:
     """Random smooth logits, as a decoder gives them."""
-    generator = torch.Generator().manual_seed(42)
-    coarse = torch.randn(masks, 1, 16, 16, generator=generator)
-    return (8 * F.interpolate(coarse, (LOW, LOW), mode="bicubic")[:, 0]).to(device)
+    generator = torch.Generator(device).manual_seed(42)
+    coarse = torch.randn(masks, 1, 16, 16, generator=generator, device=device)
+    return 8 * F.interpolate(coarse, (LOW, LOW), mode="bicubic")[:, 0]
 
 
 def workload(device: str, *, masks: int, output_size: Size, form: str) -> Workload:

@@ -46,12 +46,12 @@ def run(upscale: Upscale, inputs: tuple[Tensor, ...], grad: Tensor | None) -> tu
 
 def make_inputs(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Random features (P, h, w, C) for one mask each, and the weights of a decoder of C channels."""
-    generator = torch.Generator().manual_seed(42)
+    generator = torch.Generator(device).manual_seed(42)
     width = shape[-1]
     middle, last = width // 4, width // 8
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(size, generator=generator)).to(device, dtype)
+        return (scale * torch.randn(size, generator=generator, device=device)).to(dtype)
 
     return (
         normal(*shape),
@@ -70,7 +70,9 @@ def workload(device: str, *, shape: tuple[int, ...], dtype: torch.dtype, trains:
     inputs = make_inputs(device, shape, dtype)
     expressions, height, width, channels = shape
     logits_shape = (expressions, 1, 4 * height, 4 * width)
-    grad = torch.ones(logits_shape, dtype=dtype, device=device) if trains else None
+    seeded = torch.Generator(device).manual_seed(1)
+    grad = torch.randn(logits_shape, generator=seeded, device=device).to(dtype)
+    grad = grad if trains else None
     ways: dict[str, Upscale] = {"eager": eager}
     if device == "cuda":
         ways["compiled eager"] = torch.compile(eager)

@@ -38,7 +38,9 @@ class Setting:
 
     def inputs(self, device: str) -> dict[str, Tensor]:
         """Random tensors of the size that they have in SAM's checkpoints: float32 on a CPU, bfloat16 on a GPU."""
-        generator = torch.Generator().manual_seed(42)
+        normal = partial(
+            torch.randn, generator=torch.Generator(device).manual_seed(42), device=device
+        )
         side, width = self.window or self.grid, 3 * self.heads * self.head_dim
         shapes = {
             "qkv": (4 if device == "cuda" else 1, self.grid, self.grid, width),
@@ -48,8 +50,8 @@ class Setting:
         }
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         return {
-            name: ((0.3 if "rel" in name else 1.0) * torch.randn(shape, generator=generator))
-            .to(device, dtype)
+            name: ((0.3 if "rel" in name else 1.0) * normal(shape))
+            .to(dtype)
             .requires_grad_(self.trains)
             for name, shape in shapes.items()
         }
@@ -173,8 +175,10 @@ def workload(device: str, *, setting: Setting, with_peers: bool = True) -> Workl
     """All ways on the same inputs, checked against float64."""
     inputs = setting.inputs(device)
     attend: Any = partial(rel_pos_attention, num_heads=setting.heads, window_size=setting.window)
-    grad = torch.ones_like(attend(**inputs, backend="fallback"))
-    grad = torch.randn(grad.shape, generator=torch.Generator().manual_seed(1)).to(grad)
+    qkv = inputs["qkv"]
+    shape = (*qkv.shape[:3], qkv.shape[3] // 3)
+    seeded = torch.Generator(device).manual_seed(1)
+    grad = torch.randn(shape, generator=seeded, device=device).to(qkv.dtype)
     ways: dict[str, Callable[..., Tensor]] = {BASELINE: partial(sdpa_with_bias, setting=setting)}
     skipped: dict[str, str] = {}
     for name, way in peers(setting).items() if with_peers else ():
@@ -205,7 +209,7 @@ def workload(device: str, *, setting: Setting, with_peers: bool = True) -> Workl
         moved_bytes=sum(tensor.nbytes for tensor in (*inputs.values(), grad)),
         flops=7 * flops // 2 if setting.trains else flops,
         shapes={"qkv": list(inputs["qkv"].shape), "dtype": str(grad.dtype)},
-        ceilings={"SDPA without bias": partial(unbiased, apart, torch.ones_like(q))},
+        ceilings={"SDPA without bias": partial(unbiased, apart, torch.randn_like(q))},
         dtype=grad.dtype,
         skipped=skipped,
     )

@@ -50,8 +50,8 @@ def make_inputs(
     device: str, pixels: int, channels: int, expressions: int, dtype: torch.dtype, to_image: bool
 ) -> dict[str, Any]:
     """Everything in `dtype`; heads of 16 channels."""
-    generator = torch.Generator().manual_seed(42)
-    normal = partial(torch.randn, generator=generator)
+    generator = torch.Generator(device).manual_seed(42)
+    normal = partial(torch.randn, generator=generator, device=device)
     internal = channels // 2
     tokens, token_pe = (normal(expressions, TOKENS, channels) for _ in range(2))
     image, image_pe = normal(expressions, pixels, channels), normal(1, pixels, channels)
@@ -64,7 +64,7 @@ def make_inputs(
         inputs[name] = normal(shape[: 2 if name.endswith("weight") else 1]) * size
     inputs |= {"norm_weight": 1 + 0.1 * normal(channels), "norm_bias": 0.1 * normal(channels)}
     inputs = {name: x.to(device, dtype) for name, x in inputs.items()}
-    lengths = torch.randint(7, TOKENS + 1, (expressions,), generator=generator)
+    lengths = torch.randint(7, TOKENS + 1, (expressions,), generator=generator, device=device)
     return inputs | {"key_lengths": None if to_image else lengths.to(device)}
 
 
@@ -85,7 +85,8 @@ def workload(
         if name not in fixed:
             tensor.requires_grad_(trains)
     shape = inputs["queries"].shape
-    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    seeded = torch.Generator(device).manual_seed(1)
+    grad = torch.randn(shape, generator=seeded, device=device).to(dtype)
     lengths = {"key_lengths": inputs.pop("key_lengths"), "num_heads": channels // 32}
     ways = {"eager": partial(eager, **lengths)} | {
         name: partial(fused, name, **lengths)

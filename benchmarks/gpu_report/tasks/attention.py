@@ -12,11 +12,11 @@ from benchmarks.gpu_report.machine import (
     DEVICE,
     IS_REHEARSAL,
     attempt,
-    exact_products,
     peak_bytes,
     timed,
 )
 from benchmarks.gpu_report.rows import Rows
+from benchmarks.measure import exact_products
 from benchmarks.ops.rel_pos_attention import Setting, workload
 from benchmarks.registry import Workload
 

@@ -12,11 +12,11 @@ from benchmarks.gpu_report.machine import (
     DEVICE,
     IS_REHEARSAL,
     attempt,
-    exact_products,
     peak_bytes,
     timed,
 )
 from benchmarks.gpu_report.rows import Rows
+from benchmarks.measure import exact_products
 from benchmarks.ops.image_encoder import encoder_flops
 from benchmarks.registry import backends_of
 from refsam.config import RefSAMConfig

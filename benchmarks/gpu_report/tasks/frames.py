@@ -13,10 +13,10 @@ from benchmarks.gpu_report.machine import (
     DEVICE,
     IS_REHEARSAL,
     attempt,
-    exact_products,
     median_ms,
 )
 from benchmarks.gpu_report.rows import Rows
+from benchmarks.measure import exact_products
 from refsam import RefSAM, RefSAMConfig, VideoSession
 from refsam.session import FrameGraphs
 

@@ -5,8 +5,9 @@ from functools import partial
 import torch
 
 from benchmarks import provenance
-from benchmarks.gpu_report.machine import DEVICE, IS_REHEARSAL, attempt, exact_products, median_ms
+from benchmarks.gpu_report.machine import DEVICE, IS_REHEARSAL, attempt, median_ms
 from benchmarks.gpu_report.rows import Rows
+from benchmarks.measure import exact_products
 from refsam_kernels import info
 
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_report.inputs import problems_of
-from benchmarks.gpu_report.machine import DEVICE, IS_REHEARSAL, attempt, exact_products, timed
+from benchmarks.gpu_report.machine import DEVICE, IS_REHEARSAL, attempt, timed
 from benchmarks.gpu_report.rows import Rows
+from benchmarks.measure import exact_products
 from benchmarks.registry import Workload, load_cases
 
 SECONDS = 0.1

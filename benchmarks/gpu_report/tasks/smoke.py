@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_report.inputs import Problem, problems_of
-from benchmarks.gpu_report.machine import DEVICE, attempt, exact_products, first_line
+from benchmarks.gpu_report.machine import DEVICE, attempt, first_line
 from benchmarks.gpu_report.rows import Rows
+from benchmarks.measure import exact_products
 from benchmarks.registry import backends_of
 
 # As in the tests: three times the error of the plain formula in the same dtype, and some roundings of the largest value.

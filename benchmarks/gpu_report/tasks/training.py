@@ -12,11 +12,11 @@ from benchmarks.gpu_report.machine import (
     DEVICE,
     IS_REHEARSAL,
     attempt,
-    exact_products,
     median_ms,
     peak_bytes,
 )
 from benchmarks.gpu_report.rows import Rows
+from benchmarks.measure import exact_products
 
 
 def run(rows: Rows, model: str) -> None:
