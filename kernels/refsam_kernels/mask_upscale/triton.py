@@ -39,7 +39,7 @@ class Configuration(NamedTuple):
 
 # By the bytes of a number: products of float32 are not for tensor cores and take the more registers.
 FORWARD = {2: Configuration(64, 32, 4, 3), 4: Configuration(32, 16, 8, 1)}
-BACKWARD = {2: Configuration(32, 32, 8, 2), 4: Configuration(16, 16, 8, 1)}
+BACKWARD = {2: Configuration(32, 32, 8, 2), 4: Configuration(16, 16, 16, 1)}
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def first_convolution(
             mask=is_channel[:, None] & is_column[None, :],
             other=0.0,
         )
-        x = tl.dot(rows, columns, x, input_precision="ieee")
+        x = tl.dot(rows, columns, x)
     return x + tl.load(bias + c1, mask=is_column, other=0.0).to(tl.float32)[None, :]
 
 
@@ -129,7 +129,7 @@ def _forward_kernel(
     x = (x - mean[:, None]) * deviation[:, None] * scale[None, :] + shift[None, :]
     q = tl.arange(0, 4 * BLOCK_C2)
     matrix = second_weight(weight2, c1, q, width1, width2, BLOCK_C2)
-    y = tl.dot(gelu(x).to(matrix.dtype), matrix, input_precision="ieee")
+    y = tl.dot(gelu(x).to(matrix.dtype), matrix)
     c2 = q % BLOCK_C2
     is_last = c2 < width2
     y = gelu(y + tl.load(bias2 + c2, mask=is_last, other=0.0).to(tl.float32)[None, :])
@@ -197,7 +197,7 @@ def _backward_kernel(
         x = normed * scale[None, :] + shift[None, :]
         matrix = second_weight(weight2, c1, q, width1, width2, BLOCK_C2)
         z = gelu(x).to(matrix.dtype)
-        y = tl.dot(z, matrix, input_precision="ieee") + offset2[None, :]
+        y = tl.dot(z, matrix) + offset2[None, :]
 
         of_y = tl.zeros([BLOCK_P, 4 * BLOCK_C2], dtype=tl.float32)
         source = grad + logit_offset(pixels[:, None], place1, place2[None, :], width)
@@ -215,8 +215,8 @@ def _backward_kernel(
         of_y *= gelu_derivative(y)
         of_bias2 += tl.sum(of_y, axis=0)
         lowered = of_y.to(matrix.dtype)
-        of_weight2 = tl.dot(tl.trans(z), lowered, of_weight2, input_precision="ieee")
-        of_x = tl.dot(lowered, tl.trans(matrix), input_precision="ieee") * gelu_derivative(x)
+        of_weight2 = tl.dot(tl.trans(z), lowered, of_weight2)
+        of_x = tl.dot(lowered, tl.trans(matrix)) * gelu_derivative(x)
         of_scale += tl.sum(of_x * normed, axis=0)
         of_shift += tl.sum(of_x, axis=0)
         of_x *= scale[None, :]

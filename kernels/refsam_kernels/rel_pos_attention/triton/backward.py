@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from refsam_kernels.rel_pos_attention.triton.tiles import (
+    LOG2E,
     _add_relative,
     _head_pointers,
     _key_tile,
@@ -68,7 +69,7 @@ def _query_gradient_kernel(
     KEYS: tl.constexpr = (ROWS, COLUMNS)
     tl.static_assert(MASKED or (WINDOW_H % ROWS == 0 and WINDOW_W % COLUMNS == 0))
     tl.static_assert(MASKED or PADDED or not PARTIAL)
-    tile, head, image, window = _locate(tiles, heads, h, w, WINDOW)
+    tile, head, image, window = _locate(tiles, heads, h, w, WINDOW, PARTIAL)
     _, _, height, width = window
     if tile * BLOCK >= height * width:
         return
@@ -85,7 +86,7 @@ def _query_gradient_kernel(
     plane = image * heads + head
     tl.store(delta + plane * tokens + token, delta_i, mask=exists)
     # Out-of-range queries get zero probability.
-    lse = tl.load(log_sum_exp + plane * tokens + token, mask=exists, other=float("inf"))
+    lse = tl.load(log_sum_exp + plane * tokens + token, mask=exists, other=float("inf")) * LOG2E
     rel_h += plane * WINDOW_H * tokens
     rel_w += plane * tokens * WINDOW_W
     d_rel_h += plane * WINDOW_H * tokens
@@ -107,7 +108,7 @@ def _query_gradient_kernel(
     for column in range(0, key_width, COLUMNS):
         tl.debug_barrier()  # other threads of this program read what was stored
         columns = column + tl.arange(0, COLUMNS)
-        term_w = _terms_of_columns(rel_w, query, column, WINDOW_W, COLUMNS)
+        term_w = _terms_of_columns(rel_w, query, column, WINDOW_W, COLUMNS) * LOG2E
         d_term_w = tl.zeros([BLOCK, COLUMNS], tl.float32)
         for row in range(0, key_height, ROWS):
             key_y, key_x, is_real = _key_tile(row, column, window, KEYS)
@@ -115,22 +116,22 @@ def _query_gradient_kernel(
             k, dp = _load_keys_and_dp(
                 do, k_base, v_base, key_offsets, is_real, stride_c, k_bias, v_bias, HEAD, PADDED
             )
-            scores = _query_scores(
-                q, k, rel_h, term_w, query, tokens, row, scale, WINDOW_H, D1, KEYS
+            scores, shift = _query_scores(
+                q, k, rel_h, term_w, query, tokens, row, scale * LOG2E, WINDOW_H, D1, KEYS
             )
             if MASKED:
                 is_key = (key_y < key_height) & (key_x < key_width)
                 scores = tl.where(is_key[None, :], scores, float("-inf"))
-            p = tl.exp(scores - lse[:, None])
+            p = tl.exp2(scores - (lse - shift)[:, None])
             ds = p * (dp - delta_i[:, None])
             d_terms = tl.reshape(ds, [BLOCK, ROWS, COLUMNS])
             d_term_w += tl.sum(d_terms, 1)
             d_term_h = tl.sum(d_terms, 2)
             _add_row_terms(d_rel_h, d_term_h, query, tokens, row, column, WINDOW, KEYS)
             ds = ds.to(k[0].dtype)
-            dq0 = tl.dot(ds, k[0], dq0, input_precision="ieee")
+            dq0 = tl.dot(ds, k[0], dq0)
             if D1 > 0:
-                dq1 = tl.dot(ds, k[1], dq1, input_precision="ieee")
+                dq1 = tl.dot(ds, k[1], dq1)
         pointers = d_rel_w + token.to(tl.int64)[:, None] * WINDOW_W + columns[None, :]
         tl.store(pointers, d_term_w, mask=exists[:, None] & (columns < WINDOW_W)[None, :])
 
@@ -194,7 +195,7 @@ def _load_keys_and_dp(
     k0 = _load_keys(k_base, offsets, is_real, stride_c, k_bias, HEAD[0], 0, HEAD[1], PADDED)
     v = _load_keys(v_base, offsets, is_real, stride_c, v_bias, HEAD[0], 0, HEAD[1], PADDED)
     k1 = k0
-    dp = tl.dot(do[0], tl.trans(v), input_precision="ieee")
+    dp = tl.dot(do[0], tl.trans(v))
     if HEAD[2] > 0:
         k1 = _load_keys(
             k_base, offsets, is_real, stride_c, k_bias, HEAD[0], HEAD[1], HEAD[2], PADDED
@@ -202,7 +203,7 @@ def _load_keys_and_dp(
         v = _load_keys(
             v_base, offsets, is_real, stride_c, v_bias, HEAD[0], HEAD[1], HEAD[2], PADDED
         )
-        dp = tl.dot(do[1], tl.trans(v), dp, input_precision="ieee")
+        dp = tl.dot(do[1], tl.trans(v), dp)
     return (k0, k1), dp
 
 
@@ -248,11 +249,12 @@ def _key_gradient_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PARTIAL: tl.constexpr,
     PADDED: tl.constexpr,
 ):
     WINDOW: tl.constexpr = (WINDOW_H, WINDOW_W)
     KEYS: tl.constexpr = (ROWS, COLUMNS)
-    tile, head, image, window = _locate(tiles, heads, h, w, WINDOW)
+    tile, head, image, window = _locate(tiles, heads, h, w, WINDOW, PARTIAL)
     top, left, height, width = window
     ACROSS: tl.constexpr = (WINDOW_W + COLUMNS - 1) // COLUMNS
     row = tile // ACROSS * ROWS
@@ -295,26 +297,30 @@ def _key_gradient_kernel(
         do0 = _load(grad_out, out_offsets, exists, 1, HEAD_DIM, 0, D0)
         q1 = q0
         do1 = do0
-        dp = tl.dot(v0, tl.trans(do0), input_precision="ieee")
+        dp = tl.dot(v0, tl.trans(do0))
         if D1 > 0:
             q1 = _load(q_base, query_offsets, exists, stride_c, HEAD_DIM, D0, D1)
             do1 = _load(grad_out, out_offsets, exists, 1, HEAD_DIM, D0, D1)
-            dp = tl.dot(v1, tl.trans(do1), dp, input_precision="ieee")
-        term_h = tl.trans(_terms_of_rows(rel_h, query, tokens, row, WINDOW_H, ROWS))
-        term_w = tl.trans(_terms_of_columns(rel_w, query, column, WINDOW_W, COLUMNS))
-        terms = tl.reshape(term_h[:, None, :] + term_w[None, :, :], [ROWS * COLUMNS, BLOCK])
-        scores = _scores((k0, k1), (q0, q1), terms, scale, D1)
+            dp = tl.dot(v1, tl.trans(do1), dp)
+        term_h = _terms_of_rows(rel_h, query, tokens, row, WINDOW_H, ROWS)
+        terms = tl.trans(_terms_of_columns(rel_w, query, column, WINDOW_W, COLUMNS))
         # Out-of-range queries get zero probability.
         lse = tl.load(log_sum_exp + plane * tokens + token, mask=exists, other=float("inf"))
+        if ROWS == 1:  # the row term of a query is one number
+            lse -= tl.sum(term_h, 1)
+        else:
+            terms = tl.trans(term_h)[:, None, :] + terms[None, :, :]
+            terms = tl.reshape(terms, [ROWS * COLUMNS, BLOCK])
+        scores = _scores((k0, k1), (q0, q1), terms, scale, D1)
         delta_i = tl.load(delta + plane * tokens + token, mask=exists, other=0.0)
-        p = tl.exp(scores - lse[None, :])
+        p = tl.exp2(scores * LOG2E - (lse * LOG2E)[None, :])  # one multiply-add
         ds = (p * (dp - delta_i[None, :])).to(q0.dtype)
         p = p.to(do0.dtype)
-        dv0 = tl.dot(p, do0, dv0, input_precision="ieee")
-        dk0 = tl.dot(ds, q0, dk0, input_precision="ieee")
+        dv0 = tl.dot(p, do0, dv0)
+        dk0 = tl.dot(ds, q0, dk0)
         if D1 > 0:
-            dv1 = tl.dot(p, do1, dv1, input_precision="ieee")
-            dk1 = tl.dot(ds, q1, dk1, input_precision="ieee")
+            dv1 = tl.dot(p, do1, dv1)
+            dk1 = tl.dot(ds, q1, dk1)
 
     key_token = (top + key_y) * w + left + key_x
     offsets = (image * tokens + key_token) * (3 * channels) + head * HEAD_DIM + channels

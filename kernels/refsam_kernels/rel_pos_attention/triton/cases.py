@@ -26,28 +26,41 @@ SHIPPED = (
     *((head_dim, torch.float32, window) for head_dim in JUDGED for window in WINDOWS[:2]),
     *((head_dim, torch.bfloat16, window) for head_dim in (32, 128) for window in WINDOWS[:2]),
 )
+# Grids whose sides have no factor in common with a tile: window, height and width.
+ODD = ((14, 40, 50), (0, 80, 48))
 
 
 def compile_cases() -> list[CompileCase]:
     """The kernels for SAM's windows and grids on every architecture; float16 differs from bfloat16 in no instruction's size."""
     return [
         launch.compile_case(
-            f"{name} {head_dim} {str(dtype).removeprefix('torch.')} {window} of {grid}",
+            f"{name} {head_dim} {str(dtype).removeprefix('torch.')} {of_grid}",
             architectures=(architecture,),
             spill_limit=SPILL_LIMIT if head_dim in JUDGED else None,
         )
-        for head_dim, dtype, (window, grid) in SHIPPED
+        for head_dim, dtype, of_grid, sizes in shipped()
         for architecture in ARCHITECTURES
-        for name, launch in launches_of(problem_of(grid, window, head_dim, dtype, architecture))
+        for name, launch in launches_of(problem_of(sizes, head_dim, dtype, architecture))
     ]
 
 
+def shipped() -> Iterator[tuple[int, torch.dtype, str, tuple[int, int, int, int]]]:
+    """Head dimension, dtype, and the grid in words and as height, width, window's height and width."""
+    for head_dim, dtype, (window, grid) in SHIPPED:
+        yield head_dim, dtype, f"{window} of {grid}", (grid, grid, window, window)
+    for head_dim in JUDGED:
+        for window, h, w in ODD:
+            sizes = (h, w, window or h, window or w)
+            yield head_dim, torch.bfloat16, f"{window or 'all'} of {h}x{w}", sizes
+
+
 def problem_of(
-    grid: int, window: int, head_dim: int, dtype: torch.dtype, architecture: int
+    sizes: tuple[int, int, int, int], head_dim: int, dtype: torch.dtype, architecture: int
 ) -> Problem:
-    """One image's square grid in square windows with SAM's padding."""
-    sizes = (1, grid, grid, HEADS, head_dim, window, window)
-    return Problem(*sizes, pad_mode="bias", dtype=dtype, architecture=architecture)
+    """One image's grid in windows with SAM's padding; `sizes` as in `shipped`."""
+    h, w, *window = sizes
+    fixed = (1, h, w, HEADS, head_dim, *window)
+    return Problem(*fixed, pad_mode="bias", dtype=dtype, architecture=architecture)
 
 
 def launches_of(problem: Problem) -> Iterator[tuple[str, Launch]]:

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from refsam_kernels.rel_pos_attention.triton.tiles import (
+    LN2,
     LOG2E,
     _head_pointers,
     _key_tile,
@@ -58,7 +59,7 @@ def _forward_kernel(
     # A tile that does not fit the window must not pass for one that does.
     tl.static_assert(MASKED or (WINDOW_H % ROWS == 0 and WINDOW_W % COLUMNS == 0))
     tl.static_assert(MASKED or PADDED or not PARTIAL)
-    tile, head, image, window = _locate(tiles, heads, h, w, WINDOW)
+    tile, head, image, window = _locate(tiles, heads, h, w, WINDOW, PARTIAL)
     _, _, height, width = window
     if tile * BLOCK >= height * width:
         return
@@ -94,7 +95,7 @@ def _forward_kernel(
     l_i = tl.zeros([BLOCK], tl.float32)
     acc0, acc1 = _zeros(BLOCK, HEAD)
     for column in range(0, key_width, COLUMNS):
-        term_w = _terms_of_columns(rel_w, query, column, WINDOW_W, COLUMNS)
+        term_w = _terms_of_columns(rel_w, query, column, WINDOW_W, COLUMNS) * LOG2E
         for row in range(0, key_height, ROWS):
             key_y, key_x, is_real = _key_tile(row, column, window, KEYS)
             key_offsets = _offsets(window, key_y, key_x, stride_y, stride_x)
@@ -105,28 +106,28 @@ def _forward_kernel(
                     k_base, key_offsets, is_real, stride_c, k_bias, HEAD_DIM, D0, D1, PADDED
                 )
             k = (k0, k1)
-            scores = _query_scores(
-                q, k, rel_h, term_w, query, tokens, row, scale, WINDOW_H, D1, KEYS
+            scores, shift = _query_scores(
+                q, k, rel_h, term_w, query, tokens, row, scale * LOG2E, WINDOW_H, D1, KEYS
             )
             if MASKED:
                 is_key = (key_y < key_height) & (key_x < key_width)
                 scores = tl.where(is_key[None, :], scores, float("-inf"))
-            m_ij = tl.maximum(m_i, tl.max(scores, 1))
-            p = tl.exp2(scores * LOG2E - (m_ij * LOG2E)[:, None])  # one multiply-add
-            alpha = tl.exp2((m_i - m_ij) * LOG2E)
+            m_ij = tl.maximum(m_i, tl.max(scores, 1) + shift)
+            p = tl.exp2(scores - (m_ij - shift)[:, None])
+            alpha = tl.exp2(m_i - m_ij)
             m_i = m_ij
             l_i = l_i * alpha + tl.sum(p, 1)
             v = _load_keys(v_base, key_offsets, is_real, stride_c, v_bias, HEAD_DIM, 0, D0, PADDED)
             p = p.to(v.dtype)
-            acc0 = tl.dot(p, v, acc0 * alpha[:, None], input_precision="ieee")
+            acc0 = tl.dot(p, v, acc0 * alpha[:, None])
             if D1 > 0:
                 v = _load_keys(
                     v_base, key_offsets, is_real, stride_c, v_bias, HEAD_DIM, D0, D1, PADDED
                 )
-                acc1 = tl.dot(p, v, acc1 * alpha[:, None], input_precision="ieee")
+                acc1 = tl.dot(p, v, acc1 * alpha[:, None])
 
     offsets = (image * tokens + token) * channels + head * HEAD_DIM
     _store(out, offsets, exists, acc0 / l_i[:, None], HEAD_DIM, 0, D0)
     if D1 > 0:
         _store(out, offsets, exists, acc1 / l_i[:, None], HEAD_DIM, D0, D1)
-    tl.store(log_sum_exp + plane * tokens + token, m_i + tl.log(l_i), mask=exists)
+    tl.store(log_sum_exp + plane * tokens + token, (m_i + tl.log2(l_i)) * LN2, mask=exists)

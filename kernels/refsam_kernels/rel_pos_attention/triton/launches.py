@@ -28,6 +28,8 @@ SPLITS = 128
 TABLE_BLOCK, TABLE_CHUNK = 64, 32  # tokens and rows of the table at a time
 # Rows of a table that queries are multiplied with at a time: more of them are spilled.
 CHUNK = 16
+# Keys of a window from which on its forward takes blocks of 128 queries: fewer programs read the keys.
+LARGE_WINDOW = 1024
 KERNELS = ("forward", "query_gradient", "key_gradient")
 
 
@@ -132,7 +134,21 @@ def default_tile(kernel: str, problem: Problem) -> Tile:
         keys = 32
     elif kernel == "key_gradient":
         block = 32
+    if problem.architecture == 90 and problem.dtype != torch.float32:
+        return hopper_tile(kernel, problem, block, keys)
     columns = columns_for(problem.window_w, keys)
+    return Tile(block, keys // columns, columns, num_warps, num_stages)
+
+
+def hopper_tile(kernel: str, problem: Problem, block: int, keys: int) -> Tile:
+    """The tile for sm_90: a third stage where registers and shared memory allow it, larger blocks where attention is global."""
+    columns = columns_for(problem.window_w, keys)
+    is_global = problem.window_h * problem.window_w >= LARGE_WINDOW
+    num_warps, num_stages = 4, 3
+    if kernel == "forward" and is_global:
+        block, num_warps = 128, 8
+    elif kernel == "key_gradient":
+        num_stages = 2
     return Tile(block, keys // columns, columns, num_warps, num_stages)
 
 
@@ -197,7 +213,6 @@ def by_queries(
         "table_w": operands.rel_pos_w,
         "tiles": tiles,
         "CHUNK": CHUNK,
-        "PARTIAL": problem.is_partial,
         "MASKED": problem.is_cropped or not is_whole,
     }
     programs = (problem.windows * tiles,)
@@ -281,6 +296,7 @@ def common_arguments(problem: Problem, operands: Operands, tile: Tile) -> dict[s
         "BLOCK": tile.block,
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
+        "PARTIAL": problem.is_partial,
         "PADDED": problem.is_padded,
     }
 

@@ -64,10 +64,10 @@ def _table_gradient_kernel(
         base = qkv + plane // heads * stride_b + plane % heads * HEAD_DIM * stride_c
         offsets = y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
         q = _load(base, offsets, exists, stride_c, HEAD_DIM, 0, D0)
-        acc0 = tl.dot(tl.trans(gradient), q, acc0, input_precision="ieee")
+        acc0 = tl.dot(tl.trans(gradient), q, acc0)
         if D1 > 0:
             q = _load(base, offsets, exists, stride_c, HEAD_DIM, D0, D1)
-            acc1 = tl.dot(tl.trans(gradient), q, acc1, input_precision="ieee")
+            acc1 = tl.dot(tl.trans(gradient), q, acc1)
     row = first + tl.arange(0, CHUNK)
     offsets = (split.to(tl.int64) * (2 * SIZE - 1) + row) * HEAD_DIM
     in_table = row < 2 * SIZE - 1

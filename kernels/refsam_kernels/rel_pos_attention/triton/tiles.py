@@ -17,11 +17,12 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _locate(tiles, heads, h, w, WINDOW: tl.constexpr):
-    """Of this program: tile, head, image, window."""
+def _locate(tiles, heads, h, w, WINDOW: tl.constexpr, PARTIAL: tl.constexpr):
+    """Of this program: tile, head, image, window; its height and width are constants where no window is partial."""
     program = tl.program_id(0)
     tile = program % tiles
     head = program // tiles % heads
@@ -31,8 +32,8 @@ def _locate(tiles, heads, h, w, WINDOW: tl.constexpr):
     left = index % across * WINDOW[1]
     top = index // across % down * WINDOW[0]
     image = (index // across // down).to(tl.int64)
-    height = tl.minimum(h - top, WINDOW[0])
-    width = tl.minimum(w - left, WINDOW[1])
+    height = tl.minimum(h - top, WINDOW[0]) if PARTIAL else WINDOW[0]
+    width = tl.minimum(w - left, WINDOW[1]) if PARTIAL else WINDOW[1]
     return tile, head, image, (top, left, height, width)
 
 
@@ -133,12 +134,20 @@ def _load_keys(
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Keys or values (tokens, SIZE); those of padding tokens are the bias."""
-    keys = _load(pointer, offsets, is_real, stride, HEAD_DIM, FIRST, SIZE)
+    """Keys or values (tokens, SIZE); those of padding tokens are the bias.
+
+    The pointer is chosen, not the value: so the copy to shared memory stays asynchronous.
+    """
     if PADDED and bias is not None:
         channel = FIRST + tl.arange(0, SIZE)
-        padding = tl.load(bias + channel, mask=channel < HEAD_DIM, other=0.0)
-        keys = tl.where(is_real[:, None], keys, padding[None, :])
+        pointers = pointer + offsets[:, None] + channel[None, :] * stride
+        pointers = tl.where(is_real[:, None], pointers, (bias + channel)[None, :])
+        if FIRST + SIZE > HEAD_DIM:
+            keys = tl.load(pointers, mask=(channel < HEAD_DIM)[None, :], other=0.0)
+        else:
+            keys = tl.load(pointers)
+    else:
+        keys = _load(pointer, offsets, is_real, stride, HEAD_DIM, FIRST, SIZE)
     return keys
 
 
@@ -154,10 +163,13 @@ def _skewed(
     SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Where products of tokens with CHUNK table rows lie in `rel`: row i belongs to key position - i + SIZE - 1."""
+    """Where products of tokens with CHUNK table rows lie in `rel`: row i belongs to key position - i + SIZE - 1.
+
+    A plane of `rel` has less than 2^31 elements, so 32 bits suffice, and half the registers.
+    """
     row = first + tl.arange(0, CHUNK)
     key = position[:, None] + (SIZE - 1) - row[None, :]
-    pointers = rel + key.to(tl.int64) * key_stride + (token.to(tl.int64) * token_stride)[:, None]
+    pointers = rel + (key * key_stride + (token * token_stride)[:, None])
     return pointers, exists[:, None] & (key >= 0) & (key < SIZE)
 
 
@@ -181,10 +193,10 @@ def _store_relative_axis(
         offsets = row * HEAD[0]
         in_table = row < 2 * SIZE - 1
         rows = _load(table, offsets, in_table, 1, HEAD[0], 0, HEAD[1])
-        product = tl.dot(q[0], tl.trans(rows), input_precision="ieee")
+        product = tl.dot(q[0], tl.trans(rows))
         if HEAD[2] > 0:
             rows = _load(table, offsets, in_table, 1, HEAD[0], HEAD[1], HEAD[2])
-            product = tl.dot(q[1], tl.trans(rows), product, input_precision="ieee")
+            product = tl.dot(q[1], tl.trans(rows), product)
         pointers, mask = _skewed(
             position, exists, first, rel, token, key_stride, token_stride, SIZE, CHUNK
         )
@@ -229,7 +241,7 @@ def _add_relative_axis(
             position, exists, first, d_rel, token, key_stride, token_stride, SIZE, CHUNK
         )
         gradient = tl.load(pointers, mask=mask, other=0.0)
-        dq = tl.dot(gradient.to(rows.dtype), rows, dq, input_precision="ieee")
+        dq = tl.dot(gradient.to(rows.dtype), rows, dq)
     return dq
 
 
@@ -260,10 +272,10 @@ def _add_relative(
 
 @triton.jit
 def _scores(q, k, terms, scale, D1: tl.constexpr):
-    """Logits (queries, keys)."""
-    scores = tl.dot(q[0], tl.trans(k[0]), input_precision="ieee")
+    """Logits (queries, keys), in the units of scale and terms."""
+    scores = tl.dot(q[0], tl.trans(k[0]))
     if D1 > 0:
-        scores = tl.dot(q[1], tl.trans(k[1]), scores, input_precision="ieee")
+        scores = tl.dot(q[1], tl.trans(k[1]), scores)
     return scores * scale + terms
 
 
@@ -281,11 +293,20 @@ def _query_scores(
     D1: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Logits (queries, keys) of a tile of keys from `row` on."""
-    term_h = _terms_of_rows(rel_h, query, tokens, row, WINDOW_H, KEYS[0])
-    terms = term_h[:, :, None] + term_w[:, None, :]
-    terms = tl.reshape(terms, [terms.shape[0], KEYS[0] * KEYS[1]])
-    return _scores(q, k, terms, scale, D1)
+    """Logits (queries, keys) of a tile of keys from `row` on, and a number for each query to be added to its logits.
+
+    They are in units of log2(e), as `scale` and `term_w` are: `exp2` follows. A tile of one row leaves its row term to
+    that number, which saves an addition for every logit.
+    """
+    term_h = _terms_of_rows(rel_h, query, tokens, row, WINDOW_H, KEYS[0]) * LOG2E
+    if KEYS[0] == 1:
+        terms = term_w
+        shift = tl.sum(term_h, 1)
+    else:
+        terms = term_h[:, :, None] + term_w[:, None, :]
+        terms = tl.reshape(terms, [terms.shape[0], KEYS[0] * KEYS[1]])
+        shift = tl.zeros([terms.shape[0]], tl.float32)
+    return _scores(q, k, terms, scale, D1), shift
 
 
 @triton.jit
