@@ -15,7 +15,7 @@ reason when it is imported.
 Who chooses, first come first served: the argument `backend=`, the context manager `use_backend`,
 the environment variable `REFSAM_BACKEND`, the static order of `BACKENDS`. A backend asked for by
 name that cannot run is a `BackendError` with every reason; an automatic choice takes the next one
-and logs that once. `reference` is never chosen automatically.
+and logs that once. On a GPU the rules of `order` go before the static order. `reference` is never chosen automatically.
 """
 
 import importlib
@@ -33,6 +33,7 @@ from typing import Any, ClassVar
 import torch
 
 from refsam_kernels.core import libraries
+from refsam_kernels.core.order import order_of
 
 logger = logging.getLogger("refsam_kernels")
 
@@ -67,7 +68,7 @@ class Backend:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        # No GPU has measured one against the other: the one that runs everything goes first.
+        # The one that runs everything goes first; `order` has the exceptions.
         Backend("triton", devices=("cuda",), package="triton"),
         Backend("cuda", devices=("cuda",)),
         Backend("cpu", devices=("cpu",)),
@@ -91,6 +92,7 @@ class Dispatcher:
         self.package = package or f"{__package__.rpartition('.')[0]}.{operator}"
         self._exists: dict[str, bool] = {}
         self._modules: dict[str, ModuleType | str] = {}
+        self._broken: set[str] = set()
         self._logged: set[tuple[str, str]] = set()
         Dispatcher.known[operator] = self
 
@@ -110,6 +112,9 @@ class Dispatcher:
         try:
             return importlib.import_module(f"{self.package}.{name}")
         except (ImportError, OSError) as error:
+            # A library that was not built is an ImportError; one that is there and cannot be loaded is a fault.
+            if not isinstance(error, ImportError):
+                self._broken.add(name)
             return f"cannot be imported: {error}"
 
     def environment_reasons(self, name: str, device_type: str) -> list[str]:
@@ -156,7 +161,8 @@ class Dispatcher:
                 explanation = "; ".join(reasons)
                 raise BackendError(f"{self.operator}: backend {name!r} cannot run: {explanation}")
         refusals = []
-        for candidate in BACKENDS.values():
+        for chosen in order_of(self.operator, direction, values_of(arguments), tuple(BACKENDS)):
+            candidate = BACKENDS[chosen]
             if not candidate.automatic or not self.exists(candidate.name):
                 continue
             reasons = self.not_supported_reasons(candidate.name, direction, arguments)
@@ -169,13 +175,17 @@ class Dispatcher:
         raise BackendError(f"{self.operator}: no backend can run: {explanation}")
 
     def _log_fall_back(self, backend: Backend, device_type: str, reasons: list[str]) -> None:
-        """Logs once that a backend for this device was passed over: a warning if only for these arguments."""
+        """Logs once that a backend for this device was passed over.
+
+        It is a warning if it could run other arguments, or if its library was built and cannot be loaded.
+        """
         message = "; ".join(reasons)
         if not backend.serves(device_type) or (backend.name, message) in self._logged:
             return
         self._logged.add((backend.name, message))
         unavailable = bool(self.environment_reasons(backend.name, device_type))
-        level = logging.INFO if unavailable else logging.WARNING
+        is_expected = unavailable and backend.name not in self._broken
+        level = logging.INFO if is_expected else logging.WARNING
         logger.log(level, "%s falls back from %s: %s", self.operator, backend.name, message)
 
     def run(self, direction: str, arguments: Sequence[Any], backend: str = "") -> Any:
@@ -194,10 +204,15 @@ class Dispatcher:
             return getattr(module, direction)(*arguments)
 
 
+def values_of(arguments: Sequence[Any]) -> Sequence[Any]:
+    """A call's inputs: the bundle if it has one, else all arguments."""
+    first = arguments[0]
+    return first if isinstance(first, tuple) else arguments
+
+
 def device_of(arguments: Sequence[Any]) -> torch.device:
     """The device of the first tensor, that of a bundle included."""
-    first = arguments[0]
-    values = first if isinstance(first, tuple) else arguments
+    values = values_of(arguments)
     return next(value.device for value in values if isinstance(value, torch.Tensor))
 
 

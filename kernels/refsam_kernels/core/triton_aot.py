@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refsam_kernels.core.order import allows_tf32
+
 ARCHITECTURES = (80, 90, 100, 120)
 # Of a CTA, in bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -51,6 +53,7 @@ class CompileCase:
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+    precision: str = "ieee"  # of float32 products: "ieee" or "tf32"
     architectures: tuple[int, ...] = ARCHITECTURES  # that it is shipped for
     spill_limit: int | None = SPILL_LIMIT  # None: spills are listed, not judged
 
@@ -67,7 +70,8 @@ class Launch:
 
     def run(self) -> None:
         """Launches the kernel on the current device and stream."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options["default_dot_input_precision"] = "tf32" if allows_tf32() else "ieee"
         self.kernel[self.programs](**self.arguments, **options)
 
     def compile_case(self, name: str, **options: Any) -> CompileCase:
@@ -78,7 +82,9 @@ class Launch:
         signature, constants = {}, {}
         for parameter in self.kernel.params:
             value = self.arguments[parameter.name]
-            kind = None if parameter.is_constexpr else argument_type(value)
+            kind = None
+            if not parameter.is_constexpr:
+                kind = argument_type(value, specialise=not parameter.do_not_specialize)
             if kind is None:
                 constants[parameter.name] = value
             else:
@@ -106,7 +112,7 @@ def compile_ahead(case: CompileCase, architecture: int) -> Resources:
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget("cuda", architecture, 32)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = options_of(case)
     log = io.StringIO()
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
@@ -133,24 +139,33 @@ def precompile(case: CompileCase, architecture: int) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    target = GPUTarget("cuda", architecture, 32)
     try:
-        triton.compile(source_of(case), target=GPUTarget("cuda", architecture, 32), options=options)
+        triton.compile(source_of(case), target=target, options=options_of(case))
     except Exception as error:  # each stage of the compiler has exceptions of its own
         message = str(error).strip() or type(error).__name__
         raise CompilationError(f"{case.name}, sm_{architecture}: {message}") from error
 
 
-def argument_type(value: Any) -> str | None:
-    """The type of a kernel's argument as `CompileCase.signature` has it; None for a value that a launch makes constant."""
+def options_of(case: CompileCase) -> dict[str, Any]:
+    """The compiler's options for a case."""
+    options: dict[str, Any] = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    return options | {"default_dot_input_precision": case.precision}
+
+
+def argument_type(value: Any, *, specialise: bool = True) -> str | None:
+    """The type of a kernel's argument as `CompileCase.signature` has it; None for a value that a launch makes constant.
+
+    An integer that must not be specialised is neither made constant nor said to be divisible.
+    """
     if isinstance(value, Tensor):
         return f"*{POINTER_TYPES[value.dtype]}"
-    if value is None or value == 1:
+    if value is None or (value == 1 and specialise):
         return None
     if isinstance(value, float):
         return "fp32"
     kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-    return f"{kind}:16" if value % 16 == 0 else kind
+    return f"{kind}:16" if value % 16 == 0 and specialise else kind
 
 
 def source_of(case: CompileCase) -> Any:

@@ -45,14 +45,14 @@ def _store_rows(
 @triton.jit
 def _attend(pixels, words, scale, length, WORDS: tl.constexpr):
     """Similarity of pixels (M, C) and words (WORDS, C), and the softmax over the first `length` words, float32 (M, WORDS)."""
-    similarity = tl.dot(pixels, tl.trans(words), input_precision="ieee")
+    similarity = tl.dot(pixels, tl.trans(words))
     is_word = (tl.arange(0, WORDS) < length)[None, :]
     logits = tl.where(is_word, similarity * scale, float("-inf"))
     weights = tl.exp(logits - tl.max(logits, 1)[:, None])
     return similarity, weights / tl.sum(weights, 1)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "words"])
 def _forward_kernel(
     features_ptr,  # (levels, images, pixels, channels)
     text_ptr,  # (expressions, words, channels)
@@ -106,8 +106,8 @@ def _forward_kernel(
         p_folded = folded_ptr + (i_expression * words + word)[:, None] * channels + column[None, :]
         b_folded = tl.load(p_folded, mask=m_folded, other=0.0)
         b_bias = tl.load(bias_ptr + column, mask=is_column, other=0.0).to(tl.float32)
-        b_dense = tl.dot(b_mixed, b_own, input_precision="ieee")
-        b_dense += tl.dot(b_attention, b_folded, input_precision="ieee")
+        b_dense = tl.dot(b_mixed, b_own)
+        b_dense += tl.dot(b_attention, b_folded)
         b_dense += (total_share * b_bias)[None, :]
         row = tl.arange(0, PIXELS)
         offset = (i_expression * pixels + i_pixel + row)[:, None] * channels + column[None, :]
@@ -115,7 +115,7 @@ def _forward_kernel(
         tl.store(dense_ptr + offset, b_dense.to(dense_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "expressions", "words"])
 def _text_backward_kernel(
     grad_ptr,  # (expressions, pixels, channels)
     features_ptr,  # (levels, images, pixels, channels)
@@ -153,7 +153,7 @@ def _text_backward_kernel(
     b_folded = _load_rows(folded_ptr, i_expression * words, length, channels, WORDS, CHANNELS)
     first = i_expression * pixels + i_pixel
     b_grad = _load_rows(grad_ptr, first, left, channels, PIXELS, CHANNELS)
-    b_on_attention = tl.dot(b_grad, tl.trans(b_folded), input_precision="ieee")
+    b_on_attention = tl.dot(b_grad, tl.trans(b_folded))
     b_attention = tl.zeros((PIXELS, WORDS), tl.float32)
     b_on_text = tl.zeros((WORDS, CHANNELS), tl.float32)
     i_sums = (i_tile * expressions + i_expression) * levels
@@ -169,17 +169,17 @@ def _text_backward_kernel(
         tl.store(on_share_ptr + i_sums + level, tl.sum(b_weighted))
         tl.store(on_scale_ptr + i_sums + level, tl.sum(b_on_logits * b_similarity))
         b_on_similarity = (b_on_logits * scale).to(text_ptr.dtype.element_ty)
-        b_on_text += tl.dot(tl.trans(b_on_similarity), b_own, input_precision="ieee")
+        b_on_text += tl.dot(tl.trans(b_on_similarity), b_own)
         first = (level * expressions + i_expression) * pixels + i_pixel
         _store_rows(on_similarity_ptr, b_on_similarity, first, left, WORDS, PIXELS, WORDS)
     b_attention = b_attention.to(text_ptr.dtype.element_ty)
-    b_on_folded = tl.dot(tl.trans(b_attention), b_grad, input_precision="ieee")
+    b_on_folded = tl.dot(tl.trans(b_attention), b_grad)
     i_rows = (i_tile * expressions + i_expression) * words
     _store_rows(on_text_ptr, b_on_text, i_rows, words, channels, WORDS, CHANNELS)
     _store_rows(on_folded_ptr, b_on_folded, i_rows, words, channels, WORDS, CHANNELS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "expressions", "words"])
 def _image_backward_kernel(
     grad_ptr,  # (expressions, pixels, channels)
     features_ptr,  # (levels, images, pixels, channels)
@@ -228,7 +228,7 @@ def _image_backward_kernel(
         p_weight = weight_ptr + channel[:, None] * (2 * channels) + column[None, :]
         m_weight = (channel < channels)[:, None] & is_column[None, :]
         b_weight = tl.load(p_weight, mask=m_weight, other=0.0)
-        b_on_mixed = tl.dot(b_grad, b_weight, input_precision="ieee")
+        b_on_mixed = tl.dot(b_grad, b_weight)
         b_mixed = tl.zeros((PIXELS, COLUMNS), tl.float32)
         for level in range(levels):
             share = tl.load(level_weights_ptr + level).to(tl.float32)
@@ -251,7 +251,7 @@ def _image_backward_kernel(
                         p_text += (expression * words + word)[:, None] * channels
                         m_text = (word < length)[:, None] & is_column[None, :]
                         b_text = tl.load(p_text, mask=m_text, other=0.0)
-                        b_on_own += tl.dot(b_on_similarity, b_text, input_precision="ieee")
+                        b_on_own += tl.dot(b_on_similarity, b_text)
                 b_on_own = b_on_own.to(on_features_ptr.dtype.element_ty)
                 tl.store(on_features_ptr + offset, b_on_own, mask=inside)
         offset = (i_rows + row)[:, None] * channels + column[None, :]

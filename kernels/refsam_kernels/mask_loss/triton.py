@@ -232,9 +232,9 @@ def _gradient_kernel(
             matrix = weights_tile(
                 column_start, column_weights, width, xs, low_xs, width, COLUMN_TAPS
             )
-            gathered = tl.dot(of_x, matrix, gathered, input_precision="ieee")
+            gathered = tl.dot(of_x, matrix, gathered)
         matrix = weights_tile(row_start, row_weights, height, ys, low_ys, height, ROW_TAPS)
-        total = tl.dot(tl.trans(matrix), gathered, total, input_precision="ieee")
+        total = tl.dot(tl.trans(matrix), gathered, total)
     inside = (low_ys < low_height)[:, None] & (low_xs < low_width)[None, :]
     offset = i_mask * low_height * low_width + low_ys[:, None] * low_width + low_xs[None, :]
     tl.store(grad + offset, total, mask=inside)

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from refsam_kernels.core.chunking import chunks
+from refsam_kernels.core.chunking import ELEMENTS_ELSEWHERE, chunks
 from refsam_kernels.mask_postprocess import reference
 from refsam_kernels.mask_postprocess.layout import pairs
 from refsam_kernels.mask_postprocess.resize import two_resizes
+from refsam_kernels.mask_postprocess.taps import Taps, taps_of
 
 runs = reference.runs
 
@@ -63,7 +64,10 @@ def _resized(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Which masks, which rows of them, and their logits at full size, a part at a time."""
     height, width = output_size
-    if logits.device.type != "cpu":  # PyTorch may round products to TF32 there
+    if not has_exact_products(logits):
+        if height * width > ELEMENTS_ELSEWHERE:
+            yield from _tiles(logits, image_size, input_size, output_size)
+            return
         for part in chunks(len(logits), height * width, logits.device):
             full = reference.resize_twice(logits[part], image_size, input_size, output_size)
             yield part, slice(0, height), full
@@ -75,3 +79,34 @@ def _resized(
         resized_rows = resizes.rows(logits[part])
         for rows in chunks(height, width, logits.device):
             yield part, rows, resizes.columns(resized_rows[:, rows])
+
+
+def has_exact_products(logits: Tensor) -> bool:
+    """Whether matrix products of such tensors are not rounded to TF32, as they may be on a GPU."""
+    return logits.device.type == "cpu"
+
+
+def _tiles(
+    logits: Tensor, image_size: int, input_size: Sequence[int], output_size: Sequence[int]
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """`_resized` by taps, some rows of one mask at a time: memory does not grow with the output's size."""
+    height, width = output_size
+    row_taps, column_taps = (
+        taps_of(low, image_size, ((cropped, output),), logits.device)
+        for low, cropped, output in zip(logits.shape[1:], input_size, output_size, strict=True)
+    )
+    for index, mask in enumerate(logits):
+        for rows in chunks(height, width, logits.device):
+            resized = _along(mask, row_taps, rows)
+            columns = _along(resized.T, column_taps, slice(0, width)).T
+            yield slice(index, index + 1), rows, columns[None]
+
+
+def _along(values: Tensor, taps: Taps, outputs: slice) -> Tensor:
+    """Some output positions of a resize along the first dimension: (n, c) -> (outputs, c)."""
+    start, weights = taps.start[outputs].long(), taps.weights[:, outputs]
+    parts = (weights[tap, :, None] * values[start + tap] for tap in range(taps.count))
+    total = next(parts)
+    for part in parts:
+        total += part
+    return total

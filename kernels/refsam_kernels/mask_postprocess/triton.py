@@ -17,6 +17,7 @@ from refsam_kernels.mask_postprocess.taps import MOST_TAPS, Places, Size, places
 
 BLOCK_ROWS, BLOCK_COLUMNS = 8, 128  # of the kernel that writes bytes
 WORD_COLUMNS = 64  # times 32 rows, of the kernel that writes bits
+ENLARGING_TAPS = 4  # of an output position at most where both resizes enlarge
 BLOCK_TILES = 256
 BLOCK_WORDS = 256
 MOST_MASKS = 65535  # of the second dimension of a grid
@@ -56,7 +57,7 @@ def resized_tile(
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height"])
 def _masks_kernel(
     logits,  # (P, 4h, 4w) float32
     masks,  # (P, H, W) uint8
@@ -145,7 +146,7 @@ def _bits_kernel(
     tl.store(target + 7, tl.sum(tl.sum(nan.to(tl.int32), axis=1), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _statistics_kernel(
     partial,  # (P, tiles, 8) int32
     statistics,  # (P, 8) int64
@@ -217,7 +218,7 @@ def _count_runs_kernel(
     tl.store(counts + i_mask * tl.num_programs(0) + i_block, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def _write_runs_kernel(
     words,  # (n,) int32
     places,  # (P, 5) int64
@@ -379,7 +380,10 @@ def _bits_launches(
         "stability_offset": thresholds[1],
         "BLOCK_X": WORD_COLUMNS,
     }
-    yield Launch(_bits_kernel, (tiles, count), arguments)
+    # The more taps, the more sums of a tile are under way: they are spread over more threads.
+    taps = max(places.rows.count, places.columns.count)
+    num_warps = 8 if taps > ENLARGING_TAPS else 4
+    yield Launch(_bits_kernel, (tiles, count), arguments, num_warps)
     arguments = {"partial": partial, "statistics": statistics, "tiles": tiles, "BLOCK": BLOCK_TILES}
     yield Launch(_statistics_kernel, (count, len(STATISTICS)), arguments)
 

@@ -39,7 +39,7 @@ class Configuration(NamedTuple):
 
 # By the bytes of a number: products of float32 are not for tensor cores and take the more registers.
 FORWARD = {2: Configuration(64, 32, 4, 3), 4: Configuration(32, 16, 8, 1)}
-BACKWARD = {2: Configuration(32, 32, 8, 2), 4: Configuration(16, 16, 16, 1)}
+BACKWARD = {2: Configuration(32, 32, 8, 2), 4: Configuration(16, 16, 8, 1)}
 
 
 @triton.jit
@@ -216,6 +216,8 @@ def _backward_kernel(
         of_bias2 += tl.sum(of_y, axis=0)
         lowered = of_y.to(matrix.dtype)
         of_weight2 = tl.dot(tl.trans(z), lowered, of_weight2)
+        # Read again, not held in registers since its first use.
+        matrix = second_weight(weight2, c1, q, width1, width2, BLOCK_C2)
         of_x = tl.dot(lowered, tl.trans(matrix)) * gelu_derivative(x)
         of_scale += tl.sum(of_x * normed, axis=0)
         of_shift += tl.sum(of_x, axis=0)

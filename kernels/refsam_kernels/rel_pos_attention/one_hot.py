@@ -13,6 +13,8 @@ from refsam_kernels.rel_pos_attention.windows import Windows
 
 # The kernel reads 16 bytes at a time: eight values of two bytes.
 MULTIPLE = 8
+# Windows and heads of a launch: they are blocks along the grid's second axis.
+MOST_HEADS = 65_535
 
 
 def serves(qkv: Tensor, num_heads: int) -> bool:
@@ -47,8 +49,14 @@ def efficient_attention(
     queries: Tensor, keys: Tensor, values: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention of (G, tokens, ·) and its log-sum-exp (G, queries) by torch's kernel for CUDA."""
-    attended, log_sum_exp, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        queries[None], keys[None], values[None], None, compute_log_sumexp=True, scale=scale
-    )
-    # The kernel pads the statistics to whole tiles.
-    return attended[0], log_sum_exp[0, :, : queries.shape[1]]
+    parts = []
+    for q, k, v in zip(*(x.split(MOST_HEADS) for x in (queries, keys, values)), strict=True):
+        attended, log_sum_exp, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q[None], k[None], v[None], None, compute_log_sumexp=True, scale=scale
+        )
+        # The kernel pads the statistics to whole tiles.
+        parts.append((attended[0], log_sum_exp[0, :, : q.shape[1]]))
+    if len(parts) == 1:
+        return parts[0]
+    attended, log_sum_exp = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return attended, log_sum_exp

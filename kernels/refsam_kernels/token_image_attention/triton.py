@@ -52,7 +52,7 @@ def _project(
     """tokens (M, CHANNELS) times a head's rows of a weight (internal width, channels): (M, HEAD) in float32."""
     offset, inside = _of_head(head, 0, channels, head_width, channels, 1, HEAD, CHANNELS)
     b_weight = tl.load(weight_ptr + offset, mask=inside, other=0.0)
-    return tl.dot(tokens, tl.trans(b_weight), input_precision="ieee")
+    return tl.dot(tokens, tl.trans(b_weight))
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def _project_out(
     width = heads * head_width
     offset, inside = _of_head(head, 0, channels, head_width, 1, width, HEAD, CHANNELS)
     b_weight = tl.load(out_weight_ptr + offset, mask=inside, other=0.0)
-    return tl.dot(attended.to(b_weight.dtype), b_weight, input_precision="ieee")
+    return tl.dot(attended.to(b_weight.dtype), b_weight)
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def _finish(
         tl.store(statistics_ptr + 2 * (first_row + row) + 1, deviation, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keys"])
 def _few_keys_kernel(
     tokens_ptr,  # (expressions, queries, channels), with the positions that are their own
     q_added_ptr,  # (expressions, internal width, queries), any strides
@@ -175,13 +175,13 @@ def _few_keys_kernel(
         o_key, is_key = _of_head(head, 0, length, head_width, keys, 1, HEAD, KEYS)
         b_k = tl.load(k_ptr + i_keys + o_key, mask=is_key, other=0.0)
         b_v = tl.load(v_ptr + i_keys + o_key, mask=is_key, other=0.0)
-        b_logits = tl.dot(b_q, b_k, input_precision="ieee") * scale
+        b_logits = tl.dot(b_q, b_k) * scale
         b_logits = tl.where((key < length)[None, :], b_logits, float("-inf"))
         b_highest = tl.max(b_logits, 1)
         b_weights = tl.exp(b_logits - b_highest[:, None])
         b_total = tl.sum(b_weights, 1)
         b_weights = (b_weights / b_total[:, None]).to(b_v.dtype)
-        b_attended = tl.dot(b_weights, tl.trans(b_v), input_precision="ieee")
+        b_attended = tl.dot(b_weights, tl.trans(b_v))
         if x_ptr is not None:
             o_query, _ = _of_head(head, first, queries, head_width, queries, 1, HEAD, QUERIES)
             tl.store(q_ptr + i_queries + o_query, tl.trans(b_q), mask=is_query)
@@ -210,7 +210,7 @@ def _few_keys_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries"])
 def _many_keys_kernel(
     tokens_ptr,  # (expressions, keys, channels), with the positions that are their own
     content_ptr,  # (expressions, keys, channels), without positions
@@ -267,13 +267,13 @@ def _many_keys_kernel(
         o_query, is_query = _of_head(head, 0, queries, head_width, queries, 1, HEAD, QUERIES)
         p_q = q_ptr + expression * width * queries + o_query
         b_q = tl.load(p_q, mask=is_query, other=0.0)
-        b_logits = tl.dot(b_k, b_q, input_precision="ieee") * scale
+        b_logits = tl.dot(b_k, b_q) * scale
         b_logits = tl.where((first + row < length)[:, None], b_logits, float("-inf"))
         b_highest = tl.max(b_logits, 0)
         # A tile may lie behind the last valid key.
         b_shift = tl.where(b_highest == float("-inf"), 0.0, b_highest)
         b_weights = tl.exp(b_logits - b_shift[None, :])
-        b_part = tl.dot(tl.trans(b_v), b_weights.to(b_v.dtype), input_precision="ieee")
+        b_part = tl.dot(tl.trans(b_v), b_weights.to(b_v.dtype))
         tl.store(parts_ptr + i_parts + o_query, b_part, mask=is_query)
         o_sums = ((expression * heads + head) * tiles + tile) * queries + query
         tl.store(highest_ptr + o_sums, b_highest, mask=query < queries)
@@ -285,7 +285,7 @@ def _many_keys_kernel(
             tl.store(v_ptr + o_key, tl.trans(b_v), mask=is_key)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries"])
 def _join_kernel(
     parts_ptr,  # (expressions, tiles, internal width, queries) float32
     highest_ptr,  # (expressions, heads, tiles, queries) float32
@@ -379,7 +379,7 @@ def _join_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["expressions", "queries", "keys"])
 def _backward_kernel(
     grad_ptr,  # (expressions, internal width, queries), to what is attended to
     q_ptr,  # (expressions, internal width, queries)
@@ -420,9 +420,9 @@ def _backward_kernel(
     b_grad = tl.load(grad_ptr + i_query + o_query, mask=is_query, other=0.0)
     b_k = tl.load(k_ptr + i_key + o_key, mask=is_key, other=0.0)
     b_v = tl.load(v_ptr + i_key + o_key, mask=is_key, other=0.0)
-    b_logits = tl.dot(tl.trans(b_q), b_k, input_precision="ieee") * scale
+    b_logits = tl.dot(tl.trans(b_q), b_k) * scale
     b_logits = tl.where((key < length)[None, :], b_logits, float("-inf"))
-    b_on_weights = tl.dot(tl.trans(b_grad), b_v, input_precision="ieee")
+    b_on_weights = tl.dot(tl.trans(b_grad), b_v)
     if HAS_ALL_KEYS:
         b_weights = tl.exp(b_logits - tl.max(b_logits, 1)[:, None])
         b_weights /= tl.sum(b_weights, 1)[:, None]
@@ -435,9 +435,9 @@ def _backward_kernel(
         b_mean = tl.sum(b_grad.to(tl.float32) * b_attended.to(tl.float32), 0)
     b_on_logits = b_weights * (b_on_weights - b_mean[:, None]) * scale
     b_on_logits = b_on_logits.to(b_q.dtype)
-    b_on_q = tl.dot(b_k, tl.trans(b_on_logits), input_precision="ieee")
-    b_on_k = tl.dot(b_q, b_on_logits, input_precision="ieee")
-    b_on_v = tl.dot(b_grad, b_weights.to(b_grad.dtype), input_precision="ieee")
+    b_on_q = tl.dot(b_k, tl.trans(b_on_logits))
+    b_on_k = tl.dot(b_q, b_on_logits)
+    b_on_v = tl.dot(b_grad, b_weights.to(b_grad.dtype))
     i_query += key_tile * expressions * width * queries
     i_key += query_tile * expressions * width * keys
     tl.store(on_q_ptr + i_query + o_query, b_on_q.to(on_q_ptr.dtype.element_ty), mask=is_query)
