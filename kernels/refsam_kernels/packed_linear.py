@@ -8,6 +8,7 @@ from collections.abc import Hashable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from refsam_kernels.fingerprint import Fingerprint
 
@@ -48,13 +49,13 @@ class PackedCopy:
 
     @staticmethod
     def serves(module: nn.Module, x: Tensor) -> bool:
-        """Whether it may stand for the module: on a CPU, without autograd, autocast, tracing or hooks on the module."""
+        """Whether it may stand for the module: a plain one on a CPU, without autograd, autocast or tracing."""
         return (
-            type(module) is nn.Linear
-            and is_unhooked(module)
+            is_plain_linear(module)
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
             and type(x) is Tensor
             and x.dtype == module.weight.dtype
             and x.numel() > 0
@@ -77,6 +78,19 @@ class PackedCopy:
         return {"gelu": self.gelu, "_fingerprint": Fingerprint(), "_made": None}
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether it is `weight x + bias` and no more: no sub-class, no hooks, no quantised tensor."""
+    if type(module) is not nn.Linear or not is_unhooked(module):
+        return False
+    return {type(module.weight), type(module.bias)} <= {nn.Parameter, Tensor, type(None)}
+
+
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether calling the module does nothing but run its class's `forward`."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    """Whether calling the module does nothing but run its class's `forward`; hooks of all modules count."""
+    own = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return not (any(own) or "forward" in vars(module) or _has_any_global_hook())

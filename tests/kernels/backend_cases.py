@@ -78,6 +78,9 @@ class BackendCases:
     def test_any_layout(self, layout: Callable[[Tensor], Tensor]) -> None:
         checks.check_layout(self.operator, self.inputs(), self.backend, layout)
 
+    def test_forward_mode_raises(self) -> None:
+        checks.check_forward_mode_raises(self.operator, self.inputs(), self.backend)
+
     def test_checkpoint(self) -> None:
         checks.check_checkpoint(self.operator, self.inputs(), self.backend)
 

@@ -96,6 +96,9 @@ class MaskLossCases:
         operator, inputs = self.operator_of(), self.inputs()
         checks.check_layout(operator, inputs, self.backend, layout, ("targets",))
 
+    def test_forward_mode_raises(self) -> None:
+        checks.check_forward_mode_raises(self.operator_of(), self.inputs(), self.backend)
+
     def test_ignored_pixels_change_no_bit(self) -> None:
         """Whatever stands there, NaN included, and their gradient is that of the other pixels alone."""
         inputs = self.inputs()

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Inputs = Mapping[str, Tensor]
 Operator = Callable[..., Any]
@@ -226,6 +227,26 @@ def check_checkpoint(operator: Operator, inputs: Inputs, backend: str) -> None:
     _, gradients = run(operator, inputs, backend)
     _, found = run(checkpointed, inputs, backend)
     assert all(torch.equal(found[name], gradient) for name, gradient in gradients.items())
+
+
+def check_forward_mode_raises(operator: Operator, inputs: Inputs, backend: str) -> None:
+    """Forward-mode derivatives to any tensor are refused, not silently zero."""
+    for name in (name for name, x in inputs.items() if x.is_floating_point()):
+
+        def function(x: Tensor, name: str = name) -> Any:
+            return operator(**{**inputs, name: x}, backend=backend)
+
+        x = inputs[name]
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            with pytest.raises(RuntimeError, match="forward-mode derivatives"):
+                function(dual)
+        for derivative in (
+            lambda: torch.func.jvp(function, (x,), (torch.ones_like(x),)),  # noqa: B023
+            lambda: torch.func.jacfwd(function)(x),  # noqa: B023
+        ):
+            with pytest.raises(RuntimeError, match="forward-mode derivatives"):
+                derivative()
 
 
 def check_second_derivative_raises(operator: Operator, inputs: Inputs, name: str) -> None:

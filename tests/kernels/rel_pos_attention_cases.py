@@ -119,6 +119,9 @@ class RelPosAttentionCases:
     def test_any_layout(self, layout: Callable[[Tensor], Tensor]) -> None:
         checks.check_layout(self.operator, self.inputs(), self.backend, layout)
 
+    def test_forward_mode_raises(self) -> None:
+        checks.check_forward_mode_raises(self.operator, self.inputs(), self.backend)
+
     @slow_in_interpreter
     @pytest.mark.parametrize("size", [0.0, 5.0], ids=["equal", "up-to-80"])
     def test_extreme_logits(self, size: float) -> None:

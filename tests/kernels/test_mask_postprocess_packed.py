@@ -1,13 +1,20 @@
 """COCO run lengths written out, and what the functions that pack masks refuse; the rest is in `mask_postprocess_cases`."""
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco
 from torch import Tensor
 
-from refsam_kernels import mask_postprocess_bits, mask_postprocess_rle, use_backend
+from refsam_kernels import (
+    mask_postprocess,
+    mask_postprocess_bits,
+    mask_postprocess_rle,
+    use_backend,
+)
 from refsam_kernels.mask_postprocess import packed
 from refsam_kernels.mask_postprocess.run_lengths import compress, encode
 from tests.kernels.mask_postprocess_cases import MIXED, make_logits
@@ -105,3 +112,28 @@ def test_rejects(function: Any, change: dict[str, Any], message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         function(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        list,
+        np.array,
+        torch.tensor,
+        lambda sizes: [np.array(size) for size in sizes],
+        lambda sizes: [torch.tensor(size) for size in sizes],
+        lambda sizes: [tuple(map(np.int64, size)) for size in sizes],
+        lambda sizes: tuple(map(list, sizes)),
+    ],
+)
+def test_sizes_in_any_form(form: Callable[[Any], Any]) -> None:
+    logits = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
+    for sizes in ([(12, 16), (16, 9)], [(12, 16)] * 2):
+        wanted = mask_postprocess_rle(logits, image_size=16, input_size=sizes, output_size=sizes)
+        given = form(sizes)
+        found = mask_postprocess_rle(logits, image_size=16, input_size=given, output_size=given)
+        assert found[0] == wanted[0]
+    one = form([(12, 16)])[0]
+    bits = mask_postprocess_bits(logits, image_size=16, input_size=one, output_size=one)
+    plain = mask_postprocess(logits, image_size=16, input_size=one, output_size=one)
+    assert torch.equal(torch.stack(list(bits.masks())), plain)

@@ -50,6 +50,7 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import Library, infer_schema, register_autograd, register_fake
 
 from refsam_kernels.core.dispatch import Dispatcher, requested_backend
@@ -73,12 +74,14 @@ class Operator:
     ) -> None:
         self.name, self.inputs, self.outputs = name, inputs, outputs
         self.dispatcher = Dispatcher(name, inputs, package)
+        self.is_differentiable = False
         self.fake: Callable[[Any], Any]
 
     def forward(self, fake: Callable[[Any], Any]) -> Callable[..., Any]:
         """Registers the forward and returns it; `fake(inputs)` gives uninitialised outputs."""
         self.fake = fake
-        return self._of_bundle(self.name, "forward", self.inputs, self.outputs, fake)
+        operator = self._of_bundle(self.name, "forward", self.inputs, self.outputs, fake)
+        return refusing_tangents(self, operator)
 
     def register(
         self, function: str, inputs: Any, outputs: Any, fake: Callable[[Any], Any]
@@ -140,6 +143,7 @@ class Operator:
             frozen: tensors of the inputs that get no gradient.
             as_tuple: whether the schema returns a tuple of gradients instead of a list.
         """
+        self.is_differentiable = True
         derivative = _Derivative(self, grads, saved, frozen)
         returns: Any = list[Tensor]
         if derivative.is_single:
@@ -283,13 +287,14 @@ class FlatOperator:
     def __init__(self, name: str, package: str | None = None) -> None:
         self.name = name
         self.dispatcher = Dispatcher(name, None, package)
+        self.is_differentiable = False
 
     def forward(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """Registers the forward and returns it.
 
         The decorated function gives the schema and is the fake; its last argument is `backend`.
         """
-        return self._register(self.name, "forward", fake)
+        return refusing_tangents(self, self._register(self.name, "forward", fake))
 
     def backward(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """Registers the backward in the same way; its own derivative raises `RuntimeError`."""
@@ -333,8 +338,29 @@ class FlatOperator:
                 return (None,) * len(ctx.needs_input_grad)
             return gradients(ctx, *grads)
 
+        self.is_differentiable = True
         name = f"{NAMESPACE}::{self.name}"
         register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def refusing_tangents(owner: Any, operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator, which raises `RuntimeError` where a forward-mode derivative is wanted: torch would take it to be zero."""
+
+    def forward(*arguments: Any) -> Any:
+        if owner.is_differentiable and has_tangent(arguments):
+            message = "forward-mode derivatives (torch.func.jvp, jacfwd) are not supported"
+            raise RuntimeError(f"{NAMESPACE}::{owner.name}: {message}")
+        return operator(*arguments)
+
+    return forward
+
+
+def has_tangent(arguments: Sequence[Any]) -> bool:
+    """Whether forward-mode differentiation goes through any of the tensors."""
+    return forward_ad._current_level >= 0 and any(
+        isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+        for value in arguments
+    )
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refsam_kernels.packed_linear import PackedCopy, is_unhooked
+from refsam_kernels.packed_linear import PackedCopy, is_plain_linear, is_unhooked
 from refsam_kernels.rel_pos_attention.op import rel_pos_attention
 
 # Tokens that an MLP computes at a time on a CPU: what lies between its layers stays in the cache.
@@ -61,6 +61,8 @@ class Optimization:
             substitute = partial(item.function, item.module)
             setattr(item.module, item.method, substitute)
             self._applied.append((item, substitute))
+            if isinstance(item.module, nn.Module):
+                item.module._replicate_for_data_parallel = partial(_replicate, item.module)
 
     def __repr__(self) -> str:
         return f"Optimization({len(self._applied)} methods replaced)"
@@ -80,6 +82,7 @@ class Optimization:
         )
         for item, _ in self._applied:
             delattr(item.module, item.method)
+            vars(item.module).pop("_replicate_for_data_parallel", None)
         self._applied.clear()
 
     def __enter__(self) -> "Optimization":
@@ -87,6 +90,16 @@ class Optimization:
 
     def __exit__(self, *_: object) -> None:
         self.undo()
+
+
+def _replicate(module: nn.Module) -> nn.Module:
+    """DataParallel's copy of a module, whose own methods are those of the copy."""
+    replica = type(module)._replicate_for_data_parallel(module)
+    for name, value in list(vars(replica).items()):
+        if isinstance(value, partial):
+            arguments = (replica if each is module else each for each in value.args)
+            vars(replica)[name] = partial(value.func, *arguments, **value.keywords)
+    return replica
 
 
 def refuse(reasons: list[str]) -> None:
@@ -163,15 +176,26 @@ class Attend:
 
     def __call__(self, attention: Any, tokens: Tensor) -> Tensor:
         """Tokens (B, h, w, D) float to the same shape."""
+        height, width = tokens.shape[1:3]
+        pads_itself = is_plain_linear(attention.qkv)
+        if not pads_itself:
+            tokens = self._padded(tokens)
         attended = rel_pos_attention(
             _linear(self.qkv, attention.qkv, tokens),
             attention.rel_pos_h,
             attention.rel_pos_w,
             num_heads=self.num_heads,
             window_size=self.window_size,
-            qkv_bias=attention.qkv.bias if self.window_size else None,
+            qkv_bias=attention.qkv.bias if self.window_size and pads_itself else None,
         )
-        return _linear(self.proj, attention.proj, attended)
+        return _linear(self.proj, attention.proj, attended[:, :height, :width])
+
+    def _padded(self, tokens: Tensor) -> Tensor:
+        """With the zeros that fill the last windows: a wrapped layer makes of them more than its bias."""
+        if not self.window_size:
+            return tokens
+        bottom, right = (-side % self.window_size for side in tokens.shape[1:3])
+        return nn.functional.pad(tokens, (0, 0, 0, right, 0, bottom))
 
 
 def _linear(copy: PackedCopy, module: Any, x: Tensor) -> Tensor:

@@ -58,8 +58,22 @@ def _block_replacements(path: str, block: Any) -> Iterator[Replacement]:
 
 def _block(block: Any, x: Tensor) -> Tensor:
     """`Block.forward` on (B, h, w, D), its attention being handed the grid, not windows."""
-    x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+    attended = block.ls1(block.attn(block.norm1(x)))
+    if block.training and block.window_size and type(block.drop_path1) is not nn.Identity:
+        x = x + attended * _shares_of_windows(block, x)
+    else:
+        x = x + block.drop_path1(attended)
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def _shares_of_windows(block: Any, x: Tensor) -> Tensor:
+    """What `drop_path1` multiplies each token with, (B, h, w, 1): timm has it drop windows, which are its images there."""
+    images, height, width, _ = x.shape
+    size = block.window_size
+    rows, columns = -(-height // size), -(-width // size)
+    shares = block.drop_path1(x.new_ones(images * rows * columns, 1, 1, 1))
+    shares = shares.view(images, rows, columns, 1)
+    return shares.repeat_interleave(size, 1).repeat_interleave(size, 2)[:, :height, :width]
 
 
 def _attention(attend: Attend, attention: Any, x: Tensor) -> Tensor:

@@ -64,7 +64,10 @@ def _decoder(
     attention_similarity: Tensor | None = None,
     target_embedding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`SamMaskDecoder.forward`; only the masks that are wanted are computed."""
+    """`SamMaskDecoder.forward`; for inference only the masks that are wanted are computed.
+
+    For training all, as there: DistributedDataParallel waits for a gradient of every parameter, zeros included.
+    """
     own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     batch, count, tokens = len(image_embeddings), 1, own.expand(len(image_embeddings), 1, -1, -1)
     if sparse_prompt_embeddings is not None:
@@ -79,10 +82,12 @@ def _decoder(
         target_embedding=target_embedding,
     )
     wanted = range(1, decoder.num_mask_tokens) if multimask_output else range(1)
-    hyper = [decoder.output_hypernetworks_mlps[i](tokens[:, :, 1 + i]) for i in wanted]
+    computed = range(decoder.num_mask_tokens) if torch.is_grad_enabled() else wanted
+    each = [decoder.output_hypernetworks_mlps[i](tokens[:, :, 1 + i]) for i in computed]
+    hyper = torch.stack(each, dim=2)[:, :, wanted.start - computed.start :][:, :, : len(wanted)]
     masks = upscale(
         pixels.flatten(0, 1).unflatten(1, image.shape[2:]),
-        torch.stack(hyper, dim=2).flatten(0, 1),
+        hyper.flatten(0, 1),
         decoder.upscale_conv1,
         decoder.upscale_layer_norm,
         decoder.upscale_conv2,

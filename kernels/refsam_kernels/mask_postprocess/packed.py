@@ -187,11 +187,18 @@ def _check(
 
 def _per_mask(name: str, size: Size | Sequence[Size], count: int) -> list[Size]:
     """One size for each of `count` masks; raises `ValueError` for an impossible one or another number of them."""
-    entries: Sequence[Any] = size
-    if not entries or isinstance(entries[0], Sequence):
+    entries = _as_lists(size)
+    if not entries or isinstance(entries[0], list):
         require(len(entries) == count, name, f"{len(entries)} sizes", f"one, or {count} as logits")
     else:
         entries = [entries] * count or [entries]
     for each in entries:
         check_size(name, each)
     return [(height, width) for height, width in entries[:count]]
+
+
+def _as_lists(value: Any) -> Any:
+    """Sizes as lists of integers, from sequences, arrays and tensors, or sequences of them."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [_as_lists(each) for each in value] if isinstance(value, Sequence) else value
