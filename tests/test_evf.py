@@ -13,9 +13,10 @@ from refsam import EVFSAM, RefSAM, VideoSession, load_model
 from refsam.checkpoint import read_evf
 from refsam.cli import main
 from refsam.errors import CheckpointError, ExpressionError
-from refsam.session import step_batch
+from refsam.session import FrameGraphs, step_batch
 from tests.evf_folder import tiny_evf_config, write_evf, write_tokenizer
 from tests.golden import relative_error
+from tests.session import cuda_stand_in
 from tests.video.clips import write_video
 
 
@@ -262,3 +263,38 @@ def test_sentencepiece_model(tmp_path: Path) -> None:
     for text in ("the red dog", "two  cats on a zebra", "The DOG, left!"):
         pieces = [piece + 1 if piece else 3 for piece in original.encode(text)]
         assert model._ids(text) == [0, *pieces, 2]
+
+
+def test_export(folder: Path, model: EVFSAM, tmp_path: Path) -> None:
+    out = tmp_path / "exported"
+    arguments = ["export", "--checkpoint", str(folder), "--out", str(out), "--format", "onnx"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    facts = json.loads((out / "export.json").read_text())
+    assert facts["text_encoder"] == "beit3"
+    assert [*facts["graphs"]["image_encoder"]["inputs"]] == ["pixels", "view"]
+    decoder = facts["graphs"]["mask_decoder"]
+    assert decoder["inputs"]["ids"]["shape"] == ["expressions", "words"]
+    assert decoder["onnx"]["largest_difference"] <= facts["tolerance"]
+
+
+def test_cuda_graphs(model: EVFSAM, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_stand_in.install(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(EVFSAM, "device", torch.device("cuda", 0))
+        graphs = FrameGraphs(model)
+    texts = ["the dog", "a red cup on the left", "the cat"]
+    plain = VideoSession(model, texts, optimize=False)
+    recorded = VideoSession(model, texts, optimize=False, graphs=graphs)
+    for seed in range(3):
+        wanted, found = plain.step(frame(seed)).logits, recorded.step(frame(seed)).logits
+        assert relative_error(found, wanted) <= 1e-5
+    assert graphs.count == 2
+
+
+def test_evaluation_runs_it(folder: Path, tmp_path: Path) -> None:
+    scores = tmp_path / "scores.json"
+    arguments = ["evaluate", "generated", "--checkpoint", str(folder), "--clips", "1"]
+    result = CliRunner().invoke(main, [*arguments, "--json", str(scores)])
+    assert result.exit_code == 0, result.output
+    assert json.loads(scores.read_text())["clips"] == 1

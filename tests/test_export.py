@@ -11,7 +11,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from refsam.errors import UserError
-from refsam.export import TOLERANCE, Graph, compare, export_model, graphs_of, results_of
+from refsam.export import TOLERANCE, Graph, export_model, graphs_of
+from refsam.export.files import compare, results_of
 from refsam.model import RefSAM
 from tests.tiny_model import tiny_model
 
@@ -175,7 +176,7 @@ def test_a_failed_export_leaves_everything_as_it_was(
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Graph, "export", lambda self: None)
-    monkeypatch.setattr("refsam.export._write", fill_the_disk)
+    monkeypatch.setattr("refsam.export.files._write", fill_the_disk)
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
         export_model(model, out, formats=["torch"], check=False, overwrite=exists)
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()] == (
@@ -198,7 +199,7 @@ def test_results_that_differ_are_refused(model: RefSAM, monkeypatch: pytest.Monk
 def test_missing_packages_are_named(
     model: RefSAM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refsam.export.find_spec", lambda name: None)
+    monkeypatch.setattr("refsam.export.files.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs onnx, onnxscript, onnxruntime: pip install"):
         export_model(model, tmp_path / "out")
 

@@ -51,9 +51,9 @@ def export(
         raise UserError(f"--format {unknown.pop()}: want {' or '.join(FORMATS)}")
     check_export(out, formats, check=check, overwrite=overwrite)
     from refsam.export import export_model
-    from refsam.model import RefSAM
+    from refsam.model import load_model
 
-    model = RefSAM.from_pretrained(checkpoint, sam=sam, image_size=image_size)
+    model = load_model(checkpoint, sam=sam, image_size=image_size)
     facts = export_model(model, out, formats=formats, check=check, overwrite=overwrite)
     for name, size in facts["files"].items():
         typer.echo(f"{name:24} {size / 1e6:10.1f} MB")

@@ -179,7 +179,7 @@ class BEiT3(nn.Module):
         own: Tensor | None = layers[0][0].qkv(layers[0][0].norm1(patches))
         assert own is not None
         if image_index is None:
-            patches, own = (x.expand(len(words), -1, -1) for x in (patches, own))
+            patches, own = (x.expand(words.shape[0], -1, -1) for x in (patches, own))
         else:
             patches, own = patches[image_index], own[image_index]
         state = State(patches, words)

@@ -174,7 +174,7 @@ class EVFSAM(PromptedSAM):
         index = None if len(image.patches) == 1 else image_index
         feature = self.beit3(image.patches, text.words, text.lengths, index)
         no_mask = self.prompt_encoder.no_mask_embed.weight
-        dense = no_mask.expand(len(feature), image.embedding.shape[1], -1).contiguous()
+        dense = no_mask.expand(feature.shape[0], image.embedding.shape[1], -1).contiguous()
         return Prompts(
             add_image(dense, image.embedding, image_index), self.text_mlp(feature)[:, None]
         )

@@ -166,7 +166,7 @@ class PromptedSAM(nn.Module):
         track: Tensor | None,
         track_valid: Tensor | None,
     ) -> Tensor:
-        count, channels = len(text.lengths), self.config.prompt_dim
+        count, channels = text.lengths.shape[0], self.config.prompt_dim
         if image_index is None:
             if len(image.embedding) != 1:
                 raise ValueError(f"image_index: got None for {len(image.embedding)} frames")

@@ -1,32 +1,23 @@
-"""RefSAM for programs that run without it: two graphs, as `torch.export` programs and as ONNX.
+"""Writes the graphs of a model as files, and compares what the files compute."""
 
-`image_encoder` is run once per frame, `mask_decoder` once per frame for any number of expressions; the
-track token goes out of one frame's call and into the next one's. What stands around them is the caller's:
-resizing a frame as `refsam.model.preprocessing` does, the text encoder, resizing logits to masks.
-"""
-
-import copy
 import json
-import logging
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from refsam.config import EVFConfig
 from refsam.errors import UserError
-from refsam.model import RefSAM, TextPrompt
-from refsam.model.features import ImageFeatures
-from refsam_kernels import decompositions
+from refsam.export.graphs import Graph, graphs_of, quiet
+from refsam.model import PromptedSAM
 
 FORMATS = ("onnx", "torch")
 FACTS_FILE = "export.json"
@@ -38,129 +29,8 @@ TOLERANCE = 1e-4
 _SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 
 
-class Prompt(NamedTuple):
-    """What `RefSAM.decode` reads of a `TextPrompt`, which trims itself on the host and so fixes a graph's sizes."""
-
-    words: Tensor
-    sentence: Tensor
-    lengths: Tensor
-
-
-class ImageEncoderGraph(nn.Module):
-    """Normalised pixels (1, 3, S, S) to the feature maps (L, 1, N, C) that expressions attend to."""
-
-    def __init__(self, model: RefSAM) -> None:
-        super().__init__()
-        self.model = _with_parts(model, "image_encoder", "dense_attention")
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """See `RefSAM.encode_image`; the embedding is the first level."""
-        return self.model.encode_image(pixels).levels
-
-
-class PromptAndMaskGraph(nn.Module):
-    """Feature maps, P encoded expressions and their track tokens to masks and the next track tokens."""
-
-    def __init__(self, model: RefSAM) -> None:
-        super().__init__()
-        parts = ("prompt_encoder", "cross_modal_mlp", "dense_attention", "mask_decoder", "tracking")
-        self.model = _with_parts(model, *parts)
-        self.side = model.image_size // model.config.image_encoder.patch_size
-
-    def forward(
-        self, levels: Tensor, tokens: Tensor, lengths: Tensor, track: Tensor, has_track: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `RefSAM.project_text` and `RefSAM.decode`.
-
-        levels (L, 1, N, C), tokens (P, T, Ct) of the text encoder, lengths (P,) int64, track (P, C),
-        has_track (P,) bool. Returns logits (P, 4h, 4w), iou (P,) and the next track (P, C).
-        """
-        words, sentence = self.model.cross_modal_mlp(tokens, lengths)
-        prompt = Prompt(words, sentence, lengths)
-        output = self.model.decode(
-            ImageFeatures(levels[0], levels, (self.side, self.side)),
-            cast(TextPrompt, prompt),
-            None,
-            track,
-            has_track,
-        )
-        return output.logits, output.iou, output.track_token
-
-
-def _with_parts(model: RefSAM, *names: str) -> RefSAM:
-    """The same model with these parts only, shared: an exported program holds whatever its module does."""
-    part = copy.copy(model)
-    part._modules = {name: model._modules[name] for name in names}
-    return part
-
-
-@dataclass(frozen=True)
-class Graph:
-    """One graph before it is exported: what computes it, example inputs by name, names of the outputs.
-
-    dynamic: which dimensions of an input may have another size, and what those are called.
-    """
-
-    name: str
-    module: nn.Module
-    inputs: Mapping[str, Tensor]
-    outputs: tuple[str, ...]
-    dynamic: Mapping[str, Mapping[int, str]]
-
-    def export(self) -> torch.export.ExportedProgram:
-        """The program without any operator of refsam_kernels: their formulas stand in their place."""
-        names = sorted({name for sizes in self.dynamic.values() for name in sizes.values()})
-        sizes = {name: torch.export.Dim(name, min=1) for name in names}
-        shapes = {
-            name: {dim: sizes[size] for dim, size in self.dynamic.get(name, {}).items()}
-            for name in self.inputs
-        }
-        with torch.no_grad(), _quiet():
-            program = torch.export.export(
-                self.module, (), dict(self.inputs), dynamic_shapes=shapes, strict=False
-            )
-            return program.run_decompositions(decompositions())
-
-    def other_inputs(self) -> dict[str, Tensor]:
-        """Inputs of the smallest sizes that it takes, to compare results with."""
-        smaller = {}
-        for name, tensor in self.inputs.items():
-            for dim in self.dynamic.get(name, {}):
-                tensor = tensor.narrow(dim, 0, 1)
-            smaller[name] = tensor.clamp_max(1) if name == "lengths" else tensor
-        return smaller
-
-
-def graphs_of(model: RefSAM) -> tuple[Graph, Graph]:
-    """The two graphs of a model in eval mode on the CPU, with random example inputs."""
-    config, generator = model.config, torch.Generator().manual_seed(0)
-    side = config.image_encoder.image_size // config.image_encoder.patch_size
-    num_levels, width = len(model.dense_attention.level_logits), config.prompt_dim
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    pixels = {"pixels": random(1, 3, model.image_size, model.image_size)}
-    encoder = Graph("image_encoder", ImageEncoderGraph(model), pixels, ("levels",), {})
-    expressions, words = {0: "expressions"}, {0: "expressions", 1: "words"}
-    decoder = Graph(
-        "mask_decoder",
-        PromptAndMaskGraph(model),
-        {
-            "levels": nn.functional.normalize(random(num_levels, 1, side * side, width), dim=-1),
-            "tokens": random(3, 5, config.text_encoder.width),
-            "lengths": torch.tensor([5, 1, 3]),
-            "track": random(3, width),
-            "has_track": torch.tensor([True, False, True]),
-        },
-        ("logits", "iou", "next_track"),
-        {"tokens": words, "lengths": expressions, "track": expressions, "has_track": expressions},
-    )
-    return encoder, decoder
-
-
 def export_model(
-    model: RefSAM,
+    model: PromptedSAM,
     out: str | Path,
     *,
     formats: Sequence[str] = FORMATS,
@@ -222,7 +92,7 @@ def check_export(out: Path, formats: Sequence[str], *, check: bool, overwrite: b
         )
 
 
-def _check_arguments(model: RefSAM, formats: Sequence[str]) -> None:
+def _check_arguments(model: PromptedSAM, formats: Sequence[str]) -> None:
     if not formats or set(formats) - set(FORMATS):
         raise ValueError(f"formats: got {list(formats)}, wanted some of {', '.join(FORMATS)}")
     if model.training:
@@ -231,7 +101,7 @@ def _check_arguments(model: RefSAM, formats: Sequence[str]) -> None:
         raise ValueError(f"model: got {model.device}, {model.dtype}, wanted cpu, torch.float32")
 
 
-def _facts_of(model: RefSAM) -> dict[str, Any]:
+def _facts_of(model: PromptedSAM) -> dict[str, Any]:
     """What a program needs to know to run the graphs."""
     encoder = model.config.image_encoder
     return {
@@ -242,10 +112,15 @@ def _facts_of(model: RefSAM) -> dict[str, Any]:
         "patch_size": encoder.patch_size,
         "pixel_mean": model.pixel_mean.flatten().tolist(),
         "pixel_std": model.pixel_std.flatten().tolist(),
-        "text_encoder": model.config.text_encoder.kind,
+        "text_encoder": _text_encoder(model),
         "tolerance": TOLERANCE,
         "graphs": {},
     }
+
+
+def _text_encoder(model: PromptedSAM) -> str:
+    """What makes tokens or token ids of an expression."""
+    return "beit3" if isinstance(model.config, EVFConfig) else model.config.text_encoder.kind
 
 
 def _describe(graph: Graph, results: Sequence[Tensor]) -> dict[str, Any]:
@@ -276,7 +151,7 @@ def _write(
         torch.export.save(program, path)
         return
     size = sum(tensor.nbytes for tensor in program.state_dict.values())
-    with _quiet():
+    with quiet():
         exported = torch.onnx.export(
             program,
             input_names=list(graph.inputs),
@@ -288,22 +163,6 @@ def _write(
     assert exported is not None
     _name_sizes(exported.model.graph, graph.dynamic)
     exported.save(str(path), external_data=size > largest_single_file)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Holds back what torch's exporters say of themselves: deprecations, packages that are not installed."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def _name_sizes(graph: Any, dynamic: Mapping[str, Mapping[int, str]]) -> None:
