@@ -1,5 +1,6 @@
 """``refsam evaluate ref-davis17``, ``ref-youtube-vos``, ``mevis``, ``refcoco``: run a model on a benchmark and score it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -95,62 +96,57 @@ def ref_davis17(
     _run(benchmark, rules, out, model, device, dtype, missing, processes)
 
 
-@with_model
-def ref_youtube_vos(
-    root: RootOption,
-    out: RunFolderOption,
-    model: ModelChoice,
-    split: str = "valid",
-    inference: InferenceOption = "default",
-    truth: TruthOption = None,
-    truth_expressions: TruthExpressionsOption = None,
-    videos: VideosOption = None,
-    missing: MissingOption = "error",
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    processes: ProcessesOption = 0,
-) -> None:
-    """Run a model on Ref-YouTube-VOS: writes submission.zip, and scores where the truth is at hand.
-
-    Started by torchrun, processes and machines share the videos; --out must be a folder that all of them see.
-    """
-    from refsam.data import open_dataset
-    from refsam.evaluation.runners.inference import find_rules
-    from refsam.evaluation.runners.per_expression import PerExpression
-
-    dataset = _chosen(open_dataset("ref-youtube-vos", root, split), videos)
-    places = _truth(dataset, truth, truth_expressions)
-    benchmark = PerExpression(f"Ref-YouTube-VOS {split}", dataset, "Annotations", *places)
-    _run(benchmark, find_rules(inference), out, model, device, dtype, missing, processes)
+_SHARED = "Started by torchrun, processes and machines share the videos; --out must be a folder that all of them see."
 
 
-@with_model
-def mevis(
-    root: RootOption,
-    out: RunFolderOption,
-    model: ModelChoice,
-    split: str = "valid_u",
-    inference: InferenceOption = "default",
-    truth: TruthOption = None,
-    truth_expressions: TruthExpressionsOption = None,
-    videos: VideosOption = None,
-    missing: MissingOption = "error",
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    processes: ProcessesOption = 0,
-) -> None:
-    """Run a model on MeViS: writes submission.zip, and scores splits with truth (valid_u, train).
+def _per_expression(
+    name: str, title: str, usual_split: str, folder: str, help_text: str
+) -> Callable[..., None]:
+    """The command of a dataset whose expressions are scored one by one; `folder` is where its server wants the masks."""
 
-    Started by torchrun, processes and machines share the videos; --out must be a folder that all of them see.
-    """
-    from refsam.data import open_dataset
-    from refsam.evaluation.runners.inference import find_rules
-    from refsam.evaluation.runners.per_expression import PerExpression
+    @with_model
+    def command(
+        root: RootOption,
+        out: RunFolderOption,
+        model: ModelChoice,
+        split: str = usual_split,
+        inference: InferenceOption = "default",
+        truth: TruthOption = None,
+        truth_expressions: TruthExpressionsOption = None,
+        videos: VideosOption = None,
+        missing: MissingOption = "error",
+        device: DeviceOption = "auto",
+        dtype: DtypeOption = "auto",
+        processes: ProcessesOption = 0,
+    ) -> None:
+        from refsam.data import open_dataset
+        from refsam.evaluation.runners.inference import find_rules
+        from refsam.evaluation.runners.per_expression import PerExpression
 
-    dataset = _chosen(open_dataset("mevis", root, split), videos)
-    places = _truth(dataset, truth, truth_expressions)
-    benchmark = PerExpression(f"MeViS {split}", dataset, "", *places)  # its server wants no folder
-    _run(benchmark, find_rules(inference), out, model, device, dtype, missing, processes)
+        dataset = _chosen(open_dataset(name, root, split), videos)
+        places = _truth(dataset, truth, truth_expressions)
+        benchmark = PerExpression(f"{title} {split}", dataset, folder, *places)
+        _run(benchmark, find_rules(inference), out, model, device, dtype, missing, processes)
+
+    command.__name__ = name.replace("-", "_")
+    command.__doc__ = f"{help_text}\n\n    {_SHARED}"
+    return command
+
+
+ref_youtube_vos = _per_expression(
+    "ref-youtube-vos",
+    "Ref-YouTube-VOS",
+    "valid",
+    "Annotations",
+    "Run a model on Ref-YouTube-VOS: writes submission.zip, and scores where the truth is at hand.",
+)
+mevis = _per_expression(
+    "mevis",
+    "MeViS",
+    "valid_u",
+    "",
+    "Run a model on MeViS: writes submission.zip, and scores splits with truth (valid_u, train).",
+)
 
 
 @with_model
