@@ -74,7 +74,11 @@ class ImageEncoderConfig:
 
 @dataclass(frozen=True, config=_CLOSED)
 class SmallTextConfig:
-    """Sizes of the project's own text encoder; its vocabulary is in the tokenizer."""
+    """Sizes of the project's own text encoder; its vocabulary is in the tokenizer.
+
+    untaught: words of the vocabulary that name things which the model was not taught to find. They
+    are told like words that it does not know, and an expression of nothing else is refused.
+    """
 
     kind: Literal["small"] = "small"
     width: PositiveInt = 128
@@ -82,6 +86,7 @@ class SmallTextConfig:
     num_heads: PositiveInt = 4
     mlp_ratio: PositiveFloat = 4.0
     max_words: PositiveInt = 32
+    untaught: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> SmallTextConfig:

@@ -228,15 +228,13 @@ def load_session(
         UserError: no such device, checkpoint or known words.
     """
     model, precision = load_model(choice, choose_device(device), dtype)
+    from refsam.model.text_encoder import explain_unknown
     from refsam.session import VideoSession
 
     session = VideoSession(model, expressions, graphs=make_graphs(model) if graphs else None)
     for expression, words in zip(expressions, session.unknown_words, strict=True):
         if words:
-            named = ", ".join(words)
-            typer.echo(
-                f"refsam: note: the model does not know {named} (in '{expression}')", err=True
-            )
+            typer.echo(f"refsam: note: {explain_unknown(expression, words)}", err=True)
     return session, precision
 
 

@@ -66,6 +66,7 @@ def build_text_encoder(config: RefSAMConfig, tokenizer: Tokenizer | None) -> Cac
             num_heads=sizes.num_heads,
             mlp_dim=int(sizes.width * sizes.mlp_ratio),
             max_words=sizes.max_words,
+            untaught=sizes.untaught,
         )
     encoder = T5TextEncoder if sizes.kind == "t5" else RobertaTextEncoder
     return encoder(sizes.name, sizes.width, sizes.max_tokens)

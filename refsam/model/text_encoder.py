@@ -101,6 +101,14 @@ class TextEncoder(Protocol):
         """Encode P >= 1 non-empty expressions; raises ExpressionError for those it cannot take."""
 
 
+def explain_unknown(expression: str, words: Sequence[str]) -> str:
+    """One line without a full stop: which words of an expression are not known, and what is heeded instead."""
+    named = ", ".join(f"'{word}'" for word in words)
+    return (
+        f"the model does not know {named} in '{expression}'; it looks for what the other words say"
+    )
+
+
 class CachedTextEncoder(nn.Module):
     """Checks expressions and remembers what it encoded.
 
@@ -245,10 +253,12 @@ class SmallTextEncoder(CachedTextEncoder):
         num_heads: int,
         mlp_dim: int,
         max_words: int,
+        untaught: Iterable[str] = (),
     ) -> None:
         super().__init__(width)
         self.tokenizer = tokenizer
         self.max_words = max_words
+        self.untaught = frozenset(untaught)
         self.words = nn.Embedding(tokenizer.get_vocab_size(), width)
         self.positions = nn.Parameter(torch.zeros(max_words, width))
         self.layers = nn.ModuleList(
@@ -259,10 +269,10 @@ class SmallTextEncoder(CachedTextEncoder):
         nn.init.trunc_normal_(self.positions, std=0.02)
 
     def encode(self, expressions: Sequence[str]) -> EncodedText:
-        """P expressions to tokens (P, T, width); unknown words take the embedding of [UNK].
+        """P expressions to tokens (P, T, width); words that it lacks take the embedding of [UNK].
 
-        Raises ExpressionError where an expression has too many words or no content word that the
-        vocabulary holds.
+        Raises ExpressionError where an expression has too many words or no content word that it
+        was taught.
         """
         rows = [self.tokenize(expression) for expression in expressions]
         lengths = torch.tensor([len(identifiers) for identifiers, _ in rows])
@@ -277,7 +287,7 @@ class SmallTextEncoder(CachedTextEncoder):
         return EncodedText(self.norm(x), lengths, tuple(unknown for _, unknown in rows))
 
     def tokenize(self, expression: str) -> tuple[list[int], tuple[str, ...]]:
-        """The identifiers of an expression's words, and the words that the vocabulary lacks.
+        """The identifiers of an expression's words, and the words that it lacks or was not taught.
 
         Raises ExpressionError as `encode` does.
         """
@@ -290,7 +300,10 @@ class SmallTextEncoder(CachedTextEncoder):
             )
         identifiers = self.tokenizer.encode(expression).ids
         unknown_id = self.tokenizer.token_to_id(UNKNOWN)
-        is_known = [identifier != unknown_id for identifier in identifiers]
+        is_known = [
+            identifier != unknown_id and word not in self.untaught
+            for identifier, word in zip(identifiers, words, strict=True)
+        ]
         unknown = tuple(word for word, known in zip(words, is_known, strict=True) if not known)
         content = [
             word

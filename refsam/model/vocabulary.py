@@ -1,13 +1,30 @@
-"""More words for a small text encoder that is trained already."""
+"""The words of a small text encoder that is trained already: more of them, and those that it was not taught."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from refsam.config import SmallTextConfig
+from refsam.model.refsam import RefSAM
 from refsam.model.text_encoder import PADDING, UNKNOWN, SmallTextEncoder, word_tokenizer
 
 _NOISE = 0.1  # of a new row, beside the norm of what it begins as: words of one meaning may part in training
+
+
+def mark_untaught(model: RefSAM, words: Iterable[str]) -> None:
+    """Have a model say of these words, and no others, that it does not know the things that they name.
+
+    It is kept in the model's configuration. Raises ValueError for a model without a small text encoder.
+    """
+    sizes, encoder = model.config.text_encoder, model.text_encoder
+    if not (isinstance(sizes, SmallTextConfig) and isinstance(encoder, SmallTextEncoder)):
+        raise ValueError("model: has no small text encoder, so no list of words")
+    ordered = tuple(sorted(set(words)))
+    model.config = replace(model.config, text_encoder=replace(sizes, untaught=ordered))
+    encoder.untaught = frozenset(ordered)
+    encoder.clear_cache()
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import gradio as gr
 from gradio.data_classes import FileData
 
 from refsam.errors import UserError
+from refsam.model.text_encoder import explain_unknown
 from refsam.ui.jobs import Job, Progress, first_frame
 from refsam.ui.sample import EXPRESSIONS
 from refsam.ui.uploads import Limits
@@ -239,7 +240,8 @@ def _say(job: Job, progress: Progress) -> str:
         parts.append(f"Stopped by: {job.stopped_by}.")
     for expression, words in zip(job.expressions, progress.unknown, strict=False):
         if words:
-            parts.append(f"The model does not know {', '.join(words)} (in '{expression}').")
+            told = explain_unknown(expression, words)
+            parts.append(f"{told[0].upper()}{told[1:]}.")
     return "<br>".join(map(_escape, parts))
 
 

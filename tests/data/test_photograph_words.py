@@ -2,7 +2,7 @@
 
 import pytest
 
-from refsam.data.photographs.words import load_words
+from refsam.data.photographs.words import load_words, untaught_words
 
 COCO = (
     "person bicycle car motorcycle airplane bus train truck boat|traffic light|fire hydrant|stop sign|parking meter|bench bird "
@@ -69,3 +69,11 @@ def test_every_row_can_be_spoken_of() -> None:
 def test_name_outside_the_list_is_its_own_noun() -> None:
     (noun,) = load_words().about("drone")
     assert (noun.word, noun.plural, noun.classes) == ("drone", "drones", ("drone",))
+
+
+def test_untaught_words_are_those_of_no_taught_class() -> None:
+    untaught = set(untaught_words(["dog", "cup", "dress"]))
+    assert {"cat", "kitten", "backpack", "backpacks", "train", "lamp", "woman"} <= untaught
+    assert not untaught & {"dog", "puppy", "puppies", "mug", "glass", "gown", "animal", "clothes"}
+    # Words of shape and colour, and words for anything, stay.
+    assert not untaught & {"orange", "ring", "donut", "object", "things", "red", "left"}

@@ -6,8 +6,8 @@ import torch
 from refsam.config import RefSAMConfig
 from refsam.errors import ExpressionError
 from refsam.model import RefSAM
-from refsam.model.text_encoder import SmallTextEncoder, word_tokenizer
-from refsam.model.vocabulary import extend_vocabulary
+from refsam.model.text_encoder import SmallTextEncoder, explain_unknown, word_tokenizer
+from refsam.model.vocabulary import extend_vocabulary, mark_untaught
 from tests.training.test_loop import TINY
 
 OLD = "the a red dog cat".split()
@@ -56,3 +56,27 @@ def test_extended_model_is_saved_and_loaded(tmp_path) -> None:
     loaded = RefSAM.from_pretrained(str(tmp_path / "model")).eval()
     texts = ["the puppy", "the dog"]
     assert torch.equal(loaded.text_encoder(texts).tokens, model.text_encoder(texts).tokens)
+
+
+def test_untaught_word_is_told_and_alone_refused(tmp_path) -> None:
+    model = RefSAM(RefSAMConfig.from_dict(TINY), tokenizer=word_tokenizer([*OLD, "train"])).eval()
+    before = model.encode_text(["the red train"])
+    mark_untaught(model, ["train"])
+    after = model.encode_text(["the red train"])
+    assert (before.unknown, after.unknown) == (((),), (("train",),))
+    assert torch.equal(before.words, after.words)  # its colour is looked for as before
+    with pytest.raises(ExpressionError, match="no word is known: train"):
+        model.encode_text(["the train"])
+    model.save_pretrained(tmp_path / "model")
+    loaded = RefSAM.from_pretrained(str(tmp_path / "model"))
+    assert loaded.encode_text(["a red train"]).unknown == (("train",),)
+    mark_untaught(loaded, [])
+    assert loaded.encode_text(["the train"]).unknown == ((),)
+
+
+def test_note_names_the_words_and_what_is_heeded() -> None:
+    told = explain_unknown("the red backpack", ["backpack"])
+    assert (
+        told
+        == "the model does not know 'backpack' in 'the red backpack'; it looks for what the other words say"
+    )

@@ -133,6 +133,13 @@ def vocabulary() -> list[str]:
     return sorted(words)
 
 
+def everyday_words() -> list[str]:
+    """The nouns of everyday things that stand for any generated object, and their plurals, sorted."""
+    others = {*GENERIC_NOUNS, *(word for words in SHAPE_WORDS.values() for word in words)}
+    nouns = [noun for noun in EVERYDAY_NOUNS if noun not in others]
+    return sorted({*nouns, *(_plural(noun) for noun in nouns)})
+
+
 class Grammar:
     """Draws sentences about a scene; `held_out` takes the templates, and as targets the pairs, never trained on."""
 

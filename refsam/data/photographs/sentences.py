@@ -105,7 +105,7 @@ class PhotoGrammar:
     def _named(self, noun: Noun, kind: str, members: list[int]) -> PhotoSentence:
         """ "The dog" of the only one or of the one that stands out, "the dogs" of all."""
         if len(members) == 1 and self.clip.things[members[0] - 1].single:
-            meant, others = members, []
+            meant, others = members, list[int]()
         else:
             meant, others = self._standing_out(members)
         if not meant or (len(members) > 1 and self.random.random() < 0.5):

@@ -2,11 +2,13 @@
 
 import csv
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Literal
+
+from refsam.data.generated.grammar import everyday_words, vocabulary
 
 Role = Literal["class", "garment", "synonym", "kind", "group"]
 _ROLES = ("class", "garment", "synonym", "kind", "group")
@@ -88,6 +90,22 @@ class Words:
         return sorted(
             {part for noun in self.nouns for part in split_words(f"{noun.word} {noun.plural}")}
         )
+
+
+def untaught_words(taught: Collection[str]) -> tuple[str, ...]:
+    """The single words that name things, in generated sentences or about photographs, but none of the classes `taught`.
+
+    Words that mean something else as well, such as "orange" or "ring", are not among them.
+    """
+    nouns = load_words().nouns
+    known = {
+        word
+        for noun in nouns
+        if set(noun.classes) & set(taught)
+        for word in split_words(f"{noun.word} {noun.plural}")
+    }
+    named = {*load_words().vocabulary(), *everyday_words()}
+    return tuple(sorted(named - known - (set(vocabulary()) - set(everyday_words()))))
 
 
 def split_words(text: str) -> list[str]:
