@@ -17,7 +17,7 @@ from refsam.data.photographs.words import load_words
 from refsam.errors import ConfigError, ExpressionError, UserError
 from refsam.model import RefSAM, SmallTextEncoder, word_tokenizer
 from refsam.model.text_encoder import CachedTextEncoder
-from refsam.model.vocabulary import extend_vocabulary
+from refsam.model.vocabulary import extend_vocabulary, mark_untaught
 from refsam.training.batches import open_datasets, open_photographs
 from refsam.training.module import TrainingModule
 from refsam.training.settings import TrainingSettings
@@ -40,6 +40,7 @@ def build_model(
     stored = checkpoint.load(settings.init_from, sam=settings.sam)
     model = RefSAM.from_checkpoint(_changed(stored, settings, known))
     if isinstance(model.text_encoder, SmallTextEncoder) and stored.tokenizer is not None:
+        mark_untaught(model, ())  # training may teach anything
         new = [*words, *_words(datasets)]
         if drawer is not None:
             extend_vocabulary(model.text_encoder, new, load_words().relatives())
