@@ -40,7 +40,9 @@ class ImageEncoderConfig:
     """Sizes of SAM's ViT and of its adapters; the defaults are ViT-B's.
 
     image_size and patch_size are in pixels, window_size in tokens. adapter_ratio is the hidden
-    width of an adapter over embed_dim; 0 leaves the adapters out.
+    width of an adapter over embed_dim; 0 leaves the adapters out. padding: `square` fills frames up
+    to image_size on both sides, as SAM does; `none` to whole patches, so that a 16:9 frame takes 44 %
+    fewer tokens. trunk_width is that of a MobileNetV2 beside the patches; 0 leaves it out.
     """
 
     image_size: PositiveInt = 1024
@@ -52,10 +54,13 @@ class ImageEncoderConfig:
     window_size: NonNegativeInt = 14
     global_blocks: tuple[NonNegativeInt, ...] = (2, 5, 8, 11)
     adapter_ratio: NonNegativeFloat = 0.25
+    padding: Literal["square", "none"] = "square"
+    trunk_width: NonNegativeFloat = 0.0
 
     @model_validator(mode="after")
     def _check(self) -> ImageEncoderConfig:
         _demand(
+            patch_size_must_be_16_with_a_trunk=not self.trunk_width or self.patch_size == 16,
             image_size_must_be_a_multiple_of_patch_size=self.image_size % self.patch_size == 0,
             embed_dim_must_be_a_multiple_of_num_heads=self.embed_dim % self.num_heads == 0,
             global_blocks_must_be_increasing_and_below_depth=(

@@ -14,7 +14,7 @@ from refsam.errors import UserError
 from refsam.export import TOLERANCE, Graph, export_model, graphs_of
 from refsam.export.files import compare, results_of
 from refsam.model import RefSAM
-from tests.tiny_model import tiny_model
+from tests.tiny_model import tiny_model, tiny_trunk_model
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -83,6 +83,27 @@ def test_a_video_by_onnx_runtime_is_the_models_own(model: RefSAM, exported: Path
                 (logits, iou, next_track), (wanted.logits, wanted.iou, track), strict=True
             ):
                 assert_close(found, exact)
+
+
+@torch.no_grad()
+def test_a_trunks_maps_go_from_graph_to_graph() -> None:
+    model = tiny_trunk_model()
+    encoder, decoder = graphs_of(model)
+    assert encoder.outputs == ("levels", "fine", "names")
+    pixels = torch.randn(1, 3, 64, 64)
+    maps = dict(zip(encoder.outputs, encoder.module(pixels), strict=True))
+    encoded = model.text_encoder(["the red cup", "a dog"])
+    found = decoder.module(
+        tokens=encoded.tokens,
+        lengths=encoded.lengths,
+        track=torch.zeros(2, 32),
+        has_track=torch.zeros(2, dtype=torch.bool),
+        **maps,
+    )
+    wanted = model.decode(model.encode_image(pixels), model.project_text(encoded))
+    assert_close(found[0], wanted.logits)
+    program = encoder.export()
+    assert_close(program.module()(pixels=pixels)[1], maps["fine"])
 
 
 def test_no_operator_of_ours_is_left(exported: Path) -> None:

@@ -31,3 +31,16 @@ def tiny_model(seed: int = 0) -> RefSAM:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+def tiny_trunk_model(seed: int = 0) -> RefSAM:
+    """The model with a trunk beside its encoder and frames that are padded to whole patches only."""
+    torch.manual_seed(seed)
+    changes = ("image_encoder.trunk_width=0.5", "image_encoder.padding=none")
+    model = RefSAM(RefSAMConfig.from_dict(CONFIG).override(*changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # A convolutional trunk of seventeen layers would blow up.
+            if not name.startswith("trunk.network."):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from refsam.model import EVFSAM, PromptedSAM, RefSAM, TextPrompt
 from refsam.model.features import ImageFeatures
+from refsam.model.trunk_features import FINE_CHANNELS, NAME_CHANNELS
 from refsam_kernels import decompositions
 
 Model = TypeVar("Model", bound=PromptedSAM)
@@ -27,15 +28,18 @@ class Prompt(NamedTuple):
 
 
 class ImageEncoderGraph(nn.Module):
-    """Normalised pixels (1, 3, S, S) to the feature maps (L, 1, N, C) that expressions attend to."""
+    """Normalised pixels (1, 3, S, S) to the maps (L, 1, N, C) that expressions attend to, and a trunk's maps."""
 
     def __init__(self, model: RefSAM) -> None:
         super().__init__()
-        self.model = _with_parts(model, "image_encoder", "dense_attention")
+        self.model = _with_parts(model, "image_encoder", "trunk", "dense_attention")
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """See `RefSAM.encode_image`; the embedding is the first level."""
-        return self.model.encode_image(pixels).levels
+        image = self.model.encode_image(pixels)
+        if image.fine is None or image.names is None:
+            return (image.levels,)
+        return image.levels, image.fine, image.names
 
 
 class PromptAndMaskGraph(nn.Module):
@@ -44,21 +48,29 @@ class PromptAndMaskGraph(nn.Module):
     def __init__(self, model: RefSAM) -> None:
         super().__init__()
         parts = ("prompt_encoder", "cross_modal_mlp", "dense_attention", "mask_decoder", "tracking")
-        self.model = _with_parts(model, *parts)
+        self.model = _with_parts(model, *parts, "noun_match", "outlines")
         self.side = model.image_size // model.config.image_encoder.patch_size
 
     def forward(
-        self, levels: Tensor, tokens: Tensor, lengths: Tensor, track: Tensor, has_track: Tensor
+        self,
+        levels: Tensor,
+        tokens: Tensor,
+        lengths: Tensor,
+        track: Tensor,
+        has_track: Tensor,
+        fine: Tensor | None = None,
+        names: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `RefSAM.project_text` and `RefSAM.decode`.
 
         levels (L, 1, N, C), tokens (P, T, Ct) of the text encoder, lengths (P,) int64, track (P, C),
-        has_track (P,) bool. Returns logits (P, 4h, 4w), iou (P,) and the next track (P, C).
+        has_track (P,) bool, and what the encoder gives of a trunk. Returns logits (P, 4h, 4w), iou (P,) and the next
+        track (P, C).
         """
         words, sentence = self.model.cross_modal_mlp(tokens, lengths)
         prompt = Prompt(words, sentence, lengths)
         output = self.model.decode(
-            ImageFeatures(levels[0], levels, (self.side, self.side)),
+            ImageFeatures(levels[0], levels, (self.side, self.side), fine=fine, names=names),
             cast(TextPrompt, prompt),
             None,
             track,
@@ -103,7 +115,7 @@ class EVFMaskGraph(nn.Module):
 def _with_parts(model: Model, *names: str) -> Model:
     """The same model with these parts only, shared: an exported program holds whatever its module does."""
     part = copy.copy(model)
-    part._modules = {name: model._modules[name] for name in names}
+    part._modules = {name: model._modules[name] for name in names if name in model._modules}
     return part
 
 
@@ -194,7 +206,11 @@ def _refsam_graphs(model: RefSAM) -> tuple[Graph, Graph]:
         return torch.randn(shape, generator=generator)
 
     pixels = {"pixels": random(1, 3, model.image_size, model.image_size)}
-    encoder = Graph("image_encoder", ImageEncoderGraph(model), pixels, ("levels",), {})
+    trunk = {}
+    if model.trunk is not None:
+        fine = random(1, FINE_CHANNELS, 4 * side, 4 * side)
+        trunk = {"fine": fine, "names": random(1, side * side, NAME_CHANNELS)}
+    encoder = Graph("image_encoder", ImageEncoderGraph(model), pixels, ("levels", *trunk), {})
     expressions, words = {0: "expressions"}, {0: "expressions", 1: "words"}
     decoder = Graph(
         "mask_decoder",
@@ -205,6 +221,7 @@ def _refsam_graphs(model: RefSAM) -> tuple[Graph, Graph]:
             "lengths": torch.tensor([5, 1, 3]),
             "track": random(3, width),
             "has_track": torch.tensor([True, False, True]),
+            **trunk,
         },
         ("logits", "iou", "next_track"),
         {"tokens": words, "lengths": expressions, "track": expressions, "has_track": expressions},

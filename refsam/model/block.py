@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from refsam.model.adapter import Adapter
 from refsam_kernels import AdapterWeights, adapter_mlp, adapter_projection, rel_pos_attention
+from refsam_kernels.rel_pos_attention.op import resize_table
 
 VIT_EPS = 1e-6
 ADAPTER_SCALE = 0.5
@@ -139,11 +140,23 @@ def run_block(
 
 def attend(weights: BlockWeights, qkv: Tensor) -> Tensor:
     """The block's attention on its qkv product (B, h, w, 3*D)."""
+    height, width = qkv.shape[1:3]
+    rel_pos_h, rel_pos_w = weights.rel_pos_h, weights.rel_pos_w
+    if height != width and not weights.window_size:
+        square = max(height, width)
+        rel_pos_h = _distances_below(height, resize_table(rel_pos_h, square))
+        rel_pos_w = _distances_below(width, resize_table(rel_pos_w, square))
     return rel_pos_attention(
         qkv,
-        weights.rel_pos_h,
-        weights.rel_pos_w,
+        rel_pos_h,
+        rel_pos_w,
         num_heads=weights.num_heads,
         window_size=weights.window_size,
         qkv_bias=weights.qkv_bias,
     )
+
+
+def _distances_below(size: int, table: Tensor) -> Tensor:
+    """The rows (2*size-1, head_dim) of a longer table that a side of `size` tokens needs."""
+    first = table.shape[0] // 2 - size + 1
+    return table[first : first + 2 * size - 1]

@@ -9,6 +9,8 @@ from refsam.model.cross_modal_mlp import CrossModalMLP
 from refsam.model.dense_attention import HierarchicalDenseAttention
 from refsam.model.image_encoder import ImageEncoder
 from refsam.model.mask_decoder import MaskDecoder, PromptEncoder
+from refsam.model.noun_match import NounMatch
+from refsam.model.outlines import OutlineHead
 from refsam.model.pretrained_text_encoder import RobertaTextEncoder, T5TextEncoder
 from refsam.model.text_encoder import (
     DEFAULT_WORDS,
@@ -17,6 +19,7 @@ from refsam.model.text_encoder import (
     word_tokenizer,
 )
 from refsam.model.tracking import TrackingModule
+from refsam.model.trunk_features import FINE_CHANNELS, NAME_CHANNELS, TrunkFeatures
 from refsam.model.two_way_transformer import TwoWayTransformer
 
 
@@ -35,6 +38,24 @@ def build_image_encoder(config: RefSAMConfig | EVFConfig) -> ImageEncoder:
         adapter_dim=int(sizes.embed_dim * sizes.adapter_ratio),
         output_dim=config.prompt_dim,
     )
+
+
+def build_trunk(config: RefSAMConfig) -> TrunkFeatures | None:
+    """A network of photographs beside SAM's ViT, where asked."""
+    sizes = config.image_encoder
+    return TrunkFeatures(sizes.trunk_width, sizes.embed_dim) if sizes.trunk_width else None
+
+
+def build_outline_head(config: RefSAMConfig) -> OutlineHead | None:
+    """What sharpens masks with the trunk's fine features, where there is one."""
+    has_trunk = config.image_encoder.trunk_width
+    return OutlineHead(config.prompt_dim, FINE_CHANNELS) if has_trunk else None
+
+
+def build_noun_match(config: RefSAMConfig) -> NounMatch | None:
+    """What compares words with the trunk's places, where there is one."""
+    has_trunk = config.image_encoder.trunk_width
+    return NounMatch(config.prompt_dim, NAME_CHANNELS) if has_trunk else None
 
 
 def build_prompt_encoder(
@@ -80,7 +101,8 @@ def build_cross_modal_mlp(config: RefSAMConfig) -> CrossModalMLP:
 def build_dense_attention(config: RefSAMConfig) -> HierarchicalDenseAttention:
     """Dense attention over the embedding and, if hierarchical, every intermediate map."""
     settings = config.dense_attention
-    intermediates = len(config.image_encoder.global_blocks[:-1]) if settings.hierarchical else 0
+    maps = len(config.image_encoder.global_blocks[:-1]) + bool(config.image_encoder.trunk_width)
+    intermediates = maps if settings.hierarchical else 0
     return HierarchicalDenseAttention(
         config.prompt_dim,
         config.image_encoder.embed_dim,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refsam.model.image_encoder import LayerNorm2d
+from refsam.model.layer_norm import LayerNorm2d
 from refsam_kernels import dense_attention
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 class FrameSize(NamedTuple):
-    """(height, width) of the frame itself and of its resized copy inside the model's square."""
+    """(height, width) of the frame itself and of its resized copy inside the model's square of pixels."""
 
     original: tuple[int, int]
     resized: tuple[int, int]
@@ -22,8 +22,9 @@ class ImageFeatures(NamedTuple):
     """What the image encoder gives for B frames; one set serves any number of expressions.
 
     embedding (B, N, C): unit vectors, N = h * w. levels (L, B, N, C): the embedding, then the
-    projected intermediate features, unit vectors all. grid: (h, w). patches (B, V, D): what prompts see of
-    the frames besides, None where they see nothing.
+    projected intermediate features and the trunk's, unit vectors all. grid: (h, w). patches (B, V, D): what
+    prompts see of the frames besides, None where they see nothing. fine (B, F, 4h, 4w): the trunk's fine
+    features, and names (B, N, K), what its places show, as `NounMatch` compares it with words; None without a trunk.
 
     EVF-SAM's embedding is SAM's own, not normalised, and the only level.
     """
@@ -32,17 +33,18 @@ class ImageFeatures(NamedTuple):
     levels: Tensor
     grid: tuple[int, int]
     patches: Tensor | None = None
+    fine: Tensor | None = None
+    names: Tensor | None = None
 
     @staticmethod
     def cat(parts: Sequence[ImageFeatures]) -> ImageFeatures:
-        """The features of several batches of frames as those of one."""
+        """The features of several batches of frames, of one grid, as those of one."""
         if len(parts) == 1:
             return parts[0]
         levels = torch.cat([part.levels for part in parts], dim=1)
-        patches = [part.patches for part in parts if part.patches is not None]
-        return ImageFeatures(
-            levels[0], levels, parts[0].grid, torch.cat(patches) if patches else None
-        )
+        more = zip(*((part.patches, part.fine, part.names) for part in parts), strict=True)
+        joined = (None if maps[0] is None else torch.cat(maps) for maps in more)
+        return ImageFeatures(levels[0], levels, parts[0].grid, *joined)
 
 
 @dataclass(frozen=True)

@@ -11,26 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from refsam import renamed
 from refsam.model.block import Block
+from refsam.model.layer_norm import LayerNorm2d
 from refsam.model.packing import Packing, RunBlock, arrange_block
-
-NORM_2D_EPS = 1e-6
-
-
-class LayerNorm2d(nn.Module):
-    """LayerNorm over the channels of (B, C, h, w) (segment-anything, modeling/common.py)."""
-
-    def __init__(self, channels: int, eps: float = NORM_2D_EPS) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) float to the same shape; SAM's order of operations, hence its bits."""
-        centred = x - x.mean(1, keepdim=True)
-        variance = centred.pow(2).mean(1, keepdim=True)
-        normed = centred / torch.sqrt(variance + self.eps)
-        return self.weight[:, None, None] * normed + self.bias[:, None, None]
 
 
 class PatchEmbedding(nn.Module):
@@ -96,12 +78,15 @@ class ImageEncoder(nn.Module):
         )
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, pixels: Tensor, added: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Normalised pixels (B, 3, H, W) float to the neck's output and the intermediate features.
 
+        added (B, h, w, D) is put to the patches' tokens, None adds nothing.
+
         Returns (B, h, w, C) and, for each global block but the last, its output (B, h, w, D).
-        H and W must be multiples of the patch size; the position tables are interpolated where
-        the grid is not the one they were made for. Raises ValueError for other shapes.
+        H and W must be multiples of the patch size. Positions are those in the square of the longer
+        side, of which a rectangle is the upper left part; the tables are interpolated where that
+        square's grid is not the one they were made for. Raises ValueError for other shapes.
         """
         if (
             pixels.ndim != 4
@@ -114,6 +99,8 @@ class ImageEncoder(nn.Module):
             )
         x = self.patch_embed(pixels)
         x = x + self.position_table(x.shape[1], x.shape[2])
+        if added is not None:
+            x = x + added
         norms: list[Any] = [*(block.norm1 for block in self.blocks), None]
         blocks, dtype = self._runners(x)
         normed, intermediates = norms[0](x).to(dtype), []
@@ -126,13 +113,13 @@ class ImageEncoder(nn.Module):
         return features.permute(0, 2, 3, 1), intermediates
 
     def position_table(self, height: int, width: int) -> Tensor:
-        """The absolute positions (1, height, width, D), bicubic where the grid differs."""
-        if self.pos_embed.shape[1:3] == (height, width):
-            return self.pos_embed
-        table = F.interpolate(
-            self.pos_embed.permute(0, 3, 1, 2).float(), size=(height, width), mode="bicubic"
-        )
-        return table.permute(0, 2, 3, 1).to(self.pos_embed.dtype)
+        """The absolute positions (1, height, width, D): the upper left part of a square's, bicubic where its grid differs."""
+        table, side = self.pos_embed, max(height, width)
+        if side != table.shape[1]:
+            channels_first = table.permute(0, 3, 1, 2).float()
+            resized = F.interpolate(channels_first, size=(side, side), mode="bicubic")
+            table = resized.permute(0, 2, 3, 1).to(table.dtype)
+        return table if height == width else table[:, :height, :width]
 
     def optimize(self, dtype: torch.dtype | None = None) -> Self:
         """Compute with packed weights from now on, wherever autograd is off; returns the encoder.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refsam.model.image_encoder import NORM_2D_EPS, LayerNorm2d
+from refsam.model.layer_norm import NORM_2D_EPS, LayerNorm2d
 from refsam.model.two_way_transformer import TwoWayTransformer
 from refsam_kernels import Fingerprint, is_capturing, mask_upscale, settle
 
@@ -33,7 +33,7 @@ class RandomPositionEncoding(nn.Module):
         self._made: tuple[Hashable, Tensor] | None = None
 
     def forward(self, height: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The encoding (1, height * width, dim) of a grid, computed in float32 or wider."""
+        """The encoding (1, height * width, dim) of a grid, computed in float32 or wider: the upper left part of its square's."""
         matrix = self.positional_encoding_gaussian_matrix
         # A CUDA graph's own memory must not be kept, and its replays follow the matrix.
         if is_capturing(matrix) or torch.compiler.is_compiling():
@@ -50,8 +50,9 @@ class RandomPositionEncoding(nn.Module):
     def _encode(self, height: int, width: int) -> Tensor:
         matrix = self.positional_encoding_gaussian_matrix
         matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        y = (torch.arange(height, device=matrix.device, dtype=matrix.dtype) + 0.5) / height
-        x = (torch.arange(width, device=matrix.device, dtype=matrix.dtype) + 0.5) / width
+        square = max(height, width)
+        y = (torch.arange(height, device=matrix.device, dtype=matrix.dtype) + 0.5) / square
+        x = (torch.arange(width, device=matrix.device, dtype=matrix.dtype) + 0.5) / square
         grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
         angles = 2 * math.pi * ((2 * grid - 1) @ matrix)
         return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(0, 1)[None]

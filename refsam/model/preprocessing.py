@@ -8,14 +8,18 @@ from refsam.model.features import FrameSize
 
 
 def preprocess(
-    frames: Tensor, image_size: int, pixel_mean: Tensor, pixel_std: Tensor
+    frames: Tensor,
+    image_size: int,
+    pixel_mean: Tensor,
+    pixel_std: Tensor,
+    patch_size: int | None = None,
 ) -> tuple[Tensor, FrameSize]:
     """Frames (B, H, W, 3) uint8 RGB to normalised pixels (B, 3, S, S) and their sizes.
 
     The longest side becomes S = image_size by antialiased bilinear resizing of 8-bit values, mean and
     standard deviation (3, 1, 1) apply to 0-255, and zeros pad right and bottom (segment-anything,
-    utils/transforms.py and modeling/sam.py). The result has the mean's dtype. Raises ValueError for
-    other shapes or dtypes.
+    utils/transforms.py and modeling/sam.py). With a patch_size they pad to whole patches only, and the
+    pixels are (B, 3, h, w). The result has the mean's dtype. Raises ValueError for other shapes or dtypes.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
         raise ValueError(
@@ -31,7 +35,8 @@ def preprocess(
     if resized != (height, width):
         pixels = _resize_bytes(pixels, resized)
     pixels = (pixels.to(pixel_mean.dtype) - pixel_mean) / pixel_std
-    padding = (0, image_size - resized[1], 0, image_size - resized[0])
+    filled = [-(-side // patch_size) * patch_size if patch_size else image_size for side in resized]
+    padding = (0, filled[1] - resized[1], 0, filled[0] - resized[0])
     return F.pad(pixels, padding), FrameSize((height, width), resized)
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from refsam.checkpoint import Source
 from refsam.config import EVFConfig, RefSAMConfig
@@ -25,12 +26,14 @@ class Prompts(NamedTuple):
 
     image (P, N, C): the embedding with the dense prompts added. sparse (P, T, C): sparse prompts; the first lengths (P,)
     of each row are valid, None means all. track (P, C): the track tokens that are among them, None without any.
+    match (P, N): how well each place matches the noun, None where nobody asked.
     """
 
     image: Tensor
     sparse: Tensor
     lengths: Tensor | None = None
     track: Tensor | None = None
+    match: Tensor | None = None
 
 
 class PromptedSAM(nn.Module):
@@ -72,6 +75,17 @@ class PromptedSAM(nn.Module):
 
     def forget_text(self) -> None:
         """Drop what is remembered of expressions."""
+
+    def refine(
+        self,
+        logits: Tensor,
+        object_token: Tensor,
+        image: ImageFeatures,
+        image_index: Tensor,
+        match: Tensor | None,
+    ) -> Tensor:
+        """Mask logits (P, 4h, 4w) with what the model knows of outlines besides; object_token (P, C), match of `prompt`."""
+        return logits
 
     def view(self, frames: Tensor) -> Tensor | None:
         """What prompts need of frames (B, H, W, 3) uint8 RGB besides the encoder's pixels; None: nothing."""
@@ -121,11 +135,13 @@ class PromptedSAM(nn.Module):
     def preprocess(self, frames: Tensor, image_size: int | None = None) -> tuple[Tensor, FrameSize]:
         """Frames (B, H, W, 3) uint8 RGB to normalised pixels (B, 3, S, S) and their sizes.
 
-        image_size takes another S than the model's own, a multiple of the patch size. See
+        Without padding to the square the pixels are whole patches, (B, 3, h, w) with h, w <= S. image_size
+        takes another S than the model's own, a multiple of the patch size. See
         `refsam.model.preprocessing.preprocess`. Raises ValueError for other shapes or dtypes.
         """
-        size = image_size or self.image_size
-        return preprocess(frames.to(self.device), size, self.pixel_mean, self.pixel_std)
+        size, sizes = image_size or self.image_size, self.config.image_encoder
+        patch_size = sizes.patch_size if sizes.padding == "none" else None
+        return preprocess(frames.to(self.device), size, self.pixel_mean, self.pixel_std, patch_size)
 
     @abstractmethod
     def encode_image(self, pixels: Tensor, view: Tensor | None = None) -> ImageFeatures:
@@ -155,8 +171,9 @@ class PromptedSAM(nn.Module):
             image.grid,
         )
         object_token = mask_tokens[:, 0]
+        refined = self.refine(logits[:, 0], object_token, image, image_index, prompts.match)
         track_token = self.next_track(object_token, prompts.track)
-        return MaskOutput(logits[:, 0], iou[:, 0], object_token, track_token)
+        return MaskOutput(_on_square(refined), iou[:, 0], object_token, track_token)
 
     def _check_decode(
         self,
@@ -182,6 +199,15 @@ class PromptedSAM(nn.Module):
                 f"track_valid: got shape {tuple(track_valid.shape)}, wanted ({count},) and a track"
             )
         return image_index
+
+
+def _on_square(logits: Tensor) -> Tensor:
+    """Logits (P, h, w) of the upper left part of a square to those of the whole, whose rest repeats the border."""
+    height, width = logits.shape[1:]
+    if height == width:
+        return logits
+    side = max(height, width)
+    return F.pad(logits, (0, side - width, 0, side - height), mode="replicate")
 
 
 def add_image(dense: Tensor, embedding: Tensor, image_index: Tensor) -> Tensor:

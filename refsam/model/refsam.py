@@ -6,7 +6,7 @@ import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from huggingface_hub import HfApi, PyTorchModelHubMixin
@@ -23,6 +23,8 @@ from refsam.model.adapter import Adapter
 from refsam.model.features import ImageFeatures, TextPrompt
 from refsam.model.prompted_sam import PromptedSAM, Prompts, add_image
 from refsam.model.text_encoder import CachedTextEncoder, EncodedText
+
+TRUNK_GREY = 128.0  # the trunk sees (value - 128) / 128
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +52,14 @@ class RefSAM(
         self.config = config
         self.sources: dict[str, Source] = {}
         self.image_encoder = build.build_image_encoder(config)
+        self.trunk = build.build_trunk(config)
         self.prompt_encoder = build.build_prompt_encoder(config)
         self.text_encoder = build.build_text_encoder(config, tokenizer)
         self.cross_modal_mlp = build.build_cross_modal_mlp(config)
         self.dense_attention = build.build_dense_attention(config)
         self.mask_decoder = build.build_mask_decoder(config)
+        self.noun_match = build.build_noun_match(config)
+        self.outlines = build.build_outline_head(config)
         self.tracking = build.build_tracking(config)
         self._set_pixel_statistics()
         if config.frozen:
@@ -235,12 +240,33 @@ class RefSAM(
             module.training = False
         return self
 
+    def optimize(self, dtype: torch.dtype | None = None) -> Self:
+        """As `PromptedSAM.optimize`, the trunk too."""
+        super().optimize(dtype)
+        if self.trunk is not None:
+            self.trunk.optimize(dtype)
+        return self
+
+    def deoptimize(self) -> Self:
+        """As `PromptedSAM.deoptimize`."""
+        if self.trunk is not None:
+            self.trunk.deoptimize()
+        return super().deoptimize()
+
     def encode_image(self, pixels: Tensor, view: Tensor | None = None) -> ImageFeatures:
-        """Normalised pixels (B, 3, S, S) to features that any number of expressions share; there is no `view`."""
-        features, intermediates = self.image_encoder(pixels)
+        """Normalised pixels (B, 3, h, w), whole patches, to features that any number of expressions share; there is no `view`."""
+        seen = None
+        if self.trunk is not None:
+            values = pixels * self.pixel_std + self.pixel_mean
+            seen = self.trunk((values - TRUNK_GREY) / TRUNK_GREY)
+        features, intermediates = self.image_encoder(pixels, seen.added if seen else None)
+        more = [seen.level] if seen else []
         embedding = F.normalize(features.flatten(1, 2), dim=-1)
-        levels = self.dense_attention.project(embedding, intermediates)
-        return ImageFeatures(levels[0], levels, (features.shape[1], features.shape[2]))
+        levels = self.dense_attention.project(embedding, intermediates + more)
+        grid = features.shape[1], features.shape[2]
+        if seen is None:
+            return ImageFeatures(levels[0], levels, grid)
+        return ImageFeatures(levels[0], levels, grid, fine=seen.fine, names=seen.names)
 
     def encode_text(self, expressions: Sequence[str]) -> TextPrompt:
         """P expressions to prompts; raises ExpressionError for one that cannot be understood."""
@@ -282,11 +308,29 @@ class RefSAM(
                 track_valid = torch.ones_like(lengths, dtype=torch.bool)
             track = torch.where(track_valid[:, None], track, 0.0).to(sparse.dtype)
             sparse, lengths = _append_token(sparse, lengths, track, track_valid)
-        return Prompts(add_image(dense, image.embedding, image_index), sparse, lengths, track)
+        tokens, match = add_image(dense, image.embedding, image_index), None
+        if self.noun_match is not None and image.names is not None:
+            match = self.noun_match(text, image.names, image_index)
+            tokens = tokens + match[..., None] * self.noun_match.prompt
+        return Prompts(tokens, sparse, lengths, track, match)
 
     def next_track(self, object_token: Tensor, track: Tensor | None) -> Tensor:
         """The implicit tracking module (paper, section 3.5)."""
         return self.tracking(object_token, track)
+
+    def refine(
+        self,
+        logits: Tensor,
+        object_token: Tensor,
+        image: ImageFeatures,
+        image_index: Tensor,
+        match: Tensor | None,
+    ) -> Tensor:
+        """Logits with the trunk's fine features and the noun's match, where there is a trunk."""
+        if self.outlines is None or image.fine is None or match is None:
+            return logits
+        match = match.unflatten(1, image.grid)
+        return self.outlines(logits, match, object_token, image.fine, image_index)
 
 
 def _append_token(

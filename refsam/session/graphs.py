@@ -70,8 +70,7 @@ class FrameGraphs:
             return _tensors(self.model.encode_image(*inputs))
 
         inputs = [pixels] if view is None else [pixels, view]
-        levels, *patches = self._graphs.run("encode", self._state(), encode, inputs)
-        return ImageFeatures(levels[0], levels, grid, *patches)
+        return _features(grid, *self._graphs.run("encode", self._state(), encode, inputs))
 
     def decode(
         self,
@@ -95,9 +94,8 @@ class FrameGraphs:
         )
 
         def decode(*inputs: Tensor) -> tuple[Tensor, ...]:
-            levels, *patches = inputs[:-6]
+            features = _features(image.grid, *inputs[:-6])
             words, sentence, lengths, index, track, valid = inputs[-6:]
-            features = ImageFeatures(levels[0], levels, image.grid, *patches)
             prompt = _FixedPrompt(words, sentence, lengths)
             return self.model.decode(features, prompt, index, track, valid)
 
@@ -118,8 +116,15 @@ class FrameGraphs:
 
 
 def _tensors(image: ImageFeatures) -> tuple[Tensor, ...]:
-    """The levels and, where there are any, the patches."""
-    return (image.levels,) if image.patches is None else (image.levels, image.patches)
+    """The levels and the other maps, an empty tensor for each that the model does not have."""
+    others = (image.patches, image.fine, image.names)
+    return image.levels, *(image.levels.new_empty(0) if map_ is None else map_ for map_ in others)
+
+
+def _features(grid: tuple[int, int], levels: Tensor, *others: Tensor) -> ImageFeatures:
+    """What `_tensors` took apart."""
+    given = (map_ if map_.numel() else None for map_ in others)
+    return ImageFeatures(levels[0], levels, grid, *given)
 
 
 class WeightsWatch:

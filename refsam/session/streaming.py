@@ -3,7 +3,9 @@
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +22,9 @@ from refsam.session.video_session import FrameResult, VideoSession
 if TYPE_CHECKING:
     from refsam.model import PromptedSAM
     from refsam.video import Frame
+
+# Frames whose encoding is under way beside the decoder, each in a thread: a core that waits for the other takes the next one.
+_ENCODERS = 2
 
 
 def segment_video(
@@ -61,8 +66,9 @@ def prefetch_frames(
 ) -> Generator[tuple["Frame", PreparedFrame | EncodedFrame], None, None]:
     """Each frame with what `session.step` takes, made in other threads while the frames before it are segmented.
 
-    They read and resize. Where torch computes with one thread of several cores they run the image encoder too,
-    beside the decoder: only that waits for the frame before. encode=False leaves the encoder to `step_batch`.
+    They read and resize. Where torch computes with one thread of several cores they run the image encoder too, of
+    two frames at a time, beside the decoder: only that waits for the frame before. encode=False leaves the encoder
+    to `step_batch`.
     heed is called every tenth of a second while no frame comes, and may raise.
     """
     from refsam.video import prefetch
@@ -74,32 +80,29 @@ def prefetch_frames(
             yield from prepared
             return
         # Threads have modes of their own.
-        dtype = torch.get_autocast_dtype("cpu")
-        precision = torch.autocast("cpu", dtype, enabled=torch.is_autocast_enabled("cpu"))
-        encoded = prefetch(
-            _encode_all(session, prepared, precision), depth=2, heed=heed, patience=60
-        )
-        with (
-            closing(encoded),
-            closing(prepared),
-        ):  # closed from the last to the first: wake, then wait
-            yield from encoded
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        encode = partial(_encode, session, dtype)
+        with ThreadPoolExecutor(_ENCODERS, "refsam-encoder") as pool:
+            begun = ((frame, pool.submit(encode, ready)) for frame, ready in prepared)
+            encoded = prefetch(begun, depth=_ENCODERS, heed=heed, patience=60)
+            # Closed from the last to the first: wake, then wait.
+            with closing(encoded), closing(prepared):
+                for frame, future in encoded:
+                    yield frame, future.result()
 
 
 def _has_a_core_for_the_encoder(model: "PromptedSAM") -> bool:
     return model.device.type == "cpu" and torch.get_num_threads() == 1 and available_cores() > 1
 
 
-def _encode_all(
-    session: VideoSession,
-    prepared: Iterable[tuple["Frame", PreparedFrame]],
-    precision: torch.autocast,
-) -> Iterator[tuple["Frame", EncodedFrame]]:
-    for frame, ready in prepared:
-        started = time.perf_counter()
-        with torch.no_grad(), precision:
-            image = session._runner.encode_image(*ready.wait())
-        yield frame, EncodedFrame(image, ready.size, time.perf_counter() - started)
+def _encode(
+    session: VideoSession, autocast_dtype: torch.dtype | None, frame: PreparedFrame
+) -> EncodedFrame:
+    started = time.perf_counter()
+    precision = torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None)
+    with torch.no_grad(), precision:
+        image = session._runner.encode_image(*frame.wait())
+    return EncodedFrame(image, frame.size, time.perf_counter() - started)
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:

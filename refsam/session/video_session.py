@@ -205,7 +205,7 @@ class VideoSession:
 
 
 def step_batch(turns: Sequence[tuple[VideoSession, AnyFrame]]) -> list[FrameResult]:
-    """Segment frames of several videos, or several of one, with one pass of the image encoder.
+    """Segment frames of several videos, or several of one, with one pass of the image encoder for each shape of frames.
 
     Expressions of different videos are decoded together too. The results, in the order of the turns, are those of
     `VideoSession.step` one by one, logits within 1e-5.
@@ -241,22 +241,37 @@ def _step_asked(
     if not turns:
         return []
     sessions, frames = [session for session, _ in turns], [frame for _, frame in turns]
-    image = _features(sessions[0]._runner, frames)
+    if len({isinstance(frame, EncodedFrame) for frame in frames}) > 1:
+        raise ValueError("turns: got encoded frames among others, want one kind")
     results: dict[int, FrameLogits] = {}
-    for rows in _rounds(sessions):
-        at = [sessions[row] for row in rows], [frames[row].size for row in rows]
-        results |= zip(rows, _decode(image, rows, *at), strict=True)
-    return [results[row] for row in range(len(turns))]
+    alike = _alike(frames)
+    images = [_features(sessions[0]._runner, [frames[turn] for turn in turns]) for turns in alike]
+    for turns in _rounds(sessions):
+        for image, encoded in zip(images, alike, strict=True):
+            part = [turn for turn in turns if turn in encoded]
+            if not part:
+                continue
+            at = [sessions[turn] for turn in part], [frames[turn].size for turn in part]
+            rows = [encoded.index(turn) for turn in part]
+            results |= zip(part, _decode(image, rows, *at), strict=True)
+    return [results[turn] for turn in range(len(sessions))]
+
+
+def _alike(frames: Sequence[PreparedFrame | EncodedFrame]) -> list[list[int]]:
+    """The places of frames that the image encoder takes together: those of one shape, which `padding: none` tells apart."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for place, frame in enumerate(frames):
+        is_encoded = isinstance(frame, EncodedFrame)
+        places.setdefault(frame.image.grid if is_encoded else frame.pixels.shape, []).append(place)
+    return list(places.values())
 
 
 def _features(
     runner: "PromptedSAM | FrameGraphs", frames: list[PreparedFrame | EncodedFrame]
 ) -> "ImageFeatures":
-    """The image encoder's features of all frames."""
+    """The image encoder's features of frames of one shape."""
     inputs = [frame.wait() for frame in frames if isinstance(frame, PreparedFrame)]
     images = [frame.image for frame in frames if isinstance(frame, EncodedFrame)]
-    if inputs and images:
-        raise ValueError("turns: got encoded frames among others, want one kind")
     if len(inputs) == 1:
         return runner.encode_image(*inputs[0])
     if inputs:

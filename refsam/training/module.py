@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from refsam.data.clips import ClipBatch
 from refsam.data.colour import adjust_colour
@@ -14,6 +15,7 @@ from refsam.model import FrameSize, ImageFeatures, MaskOutput, RefSAM, TextPromp
 from refsam.training.auxiliary_losses import ObjectHead
 from refsam.training.batches import TrainingBatch
 from refsam.training.losses import mask_losses
+from refsam.training.noun_loss import NounLoss
 from refsam.training.settings import StageSettings, TrainingSettings
 from refsam.training.text_features import TextFeatures
 
@@ -43,6 +45,8 @@ class TrainingModule(nn.Module):
         self.settings = settings
         self.model = model
         self.head = ObjectHead(model.config.prompt_dim, model.config.image_encoder.patch_size)
+        has_nouns = settings.loss.nouns and model.noun_match is not None
+        self.nouns = NounLoss() if has_nouns else None
         is_trained = any(p.requires_grad for p in model.text_encoder.parameters())
         self.features = (
             None if is_trained else TextFeatures(model.text_encoder, settings.text_cache)
@@ -59,6 +63,8 @@ class TrainingModule(nn.Module):
             image = self.model.encode_image(pixels)
             if stage.expressions:
                 losses = self._mask_losses(image, batch.clips, groups, stage)
+                if self.nouns is not None:
+                    losses["nouns"] = self.nouns(self.model)
             total = [getattr(self.settings.loss, name) * value for name, value in losses.items()]
             if (
                 batch.attributes is not None
@@ -77,7 +83,7 @@ class TrainingModule(nn.Module):
     def _preprocess(
         self, frames: Tensor, sizes: Sequence[tuple[int, int]], image_size: int | None
     ) -> tuple[Tensor, list[SizeGroup]]:
-        """Pixels (B * T, 3, S, S) of frames (B, T, H, W, 3), and the stretches of clips of one size."""
+        """Pixels (B * T, 3, h, w) of frames (B, T, H, W, 3), filled up to the largest, and the stretches of clips of one size."""
         groups, pixels, begin = [], [], 0
         for (height, width), clips in groupby(sizes):
             end = begin + len(list(clips))
@@ -86,7 +92,9 @@ class TrainingModule(nn.Module):
             groups.append(SizeGroup(begin, end, size))
             pixels.append(prepared)
             begin = end
-        return torch.cat(pixels), groups
+        height, width = (max(part.shape[side] for part in pixels) for side in (2, 3))
+        filled = (F.pad(p, (0, width - p.shape[3], 0, height - p.shape[2])) for p in pixels)
+        return torch.cat(list(filled)), groups
 
     def _encode_text(self, texts: Sequence[str]) -> TextPrompt:
         if self.features is None:

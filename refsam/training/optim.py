@@ -26,9 +26,10 @@ def build_optimisers(model: nn.Module, settings: OptimiserSettings) -> list[torc
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part = next(word for word in name.split(".") if not word.isdigit())
-        trained.add(part)
-        scale = settings.lr_overrides.get(part, settings.learning_rate) / settings.learning_rate
+        parts = _parts(name)
+        trained.update(parts)
+        rates = [settings.lr_overrides[part] for part in parts if part in settings.lr_overrides]
+        scale = rates[-1] / settings.learning_rate if rates else 1.0
         if settings.muon and id(parameter) in linear:
             muon.setdefault(scale, []).append(parameter)
             continue
@@ -37,7 +38,8 @@ def build_optimisers(model: nn.Module, settings: OptimiserSettings) -> list[torc
         adamw.setdefault((scale, free, are_sharded([parameter])), []).append(parameter)
     if unknown := sorted(set(settings.lr_overrides) - trained):
         raise UserError(
-            f"optimiser.lr_overrides: nothing to train in {', '.join(unknown)}, want some of {', '.join(sorted(trained))}"
+            f"optimiser.lr_overrides: nothing to train in {', '.join(unknown)}, want some of "
+            f"{', '.join(sorted(part for part in trained if '.' not in part))}, or parts of them such as trunk.network"
         )
     decay, rate = settings.weight_decay, settings.learning_rate
     groups = [
@@ -53,6 +55,12 @@ def build_optimisers(model: nn.Module, settings: OptimiserSettings) -> list[torc
             torch.optim.Muon(groups, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         )
     return optimisers
+
+
+def _parts(name: str) -> list[str]:
+    """What a parameter of the list of model and heads is a part of, from the widest: trunk, trunk.network, and so on."""
+    words = name.split(".")[1:]
+    return [".".join(words[:count]) for count in range(1, len(words) + 1)]
 
 
 def learning_rate(

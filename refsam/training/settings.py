@@ -60,7 +60,8 @@ class OptimiserSettings:
     """AdamW, linear warm-up and cosine decay to `final_rate` of the learning rate.
 
     `muon` steps the weights of linear layers by Muon at the same rate: a model that starts from nothing learns in fewer steps.
-    `lr_overrides` gives parts of the model, such as mask_decoder, their own learning rate with the same schedule.
+    `lr_overrides` gives parts of the model, such as mask_decoder or trunk.network, their own learning rate with the same
+    schedule; the narrowest counts.
     `max_grad_norm` clips the gradients of all parameters together (None: they are only measured). `betas` are AdamW's;
     `decay_norms`: vectors, such as norms and biases, decay too. `lr_batch` is the number of clips in a step that the learning
     rates are meant for: with more or less, over all processes, they are scaled linearly (None: they are what they are).
@@ -86,13 +87,14 @@ class OptimiserSettings:
 @dataclass(frozen=True, config=_CLOSED)
 class LossSettings:
     """Weights of the losses of `refsam.training.losses`; `objects` and `target`, of what `ObjectHead` reads from image
-    and decoder, need generated clips."""
+    and decoder, need generated clips; `nouns` compares what nouns mean with the classes that a trunk was published with."""
 
     focal: NonNegativeFloat = 1.0
     dice: NonNegativeFloat = 1.0
     iou: NonNegativeFloat = 0.0
     objects: NonNegativeFloat = 0.0
     target: NonNegativeFloat = 0.0
+    nouns: NonNegativeFloat = 0.0
 
 
 @dataclass(frozen=True, config=_CLOSED)
@@ -171,6 +173,7 @@ class TrainingSettings:
     `model` is a preset by name with entries to change, as in `{preset: vit_b, prompt_dim: 128}`, or a whole RefSAMConfig;
     `init_from` a checkpoint to begin from, over whose configuration the entries of `model` are put (a preset must be its size);
     `sam` SAM's file or folder if that one is a delta;
+    `trunk` the published weights that a new model's trunk begins with (docs/training.md says where they are);
     `output` the folder of log, state and models; `workers` processes draw the batches ahead (0: the training's own).
     `text_cache` is a folder that keeps what a frozen text encoder says about each expression.
 
@@ -185,6 +188,7 @@ class TrainingSettings:
     output: str
     model: dict[str, Any] = Field(default_factory=dict)
     init_from: str | None = None
+    trunk: str | None = None
     sam: str | None = None
     text_cache: str | None = None
     data: DataSettings = Field(default_factory=DataSettings)
@@ -248,6 +252,9 @@ class TrainingSettings:
             ),
             "validation.frames: generated clips have a length, want a number": (
                 self.validation.frames is None and self.validation.dataset is None
+            ),
+            "trunk: a checkpoint has its own, want init_from or trunk": (
+                self.trunk is not None and self.init_from is not None
             ),
             "sam: only an init_from that is a delta stands on it": self.sam and not self.init_from,
         }

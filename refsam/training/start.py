@@ -17,6 +17,7 @@ from refsam.data.photographs.words import load_words
 from refsam.errors import ConfigError, ExpressionError, UserError
 from refsam.model import RefSAM, SmallTextEncoder, word_tokenizer
 from refsam.model.text_encoder import CachedTextEncoder
+from refsam.model.trunk_weights import load_trunk
 from refsam.model.vocabulary import extend_vocabulary, mark_untaught
 from refsam.training.batches import open_datasets, open_photographs
 from refsam.training.module import TrainingModule
@@ -36,7 +37,10 @@ def build_model(
     words = [] if drawer is None else drawer.folder.vocabulary()
     known = [*vocabulary(), *words, *_words(datasets)]
     if settings.init_from is None:
-        return RefSAM(settings.architecture, tokenizer=word_tokenizer(known))
+        model = RefSAM(settings.architecture, tokenizer=word_tokenizer(known))
+        if settings.trunk is not None:
+            load_trunk(model, settings.trunk)
+        return model
     stored = checkpoint.load(settings.init_from, sam=settings.sam)
     model = RefSAM.from_checkpoint(_changed(stored, settings, known))
     if isinstance(model.text_encoder, SmallTextEncoder) and stored.tokenizer is not None:

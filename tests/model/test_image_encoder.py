@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refsam.model.adapter import Adapter
-from refsam.model.image_encoder import ImageEncoder, LayerNorm2d
+from refsam.model.image_encoder import ImageEncoder
+from refsam.model.layer_norm import LayerNorm2d
 from refsam_kernels import use_backend
 from refsam_kernels.core.dispatch import BACKENDS, Dispatcher
 

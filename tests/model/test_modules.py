@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from refsam.model import mask_decoder
 from refsam.model.cross_modal_mlp import CrossModalMLP
 from refsam.model.dense_attention import HierarchicalDenseAttention
-from refsam.model.image_encoder import LayerNorm2d
+from refsam.model.layer_norm import LayerNorm2d
 from refsam.model.mask_decoder import MaskDecoder, RandomPositionEncoding
 from refsam.model.tracking import TrackingModule
 from refsam.model.two_way_transformer import TwoWayTransformer

@@ -16,7 +16,7 @@ from refsam.session import (
 )
 from refsam.video import Frame
 from tests.session import cuda_stand_in
-from tests.tiny_model import tiny_model
+from tests.tiny_model import tiny_model, tiny_trunk_model
 
 VIDEOS = {  # expressions, and the frames' size
     0: (["the red cup", "dog"], (45, 70)),
@@ -25,9 +25,10 @@ VIDEOS = {  # expressions, and the frames' size
 }
 
 
-@pytest.fixture(scope="module")
-def model() -> RefSAM:
-    return tiny_model()
+@pytest.fixture(scope="module", params=["square", "none"])
+def model(request: pytest.FixtureRequest) -> RefSAM:
+    """Padded to squares, or rectangles of several shapes and a trunk beside the encoder."""
+    return tiny_model() if request.param == "square" else tiny_trunk_model()
 
 
 def video(index: int, frames: int = 4) -> list[np.ndarray]:

@@ -181,10 +181,8 @@ class VideoPredictor:
 
     def _logits(self, index: int, frame: EncodedFrame, size: tuple[int, ...]) -> FrameLogits:
         """Logits of a group; those of refused expressions are outside everywhere."""
-        height, width = frame.image.grid
-        logits = torch.full(
-            (self._counts[index], 4 * height, 4 * width), _NOWHERE, device=self.model.device
-        )
+        side = 4 * max(frame.image.grid)
+        logits = torch.full((self._counts[index], side, side), _NOWHERE, device=self.model.device)
         if self._known[index]:
             logits[self._known[index]] = self._sessions[index].step_logits(frame).logits
         sizes = frame.size.resized, frame.size.original, (size[0], size[1])

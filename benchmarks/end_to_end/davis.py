@@ -1,0 +1,89 @@
+"""`python -m benchmarks.end_to_end.davis FOLDER --out FILE`: the bundled model on four DAVIS sequences, by everyday nouns.
+
+FOLDER holds dog, blackswan, car-roundabout and dance-twirl of DAVIS 2016: frames as JPEG, beside each its mask as PNG. They are
+not part of the project, and nothing was trained on them; J is taken over all frames.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.provenance import collect
+from refsam.metrics import region_similarity
+from refsam.model import RefSAM
+from refsam.session import VideoSession
+
+SENTENCES = {
+    "dog": ("the dog", "the animal", "the puppy"),
+    "blackswan": ("the swan", "the bird", "the black swan"),
+    "car-roundabout": ("the car", "the vehicle", "the automobile"),
+    "dance-twirl": ("the woman", "the person", "the dancer"),
+}
+"""What means the sequence's object; the first counts in the mean."""
+WRONG = ("the cat", "the horse", "the sheep", "the airplane", "the bus", "the pizza")
+"""Nouns of which none is in any of the sequences."""
+
+
+def score(model: RefSAM, folder: Path) -> list[dict[str, Any]]:
+    """A row per sequence and sentence: J, or `false_area`, the share of the frame that is marked; means over the frames."""
+    rows = []
+    for name, right in SENTENCES.items():
+        session = VideoSession(model, [*right, *WRONG])
+        found: dict[str, list[float]] = {text: [] for text in session.expressions}
+        for path in sorted((folder / name).glob("*.jpg")):
+            truth = np.asarray(Image.open(path.with_suffix(".png")).convert("L")) > 127
+            frame = np.asarray(Image.open(path).convert("RGB"))
+            masks = session.step(frame).masks.numpy()
+            for text, mask in zip(session.expressions, masks, strict=True):
+                is_right = text in right
+                found[text].append(
+                    float(region_similarity(mask, truth) if is_right else mask.mean())
+                )
+        for text, values in found.items():
+            key = "J" if text in right else "false_area"
+            rows.append({"sequence": name, "sentence": text, key: fmean(values)})
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean J of the first sentences, the least of them, and the mean falsely marked share."""
+    first = [row["J"] for row in rows if row["sentence"] == SENTENCES[row["sequence"]][0]]
+    wrong = [row["false_area"] for row in rows if "false_area" in row]
+    return {"J": fmean(first), "least J": min(first), "false_area": fmean(wrong)}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """As a Markdown table: J of each sentence, the mean of the first ones, and what is marked for wrong nouns."""
+    lines = ["| sequence | sentence | J |", "|---|---|--:|"]
+    lines += [
+        f"| {row['sequence']} | {row['sentence']} | {row['J']:.3f} |" for row in rows if "J" in row
+    ]
+    means = summary(rows)
+    lines.append(f"| mean of the first sentences | | {means['J']:.3f} |")
+    area, count = 100 * means["false_area"], len(WRONG)
+    return "\n".join([*lines, "", f"Marked for {count} wrong nouns: {area:.3f} % of the frame."])
+
+
+def main() -> None:
+    """Score, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where the four sequences lie")
+    parser.add_argument("--checkpoint", default="nano", help="bundled name or folder")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    if missing := [name for name in SENTENCES if not (arguments.folder / name).is_dir()]:
+        parser.error(f"folder: missing {', '.join(missing)}")
+    origin = collect("cpu")
+    rows = score(RefSAM.from_pretrained(arguments.checkpoint), arguments.folder)
+    print(table(rows))
+    content = {**origin, "summary": summary(rows), "rows": rows}
+    arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Sharpens the mask decoder's logits with a trunk's fine features."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from refsam.model.mask_decoder import HeadMLP
+
+
+class OutlineHead(nn.Module):
+    """A perceptron at every place of a mask, whose hidden layer the object token shifts, scales and reads.
+
+    It sees the fine features, the logit that is there already and how well the place matches the noun; what it adds
+    begins as zero.
+    """
+
+    def __init__(self, dim: int, fine_channels: int) -> None:
+        super().__init__()
+        self.condition = HeadMLP(dim, dim, 3 * fine_channels + 1, num_layers=2)
+        self.logit = nn.Parameter(torch.full((fine_channels,), 0.05))
+        self.match = nn.Parameter(torch.full((fine_channels,), 0.05))
+        nn.init.zeros_(self.condition.layers[-1].weight)
+        nn.init.zeros_(self.condition.layers[-1].bias)
+
+    def forward(
+        self,
+        logits: Tensor,
+        match: Tensor,
+        object_token: Tensor,
+        fine: Tensor,
+        image_index: Tensor,
+    ) -> Tensor:
+        """Logits (P, h, w) to logits (P, h, w).
+
+        match (P, h / 4, w / 4) of the noun, object tokens (P, C), fine features (B, F, h, w), each mask's image (P,).
+        """
+        condition = self.condition(object_token)
+        gain, condition = condition[:, -1, None, None], condition[:, :-1, None, None]
+        scale, shift, read = condition.chunk(3, 1)
+        match = F.interpolate(match[:, None], logits.shape[1:], mode="bilinear")
+        if len(fine) != 1:
+            fine = fine[image_index]
+        seen = self.logit[:, None, None] * logits[:, None] + self.match[:, None, None] * match
+        hidden = F.gelu(fine * (1 + scale) + shift + seen)
+        return logits + gain * match[:, 0] + (hidden * read).sum(1)

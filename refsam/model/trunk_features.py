@@ -1,0 +1,117 @@
+"""What a trunk's maps become in RefSAM: image tokens, one more level of dense attention, and fine features for outlines."""
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from refsam.model.packing import Packing
+from refsam.model.trunk import Trunk, TrunkMaps, channels, pack_convolutions
+
+FINE_CHANNELS = 32
+NAME_CHANNELS = 128
+
+
+class PlaceNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, h, w), quick where those of a place lie side by side."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to the same shape."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class TrunkOutput(NamedTuple):
+    """What RefSAM takes from a trunk in B frames.
+
+    added and level (B, h, w, D): what the tokens gain, and one more level of dense attention. names (B, h * w, K):
+    what each place shows, to be compared with nouns. fine (B, F, 4h, 4w): features for outlines.
+    """
+
+    added: Tensor
+    level: Tensor
+    names: Tensor
+    fine: Tensor
+
+
+class TrunkFeatures(nn.Module):
+    """Projections of a trunk's maps, each of them normalised first: its values reach far beyond a linear layer's.
+
+    What is added to the tokens begins as zeros, so that an encoder that a trunk is given to computes what it did before.
+    """
+
+    packing: Packing | None = None
+
+    def __init__(self, width: float, embed_dim: int) -> None:
+        super().__init__()
+        counts = channels(width)
+        self.network = Trunk(width)
+        self.norms = nn.ModuleList(PlaceNorm(count) for count in counts)
+        deep = counts.stride_16 + counts.last + counts.context
+        self.tokens = nn.Linear(deep, embed_dim)
+        self.level = nn.Linear(deep, embed_dim)
+        self.names = nn.Linear(deep + counts.context, NAME_CHANNELS)
+        self.fine = nn.ModuleList(
+            nn.Conv2d(count, FINE_CHANNELS, 1) for count in (counts.stride_4, counts.stride_8, deep)
+        )
+        self.smooth = nn.Sequential(
+            nn.GELU(),
+            nn.Conv2d(FINE_CHANNELS, FINE_CHANNELS, 3, padding=1),
+            PlaceNorm(FINE_CHANNELS),
+            nn.GELU(),
+            nn.Conv2d(FINE_CHANNELS, FINE_CHANNELS, 3, padding=1),
+            PlaceNorm(FINE_CHANNELS),
+        )
+        nn.init.zeros_(self.tokens.weight)
+        nn.init.zeros_(self.tokens.bias)
+
+    def forward(self, pixels: Tensor) -> TrunkOutput:
+        """Pixels (B, 3, H, W), (value - 128) / 128 of 0..255, H and W multiples of 16."""
+        if self.packing is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._compute(pixels)
+        dtype = self.packing.dtype_of(self.tokens.bias)  # as wide as the encoder's tokens
+        (packed,) = self.packing.arranged([self], dtype)
+        with torch.autocast(pixels.device.type, enabled=False):
+            output = packed(pixels.to(dtype, memory_format=torch.channels_last))
+        return TrunkOutput(*(map_.to(pixels.dtype) for map_ in output))
+
+    def optimize(self, dtype: torch.dtype | None = None) -> Self:
+        """Compute with a copy of the weights in this dtype wherever autograd is off; None as for `ImageEncoder.optimize`."""
+        if self.packing is None or self.packing.dtype != dtype:
+            self.packing = Packing(dtype, _arrange)
+        return self
+
+    def deoptimize(self) -> Self:
+        """Undo `optimize`."""
+        self.packing = None
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, which undoes `optimize`."""
+        if mode:
+            self.deoptimize()
+        return super().train(mode)
+
+    def _compute(self, pixels: Tensor) -> TrunkOutput:
+        maps = self.network(pixels)
+        normed = TrunkMaps(*(norm(x) for norm, x in zip(self.norms, maps, strict=True)))
+        deep = torch.cat([normed.stride_16, normed.last, normed.context], 1)
+        places = deep.permute(0, 2, 3, 1)
+        size = normed.stride_4.shape[-2:]
+        fine = self.fine[0](normed.stride_4)
+        for layer, coarse in zip(self.fine[1:], (normed.stride_8, deep), strict=True):
+            fine = fine + F.interpolate(layer(coarse), size, mode="bilinear")
+        # The head's own values, not normalised: the published class scores are linear in them.
+        context = maps.context.permute(0, 2, 3, 1)
+        names = self.names(torch.cat([places, context], -1)).flatten(1, 2)
+        return TrunkOutput(self.tokens(places), self.level(places), names, self.smooth(fine))
+
+
+def _arrange(module: TrunkFeatures, dtype: torch.dtype) -> Callable[[Tensor], TrunkOutput]:
+    """What computes the module in this dtype, with the channels of a place side by side as convolutions like them."""
+    arranged = copy.deepcopy(module).deoptimize()
+    arranged.to(dtype=dtype, memory_format=torch.channels_last)
+    pack_convolutions(arranged.network)
+    return arranged._compute
