@@ -377,9 +377,9 @@ class Trainer:
             raise UserError(
                 f"{self.output}: its state was trained on other frozen weights than those of init_from and model: put them back"
             )
+        self.weights.load(self.processes.tensors_from_first(tensors), self.output)
         problems += check_configuration(before, self.settings, self.allow_changes)
         problems += self._adapt(progress, before)
-        self.weights.load(self.processes.tensors_from_first(tensors), self.output)
         self.progress, self.saved_step = progress, progress.step
         return problems
 

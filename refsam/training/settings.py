@@ -11,6 +11,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic.dataclasses import dataclass
@@ -186,8 +188,8 @@ class TrainingSettings:
 
     stages: tuple[StageSettings, ...]
     output: str
-    model: dict[str, Any] = Field(default_factory=dict)
     init_from: str | None = None
+    model: dict[str, Any] = Field(default_factory=dict)
     trunk: str | None = None
     sam: str | None = None
     text_cache: str | None = None
@@ -222,6 +224,13 @@ class TrainingSettings:
     @classmethod
     def _accept_old_names(cls, values: Any) -> Any:
         return renamed.settings(values) if isinstance(values, dict) else values
+
+    @field_validator("model")
+    @classmethod
+    def _check_model(cls, model: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if model and info.data.get("init_from") is None:  # else it is put over what that holds
+            _architecture(model)
+        return model
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingSettings":
@@ -260,8 +269,6 @@ class TrainingSettings:
         }
         if failed := [message for message, fails in problems.items() if fails]:
             raise ValueError("; ".join(failed))
-        if self.init_from is None:
-            _architecture(self.model)
         return self
 
     @property

@@ -254,3 +254,31 @@ def test_two_preparations_at_once_are_refused(tmp_path: Path) -> None:
         pytest.raises(UserError, match="being written by another process"),
     ):
         prepare(original / "DAVIS", original / "davis_text_annotations", tmp_path / "out")
+
+
+def test_a_video_about_which_every_sentence_means_nothing_is_scored(tmp_path: Path) -> None:
+    from refsam.evaluation.scoring.masks import evaluate_masks
+
+    root = fixtures.write_mevis(tmp_path)
+    listing = root / "valid_u/meta_expressions.json"
+
+    def empty(content: dict[str, Any]) -> None:
+        entry = content["videos"]["9f21474aca92"]
+        nothing = {"0": {"exp": "a dog", "obj_id": [], "anno_id": []}}
+        content["videos"]["aaaaaaaaaaaa"] = {"expressions": nothing, "frames": entry["frames"]}
+
+    change_json(listing, empty)
+    numbers = {"0": (1,), "1": (2, 3), "2": ()}
+    for time in range(4):
+        for expression, objects in numbers.items():
+            mask = np.isin(numbers_at(time, 3), objects).astype(np.uint8)
+            path = tmp_path / f"out/9f21474aca92/{expression}/{time:05d}.png"
+            fixtures.write_image(path, mask * 255)
+        marked = np.zeros(SIZE, np.uint8)
+        marked[:4] = 255 * (time == 3)  # wrongly, in the last frame
+        fixtures.write_image(tmp_path / f"out/aaaaaaaaaaaa/0/{time:05d}.png", marked)
+    result = evaluate_masks(
+        tmp_path / "out", root / "valid_u/mask_dict.json", "per-expression", expressions=listing
+    )
+    scores = {(score.video, score.name): score.region.mean() for score in result.scores}
+    assert scores["aaaaaaaaaaaa", "0"] == 0.75 and scores["9f21474aca92", "1"] == 1.0

@@ -241,19 +241,22 @@ class _Derivative:
             return (None,) * len(ctx.needs_input_grad)
         by_output = self.operator.named_outputs(grads)
         found = [by_output[output] for output in self.grads.values()]
+        kept = ctx.saved_tensors  # asked for once: activation checkpointing allows no second time
         if any(grad is None for grad in found):
-            found = self._or_zeros(ctx, found)
+            found = self._or_zeros(ctx, kept, found)
         needed = dict(zip(self.fields, ctx.needs_input_grad, strict=False))
         needs = [needed[name] for name in self.wanted]
         options = (*ctx.settings, *([] if self.is_single else [needs]), ctx.backend)
-        results = self.backward(*found, *ctx.saved_tensors, *options)
+        results = self.backward(*found, *kept, *options)
         results = drop_skipped([results] if self.is_single else results, needs)
         by_name = dict(zip(self.wanted, results, strict=True))
         return *map(by_name.get, self.fields), None
 
-    def _or_zeros(self, ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor]:
+    def _or_zeros(
+        self, ctx: Any, kept: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> list[Tensor]:
         """The gradients, and zeros like the output where an output was not used."""
-        named = dict(zip((*self.tensors, *self.saved), ctx.saved_tensors, strict=True))
+        named = dict(zip((*self.tensors, *self.saved), kept, strict=True))
         inputs = self.inputs_of(named | dict(zip(self.settings, ctx.settings, strict=True)))
         like = self.operator.named_outputs(self.operator.fake(inputs))
         return [

@@ -14,9 +14,13 @@ from refsam.evaluation.scoring.protocols import Protocol
 
 @dataclass(frozen=True)
 class RunLengths:
-    """A mask of `size` (height, width) as the union of COCO run-length codes, none of them if it is empty."""
+    """A mask of `size` (height, width) as the union of COCO run-length codes, none of them if it is empty.
 
-    size: tuple[int, int]
+    `size` is None where no mask of the video tells it, as in one about which every sentence means nothing: the prediction's
+    counts.
+    """
+
+    size: tuple[int, int] | None
     codes: tuple[Mapping[str, Any], ...]
 
 
@@ -205,7 +209,7 @@ def _object_pngs(
 
 def _object_codes(
     codes: Mapping[str, Any],
-    size: tuple[int, int],
+    size: tuple[int, int] | None,
     frames: Sequence[str],
     expression: Mapping[str, Any],
 ) -> tuple[None, dict[str, Truth]]:
@@ -217,15 +221,15 @@ def _object_codes(
     }
 
 
-def _coded_size(codes: Mapping[str, Any], video: Mapping[str, Any]) -> tuple[int, int]:
-    """The size of a video's masks, from the first one of any of its expressions that is not null."""
+def _coded_size(codes: Mapping[str, Any], video: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The size of a video's masks, from the first one of any of its expressions that is not null; None where all are."""
     for expression in video["expressions"].values():
         for number in expression.get("anno_id", ()):
             for code in codes.get(str(number), ()):
                 if code is not None:
                     height, width = code["size"]
                     return height, width
-    raise ValueError("no mask in any frame, so that its size is not known")
+    return None
 
 
 class _PredictionFinder:

@@ -141,7 +141,7 @@ class _ClipReader:
     def frames(self) -> Iterator[tuple[str, Map, Map]]:
         clip = self.clip
         for frame, path, source in zip(clip.frames, clip.predictions, clip.truths, strict=True):
-            truth = self._truth(frame, source)
+            truth = self._truth(frame, source, path)
             if truth is None:
                 continue
             prediction = np.zeros_like(truth)
@@ -161,9 +161,9 @@ class _ClipReader:
             self._note("truth", "no object in the first frame")
         return count
 
-    def _truth(self, frame: str, source: Truth) -> Map | None:
+    def _truth(self, frame: str, source: Truth, prediction: Path | None = None) -> Map | None:
         try:
-            truth = read_mask(source) if isinstance(source, Path) else _decode(source)
+            truth = read_mask(source) if isinstance(source, Path) else _decode(source, prediction)
             if self.clip.object_ids is not None:
                 return np.isin(truth, list(self.clip.object_ids)).astype(np.uint8)
             return _binary(truth) if self.protocol.per_expression else truth
@@ -300,12 +300,20 @@ def _binary(mask: Map) -> Map:
     return mask
 
 
-def _decode(mask: RunLengths) -> Map:
+def _decode(mask: RunLengths, prediction: Path | None) -> Map:
     from pycocotools import mask as coco
 
     if not mask.codes:
-        return np.zeros(mask.size, dtype=np.uint8)
+        return np.zeros(mask.size or _size_of(prediction), dtype=np.uint8)
     return coco.decode(list(mask.codes)).any(axis=2).astype(np.uint8)
+
+
+def _size_of(path: Path | None) -> tuple[int, int]:
+    """(height, width) of a prediction, one pixel where there is none: an empty mask is as empty at any size."""
+    try:
+        return (1, 1) if path is None else read_mask(path).shape
+    except _UnusableError:
+        return (1, 1)
 
 
 def _in_order(
