@@ -15,7 +15,7 @@ from refsam.training.settings import OptimiserSettings
 def build_optimisers(model: nn.Module, settings: OptimiserSettings) -> list[torch.optim.Optimizer]:
     """AdamW over the trainable parameters, and Muon over linear layers' weights where asked.
 
-    Vectors, tokens and position tables are not decayed. The `scale` of a group is its learning rate as a multiple of the
+    Vectors, tokens and position tables are not decayed, unless `decay_norms` says so. The `scale` of a group is its learning rate as a multiple of the
     settings'; what is sharded and what is not are in different groups. Raises UserError for a rate of a part that the model does
     not have or that is frozen.
     """
@@ -33,8 +33,9 @@ def build_optimisers(model: nn.Module, settings: OptimiserSettings) -> list[torc
         if settings.muon and id(parameter) in linear:
             muon.setdefault(scale, []).append(parameter)
             continue
-        is_vector = parameter.ndim <= 1 and not settings.decay_norms
-        free = is_vector or any(k in name for k in ("rel_pos", "pos_embed", "token"))
+        is_vector = parameter.ndim <= 1
+        is_table = any(k in name for k in ("rel_pos", "pos_embed", "token"))
+        free = (is_vector or is_table) and not settings.decay_norms
         adamw.setdefault((scale, free, are_sharded([parameter])), []).append(parameter)
     if unknown := sorted(set(settings.lr_overrides) - trained):
         raise UserError(
