@@ -15,6 +15,7 @@ _HARMLESS = (
     "output",
     "init_from",
     "sam",
+    "trunk",
     "text_cache",
     "validation",
     "device",

@@ -15,9 +15,9 @@ from refsam.training.settings import OptimiserSettings
 def build_optimisers(model: nn.Module, settings: OptimiserSettings) -> list[torch.optim.Optimizer]:
     """AdamW over the trainable parameters, and Muon over linear layers' weights where asked.
 
-    Vectors, tokens and position tables are not decayed, unless `decay_norms` says so. The `scale` of a group is its learning rate as a multiple of the
-    settings'; what is sharded and what is not are in different groups. Raises UserError for a rate of a part that the model does
-    not have or that is frozen.
+    Vectors, tokens and position tables are not decayed, unless `decay_norms` says so. The `scale` of a group is its learning rate
+    as a multiple of the settings'; what is sharded and what is not are in different groups. Raises UserError for a rate of a
+    part that the model does not have or that is frozen.
     """
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     adamw: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}

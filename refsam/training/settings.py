@@ -65,8 +65,9 @@ class OptimiserSettings:
     `lr_overrides` gives parts of the model, such as mask_decoder or trunk.network, their own learning rate with the same
     schedule; the narrowest counts.
     `max_grad_norm` clips the gradients of all parameters together (None: they are only measured). `betas` are AdamW's;
-    `decay_norms`: norms, biases, tokens and position tables decay too. `lr_batch` is the number of clips in a step that the learning
-    rates are meant for: with more or less, over all processes, they are scaled linearly (None: they are what they are).
+    `decay_norms`: norms, biases, tokens and position tables decay too. `lr_batch` is the number of clips in a step that the
+    learning rates are meant for: with more or less, over all processes, they are scaled linearly (None: they are what they
+    are).
     `gradient_accumulation_steps` batches make one step.
     `ema_decay` is the decay of the moving average of the weights, which is validated and saved as the model; with None the
     weights themselves are.
