@@ -148,7 +148,7 @@ def resident(field: str) -> int:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What the machine reaches at best in this run: bytes per second of a copy, operations per second of a product by dtype."""
+    """The machine's limits in this run: bytes per second of a copy, operations per second of a product by dtype."""
 
     bytes_per_second: float
     flops_per_second: Mapping[torch.dtype, float]

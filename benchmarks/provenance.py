@@ -49,7 +49,7 @@ def processor() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, the libraries that compute, and CUDA."""
+    """Versions of Python, CUDA and the libraries that compute."""
     found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for package in ("refsam", "torch", "triton", "numpy"):
         try:
@@ -60,7 +60,7 @@ def versions() -> dict[str, str | None]:
 
 
 def run(*command: str) -> str | None:
-    """What a command prints, or None if it cannot run."""
+    """The output of a command, or None if it cannot run."""
     try:
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

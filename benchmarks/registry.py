@@ -1,4 +1,4 @@
-"""What is measured: cases, each of which makes its inputs and names the ways to compute its result."""
+"""Benchmark cases: each makes its inputs and names the ways to compute its result."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

@@ -39,7 +39,7 @@ def run_case(case: Case, device: str, ceiling: Ceiling, seconds: float) -> Itera
 
 
 def check(workload: Workload, providers: dict[str, Any]) -> dict[str, str | None]:
-    """What is wrong with each provider's result, None if nothing."""
+    """The error of each provider's result, None if it is right."""
     return {name: workload.wrong(provider()) for name, provider in providers.items()}
 
 

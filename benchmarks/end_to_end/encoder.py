@@ -63,7 +63,7 @@ class Provider:
 
 
 def providers(dtype: str, device: str = "cpu") -> Iterator[Provider]:
-    """What is compared in one dtype; the baseline first."""
+    """The providers compared in one dtype, the baseline first."""
     yield Provider(BASELINE, dtype)
     yield Provider(COMPILED, dtype)
     yield Provider(SDPA, dtype)
@@ -239,7 +239,7 @@ def run_group(
 def usable_calls(
     compared: Sequence[Provider], config: RefSAMConfig, sam: nn.Module, pixels: Tensor
 ) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
-    """What encodes the pixels, by provider, and why a library or a compiler that others must have cannot, in its words."""
+    """The functions that encode the pixels, by provider; a missing library or compiler gives its error instead."""
     calls: dict[str, Callable[[], Tensor]] = {}
     skipped: dict[str, str] = {}
     for provider in compared:
@@ -283,7 +283,7 @@ def memory_of(provider: Provider, config: RefSAMConfig) -> int | None:
 
 
 def print_memory(task: str) -> None:
-    """What `memory_of` starts: prints the bytes, or null where they cannot be measured."""
+    """The process that `memory_of` starts: print the bytes, or null where they cannot be measured."""
     settings = json.loads(task)
     config = RefSAMConfig.from_dict(settings["config"])
     sam = random_sam(config)

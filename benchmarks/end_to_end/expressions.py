@@ -72,7 +72,7 @@ def run_group(model: RefSAM, frame: Tensor, repeats: int) -> Iterator[dict[str, 
 
 
 def check(model: RefSAM, frame: Tensor) -> str | None:
-    """What is wrong with the first expression's logits among others, in words, or None."""
+    """The error of the first expression's logits among others, in words, or None."""
     alone, among = (
         VideoSession(model, SENTENCES[:count]).step(frame).logits[0] for count in COUNTS
     )

@@ -52,7 +52,7 @@ class Truth:
     limits: dict[str, float]
 
     def wrong(self, out: Path, dtype: str) -> str | None:
-        """What is wrong with the masks that the command wrote, in words: they may differ at the threshold only."""
+        """The error of the masks that the command wrote, in words: they may differ at the threshold only."""
         for frame, logits in enumerate(self.logits):
             found = written_masks(out, frame, len(logits))
             decided = self.decided(logits, dtype)
@@ -88,7 +88,7 @@ def written_masks(out: Path, frame: int, count: int) -> Tensor:
 
 
 def run_segment(task: Task) -> dict[str, float]:
-    """What `segment_once` returns, in a process of its own whose threads wait as the command has them wait."""
+    """`segment_once` in a process of its own, whose threads wait as the command's do."""
     command = [
         sys.executable,
         "-m",

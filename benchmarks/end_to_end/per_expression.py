@@ -1,4 +1,4 @@
-"""What RefSAM's authors run: every expression has each frame encoded anew, by segment-anything's modules in eager PyTorch.
+"""The authors' loop: encode each frame again for every expression, by segment-anything's modules in eager PyTorch.
 
 Their structure (arXiv 2307.00997, figure 2, and their code) with the weights of one of our models, so that both must give the
 same masks. As in our sessions, text is encoded once, padding is left out and the embedding is normalised.

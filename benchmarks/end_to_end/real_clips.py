@@ -1,7 +1,7 @@
 """`python -m benchmarks.end_to_end.real_clips FOLDER --before COMMIT --out FILE`: `nano` on two real clips, then and now.
 
 FOLDER holds dog.mp4 (a woman in blue trousers and a dog) and blocks.mp4 (letter blocks in four colours on a black mat, hands);
-the clips are not part of the project, their SHA-256 stands in the result. What a sentence means is found by hue, cleaned by
+the clips are not part of the project, their SHA-256 stands in the result. A sentence's objects are found by hue, cleaned by
 morphology: J against it says whether a model marks the coloured things, not how exactly it does. Every eighth frame is seen.
 """
 

@@ -244,7 +244,7 @@ class Step:
 
 
 def check(steps: dict[str, Step]) -> dict[str, str]:
-    """What is wrong with the loss or gradients of another than the baseline, in words, by its name."""
+    """The error of a provider's loss or gradients against the baseline, in words, by its name."""
     wrong = {}
     exact, direction = steps[BASELINE].losses(), steps[BASELINE].gradients()
     steps[BASELINE].module.zero_grad(set_to_none=True)
@@ -303,7 +303,7 @@ def memory_of(name: str) -> dict[str, Any]:
 
 
 def print_memory(options: argparse.Namespace) -> None:
-    """What `memory_of` starts: prints the bytes, or null where they cannot be measured."""
+    """The process that `memory_of` starts: print the bytes, or null where they cannot be measured."""
     step = Step(options.memory_of, make_module(options), make_batch(options.frames))
     used = peak_memory(step, "cpu")
     whole = None if used is None else resident("VmHWM")

@@ -1,4 +1,4 @@
-"""What the cases of adapter_mlp and adapter_projection share: sizes, the ways to run them, the check of results."""
+"""Shared by adapter_mlp and adapter_projection: sizes, providers, the check of results."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

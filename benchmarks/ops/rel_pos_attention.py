@@ -66,7 +66,7 @@ def cut(qkv: Tensor, qkv_bias: Tensor | None, setting: Setting) -> tuple[Tensor,
 
 
 def join(attended: Tensor, setting: Setting) -> Tensor:
-    """What (windows, heads, tokens, head_dim) are in the grid: (B, h, w, D)."""
+    """(windows, heads, tokens, head_dim) laid out in the grid: (B, h, w, D)."""
     side = setting.window or setting.grid
     windows = attended.transpose(1, 2).flatten(2).unflatten(1, (side, side))
     count = -(-setting.grid // side)
@@ -150,7 +150,7 @@ def xformers_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: flo
 
 
 def peers(setting: Setting) -> dict[str, Callable[..., Tensor]]:
-    """What one would use instead, as far as it runs here; the baseline is not among them."""
+    """The alternatives that run here, without the baseline."""
     rank = partial(rank_form, setting=setting)
     return {
         "FlexAttention": partial(flex_attention, setting=setting),

@@ -77,7 +77,7 @@ def error_of(found: Tensor, expected: Tensor) -> float:
 
 
 def too_far(found: Tensor, *, expected: Tensor, tolerance: float) -> str | None:
-    """What is wrong with a result: as in the tests, twice the baseline's own error may be."""
+    """The error of a result, None up to twice the baseline's own, as in the tests."""
     error = error_of(found, expected)
     return None if error <= tolerance else f"error {error:.1e}, at most {tolerance:.1e} may be"
 

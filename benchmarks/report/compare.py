@@ -1,4 +1,4 @@
-"""What two runs say of each other: `python -m benchmarks --compare BEFORE AFTER`.
+"""Compare two runs: `python -m benchmarks --compare BEFORE AFTER`.
 
 Machines differ from day to day, so a provider is judged by its time relative to its case's baseline in the same run, of which
 both runs' times are given too. Baselines are other people's code: they are shown, not judged.
@@ -103,6 +103,6 @@ def change_of(key: Key, before: dict[str, Any], after: dict[str, Any]) -> Change
 
 
 def machine(row: dict[str, Any]) -> str:
-    """What a row was measured on."""
+    """The machine that a row was measured on."""
     hardware = row["provenance"]["hardware"]
     return f"{hardware.get('gpu') or hardware['processor']}, {row['provenance']['threads']} threads"

@@ -30,7 +30,7 @@ from refsam.config import RefSAMConfig
 from refsam.errors import CheckpointError
 
 ExpectedTensors = Callable[[RefSAMConfig], Mapping[str, Tensor]]
-"""What a model of some configuration holds: names and shapes (tensors without storage will do)."""
+"""Names and shapes of a configuration's tensors (tensors without storage will do)."""
 
 OFFICIAL_FILES = {
     "resizer": "cross_modal_mlp.layers.",
@@ -63,7 +63,7 @@ OFFICIAL_TEXT_ENCODERS = {
 
 @dataclass(frozen=True)
 class KeyReport:
-    """What became of a foreign file's entries: names that were used, ignored and still missing."""
+    """The names of a foreign file's entries that were used, ignored, and are still missing."""
 
     used: tuple[str, ...]
     ignored: tuple[str, ...] = ()

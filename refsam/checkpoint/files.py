@@ -68,7 +68,7 @@ SAM_SOURCES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds.
+    """The contents of a checkpoint folder.
 
     kind: `full` (everything but a pretrained text encoder), `delta` (what was trained) or `sam` (SAM's
     parts alone), of RefSAM all of them; or `evf`, EVF-SAM. tokenizer: the JSON text of the small text

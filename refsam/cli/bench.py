@@ -39,17 +39,17 @@ def bench(
         tuple[Path, Path] | None,
         typer.Option(
             metavar="BEFORE AFTER",
-            help="Measure nothing: say what changed between two such folders or files.",
+            help="Measure nothing: compare two such folders or files.",
         ),
     ] = None,
     threshold: Annotated[
         float,
         typer.Option(
-            help="With --compare: percent slower that is borne before exit code 1.", min=0
+            help="With --compare: exit with code 1 beyond this many percent slower.", min=0
         ),
     ] = 10.0,
 ) -> None:
-    """Measure the operators, whole image encoders and whole frames against what one would use instead.
+    """Measure the operators, whole image encoders and whole frames against the alternatives.
 
     A result is checked before and after it is timed. The limit is what this machine's memory and arithmetic reach in the same
     run. Needs a checkout of the repository, and `pip install 'refsam[bench]'` for the libraries it compares with.

@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from refsam.checkpoint import Checkpoint, KeyReport
 
 _DTYPES = ("float32", "bfloat16", "float16")
-app = typer.Typer(no_args_is_help=True, help="Convert checkpoints of other programs.")
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Convert checkpoints of other programs.",
+)
 
 _Out = Annotated[Path, typer.Option("--out", help="The folder to write.")]
 _Overwrite = Annotated[

@@ -1,11 +1,15 @@
-"""``refsam data``: what is there of a dataset, and Ref-DAVIS17 made from its originals."""
+"""``refsam data``: check a dataset; make Ref-DAVIS17 from its originals."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Datasets: check, divide and prepare them.")
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Datasets: check, divide and prepare them.",
+)
 
 
 @app.command()
@@ -21,7 +25,7 @@ def check(
         bool, typer.Option("--decode", help="Decode every image and mask, too; this takes a while.")
     ] = False,
 ) -> None:
-    """Print what is there, missing and broken, and where each file is to be had.
+    """Print what is present, missing and broken, and where to get each file.
 
     The exit code is 2 if something is broken, or if no split is there.
     """
@@ -62,7 +66,7 @@ def prepare_davis17(
         bool, typer.Option("--copy", help="Copy frames and masks instead of linking to them.")
     ] = False,
 ) -> None:
-    """Make Ref-DAVIS17 out of DAVIS 2017 and the four text files; DAVIS stays as it is."""
+    """Make Ref-DAVIS17 from DAVIS 2017 and the four text files; DAVIS is not changed."""
     from refsam.data.ref_davis17 import prepare
 
     counts = prepare(davis, texts, out, copy=copy)

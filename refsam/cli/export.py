@@ -33,7 +33,7 @@ def export(
         bool, typer.Option("--overwrite", help="Replace an earlier export in the folder.")
     ] = False,
 ) -> None:
-    """Write the image encoder, and prompt and mask with the track token in and out, as graphs.
+    """Export the image encoder and the mask decoder as ONNX and torch.export graphs.
 
     Writes into the folder OUT:
 

@@ -1,4 +1,4 @@
-"""``refsam info``: what is installed, what the machine has and which kernels would run."""
+"""``refsam info``: versions, hardware, and the kernels that would run."""
 
 import os
 import platform

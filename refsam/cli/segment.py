@@ -51,9 +51,7 @@ def segment(
     ],
     text: Annotated[
         list[str],
-        typer.Option(
-            help="What to segment, such as 'the red backpack'; repeat it for more objects."
-        ),
+        typer.Option(help="Object to segment, such as 'the red backpack'; repeat it for more."),
     ],
     out: OutOption,
     model: ModelChoice,
@@ -65,7 +63,7 @@ def segment(
     overwrite: OverwriteOption = False,
     graphs: GraphsOption = False,
 ) -> None:
-    """Segment what the text says, in every frame.
+    """Segment the objects that the text names, in every frame.
 
     Writes into the folder OUT:
 
@@ -123,7 +121,7 @@ class Run:
     def facts(
         self, model: str, source: str, session: "VideoSession", precision: "torch.dtype"
     ) -> dict:
-        """What ``result.json`` says besides the frames."""
+        """The entries of ``result.json`` besides the frames."""
         from refsam import __version__
 
         return {
@@ -190,7 +188,7 @@ def load_model(
 
 
 def precision_facts(model: "PromptedSAM", precision: "torch.dtype") -> dict[str, str]:
-    """What ``result.json`` says of the dtypes: that of autocast, and that of the image encoder's products."""
+    """The dtypes for ``result.json``: autocast's, and that of the image encoder's products."""
     import torch
 
     encoder = precision if precision != torch.float32 else model.image_encoder.product_dtype
@@ -212,7 +210,7 @@ def make_graphs(model: "PromptedSAM") -> "FrameGraphs":
 
 
 def graph_facts(graphs: "FrameGraphs | None") -> dict[str, dict[str, float]]:
-    """What ``result.json`` says of CUDA graphs where there are any: how many, and the memory that they hold."""
+    """The number and memory of CUDA graphs for ``result.json``; empty without graphs."""
     if graphs is None:
         return {}
     memory = round(graphs.memory_bytes / 2**20, 1)

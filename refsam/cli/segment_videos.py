@@ -39,7 +39,7 @@ def segment_videos(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to segment in every source that the list gives no text of its own."
+            help="Object to segment in every source that has no text in the list; repeat it for more."
         ),
     ] = None,
     listing: Annotated[
@@ -64,9 +64,9 @@ def segment_videos(
     ] = True,
     graphs: GraphsOption = False,
 ) -> None:
-    """Segment many videos; run it again to go on where it was ended.
+    """Segment many videos; run it again to continue.
 
-    Writes `OUT/<name of the video>/` as `refsam segment` does. What is done is not done again; a source that cannot be
+    Writes `OUT/<name of the video>/` as `refsam segment` does. Finished videos are skipped. A source that cannot be
     read does not stop the others: it is named at the end, and the exit code is 2. Started by torchrun, processes and
     machines share the videos. Example:
     `torchrun --nproc-per-node 8 --no-python refsam segment-videos clips/*.mp4 --text "the dog" --out out`

@@ -17,7 +17,7 @@ _FILL = (124, 116, 104)
 
 @settings_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Augmentation:
-    """What is drawn for each clip; the defaults are those of the RefSAM authors' training on Ref-YouTube-VOS.
+    """Ranges that each clip's augmentation is drawn from; defaults are the authors' for training on Ref-YouTube-VOS.
 
     `flip` is the probability of a clip flipped left to right, its sentences mirrored. With probability `crop` a clip is scaled to
     a short side out of `crop_from` and cut to sides of `crop_sides` (least and most); all sizes are pixels. Then, or instead,

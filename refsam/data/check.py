@@ -1,4 +1,4 @@
-"""What is there of a dataset, what is missing, what is broken, and where it is to be had."""
+"""Check a dataset: present, missing and broken files, and where to get them."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -106,7 +106,7 @@ def _check_photographs(root: Path, decode: bool, advance: Callable[[], None]) ->
 
 
 def _told(counted: str, problems: list[str]) -> str:
-    """What was counted and the first few problems, and how many more there are."""
+    """The counts, the first few problems, and the number of the others."""
     more = f" and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
     return "; ".join([*filter(None, [counted]), *problems[:_NAMED]]) + more
 
@@ -116,7 +116,7 @@ def _whole(name: str) -> dict[str, Any]:
 
 
 def _culprit(parts: dict[str, Part], error: str) -> dict[str, Contents]:
-    """What could not be opened, at the part that the message names; the list of expressions is what refers to all others."""
+    """The failure to open a dataset, at the part that the message names, else at the list of expressions."""
     named = [kind for kind, part in parts.items() if str(part.path) in error]
     return {(named or ["expressions"])[0]: ("", [error])}
 

@@ -1,4 +1,4 @@
-"""What every dataset of videos and referring expressions looks like from outside, whatever its files are."""
+"""The interface of every dataset of videos and referring expressions."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

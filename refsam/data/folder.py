@@ -35,7 +35,7 @@ def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
 
 
 def parts(name: str, root: Path, split: str) -> dict[str, Part]:
-    """What a split is made of."""
+    """The files of a split."""
     return {
         "expressions": Part(root / split / "expressions.csv", OWN),
         "frames": Part(root / split / "frames", OWN),

@@ -35,7 +35,7 @@ def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
 
 
 def parts(name: str, root: Path, split: str) -> dict[str, Part]:
-    """What a split is made of; the truth of valid and test is not public."""
+    """The files of a split; the truth of valid and test is not public."""
     public = split in ("train", "valid_u")
     return {
         "expressions": Part(root / split / "meta_expressions.json", _SITE),

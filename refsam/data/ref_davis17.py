@@ -53,7 +53,7 @@ def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
 
 
 def parts(name: str, root: Path, split: str) -> dict[str, Part]:
-    """What a split is made of."""
+    """The files of a split."""
     return ref_youtube_vos.layout(
         root, split, _PREPARE + _TEXTS, _PREPARE + _DAVIS, _PREPARE + _DAVIS
     )

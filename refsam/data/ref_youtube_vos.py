@@ -33,7 +33,7 @@ def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
 
 
 def parts(name: str, root: Path, split: str) -> dict[str, Part]:
-    """What a split is made of."""
+    """The files of a split."""
     videos = f"{_SITE} ({split}.zip{', as of YouTube-VOS 2019' if split == 'train' else ''})"
     masks = {"train": videos, "valid": _VALID_TRUTH}.get(split, "nowhere: not public")
     return layout(root, split, f"{_SITE} (meta_expressions)", videos, masks)

@@ -65,7 +65,7 @@ def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
 
 
 def parts(name: str, root: Path, split: str, split_by: str) -> dict[str, Part]:
-    """What a split is made of; the official links of the annotations are dead."""
+    """The files of a split; the official links of the annotations are dead."""
     archive = f"https://web.archive.org/web/{_ARCHIVES[name]}"
     return {
         "expressions": Part(_refs_file(root, name, split_by), archive),

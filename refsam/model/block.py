@@ -15,7 +15,7 @@ ADAPTER_SCALE = 0.5
 
 
 class BlockWeights(NamedTuple):
-    """What one block computes with: tensors as the operators of refsam_kernels take them.
+    """One block's tensors as the operators of refsam_kernels take them.
 
     `mlp` has the fields of an adapter's weights; window_size 0 attends globally.
     """

@@ -25,7 +25,7 @@ class CrossModalMLP(nn.Module):
         """Encoder tokens (P, T, Ct), of which lengths (P,) are valid, to prompts.
 
         Returns words (P, T, C) and sentence (P, C), unit vectors; the sentence comes from the mean of
-        the valid tokens. What lies behind them is ignored, NaN included.
+        the valid tokens. Padding is ignored, NaN included.
         """
         positions = lengths.new_ones(tokens.shape[1]).cumsum(0) - 1
         is_padding = positions >= lengths[:, None]

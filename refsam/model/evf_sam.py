@@ -90,7 +90,7 @@ class EVFSAM(PromptedSAM):
         checkpoint.write_checkpoint(Path(save_directory), self.to_checkpoint())
 
     def to_checkpoint(self) -> Checkpoint:
-        """What `save_pretrained` writes."""
+        """The checkpoint that `save_pretrained` writes."""
         text = self.tokenizer.to_str() if self.tokenizer is not None else None
         return Checkpoint(self.config, self.state_dict(), "evf", text, dict(self.sources))
 

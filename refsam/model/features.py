@@ -1,4 +1,4 @@
-"""What RefSAM's steps hand to each other."""
+"""The values that pass between the model's steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FrameSize(NamedTuple):
 
 
 class ImageFeatures(NamedTuple):
-    """What the image encoder gives for B frames; one set serves any number of expressions.
+    """The image encoder's output for B frames, for any number of expressions.
 
     embedding (B, N, C): unit vectors, N = h * w. levels (L, B, N, C): the embedding, then the
     projected intermediate features and the trunk's, unit vectors all. grid: (h, w). patches (B, V, D): what
@@ -97,7 +97,7 @@ class TextPrompt:
 
 
 class MaskOutput(NamedTuple):
-    """What the decoder gives for P expressions.
+    """The decoder's output for P expressions.
 
     logits (P, 4h, 4w): mask logits over the model's padded square. iou (P,): predicted IoU.
     object_token (P, C): the decoder's output for mask token 0. track_token (P, C): what the next

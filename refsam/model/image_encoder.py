@@ -150,11 +150,11 @@ class ImageEncoder(nn.Module):
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """What the blocks' matrix products are computed in where autograd is off."""
+        """The dtype of the blocks' matrix products where autograd is off."""
         return self.packing.dtype_of(self.pos_embed) if self.packing else self.pos_embed.dtype
 
     def _runners(self, x: Tensor) -> tuple[Sequence[RunBlock], torch.dtype]:
-        """What computes the blocks, and the dtype that they want their input's norm in."""
+        """The function that computes a block, and the dtype of its normalised input."""
         blocks, recording = [*self.blocks], torch.is_grad_enabled()
         if self.packing and not recording and not torch.compiler.is_compiling():
             dtype = self.packing.dtype_of(self.pos_embed)

@@ -169,7 +169,7 @@ class MaskDecoder(nn.Module):
 
 
 def _parts(image: Tensor) -> list[slice]:
-    """Which expressions of (P, N, C) are computed at a time: on a CPU that records no gradients a few; none named is all."""
+    """Slices of the expressions in (P, N, C) to compute at a time: a few on a CPU without gradients, else all."""
     if image.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return []
     size = max(1, ELEMENTS // image[0].numel())

@@ -43,7 +43,7 @@ for result in segment_video(model, "clip.mp4", ["the red cup"]):
 
 
 def card_facts(stored: Checkpoint) -> dict[str, Any]:
-    """What `TEMPLATE` says of a checkpoint."""
+    """The values of `TEMPLATE` for a checkpoint."""
     config, encoder = stored.config, stored.config.image_encoder
     assert isinstance(config, RefSAMConfig)
     count = sum(tensor.numel() for tensor in stored.tensors.values())

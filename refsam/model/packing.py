@@ -40,14 +40,14 @@ class Packing:
         self._made: tuple[Hashable, list[Any]] | None = None
 
     def dtype_of(self, weight: Tensor) -> torch.dtype:
-        """What products are computed in where such a weight (..., D) is one of the parameters."""
+        """The dtype of products with such a weight (..., D)."""
         device_type = weight.device.type
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
         return self.dtype or automatic_dtype(weight)
 
     def arranged(self, modules: Sequence[Any], dtype: torch.dtype) -> list[Any]:
-        """What computes the modules with products in this dtype; for the ViT's blocks see `run_block`."""
+        """The functions that compute the modules with products in this dtype; see `run_block` for the ViT's blocks."""
         parameters = (parameter for module in modules for parameter in module.parameters())
         key = (dtype, self._fingerprint(parameters))
         made = self._made

@@ -88,7 +88,7 @@ class PromptedSAM(nn.Module):
         return logits
 
     def view(self, frames: Tensor) -> Tensor | None:
-        """What prompts need of frames (B, H, W, 3) uint8 RGB besides the encoder's pixels; None: nothing."""
+        """The model's second input from frames (B, H, W, 3) uint8 RGB, for its prompts; None if it has none."""
         return None
 
     @property

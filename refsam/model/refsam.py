@@ -194,7 +194,7 @@ class RefSAM(
                 ) from None
 
     def to_checkpoint(self, delta: bool = False) -> Checkpoint:
-        """What `save_pretrained` writes; raises CheckpointError for a delta without a known base."""
+        """The checkpoint that `save_pretrained` writes; raises CheckpointError for a delta without a known base."""
         tensors, sources = self.state_dict(), dict(self.sources)
         if delta:
             trained = [name for name, p in self.named_parameters() if p.requires_grad]

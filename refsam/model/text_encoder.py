@@ -93,7 +93,7 @@ class EncodedText:
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """What RefSAM needs of a text encoder: its width, and a call that encodes expressions."""
+    """The interface of a text encoder: its width, and a call that encodes expressions."""
 
     width: int
 

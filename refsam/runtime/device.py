@@ -70,7 +70,7 @@ def choose_dtype(name: str, device: "torch.device") -> "torch.dtype":
 
 
 def choose_encoder_dtype(name: str) -> "torch.dtype | None":
-    """What `RefSAM.optimize` is to be told: None, its own choice, for ``auto``."""
+    """The argument for `RefSAM.optimize`: None, its own choice, for ``auto``."""
     import torch
 
     return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -1,4 +1,4 @@
-"""Which part of the work a process does."""
+"""One process's shard of the work."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of the work this process does: number `rank` of `world_size` processes, as `torchrun` sets them."""
+    """This process's shard: number `rank` of `world_size` processes, as `torchrun` sets them."""
 
     rank: int = 0
     world_size: int = 1
@@ -32,6 +32,6 @@ class Shard:
         return Shard(rank, world_size)
 
     def of(self, items: Sequence[Item], cost: Callable[[Item], float]) -> list[Item]:
-        """This process's items, dealt by falling cost; the same whenever and wherever it is asked."""
+        """This process's items, dealt by falling cost; every process deals them alike."""
         order = sorted(range(len(items)), key=lambda index: (-cost(items[index]), index))
         return [items[index] for index in order[self.rank :: self.world_size]]

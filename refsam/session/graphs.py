@@ -105,7 +105,7 @@ class FrameGraphs:
         return MaskOutput(*(tensor[:count] for tensor in found))
 
     def _state(self) -> Hashable:
-        """What a recording depends on besides its inputs: weights, packing and autocast."""
+        """The state that a recording depends on besides its inputs: weights, packing and autocast."""
         encoder = self.model.image_encoder
         return (
             self._weights.changes(),

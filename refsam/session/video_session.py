@@ -23,7 +23,7 @@ AnyFrame = np.ndarray | Tensor | PreparedFrame | EncodedFrame
 
 @dataclass(frozen=True, slots=True)
 class FrameResult:
-    """What the model says about one frame; tensors are on the model's device.
+    """The masks of one frame; tensors are on the model's device.
 
     Attributes:
         frame_index: number of the frame since the session began or was reset, from 0.
@@ -119,7 +119,7 @@ class VideoSession:
 
     @property
     def unknown_words(self) -> tuple[tuple[str, ...], ...]:
-        """Per expression, the words that the model does not know and so cannot heed."""
+        """Per expression, the words that the model does not know and so ignores."""
         return tuple(self._unknown)
 
     def step(self, frame: AnyFrame) -> FrameResult:
@@ -135,7 +135,7 @@ class VideoSession:
         return step_batch([(self, frame)])[0]
 
     def step_logits(self, frame: AnyFrame) -> FrameLogits:
-        """As `step`, without the masks: for thresholds and resizing of one's own, as benchmarks have them."""
+        """As `step`, without the masks: for your own threshold and resizing, as benchmarks need them."""
         return _step_all([(self, frame)])[0]
 
     def add(self, expression: str) -> int:
@@ -198,7 +198,7 @@ class VideoSession:
         return FrameResult(found.frame_index, masks, found.logits, found.scores)
 
     def _nothing(self, frame: PreparedFrame | EncodedFrame) -> FrameLogits:
-        """What a session without expressions sees."""
+        """The empty result of a session without expressions."""
         side = self.model.image_size // self.model.config.image_encoder.patch_size * 4
         logits = torch.zeros(0, side, side, device=self.model.device)
         return self._found(logits, logits.new_zeros(0), frame.size)

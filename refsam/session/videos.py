@@ -30,7 +30,7 @@ Source = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class VideoOutcome:
-    """What became of a video.
+    """The outcome of a video.
 
     Attributes:
         source: the video.
@@ -63,7 +63,7 @@ def segment_videos(
 ) -> list[VideoOutcome]:
     """Segment videos into folders ``out/<the video's name>``, each as `refsam segment` writes it.
 
-    What an earlier run finished is left as it is, so a run that was killed continues. A video that cannot be
+    Videos that an earlier run finished are skipped, so a killed run continues. A video that cannot be
     read, or not to its end, does not stop the others, and is tried again by the next run.
 
     Args:
@@ -76,7 +76,7 @@ def segment_videos(
         overlay: also write ``overlay.mp4``.
         shard: which of the videos this process does; as `torchrun` says where None.
         graphs: as for `VideoSession`.
-        settings: what ``result.json`` is to say besides, such as the model's name; an earlier run's must be equal.
+        settings: more entries for ``result.json``, such as the model's name; an earlier run's must be equal.
         advance: called with each outcome.
 
     Returns:

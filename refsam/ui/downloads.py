@@ -1,4 +1,4 @@
-"""What a visitor takes home: the masks as a zip of PNGs and as COCO's run lengths."""
+"""Downloads: the masks as a zip of PNGs and as COCO's run lengths."""
 
 import json
 import zipfile

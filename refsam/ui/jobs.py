@@ -134,7 +134,7 @@ class Job:
 
     @property
     def stopped_by(self) -> str | None:
-        """What ended the job before the clip's end, if something did."""
+        """The reason why the job ended before the clip did, else None."""
         return self._stopped_by
 
     def updates(self) -> Iterator[Progress]:

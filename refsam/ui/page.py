@@ -109,7 +109,7 @@ def _recorded_file(recording: FileData | None) -> str | None:
 
 
 class Actions:
-    """What the page's events do: each method is one event's, and answers with what its outputs show.
+    """The page's events: each method handles one, and returns what its outputs show.
 
     Args:
         visitors: who has the page open.

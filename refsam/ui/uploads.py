@@ -1,4 +1,4 @@
-"""What visitors may send: files of a few formats, inside one folder, of limited size and length."""
+"""Uploads: files of a few formats, inside one folder, of limited size and length."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ _IMAGES = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one visitor may ask for at a time.
+    """Limits of one visitor.
 
     Attributes:
         megabytes: size of an uploaded file.

@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from refsam import __version__
@@ -70,3 +73,23 @@ def test_nothing_is_imported_before_it_is_needed(
     )
     assert result.returncode == 0, result.stderr
     assert not unwanted & set(result.stderr.split())
+
+
+def commands_below(command: Any, name: str = "refsam") -> Iterator[tuple[str, Any]]:
+    """A command and all its sub-commands, by their words."""
+    yield name, command
+    if hasattr(command, "list_commands"):
+        context = typer.Context(command)
+        for each in command.list_commands(context):
+            yield from commands_below(command.get_command(context, each), f"{name} {each}")
+
+
+def test_brackets_in_help_are_shown() -> None:
+    """Rich takes '[semantic]' for markup and drops it unless texts are Markdown."""
+    shown = 0
+    for name, command in commands_below(typer.main.get_command(main)):
+        texts = [command.help or "", *(getattr(p, "help", None) or "" for p in command.params)]
+        if any("[" in text for text in texts):
+            assert command.rich_markup_mode == "markdown", name
+            shown += 1
+    assert shown > 3

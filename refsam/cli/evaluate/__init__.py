@@ -6,7 +6,7 @@ from refsam.cli.evaluate.benchmarks import folder, mevis, ref_davis17, ref_youtu
 from refsam.cli.evaluate.generated import generated
 from refsam.cli.evaluate.masks import masks
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
 
 @app.callback()

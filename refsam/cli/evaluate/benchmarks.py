@@ -22,7 +22,7 @@ RootOption = Annotated[Path, typer.Option(help="Folder of the dataset, laid out 
 RunFolderOption = Annotated[
     Path,
     typer.Option(
-        help="Folder for predictions, scores and report; the one of a run that was cut short continues it."
+        help="Folder for predictions, scores and report; give that of an interrupted run to continue it."
     ),
 ]
 InferenceOption = Annotated[
@@ -208,7 +208,7 @@ def folder(
     dtype: DtypeOption = "auto",
     processes: ProcessesOption = 0,
 ) -> None:
-    """Run a model on your own videos and score it, each sentence by itself, in the frames that have a mask.
+    """Run a model on your own videos and score it, each expression by itself, in the frames that have a mask.
 
     Started by torchrun, processes and machines share the videos; --out must be a folder that all of them see.
     """

@@ -62,7 +62,7 @@ def masks(
     missing: Annotated[
         str,
         typer.Option(
-            help="error: stop with a list of all that is wrong; zero: score what cannot be used as empty, and list it."
+            help="error: stop and list every problem; zero: score unusable masks as empty and list them."
         ),
     ] = "error",
     processes: Annotated[

@@ -1,4 +1,4 @@
-"""The report of scored masks: table, protocol, best and worst clips, curves over time, how it was made."""
+"""The report of scored masks: table, protocol, best and worst clips, curves over time, provenance."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""Where the numbers of an evaluation come from: command, versions, hardware."""
+"""Provenance of an evaluation: command, versions, system."""
 
 import platform
 import shlex

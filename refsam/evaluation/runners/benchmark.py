@@ -1,4 +1,4 @@
-"""Running a model on a benchmark: units of work that processes share, each predicted once, then all of them scored."""
+"""Run a model on a benchmark: processes share the units of work, each is predicted once, then all are scored."""
 
 import hashlib
 import io
@@ -41,7 +41,7 @@ _Pictures = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Unit:
-    """What one process does in one go: a video of a dataset (an image is one of a single frame)."""
+    """A unit of work: a video of a dataset; an image is a video of one frame."""
 
     name: str
     dataset: ReferringDataset
@@ -60,7 +60,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a benchmark found: the `text` to print, a JSON `summary`, more `files` by name, sections of the report."""
+    """The results of a benchmark: the `text` to print, a JSON `summary`, more `files` by name, sections of the report."""
 
     text: str
     summary: Mapping[str, Any]
@@ -69,18 +69,18 @@ class Outcome:
 
 
 class Benchmark(Protocol):
-    """What differs between benchmarks; everything else is `evaluate`'s."""
+    """The parts in which benchmarks differ; `evaluate` does the rest."""
 
     @property
     def title(self) -> str:
-        """What the report is called."""
+        """The title of the report."""
 
     @property
     def units(self) -> Sequence[Unit]:
         """All of the work."""
 
     def settings(self) -> Mapping[str, Any]:
-        """What the predictions depend on beside the model, the data and the inference rules."""
+        """Everything that predictions depend on beside the model, the data and the inference rules."""
 
     def groups(self, unit: Unit) -> list[list[Expression]]:
         """The expressions of a unit as they are computed together."""
@@ -97,7 +97,7 @@ class Benchmark(Protocol):
         """
 
     def rows(self, unit: Unit, frame: str, rendered: _Pictures) -> list[_Record]:
-        """What the unit's record keeps of a frame."""
+        """The rows of a frame in the unit's record."""
 
     def outcome(self, run: RunFolder, records: Mapping[str, _Record], processes: int) -> Outcome:
         """Score what all units have predicted; `records` by unit. So many `processes` may share the scoring."""
@@ -155,7 +155,7 @@ class Runner:
         }
 
     def _encoder_dtype(self) -> torch.dtype:
-        """What the image encoder's products are computed in: autocast's dtype, else what `optimize` chose."""
+        """The dtype of the image encoder's products: autocast's, else the one that `optimize` chose."""
         if self.precision != torch.float32:
             return self.precision
         return self.model.image_encoder.product_dtype
@@ -212,8 +212,8 @@ def evaluate(
 ) -> Outcome | None:
     """Predict this process's share of a benchmark into `out`, and score everything if nothing is left to do.
 
-    Units that are done already are not done again. `advance` is called after every unit of the share. None where other
-    processes still have units to do: whichever finishes last scores.
+    Finished units are skipped. `advance` is called after every unit of the shard. Returns None where other processes still
+    have units to do: the last one scores.
     Raises UserError for a folder that cannot be used and for data that is not complete, with all that is wrong.
     """
     units, shard = benchmark.units, shard or Shard.from_environment()

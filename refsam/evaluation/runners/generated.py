@@ -52,7 +52,7 @@ def benchmark_clip(index: int) -> GeneratedClip:
 
 
 def benchmark_arguments(index: int) -> dict[str, Any]:
-    """What clip `index` is drawn from: seed, frames, size, kinds of sentence, and that training never sees the like."""
+    """The recipe of clip `index`: seed, frames, size, kinds of sentence, held out from training."""
     return {
         "seed": _SEED + index,
         "frames": FRAMES,
@@ -79,7 +79,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def manifest(clips: int = CLIPS) -> dict[str, Any]:
-    """What freezes the benchmark: size, sentences and mask areas of each clip."""
+    """The manifest that freezes the benchmark: size, sentences and mask areas of each clip."""
     return {"version": 1, "clips": [_describe(benchmark_clip(index)) for index in range(clips)]}
 
 

@@ -1,4 +1,4 @@
-"""How a model is run on a benchmark's video, frame by frame, and how masks are made of its logits."""
+"""Run a model on a benchmark's video frame by frame, and make masks of its logits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ def find_rules(name: str) -> InferenceRules:
 
 @dataclass(frozen=True)
 class FrameLogits:
-    """What the model says of E expressions in one frame.
+    """The logits of E expressions in one frame.
 
     `logits` `(E, 4h, 4w)` float32 over the model's square of side `image_size`, of which the frame fills `input_size`;
     `seen_size` is the frame's size as the model was given it, `size` its own. Sizes are (height, width).
@@ -190,7 +190,7 @@ class VideoPredictor:
 
 
 def refused_expressions(model: PromptedSAM, texts: Sequence[str]) -> dict[str, str]:
-    """The sentences that the model's text encoder cannot take, each with the reason."""
+    """The expressions that the model's text encoder refuses, each with the reason."""
     refused = {}
     with torch.no_grad():
         for text in dict.fromkeys(texts):

@@ -145,7 +145,7 @@ class RefDavis17:
         return scored
 
     def _texts(self, annotator: int | None) -> dict[tuple[str, str], str]:
-        """What every object was called by an annotator; without one, what every expression is."""
+        """An annotator's expressions by object; without an annotator, every expression."""
         every = [expression for unit in self.units for expression in unit.expressions]
         if annotator is None:
             return {(e.video, e.expression_id): e.text for e in every}

@@ -1,4 +1,4 @@
-"""The folder of an evaluation that runs a model: what is done stays done, whatever ends the run, and processes share the rest."""
+"""The folder of a benchmark run: finished units stay, however the run ends, and processes share the others."""
 
 import json
 import os
@@ -50,7 +50,7 @@ class RunFolder:
         return self._record(unit).is_file()
 
     def record(self, unit: str) -> dict[str, Any]:
-        """What was recorded of a finished unit."""
+        """The record of a finished unit."""
         found: dict[str, Any] = json.loads(self._record(unit).read_text(encoding="utf-8"))
         return found
 

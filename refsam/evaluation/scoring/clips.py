@@ -1,4 +1,4 @@
-"""Which files are scored against which: the folders of predictions and of the truth, walked and compared."""
+"""Pair the files of predictions with those of the truth."""
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence

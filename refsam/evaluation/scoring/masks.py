@@ -1,4 +1,4 @@
-"""Scoring masks that lie on the disk, by any model, against the truth: J, F and J&F under a protocol."""
+"""Score any model's masks on disk against the truth: J, F and J&F under a protocol."""
 
 import multiprocessing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Which predictions are scored against the masks of one's own videos: a model's run, or what `refsam segment-videos` writes."""
+"""Pair predictions with the masks of your own videos: of a model's run, or as `refsam segment-videos` writes them."""
 
 import json
 from collections.abc import Iterable

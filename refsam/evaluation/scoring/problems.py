@@ -1,4 +1,4 @@
-"""What can be wrong with masks that are to be scored, collected and told in full."""
+"""Problems of masks that are to be scored, collected and listed in full."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence

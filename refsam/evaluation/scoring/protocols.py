@@ -1,4 +1,4 @@
-"""How masks are scored: what each protocol counts, matches and averages, as data and in words."""
+"""Scoring protocols: what each counts, matches and averages, as data and in words."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What an evaluation of masks found: per object, per video, overall; as table, JSON and CSV."""
+"""Scores of masks per object, per video and overall, as table, JSON and CSV."""
 
 import csv
 import io
