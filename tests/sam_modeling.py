@@ -27,8 +27,9 @@ def load_sam_modeling() -> ModuleType:
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill every parameter, the position tables included, with seeded random numbers, drawn where the parameters are."""
-    device = next(module.parameters()).device
+    """Fill every parameter, the position tables included, with seeded random numbers, drawn on the GPU if they are there."""
+    is_on_gpu = any(parameter.is_cuda for parameter in module.parameters())
+    device = torch.device("cuda" if is_on_gpu else "cpu")
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():

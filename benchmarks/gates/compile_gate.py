@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from refsam_kernels.core.triton_aot import (
 def main(arguments: list[str] | None = None) -> int:
     """Prints a table of registers, shared memory and spills; returns 1 if a case fails to compile or spills too much.
 
-    With --out the rows of the operators named, or of all, replace those in the file; others stay.
+    With --out the rows of the operators and architectures named, or of all, replace those in the file; others stay.
+    The file says which Triton it was: results/compile_gate.json is the pinned one's, compile_gate_oldest.json that of 3.6.
     """
     known = operators_with_triton()
     parser = argparse.ArgumentParser(
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append(row)
             print(table_line(row), flush=True)
     if options.out:
-        write(rows, operators, options.out)
+        write(rows, operators, options.architecture or ARCHITECTURES, options.out)
     return int(any("wrong" in row for row in rows))
 
 
@@ -74,16 +75,22 @@ def table_line(row: dict[str, Any]) -> str:
     used = ""
     if "registers" in row:
         used = f"{row['registers']:4} registers {row['shared_bytes']:7} B shared"
-        used += f" {row['spill_bytes']:5} B spilled"
+        used += f" {row['spill_bytes']:5} B spilled {row['loop_instructions']:5} in the loop"
     wrong = row.get("wrong", "").partition("\n")[0]
     return f"{name} {used}{' WRONG: ' if wrong else ''}{wrong}"
 
 
-def write(rows: list[dict[str, Any]], operators: list[str], path: Path) -> None:
-    """Replaces the rows of these operators in the file."""
+def write(
+    rows: list[dict[str, Any]], operators: list[str], architectures: Sequence[int], path: Path
+) -> None:
+    """Replaces the rows of these operators and architectures in the file."""
     origin = provenance.collect("cpu")
     kept = json.loads(path.read_text())["rows"] if path.is_file() else []
-    kept = [row for row in kept if row["operator"] not in operators]
+    kept = [
+        row
+        for row in kept
+        if row["operator"] not in operators or row["architecture"] not in architectures
+    ]
     merged = sorted(kept + [row | {"commit": origin["commit"]} for row in rows], key=row_order)
     lines = ",\n".join(json.dumps(row) for row in merged)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,24 @@ def test_log_of_ptxas_is_read() -> None:
         triton_aot.read_ptxas_log("")
 
 
+CODE = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*0020*/                   FFMA R3, R3, R3, R3 ;
+        /*0030*/               @P0 BRA 0x20 ;
+        /*0040*/                   FADD R3, R3, R3 ;
+        /*0050*/                   FADD R3, R3, R3 ;
+        /*0060*/              @!P1 BRA.U UP0, `(.L_x_1) 0x40 ;
+        /*0070*/                   BRA 0x10 ;
+        /*0080*/                   BRA 0x80 ;
+"""
+
+
+def test_the_longest_innermost_loop_is_counted() -> None:
+    assert triton_aot.longest_loop(CODE) == 3
+    assert triton_aot.longest_loop("") == 0
+
+
 def case_named(name: str, **options: Any) -> triton_aot.CompileCase:
     return triton_aot.CompileCase(name, kernel=None, signature={}, **options)
 

@@ -8,6 +8,8 @@ import contextlib
 import importlib
 import io
 import re
+import subprocess
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,11 +97,17 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel needs: registers of a thread, bytes of shared memory of a CTA, bytes that a thread spills."""
+    """What a compiled kernel needs: registers of a thread, bytes of shared memory of a CTA, bytes that a thread spills.
+
+    `loop_instructions` are the machine instructions of the longest innermost loop; 0 without a loop or a disassembler.
+    `waits` says how many groups of asynchronous copies may be under way at each wait of the loops: 0 overlaps nothing.
+    """
 
     registers: int
     shared_bytes: int
     spill_bytes: int
+    loop_instructions: int = 0
+    waits: tuple[int, ...] = ()
 
 
 def compile_ahead(case: CompileCase, architecture: int) -> Resources:
@@ -128,7 +136,40 @@ def compile_ahead(case: CompileCase, architecture: int) -> Resources:
         message = f"needs {shared} bytes of shared memory, there are {available}"
         raise CompilationError(f"{case.name}, sm_{architecture}: {message}")
     registers, spills = read_ptxas_log(log.getvalue())
-    return Resources(registers, shared, spills)
+    instructions = longest_loop(disassembled(compiled.asm["cubin"]))
+    waits = tuple(map(int, re.findall(r"async_wait [^\n]*num = (\d+)", compiled.asm["ttgir"])))
+    return Resources(registers, shared, spills, instructions, waits)
+
+
+def disassembled(cubin: bytes) -> str:
+    """The machine code as text, by the tool in Triton's wheel; empty if it has none."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.is_file():
+        return ""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def longest_loop(code: str) -> int:
+    """Instructions of the longest loop that holds no other, in code as `cuobjdump --dump-sass` writes it."""
+    instructions = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+([^;\n]+)", code, re.MULTILINE)
+    addresses = [int(address, 16) for address, _ in instructions]
+    loops = []
+    for address, (_, text) in zip(addresses, instructions, strict=True):
+        target = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    innermost = [
+        (start, end)
+        for start, end in loops
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in loops)
+    ]
+    return max((sum(s <= a <= e for a in addresses) for s, e in innermost), default=0)
 
 
 def precompile(case: CompileCase, architecture: int) -> None:

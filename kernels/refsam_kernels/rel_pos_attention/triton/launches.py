@@ -148,7 +148,7 @@ def hopper_tile(kernel: str, problem: Problem, block: int, keys: int) -> Tile:
     if kernel == "forward" and is_global:
         block, num_warps = 128, 8
     elif kernel == "key_gradient":
-        num_stages = 2
+        block, num_stages = (64 if is_global else block), 2
     return Tile(block, keys // columns, columns, num_warps, num_stages)
 
 
