@@ -29,6 +29,37 @@ class NotANumberError(ValueError):
         self.names = tuple(names)
 
 
+class Broken:
+    """Which samples came out as NaN or infinite: kept on the device, and looked at once a step.
+
+    Each look waits for a GPU. On a CPU it is free, and the first thing that is broken is told at once.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._found: list[tuple[str, Tensor]] = []
+
+    def add(self, what: str, samples: Tensor) -> None:
+        """Notes what is broken of which samples (B,) bool."""
+        self._found.append((what, samples))
+        if is_free_to_look_at(samples):
+            self.refuse()
+
+    def refuse(self) -> None:
+        """Raises NotANumberError for the first thing that is broken; one look at the device if nothing is."""
+        found, self._found = self._found, []
+        if not found or not torch.stack([samples for _, samples in found]).any():
+            return
+        for what, samples in found:
+            if wrong := samples.nonzero().flatten().tolist():
+                raise NotANumberError(what, [self._names[index] for index in wrong])
+
+
+def is_free_to_look_at(tensor: Tensor) -> bool:
+    """Whether reading its values waits for nothing."""
+    return tensor.device.type == "cpu"
+
+
 class SizeGroup(NamedTuple):
     """Clips `begin` to `end` of a batch, the end not included, whose frames have one size."""
 
@@ -55,6 +86,7 @@ class TrainingModule(nn.Module):
     def forward(self, batch: TrainingBatch, stage: StageSettings) -> dict[str, Tensor]:
         """Mean losses over the frames of a clip, and their weighted sum as `total`; raises NotANumberError."""
         losses: dict[str, Tensor] = {}
+        broken = Broken(batch.clips.names)
         frames = self._on_device(batch.clips.frames)
         if batch.clips.colour is not None:
             frames = adjust_colour(frames, batch.clips.colour, batch.clips.sizes)
@@ -62,7 +94,7 @@ class TrainingModule(nn.Module):
             pixels, groups = self._preprocess(frames, batch.clips.sizes, stage.image_size)
             image = self.model.encode_image(pixels)
             if stage.expressions:
-                losses = self._mask_losses(image, batch.clips, groups, stage)
+                losses = self._mask_losses(image, batch.clips, groups, stage, broken)
                 if self.nouns is not None:
                     losses["nouns"] = self.nouns(self.model)
             total = [getattr(self.settings.loss, name) * value for name, value in losses.items()]
@@ -76,8 +108,8 @@ class TrainingModule(nn.Module):
                 total.append(self.settings.loss.objects * torch.stack(list(objects.values())).sum())
                 losses |= objects
         losses["total"] = torch.stack(total).sum()
-        if not losses["total"].isfinite():
-            raise NotANumberError("loss", batch.clips.names)
+        broken.add("loss", ~losses["total"].isfinite().expand(len(batch.clips.names)))
+        broken.refuse()
         return losses
 
     def _preprocess(
@@ -102,7 +134,12 @@ class TrainingModule(nn.Module):
         return self.model.project_text(self.features(texts))
 
     def _mask_losses(
-        self, image: ImageFeatures, clips: ClipBatch, groups: list[SizeGroup], stage: StageSettings
+        self,
+        image: ImageFeatures,
+        clips: ClipBatch,
+        groups: list[SizeGroup],
+        stage: StageSettings,
+        broken: "Broken",
     ) -> dict[str, Tensor]:
         """Means over a clip's frames; each frame's track tokens go into the next."""
         count, frames = clips.frames.shape[:2]
@@ -115,10 +152,8 @@ class TrainingModule(nn.Module):
             if track is not None and stage.tbptt_frames and t % stage.tbptt_frames == 0:
                 track = track.detach()
             output = self.model.decode(image, text, clip_index * frames + t, track)
-            finite = output.logits.isfinite().flatten(1).all(dim=1)
-            if not finite.all():
-                wrong = sorted(set(clip_index[~finite].tolist()))
-                raise NotANumberError("predicted mask", [clips.names[index] for index in wrong])
+            of_clips = output.logits.isfinite().unflatten(0, (count, -1)).flatten(1)
+            broken.add("predicted mask", ~of_clips.all(dim=1))
             track = output.track_token
             unknown = None if ignore is None else ignore[:, t]
             steps.append(self._frame_losses(output, masks[:, t], unknown, groups, stage))
