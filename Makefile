@@ -120,4 +120,5 @@ $(VENV_OLDEST)/.refsam-installed: constraints-oldest.txt
 	touch $@
 
 clean:
-	rm -rf build $(OUT) kernels/refsam_kernels/*.so kernels/refsam_kernels/_build.json
+	rm -rf build $(OUT) kernels/refsam_kernels/*.so kernels/refsam_kernels/*.outdated \
+	  kernels/refsam_kernels/_build.json refsam/metrics/_native*.so

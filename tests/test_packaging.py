@@ -23,6 +23,7 @@ SOURCES = [
     "csrc",
     "pyproject.toml",
     "setup.py",
+    "build_backend.py",
     "README.md",
     "LICENSE",
     "NOTICE",
@@ -125,3 +126,19 @@ def test_torchvision_is_never_pulled_in() -> None:
     everything = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     assert not [item for item in everything if item.startswith("torchvision")]
     assert "torchvision" not in constraints()
+
+
+@pytest.mark.parametrize("version", [None, "76.1.0"])
+def test_a_build_without_isolation_names_what_it_lacks(tmp_path: Path, version: str | None) -> None:
+    shutil.copy(ROOT / "build_backend.py", tmp_path)
+    if version is not None:
+        package = tmp_path / "setuptools"
+        package.mkdir()
+        (package / "__init__.py").write_text(f"__version__ = {version!r}\n")
+        (package / "build_meta.py").write_text("")
+    command = [sys.executable, "-S", "-E", "-c", "import build_backend"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("refsam: setuptools is")
+    assert "pip install 'setuptools>=77'" in line

@@ -8,6 +8,7 @@ documentation, "LibTorch Stable ABI"), so one file serves every torch from 2.10 
 `TORCH_CUDA_ARCH_LIST`, `CUDA_HOME` and `CXX` are honoured. ninja and ccache are used if present.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ import platform
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -37,6 +39,10 @@ INSTRUCTION_SETS = {
 }
 
 
+# Put before a compiler in CXX; nvcc wants the compiler itself.
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
+
+
 class BuildError(RuntimeError):
     """A library that was asked for by name could not be built."""
 
@@ -52,6 +58,7 @@ class Torch:
     root: Path
     version: str
     has_cuda: bool
+    cuda_version: str = ""  # "13.0", or "" without CUDA
 
 
 @dataclass(frozen=True)
@@ -100,13 +107,25 @@ def find_torch() -> Torch | None:
     """The torch of the target environment, or None; pip's build isolation hides it from imports, not from the disk."""
     spec = importlib.util.find_spec("torch")
     roots = [Path(spec.origin).parent] if spec and spec.origin else []
-    roots += [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
+    roots += [folder / "torch" for folder in package_folders()]
     for root in roots:
         if (root / "version.py").is_file() and (root / "include").is_dir():
-            found = re.search(r"__version__ = '([^']+)'", (root / "version.py").read_text())
-            version = found.group(1) if found else "0"
-            return Torch(root, version, any((root / "lib").glob("libtorch_cuda.*")))
+            text = (root / "version.py").read_text()
+            version = re.search(r"__version__ = '([^']+)'", text)
+            cuda = re.search(r"^cuda\b[^=]*= '([^']+)'", text, re.MULTILINE)
+            has_cuda = any((root / "lib").glob("libtorch_cuda.*"))
+            return Torch(root, version[1] if version else "0", has_cuda, cuda[1] if cuda else "")
     return None
+
+
+def package_folders() -> list[Path]:
+    """Where the target environment has its packages, in the order of its search path, whatever build isolation hides."""
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    settings = Path(sys.prefix, "pyvenv.cfg")
+    text = settings.read_text() if settings.is_file() else ""
+    if not text or re.search(r"include-system-site-packages\s*=\s*true", text, re.IGNORECASE):
+        folders += [site.getusersitepackages(), *site.getsitepackages([sys.base_prefix])]
+    return [Path(folder) for folder in folders]
 
 
 def supported_torch() -> Torch:
@@ -136,15 +155,28 @@ def build_root() -> Path:
     return Path(cache) / "refsam_kernels"
 
 
-def find_compiler() -> str:
-    """The C++ compiler; raises `LeftOut` if there is none or the platform is not built for."""
+def find_compiler() -> tuple[str, ...]:
+    """The C++ compiler's command; `CXX` may have a launcher before it and arguments behind it, as "ccache g++ -m64".
+
+    Raises `LeftOut` if there is none or the platform is not built for.
+    """
     if not sys.platform.startswith("linux"):
         raise LeftOut(f"libraries are built on Linux only, this is {sys.platform}")
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for name in names:
-        if path := shutil.which(name):
-            return path
-    raise LeftOut(f"no C++ compiler found (looked for {', '.join(names)})")
+    wanted = os.environ.get("CXX", "").strip()
+    for name in [wanted] if wanted else ["c++", "g++", "clang++"]:
+        path = shutil.which(name)  # also one whose path has spaces
+        if path and not is_launcher(path):
+            return (path,)
+    words = shlex.split(wanted)
+    paths = [word if word.startswith("-") else shutil.which(word) for word in words]
+    if not words or None in paths or is_launcher(words[-1]):
+        raise LeftOut(f"no C++ compiler found (looked for {wanted or 'c++, g++, clang++'})")
+    return tuple(path for path in paths if path)
+
+
+def is_launcher(word: str) -> bool:
+    """Whether a word of a command runs a compiler and is none."""
+    return Path(word).name in LAUNCHERS
 
 
 def find_nvcc() -> str:
@@ -219,25 +251,40 @@ def cpu_plan(sanitize: bool = False) -> Plan:
     if sanitize:
         flags += "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all".split()
         objects = build_root() / "_C_cpu_sanitized"
-    toolchain = {"compiler": first_line([compiler, "--version"]), "torch": torch.version}
+    toolchain = {"compiler": first_line([*compiler, "--version"]), "torch": torch.version}
     return make_plan("_C_cpu", compiler, flags, objects, sources_of("cpu"), toolchain)
 
 
 def cuda_plan() -> Plan:
     """How `_C_cuda.so` is built here; raises `LeftOut` with the reason if it cannot be."""
-    torch, compiler, nvcc = supported_torch(), find_compiler(), find_nvcc()
+    torch, nvcc = supported_torch(), find_nvcc()
+    compiler, *options = (word for word in find_compiler() if not is_launcher(word))
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    refuse_other_cuda(version, torch)
     names = architectures(nvcc)
     # USE_CUDA: without it torch's headers hide the current stream when torch itself has no CUDA.
     flags = "-O3 -lineinfo -DUSE_CUDA -Xptxas=-v -Xcompiler=-fPIC,-fvisibility=hidden,-Wall".split()
-    flags += [f"-ccbin={compiler}", *gencode(names)]
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    flags += [f"-ccbin={compiler}", *(f"-Xcompiler={option}" for option in options)]
+    flags += gencode(names)
     toolchain = {
         "compiler": version.splitlines()[-1],
         "torch": torch.version,
         "architectures": " ".join(names),
     }
     objects = build_root() / "_C_cuda"
-    return make_plan("_C_cuda", nvcc, flags, objects, sources_of("cuda"), toolchain)
+    return make_plan("_C_cuda", (nvcc,), flags, objects, sources_of("cuda"), toolchain)
+
+
+def refuse_other_cuda(nvcc_version: str, torch: Torch) -> None:
+    """Raises `LeftOut` if nvcc is of another major release than torch's CUDA: its programs want another driver."""
+    release = re.search(r"release (\d+\.\d+)", nvcc_version)
+    if not release or not torch.cuda_version:
+        return
+    if release[1].split(".")[0] != torch.cuda_version.split(".")[0]:
+        raise LeftOut(
+            f"nvcc is of CUDA {release[1]}, torch {torch.version} of CUDA {torch.cuda_version}: "
+            "install its toolkit, and name it by CUDA_HOME"
+        )
 
 
 def sources_of(folder: str) -> list[Path]:
@@ -246,9 +293,18 @@ def sources_of(folder: str) -> list[Path]:
     return sorted(path for path in files if path.suffix in (".cpp", ".cu"))
 
 
+def sources_hash() -> str:
+    """What a library is made of, in one word."""
+    found = hashlib.sha256()
+    for path in sorted(source_root().rglob("*")):
+        if path.suffix in (".h", ".cpp", ".cu"):
+            found.update(path.read_bytes())
+    return found.hexdigest()
+
+
 def make_plan(
     library: str,
-    compiler: str,
+    compiler: tuple[str, ...],
     flags: list[str],
     objects: Path,
     sources: Iterable[Path],
@@ -260,7 +316,8 @@ def make_plan(
     `own_flags` gives a source's arguments beside `flags`; `instruction_set` if not given.
     """
     torch, own_flags = supported_torch(), own_flags or instruction_set
-    prefix = [ccache, compiler] if (ccache := shutil.which("ccache")) else [compiler]
+    ccache = None if is_launcher(compiler[0]) else shutil.which("ccache")
+    prefix = [ccache, *compiler] if ccache else [*compiler]
     prefix += ["-std=c++20", "-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
     prefix += [*flags, "-isystem", str(torch.root / "include"), f"-I{source_root()}"]
     compile_steps = []
@@ -275,7 +332,8 @@ def make_plan(
     # its symbols on such a machine all the same. --no-as-needed: no symbol of ours is defined in libtorch.so itself.
     linker = ["-Xlinker", "--no-as-needed", f"-L{torch.root / 'lib'}", "-ltorch", "-ltorch_cpu"]
     sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
-    link = (compiler, "-shared", *sanitizers, *map(str, outputs), *linker, "-o", str(output))
+    link = (*compiler, "-shared", *sanitizers, *map(str, outputs), *linker, "-o", str(output))
+    toolchain |= {"sources": sources_hash()}
     return Plan(library, tuple(compile_steps), Step(output, outputs, link), toolchain)
 
 
@@ -387,12 +445,35 @@ def build_library(
     except (LeftOut, BuildError, OSError, subprocess.SubprocessError) as reason:
         if demanded:
             raise BuildError(f"{name} is demanded and cannot be built: {reason}") from reason
-        print(f"refsam_kernels: {name} left out: {reason}", flush=True)
-        (target / f"{name}.so").unlink(missing_ok=True)
-        return None, {"built": False, "reason": str(reason).splitlines()[0]}
+        return keep_earlier(name, target, str(reason))
     path = install(plan, target)
     print(f"refsam_kernels: {name} built with {plan.toolchain['compiler']}", flush=True)
     return path, {"built": True, **plan.toolchain}
+
+
+def keep_earlier(name: str, target: Path, reason: str) -> tuple[Path | None, dict[str, object]]:
+    """What there is of a library that could not be built: the one of the same sources, if there is one.
+
+    One of other sources may not fit the rest of the package: it is set aside, not deleted.
+    """
+    path, entry = target / f"{name}.so", report_entry(target, name)
+    if path.is_file() and entry.get("sources") == sources_hash():
+        print(f"refsam_kernels: {name} not built anew, the earlier one stays: {reason}", flush=True)
+        return path, entry
+    print(f"refsam_kernels: {name} left out: {reason}", flush=True)
+    if path.is_file():
+        aside = path.with_suffix(".outdated")
+        os.replace(path, aside)
+        print(f"refsam_kernels: {path.name} is of other sources, and is now {aside}", flush=True)
+    return None, {"built": False, "reason": reason.splitlines()[0]}
+
+
+def report_entry(target: Path, name: str) -> dict[str, object]:
+    """What the folder's report says of a library; nothing if there is none."""
+    try:
+        return dict(json.loads((target / REPORT).read_text())[name])
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def build_all(target: Path = PACKAGE) -> list[Path]:
@@ -424,11 +505,16 @@ def build_sanitized(target: Path) -> None:
     build_library("_C_cpu", lambda: cpu_plan(sanitize=True), target, demanded=True)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str], target: Path = PACKAGE) -> None:
+    """Builds into the folder `target`, or, after `--sanitize`, into the one that is named; exits with one line if it cannot."""
     try:
-        if sys.argv[1:2] == ["--sanitize"]:
-            build_sanitized(Path(sys.argv[2]))
+        if arguments[:1] == ["--sanitize"]:
+            build_sanitized(Path(arguments[1]))
         else:
-            build_all()
-    except BuildError as error:
+            build_all(target)
+    except (BuildError, OSError) as error:  # such as an installation that belongs to somebody else
         sys.exit(f"refsam_kernels: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -65,7 +65,7 @@ def emulated_plan(target: Path, sanitize: bool = False, names: Sequence[str] = (
         source for source in build.sources_of("cuda") if source.name.startswith(tuple(names))
     ]
     sources += sorted(EMULATOR.glob("*.cpp"))
-    toolchain = {"compiler": build.first_line([compiler, "--version"])}
+    toolchain = {"compiler": build.first_line([*compiler, "--version"])}
     return build.make_plan(
         "_C_cuda",
         compiler,

@@ -58,7 +58,7 @@ def test_demanded_cuda_without_nvcc_is_an_error(
     bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REFSAM_BUILD_CUDA", "1")
-    monkeypatch.setattr(build, "find_compiler", lambda: "c++")
+    monkeypatch.setattr(build, "find_compiler", lambda: ("c++",))
     monkeypatch.setattr(build.shutil, "which", lambda *args, **kwargs: None)
     with pytest.raises(build.BuildError, match="_C_cuda is demanded and cannot be built: no nvcc"):
         build.build_all(tmp_path / "package")
@@ -78,17 +78,130 @@ def test_unknown_wish_is_rejected(bare: Path, monkeypatch: pytest.MonkeyPatch) -
         build.cuda_wish()
 
 
-def test_failing_compiler_leaves_the_library_out(bare: Path, tmp_path: Path) -> None:
-    compiler = bare / "c++"
-    compiler.write_text("#!/bin/sh\necho this compiler is broken\nexit 1\n")
-    compiler.chmod(0o755)
+def script(path: Path, text: str) -> Path:
+    """A program that runs in a shell."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("fault", ["broken compiler", "no compiler", "no torch"])
+@pytest.mark.parametrize("sources", ["same", "other"])
+def test_a_library_that_was_there_is_never_lost(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, sources: str
+) -> None:
+    """It stays where its sources are still those of the package, else it is set aside."""
+    if fault == "broken compiler":
+        script(bare / "c++", "echo this compiler is broken\nexit 1")
+    elif fault == "no torch":
+        monkeypatch.setattr(build, "find_torch", lambda: None)
     target = tmp_path / "package"
     target.mkdir()
-    stale = target / "_C_cpu.so"
-    stale.touch()
-    assert build.build_all(target) == [target / build.REPORT]
-    assert report(target)["_C_cpu"]["built"] is False
-    assert not stale.exists(), "a library of older sources must not stay"
+    earlier = target / "_C_cpu.so"
+    earlier.write_text("earlier")
+    is_same = sources == "same"
+    entry = {"built": True, "sources": build.sources_hash() if is_same else "0"}
+    build.write_report(target, {"_C_cpu": entry})
+    files = build.build_all(target)
+    kept = earlier if is_same else target / "_C_cpu.outdated"
+    assert kept.read_text() == "earlier"
+    assert earlier.exists() == is_same == report(target)["_C_cpu"]["built"] == (earlier in files)
+
+
+@pytest.mark.parametrize(
+    ("value", "command"),
+    [
+        ("g++", ["g++"]),
+        ("ccache g++", ["ccache", "g++"]),
+        ("g++ -m64 -O1", ["g++", "-m64", "-O1"]),
+        ("ccache g++ -m64", ["ccache", "g++", "-m64"]),
+        ("{tools}/with space/g++", ["with space/g++"]),
+        ("'{tools}/with space/g++' -m64", ["with space/g++", "-m64"]),
+    ],
+)
+def test_cxx_with_a_launcher_and_arguments(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, value: str, command: list[str]
+) -> None:
+    for name in ("g++", "ccache", "with space/g++"):
+        script(bare / name, "echo compiler 1.0")
+    monkeypatch.setenv("CXX", value.format(tools=bare))
+    wanted = tuple(word if word.startswith("-") else str(bare / word) for word in command)
+    assert build.find_compiler() == wanted
+    torch = build.Torch(bare, "2.11.0", False)
+    monkeypatch.setattr(build, "supported_torch", lambda: torch)
+    steps = build.cpu_plan().compile
+    assert all(step.command.count(str(bare / "ccache")) == 1 for step in steps)
+    assert all(set(wanted) <= set(step.command) for step in steps)
+
+
+@pytest.mark.parametrize("value", ["ccache", "missing", "ccache missing", "g++ missing"])
+def test_cxx_that_is_no_compiler(bare: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    for name in ("g++", "ccache"):
+        script(bare / name, "")
+    monkeypatch.setenv("CXX", value)
+    with pytest.raises(build.LeftOut, match=re.escape(f"compiler found (looked for {value})")):
+        build.find_compiler()
+
+
+@pytest.mark.parametrize("place", ["user site", "base"])
+@pytest.mark.parametrize("settings", ["true", "false", None])
+def test_torch_outside_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, settings: str | None
+) -> None:
+    """In the user site, or of the Python below one that has its packages; `settings` None: no virtual environment."""
+    prefix, packages = tmp_path / "prefix", tmp_path / "packages"
+    prefix.mkdir()
+    if settings is not None:
+        (prefix / "pyvenv.cfg").write_text(f"include-system-site-packages = {settings}\n")
+    (packages / "torch" / "include").mkdir(parents=True)
+    text = "__version__ = '2.10.0+cu128'\ncuda: Optional[str] = '12.8'\n"
+    (packages / "torch" / "version.py").write_text(text)
+    nowhere = str(tmp_path / "nowhere")
+    monkeypatch.setattr(build.sys, "prefix", str(prefix))
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)  # as in isolation
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: nowhere)
+    user, base = (str(packages) if place == each else nowhere for each in ("user site", "base"))
+    monkeypatch.setattr(build.site, "getusersitepackages", lambda: user)
+    monkeypatch.setattr(build.site, "getsitepackages", lambda prefixes: [base])
+    found = build.find_torch()
+    if settings == "false":
+        assert found is None
+    else:
+        assert found == build.Torch(packages / "torch", "2.10.0+cu128", False, "12.8")
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "torch", "refused"),
+    [
+        ("13.0", "12.8", True),
+        ("12.4", "13.0", True),
+        ("13.0", "13.0", False),
+        ("12.4", "12.8", False),
+        ("13.0", "", False),
+    ],
+)
+def test_nvcc_of_another_cuda_is_refused(nvcc: str, torch: str, refused: bool) -> None:
+    version = f"Cuda compilation tools, release {nvcc}, V{nvcc}.88\n"
+    of_torch = build.Torch(Path(), "2.10.0", True, torch)
+    if not refused:
+        build.refuse_other_cuda(version, of_torch)
+        return
+    with pytest.raises(
+        build.LeftOut, match=f"nvcc is of CUDA {nvcc}, torch 2.10.0 of CUDA {torch}"
+    ):
+        build.refuse_other_cuda(version, of_torch)
+
+
+def test_a_folder_of_somebody_else_is_one_line(bare: Path, tmp_path: Path) -> None:
+    """Where nothing may be written: here because a file stands in the folder's place, which stops root too."""
+    (tmp_path / "package").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        build.main([], tmp_path / "package" / "below")
+    message = str(stopped.value)
+    assert message.startswith("refsam_kernels: ")
+    assert str(tmp_path / "package") in message
+    assert "\n" not in message
 
 
 def fake_nvcc(folder: Path, codes: str) -> str:

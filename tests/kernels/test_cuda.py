@@ -33,7 +33,7 @@ def emulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     program = tmp_path_factory.mktemp("emulator") / "cases"
     source = ROOT / "tests" / "csrc" / "cuda_emulator_cases.cu"
     try:
-        compiler = [build.find_compiler(), *emulator_flags()]
+        compiler = [*build.find_compiler(), *emulator_flags()]
     except build.LeftOut as reason:
         pytest.skip(str(reason))
     objects = {path: f"{program}_{path.stem}.o" for path in (source, *EMULATOR.glob("*.cpp"))}

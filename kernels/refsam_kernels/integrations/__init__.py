@@ -53,10 +53,11 @@ def optimize(model: Any) -> Optimization:
 
     The image encoder's attention never makes its weights or bias, and its windows are neither copied
     nor padded; the mask decoder's upscaling is one operator, and masks never exist as logits of the
-    frame's size. Parameters, buffers and the state dict stay what they are; sub-modules are called as
-    before, so their hooks and later changes of their weights are heeded; so are hooks of all modules
-    (`register_module_forward_hook`), before which linear layers are packed and not called; only the upscaling's modules
-    are read, not called. Gradients are those of the original.
+    frame's size. Parameters, buffers and the state dict stay what they are. Sub-modules are called as
+    before, so their hooks, those of all modules, wrappers and later changes of their weights are heeded;
+    only the upscaling's modules are read, not called. The modules of a windowed attention are given the
+    whole grid, not windows. Gradients are those of the original, also the zeros that
+    DistributedDataParallel waits for.
 
     For inference on a CPU linear layers are packed, and anew when their weights have changed: in any way
     that torch counts, and also behind its count (`p.data.mul_()`, `torch._foreach_*`, a mean teacher's
