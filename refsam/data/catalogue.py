@@ -14,6 +14,7 @@ DATASETS = {
     "ref-youtube-vos": "ref_youtube_vos",
     "ref-davis17": "ref_davis17",
     "mevis": "mevis",
+    "long-rvos": "long_rvos",
     "folder": "folder",
 }
 

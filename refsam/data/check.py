@@ -49,7 +49,7 @@ def recognise(root: Path) -> tuple[str, ...]:
         is_youtube = all(re.fullmatch("[0-9a-f]{10}", video) for video in videos)
         return ("ref-youtube-vos" if is_youtube else "ref-davis17",)
     if any(root.glob("*/meta_expressions.json")):
-        return ("mevis",)
+        return ("long-rvos" if any(root.glob("*/Annotations")) else "mevis",)
     if any(root.glob("*/expressions.csv")):
         return ("folder",)
     if (root / "manifest.jsonl").is_file():

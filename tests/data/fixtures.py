@@ -185,6 +185,26 @@ def write_mevis(root: Path, frames: int = 4) -> Path:
     return root
 
 
+def write_long_rvos(root: Path, frames: int = 4) -> Path:
+    """train and valid: a video with two objects, masks only where they are seen, sentences of two types; test without truth."""
+    names = [f"{index:05d}" for index in range(frames)]
+    expressions = {
+        "0": {"exp": "the red box", "obj_id": "1", "type": "static"},
+        "1": {"exp": "a blue box that moves", "obj_id": 2, "type": "dynamic"},
+    }
+    for split in ("train", "valid", "test"):
+        write_video(root / split / "JPEGImages/v001", None, names, 2)
+        entry = {"expressions": expressions, "frames": names}
+        write_json(root / split / "meta_expressions.json", {"videos": {"v001": entry}})
+        for time, name in enumerate(names if split != "test" else []):
+            for number in (1, 2):
+                mask = numbers_at(time, 2) == number
+                if mask.any():
+                    path = root / split / f"Annotations/v001/{number}/{name}.png"
+                    write_image(path, mask.astype(np.uint8) * 255)
+    return root
+
+
 def run_lengths(mask: np.ndarray) -> dict[str, Any]:
     """COCO's compressed run lengths of a mask (H, W) bool."""
     code = coco.encode(np.asfortranarray(mask.astype(np.uint8)))

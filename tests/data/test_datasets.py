@@ -24,6 +24,7 @@ WRITERS = {
     "ref-youtube-vos": fixtures.write_ref_youtube_vos,
     "ref-davis17": fixtures.write_ref_davis17,
     "mevis": fixtures.write_mevis,
+    "long-rvos": fixtures.write_long_rvos,
     "folder": fixtures.write_folder,
 }
 

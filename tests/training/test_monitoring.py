@@ -249,7 +249,7 @@ def test_models_that_stand_on_sam_are_saved_as_deltas(folder: Path) -> None:
         sources={"sam": Source("sam_tiny.pth", "0" * 64)},
     )
     write_checkpoint(sam, stored)
-    first = run_settings(folder, "first", init_from=str(sam))
+    first = run_settings(folder, "first", init_from=str(sam), model={})
     list(Trainer(first).run())
     for name in ("model", "best"):
         header = json.loads((folder / "first" / name / "config.json").read_text())

@@ -82,8 +82,8 @@ def losses(folder: Path) -> list[float]:
     return [record["total"] for record in records if "total" in record]
 
 
-def rehearse(folder: Path, processes: int) -> None:
-    """Both stages, the first killed and resumed; compared with the same run on one process."""
+def rehearse(folder: Path, processes: int, thorough: bool) -> None:
+    """Both stages, the first killed and resumed; `thorough`, the second too, and the first compared with one process."""
     torch.manual_seed(3)
     state = RefSAM(RefSAMConfig.from_dict(SAM_SIZES)).state_dict()
     torch.save({k: v for k, v in state.items() if checkpoint.is_sam(k)}, folder / "sam.pth")
@@ -100,12 +100,15 @@ def rehearse(folder: Path, processes: int) -> None:
     assert len(losses(folder / "images")) == STEPS
     assert (folder / "images/best/model.safetensors").is_file()
     clips = write_stage(folder, "ref_youtube_vos", "clips", folder / "images/model")
-    train(clips, processes, kill_after=5)
+    if thorough:
+        train(clips, processes, kill_after=5)
     train(clips, processes)
     assert len(losses(folder / "clips")) == STEPS
     assert checkpoint.read_checkpoint(folder / "clips/model").kind == "delta"
     model = RefSAM.from_pretrained(folder / "clips/model", sam=folder / "sam")
     assert model.config.frozen
+    if not thorough:
+        return
     # One process that adds up as many batches sees the same.
     content = yaml.safe_load(images.read_text())
     content["output"] = str(folder / "alone")
@@ -117,9 +120,10 @@ def rehearse(folder: Path, processes: int) -> None:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    rehearse(tmp_path, 2)
+    rehearse(tmp_path, 2, thorough=False)
 
 
 @pytest.mark.slow
-def test_four_processes(tmp_path: Path) -> None:
-    rehearse(tmp_path, 4)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_both_stages_killed(tmp_path: Path, processes: int) -> None:
+    rehearse(tmp_path, processes, thorough=True)

@@ -2,7 +2,14 @@
 
 import typer
 
-from refsam.cli.evaluate.benchmarks import folder, mevis, ref_davis17, ref_youtube_vos, refcoco
+from refsam.cli.evaluate.benchmarks import (
+    folder,
+    long_rvos,
+    mevis,
+    ref_davis17,
+    ref_youtube_vos,
+    refcoco,
+)
 from refsam.cli.evaluate.generated import generated
 from refsam.cli.evaluate.masks import masks
 
@@ -14,5 +21,5 @@ def evaluate() -> None:
     """Score masks, or a model on a benchmark."""
 
 
-for _command in (masks, generated, ref_davis17, ref_youtube_vos, mevis, refcoco, folder):
+for _command in (masks, generated, ref_davis17, ref_youtube_vos, mevis, refcoco, long_rvos, folder):
     app.command()(_command)

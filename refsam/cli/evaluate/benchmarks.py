@@ -196,6 +196,32 @@ def refcoco(
 
 
 @with_model
+def long_rvos(
+    root: RootOption,
+    out: RunFolderOption,
+    model: ModelChoice,
+    split: str = "valid",
+    inference: InferenceOption = "default",
+    videos: VideosOption = None,
+    missing: MissingOption = "error",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Run a model on Long-RVOS, videos of a minute: J, F, tIoU and vIoU of all sentences and of each type.
+
+    Memory does not grow with a video's length. Started by torchrun, processes and machines share the videos; --out must be a
+    folder that all of them see.
+    """
+    from refsam.data import open_dataset
+    from refsam.evaluation.runners.inference import find_rules
+    from refsam.evaluation.runners.long_rvos import LongRvos
+
+    dataset = _chosen(open_dataset("long-rvos", root, split), videos)
+    benchmark = LongRvos(f"Long-RVOS {split}", dataset, None, dataset.truth)
+    _run(benchmark, find_rules(inference), out, model, device, dtype, missing, 1)
+
+
+@with_model
 def folder(
     root: RootOption,
     out: RunFolderOption,

@@ -1,0 +1,101 @@
+"""Long-RVOS (arXiv 2505.12702): videos of a minute; an object has a folder of masks, without files where it is not seen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refsam.data.dataset import Expression, Mask, ReferringDataset
+from refsam.data.listings import (
+    FrameFolder,
+    Part,
+    check_split,
+    demand_parts,
+    read_videos,
+    records,
+)
+from refsam.data.masks import read_numbers
+
+SPLITS = ("train", "valid", "test")
+_SITE = "https://huggingface.co/datasets/iSEE-Laboratory/Long-RVOS"
+OFFICIAL_VIDEOS = {"train": 1855, "valid": 112, "test": 226}
+
+
+@dataclass(frozen=True)
+class ObjectFolders:
+    """PNGs `<folder>/<video>/<object>/<frame>.png`, not 0 where the object is; a file that is not there is an empty mask."""
+
+    folder: Path
+
+    def __call__(self, expression: Expression, frame: str, size: tuple[int, int]) -> Mask | None:
+        """The union of the expression's objects; None if the dataset does not tell these."""
+        if expression.object_ids is None:
+            return None
+        files = [self.file(expression.video, number, frame) for number in expression.object_ids]
+        masks = [read_numbers(path) != 0 for path in files if path.is_file()]
+        return np.logical_or.reduce(masks) if masks else np.zeros(size, bool)
+
+    def has(self, expression: Expression, frame: str) -> bool:
+        """Whether the expression's objects have folders."""
+        numbers = expression.object_ids or ()
+        return all((self.folder / expression.video / str(n)).is_dir() for n in numbers)
+
+    def file(self, video: str, number: int, frame: str) -> Path:
+        """Where an object's mask is, if it is to be seen."""
+        return self.folder / video / str(number) / f"{frame}.png"
+
+
+def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
+    """The arguments that `open_dataset` takes for each split."""
+    return tuple({"split": split} for split in SPLITS)
+
+
+def parts(name: str, root: Path, split: str) -> dict[str, Part]:
+    """What a split is made of."""
+    return {
+        "expressions": Part(root / split / "meta_expressions.json", _SITE),
+        "frames": Part(root / split / "JPEGImages", _SITE),
+        "masks": Part(root / split / "Annotations", _SITE, needed=split == "train"),
+    }
+
+
+def open_split(name: str, root: Path, split: str) -> ReferringDataset:
+    """One split. Nothing but the lists is held: a video of any length is read frame by frame."""
+    check_split(name, split, SPLITS)
+    places = demand_parts(name, parts(name, root, split))
+    listed = read_videos(places["expressions"])
+    has_truth = places["masks"].is_dir()
+    videos, sentences = records(places["expressions"], listed, list(listed), has_truth, _objects)
+    notes = () if has_truth else (f"{split}: no truth in {places['masks']}; see {_SITE}",)
+    return ReferringDataset(
+        name,
+        split,
+        root,
+        videos,
+        sentences,
+        FrameFolder(places["frames"]),
+        ObjectFolders(places["masks"]) if has_truth else None,
+        truth=places["masks"] if has_truth else None,
+        listing=places["expressions"],
+        notes=notes,
+    )
+
+
+def sentence_types(dataset: ReferringDataset) -> dict[tuple[str, str], str]:
+    """static, dynamic or hybrid by (video, expression), of those that tell."""
+    assert dataset.listing is not None  # open_split names it
+    return {
+        (video, number): str(entry["type"])
+        for video, content in read_videos(dataset.listing).items()
+        for number, entry in content["expressions"].items()
+        if "type" in entry
+    }
+
+
+def _objects(entry: Mapping[str, Any]) -> tuple[int, ...] | None:
+    if "obj_id" not in entry:
+        return None
+    numbers = entry["obj_id"]
+    return tuple(int(n) for n in (numbers if isinstance(numbers, list) else [numbers]))
