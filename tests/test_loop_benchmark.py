@@ -13,7 +13,9 @@ from benchmarks.end_to_end import loop
 from benchmarks.end_to_end.per_expression import PerExpressionLoop
 from benchmarks.report import tables
 from refsam import RefSAM, VideoSession
+from refsam.data.generated import generate_clip
 from tests.tiny_model import tiny_model
+from tests.video.clips import encode_video
 
 EXPRESSIONS = ("the red ball", "the small blue circle on the left")
 SIZE = (48, 64)
@@ -27,7 +29,7 @@ def model() -> RefSAM:
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("clip") / "clip.mp4"
-    loop.write_clip(path, 3, SIZE)
+    encode_video(path, generate_clip(seed=0, frames=3, size=SIZE).frames.numpy())
     return path
 
 

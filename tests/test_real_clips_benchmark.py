@@ -1,11 +1,11 @@
 """The comparison on real clips, on painted ones: what it takes for coloured, and what it reports."""
 
-import av
 import numpy as np
 import pytest
 
 from benchmarks.end_to_end.real_clips import ROOT, coloured, mean, score, table, weights_at
 from refsam.model import RefSAM
+from tests.video.clips import encode_video
 
 COLOURS = {"red": (220, 20, 30), "yellow": (230, 200, 20), "green": (30, 160, 70)}
 COLOURS |= {"blue": (25, 70, 200), "blue trousers": (30, 70, 160)}
@@ -43,12 +43,7 @@ def test_scores_every_sentence_of_both_clips(tmp_path):
     blocks = painted(*((name, *place) for name, place in zip(COLOURS, places, strict=False)))
     trousers = painted(("blue trousers", slice(20, 100), slice(30, 110)))
     for name, frame in (("dog", trousers), ("blocks", blocks)):
-        with av.open(str(tmp_path / f"{name}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=30)
-            stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
-            for _ in range(9):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
+        encode_video(tmp_path / f"{name}.mp4", [frame] * 9)
     rows = score(RefSAM.from_pretrained("nano").eval(), tmp_path)
     jeans = next(row for row in rows if row["sentence"] == "the blue jeans")
     assert jeans["clip"] == "dog" and jeans["J"] > 0.8

@@ -37,14 +37,11 @@ def stages(clip: Path, expression: str) -> dict[str, float]:
     """Core-milliseconds of each stage of a frame."""
     import torch
 
-    from refsam.cli.options import ModelChoice
-    from refsam.cli.segment import load_session
+    from refsam import RefSAM
     from refsam.video import draw_overlay, open_source
     from refsam_kernels import mask_postprocess
 
-    # Threads and memory as the command has them.
-    session, _ = load_session(ModelChoice("nano"), [], "cpu", "auto")
-    model = session.model
+    model: Any = RefSAM.from_pretrained("nano").eval().optimize()
     found: dict[str, float] = {}
 
     def measured(name: str, work: Callable[[], Any]) -> Any:
@@ -136,7 +133,10 @@ def measure_in(tree: Path, folder: Path, expression: str) -> dict[str, float]:
     """One round in a process of a tree; compiled libraries are this tree's."""
     libraries = os.environ.get("REFSAM_LIBRARIES", str(ROOT / "kernels" / "refsam_kernels"))
     paths = os.pathsep.join(map(str, (tree, tree / "kernels")))
-    variables = {"PYTHONPATH": paths, "REFSAM_LIBRARIES": libraries, "OMP_WAIT_POLICY": "PASSIVE"}
+    # Threads and memory as the command has them on two cores, without the modules that set them: old trees lack those.
+    variables = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+    variables |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+    variables |= {"PYTHONPATH": paths, "REFSAM_LIBRARIES": libraries}
     words = [sys.executable, __file__, "--measure", str(folder), "--expression", expression]
     done = subprocess.run(
         words, cwd=tree, env=os.environ | variables, check=True, stdout=subprocess.PIPE, text=True

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import av
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ from refsam import RefSAM
 from refsam.data.generated import generate_clip
 from refsam.video import open_source, read_image
 from tests.sam_modeling import randomise
+from tests.video.clips import encode_video
 
 SIZE = (720, 1280)
 LOOP, OURS = "per-expression loop", "refsam segment"
@@ -203,17 +203,6 @@ def times_of(samples: list[dict[str, float]], baseline_ms: float) -> dict[str, A
     }
 
 
-def write_clip(path: Path, frames: int, size: tuple[int, int]) -> None:
-    """A generated clip as H.264."""
-    clip = generate_clip(seed=0, frames=frames, size=size)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=30)
-        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
-        for image in clip.frames.numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints and writes one JSON line for each row; returns 1 if masks were wrong."""
     parser = argparse.ArgumentParser(
@@ -236,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder) / "clip.mp4"
-        write_clip(clip, options.frames, SIZE)
+        encode_video(clip, generate_clip(seed=0, frames=options.frames, size=SIZE).frames.numpy())
         for row in measure(model, clip, SENTENCES[: options.expressions], options.rounds):
             rows.append(row | {"provenance": origin})
             print(table_line(row), flush=True)

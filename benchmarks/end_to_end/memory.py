@@ -9,12 +9,12 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
 
@@ -24,6 +24,7 @@ from refsam.runtime.malloc import keep_freed_memory
 from refsam.runtime.threads import choose_threads
 from refsam.session import prefetch_frames
 from refsam.video import ResultWriter, open_source
+from tests.video.clips import encode_video
 
 FRAMES, EVERY, SETTLED = 10_000, 100, 1000
 SIZE = (180, 320)
@@ -31,22 +32,17 @@ EXPRESSIONS = ("the red circle", "the blue square")
 RATE = Fraction(30)
 
 
-def write_clip(path: Path, frames: int) -> None:
-    """A clip of a red and a blue block that cross a drifting texture."""
+def pictures(frames: int) -> Iterator[np.ndarray]:
+    """A red and a blue block that cross a drifting texture."""
     height, width = SIZE
     texture = np.random.default_rng(0).integers(0, 160, (height // 4, width // 2, 3), np.uint8)
     texture = texture.repeat(4, axis=0).repeat(4, axis=1)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=RATE)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.options = {"preset": "ultrafast"}
-        for index in range(frames):
-            image = texture[:, index % width :][:, :width].copy()
-            left = 2 * index % (width - 60)
-            image[30:90, left : left + 60] = (230, 30, 30)
-            image[100:150, width - left - 50 : width - left] = (30, 30, 230)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
+    for index in range(frames):
+        image = texture[:, index % width :][:, :width].copy()
+        left = 2 * index % (width - 60)
+        image[30:90, left : left + 60] = (230, 30, 30)
+        image[100:150, width - left - 50 : width - left] = (30, 30, 230)
+        yield image
 
 
 def resident_bytes() -> int:
@@ -58,7 +54,7 @@ def resident_bytes() -> int:
 def run(model: RefSAM, frames: int, folder: Path) -> list[dict[str, float]]:
     """Segment the clip as the command does; one row for every EVERY frames."""
     clip = folder / "clip.mp4"
-    write_clip(clip, frames)
+    encode_video(clip, pictures(frames), preset="ultrafast")
     session = VideoSession(model.optimize(), EXPRESSIONS)
     rows, most = [], 0
     with open_source(clip) as source:

@@ -14,10 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import av
-
 from benchmarks.provenance import collect
 from refsam.data.generated import generate_clip
+from tests.video.clips import encode_video
 
 RUNS = 3
 FRAMES = 240
@@ -28,13 +27,7 @@ def write_clip(path: Path, frames: int = FRAMES) -> str:
     """Write a 720p clip at 30 frames/s; returns an expression about it."""
     clip = generate_clip(seed=0, frames=_DISTINCT, size=(720, 1280), kinds=("colour",))
     order = [*range(_DISTINCT), *reversed(range(_DISTINCT))]
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=30)
-        stream.width, stream.height, stream.pix_fmt = 1280, 720, "yuv420p"
-        for index in range(frames):
-            image = clip.frames[order[index % len(order)]].numpy()
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
+    encode_video(path, (clip.frames[order[i % len(order)]].numpy() for i in range(frames)))
     return clip.expressions[0]
 
 

@@ -20,6 +20,7 @@ from refsam.checkpoint.files import (
     read_sam,
     resize_positions,
     resolve_directory,
+    tensors_sha256,
     write_checkpoint,
 )
 from refsam.checkpoint.foreign import read_torch_file
@@ -44,6 +45,7 @@ __all__ = [
     "read_torch_file",
     "resize_positions",
     "resolve_directory",
+    "tensors_sha256",
     "text_encoder_entries",
     "write_checkpoint",
 ]

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from refsam.checkpoint import tensors_sha256
 from refsam.errors import UserError
 from refsam.model import RefSAM
 from refsam.runtime.files import only_writer
@@ -40,7 +41,7 @@ from refsam.training.optim import (
 )
 from refsam.training.settings import TrainingSettings
 from refsam.training.start import build_model, check_sentences, every_sentence, validated_on
-from refsam.training.state import Progress, digest, read_state, write_state
+from refsam.training.state import Progress, read_state, write_state
 from refsam.training.validation import open_clips
 from refsam.training.validator import Validator
 
@@ -95,7 +96,7 @@ class Trainer:
         frozen = {n: p for n, p in self.model.named_parameters() if not p.requires_grad}
         self.accumulation = settings.optimiser.gradient_accumulation_steps
         self.progress = Progress(
-            frozen=digest(frozen),
+            frozen=tensors_sha256(frozen),
             threads=torch.get_num_threads(),
             processes=self.processes.count,
             batches=self.accumulation * self.processes.count,

@@ -1,6 +1,5 @@
 """The resumable state of a run: one safetensors file, the one before it, and a checksum that tells a damaged one."""
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -8,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from refsam.checkpoint import tensors_sha256
 from refsam.errors import UserError
 from refsam.runtime.files import follow_umask
 
@@ -65,7 +64,7 @@ def write_state(
     metadata = {
         "progress": json.dumps(asdict(progress)),
         "configuration": json.dumps(dict(configuration)),
-        "digest": digest(tensors),
+        "digest": tensors_sha256(tensors),
     }
     try:
         save_file(dict(tensors), temporary, metadata)
@@ -114,17 +113,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Progress, dict[str, Any]]:
     with safe_open(path, "pt") as file:
         metadata: dict[str, Any] = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    if digest(tensors) != metadata["digest"]:
+    if tensors_sha256(tensors) != metadata["digest"]:
         raise ValueError("its checksum differs")
     configuration = json.loads(metadata.get("configuration", "{}"))
     return tensors, Progress(**json.loads(metadata["progress"])), configuration
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values of tensors, in the order of their names."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return total.hexdigest()

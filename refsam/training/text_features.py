@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from refsam.checkpoint import tensors_sha256
 from refsam.model.pretrained_text_encoder import PretrainedTextEncoder
 from refsam.model.text_encoder import CachedTextEncoder, EncodedText
 from refsam.runtime.files import only_writer, replace_file
-from refsam.training.state import digest
 
 _IN_MEMORY = 4096
 
@@ -109,13 +109,13 @@ def identity(encoder: CachedTextEncoder) -> str:
     if not isinstance(encoder, PretrainedTextEncoder):
         tokenizer = getattr(encoder, "tokenizer", None)
         words = tokenizer.to_str() if tokenizer is not None else ""
-        weights = digest(encoder.state_dict())
+        weights = tensors_sha256(encoder.state_dict())
         return f"small-{hashlib.sha256((words + weights).encode()).hexdigest()[:32]}"
     source = encoder.source()
     if source.sha256 is None:  # not on this machine yet, or in several files
         _, loaded = encoder.load()
         source = encoder.source()
-    weights = source.sha256 or digest(loaded.state_dict())
+    weights = source.sha256 or tensors_sha256(loaded.state_dict())
     return f"{encoder.name.strip('/').replace('/', '--')}-{weights[:32]}"
 
 

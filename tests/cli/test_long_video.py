@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 
 from tests.tiny_model import tiny_model
+from tests.video.clips import encode_video
 
 CEILING = 900  # MiB in all: torch alone takes 250
 GROWTH = 40  # MiB from ten seconds to three minutes, in which keeping 5100 masks would take 4500
@@ -25,16 +25,9 @@ def write_noise(path: Path, seconds: int) -> Path:
     """720p at 30 frames/s: a drifting texture that is not free to encode."""
     texture = np.random.default_rng(0).integers(0, 256, (90, 160 + 64, 3), np.uint8)
     texture = texture.repeat(8, axis=0).repeat(8, axis=1)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=30)
-        stream.height, stream.width, stream.pix_fmt = 720, 1280, "yuv420p"
-        stream.options = {"preset": "ultrafast"}
-        for index in range(30 * seconds):
-            start = index % 512
-            picture = np.ascontiguousarray(texture[:, start : start + 1280])
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-    return path
+    starts = (index % 512 for index in range(30 * seconds))
+    pictures = (np.ascontiguousarray(texture[:, start : start + 1280]) for start in starts)
+    return encode_video(path, pictures, preset="ultrafast")
 
 
 def peak_memory(source: Path, checkpoint: Path, out: Path) -> int:

@@ -1,8 +1,9 @@
 """Small videos with a known picture, written by FFmpeg."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -24,23 +25,38 @@ def write_video(
     *,
     frames: int = 12,
     size: tuple[int, int] = (48, 64),
-    pixel_format: str = "yuv420p",
     rate: int = 25,
+    **more: Any,
+) -> Path:
+    """Write `frames` known pictures; `more` is as for `encode_video`."""
+    return encode_video(path, (picture(i, *size) for i in range(frames)), codec, rate=rate, **more)
+
+
+def encode_video(
+    path: Path,
+    images: Iterable[np.ndarray],
+    codec: str = "libx264",
+    *,
+    rate: int = 30,
+    pixel_format: str = "yuv420p",
     times: Sequence[int] | None = None,
     rotation: int = 0,
+    preset: str | None = None,
     options: dict[str, str] | None = None,
 ) -> Path:
-    """Write `frames` pictures; `times` are milliseconds, `rotation` degrees counter-clockwise."""
+    """Write images (H, W, 3) uint8 RGB; `times` are milliseconds, `rotation` degrees counter-clockwise."""
     with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=rate)
-        stream.height, stream.width = size
         stream.pix_fmt = pixel_format
+        if preset is not None:
+            stream.options = {"preset": preset}
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         if rotation:
             stream.set_display_rotation(rotation)
-        for index in range(frames):
-            frame = av.VideoFrame.from_ndarray(picture(index, *size), format="rgb24")
+        for index, image in enumerate(images):
+            stream.height, stream.width = image.shape[:2]
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             if times is not None:
                 frame.pts, frame.time_base = times[index], Fraction(1, 1000)
             container.mux(stream.encode(frame))

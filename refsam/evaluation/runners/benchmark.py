@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from refsam.checkpoint import tensors_sha256
 from refsam.data import Expression, ReferringDataset, VideoRecord
 from refsam.evaluation.reports.masks import provenance_section
 from refsam.evaluation.reports.provenance import installed, provenance
@@ -128,7 +129,7 @@ class Runner:
         return {
             "refsam": installed("refsam"),
             "protocol": self.rules.name,
-            "weights_sha256": weights_sha256(self.model),
+            "weights_sha256": tensors_sha256(self.model.state_dict()),
             "text_encoder": str(text_encoder or "in the checkpoint"),
             "image_size": self.model.image_size,
             "device": self.model.device.type,
@@ -237,15 +238,6 @@ def evaluate(
 def shard_of(benchmark: Benchmark, shard: Shard) -> list[Unit]:
     """The units that a process does."""
     return shard.of(benchmark.units, lambda unit: unit.cost)
-
-
-def weights_sha256(model: PromptedSAM) -> str:
-    """SHA-256 over the names, types, shapes and bytes of a model's tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 @cache
