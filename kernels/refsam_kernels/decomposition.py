@@ -30,8 +30,6 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 def _formula(dispatcher: Dispatcher) -> Callable[..., Any]:
     """The forward of the operator's reference on all arguments but the last, `backend`."""
     module: Any = dispatcher.module("reference")
-    if dispatcher.inputs is None:
-        return lambda *arguments: module.forward(*arguments[:-1])
 
     def formula(*arguments: Any) -> Any:
         outputs = module.forward(dispatcher.inputs(*arguments[:-1]))

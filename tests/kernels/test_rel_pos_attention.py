@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from refsam_kernels import rel_pos_attention
 from refsam_kernels.core import libraries
 from refsam_kernels.rel_pos_attention import fallback, windows
-from refsam_kernels.rel_pos_attention.regions import regions
+from refsam_kernels.rel_pos_attention.inputs import Inputs
+from refsam_kernels.rel_pos_attention.window_groups import window_groups
 from tests.kernels import operator_checks as checks
 from tests.kernels.rel_pos_attention_cases import RelPosAttentionCases, make_inputs, operator_of
 from tests.sam_modeling import load_sam_modeling, randomise
@@ -246,9 +247,9 @@ def test_fallback_never_holds_many_scores() -> None:
     case = (1, 64, 64, 2, 4, 0)
     tensors = [tensor.float() for tensor in make_inputs(*case).values()]
     with LargestTensor() as largest:
-        out, log_sum_exp = fallback.forward(*tensors, 2, 0, "bias")
-        needs = [True] * 4
-        fallback.backward(out, *tensors, out, log_sum_exp, 2, 0, "bias", needs)
+        inputs = Inputs(*tensors, 2, 0, "bias")
+        outputs = fallback.forward(inputs)
+        fallback.backward(inputs, outputs, [outputs.out], [True] * 4)
     assert largest.elements <= max(windows.SCORES["cpu"], 2 * 64 * 64 * 64)
 
 
@@ -264,15 +265,15 @@ def test_parts_of_another_size_change_nothing(monkeypatch: pytest.MonkeyPatch) -
 
 @given(h=st.integers(1, 40), w=st.integers(1, 40), window=st.integers(0, 20))
 @settings(deadline=None, max_examples=60, derandomize=True)
-def test_regions_tile_the_grid(h: int, w: int, window: int) -> None:
+def test_window_groups_tile_the_grid(h: int, w: int, window: int) -> None:
     """Every token is a query once, and only of windows that hold it."""
     grid = torch.zeros(1, h, w, 1, 1)
-    found = list(regions(h, w, window, "bias"))
-    for region in found:
-        region.places(grid).add_(1)
-        assert (region.key_height, region.key_width) == (window or h, window or w)
-        assert region.height <= region.key_height
-        assert region.width <= region.key_width
+    found = list(window_groups(h, w, window, "bias"))
+    for group in found:
+        group.view(grid).add_(1)
+        assert (group.key_height, group.key_width) == (window or h, window or w)
+        assert group.height <= group.key_height
+        assert group.width <= group.key_width
     assert torch.equal(grid, torch.ones_like(grid))
     assert len(found) <= 4
 

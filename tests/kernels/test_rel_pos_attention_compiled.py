@@ -14,6 +14,7 @@ from refsam_kernels import rel_pos_attention
 from refsam_kernels.core import libraries
 from refsam_kernels.core.dispatch import BackendError
 from refsam_kernels.rel_pos_attention import reference
+from refsam_kernels.rel_pos_attention.inputs import Inputs
 from tests.heap import bytes_left_by
 from tests.kernels import operator_checks as checks
 
@@ -104,7 +105,7 @@ def test_matches_reference_at_any_size(data: st.DataObject) -> None:
     inputs = make_inputs(sizes)
     options = (sizes[3], sizes[5], data.draw(st.sampled_from(["bias", "mask"])))
     found = libraries.load("cpu").rel_pos_attention(*inputs.values(), *options, "")
-    wanted = reference.forward(*(tensor.double() for tensor in inputs.values()), *options)
+    wanted = reference.forward(Inputs(*(x.double() for x in inputs.values()), *options))
     for name, got, exact in zip(("output", "log_sum_exp"), found, wanted, strict=True):
         checks.assert_close(name, got, exact, 1e-5)
 

@@ -1,4 +1,4 @@
-"""token_image_attention: equal to segment-anything's attention blocks, the folded form, and its place among torch's tools.
+"""token_image_attention: equal to segment-anything's attention blocks, absorbed weights, and its place among torch's tools.
 
 What all backends share is in `token_image_attention_cases`.
 """
@@ -61,7 +61,7 @@ FOLDED = {  # queries, keys, heads, lengths given, dtype; the projection has 16 
 @pytest.mark.parametrize(
     ("queries", "keys", "heads", "padded", "dtype", "expected"), FOLDED.values(), ids=FOLDED
 )
-def test_few_tokens_are_folded(
+def test_few_tokens_absorb_the_weights(
     queries: int,
     keys: int,
     heads: int,
@@ -74,16 +74,16 @@ def test_few_tokens_are_folded(
     inputs = {name: t.to(dtype) for name, t in make_inputs(3, queries, keys, 32, 16, 1).items()}
     if padded:
         inputs["key_lengths"] = 1 + torch.arange(3) % keys
-    rule, answers = fallback.is_cheaper_folded, []
+    rule, answers = fallback.is_cheaper_absorbed, []
 
     def recorded(*arguments: Any) -> bool:
         answers.append(rule(*arguments))
         return answers[-1]
 
-    monkeypatch.setattr(fallback, "is_cheaper_folded", recorded)
+    monkeypatch.setattr(fallback, "is_cheaper_absorbed", recorded)
     with torch.no_grad():
         found = attention(num_heads=heads, backend="fallback", **inputs)
-        monkeypatch.setattr(fallback, "is_cheaper_folded", lambda *_: False)
+        monkeypatch.setattr(fallback, "is_cheaper_absorbed", lambda *_: False)
         wanted = attention(num_heads=heads, backend="fallback", **inputs)
     assert answers == [expected]
     assert torch.equal(found, wanted) is not expected

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from refsam_kernels import AttentionWeights, token_image_attention
-from refsam_kernels.token_image_attention.outputs import Outputs
+from refsam_kernels.token_image_attention.inputs import Outputs
 from tests.kernels import operator_checks as checks
 from tests.kernels.backend_cases import BackendCases, Size
 from tests.kernels.interpreter import on_device

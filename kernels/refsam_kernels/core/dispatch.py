@@ -87,7 +87,7 @@ class Dispatcher:
 
     known: ClassVar[dict[str, "Dispatcher"]] = {}
 
-    def __init__(self, operator: str, inputs: Any = None, package: str | None = None) -> None:
+    def __init__(self, operator: str, inputs: Any, package: str | None = None) -> None:
         self.operator, self.inputs = operator, inputs
         self.package = package or f"{__package__.rpartition('.')[0]}.{operator}"
         self._exists: dict[str, bool] = {}
@@ -141,8 +141,6 @@ class Dispatcher:
             return [f"has no {direction}"]
         prefix = "" if direction == "forward" else f"{direction}_"
         explain = getattr(module, f"{prefix}not_supported_reasons", None)
-        if self.inputs is None:
-            return explain(*arguments) if explain is not None else []
         if explain is None and direction == "backward":
             explain = getattr(module, "not_supported_reasons", None)
         return explain(arguments[0]) if explain is not None else []
@@ -161,7 +159,7 @@ class Dispatcher:
                 explanation = "; ".join(reasons)
                 raise BackendError(f"{self.operator}: backend {name!r} cannot run: {explanation}")
         refusals = []
-        for chosen in order_of(self.operator, direction, values_of(arguments), tuple(BACKENDS)):
+        for chosen in order_of(self.operator, direction, arguments[0], tuple(BACKENDS)):
             candidate = BACKENDS[chosen]
             if not candidate.automatic or not self.exists(candidate.name):
                 continue
@@ -204,16 +202,9 @@ class Dispatcher:
             return getattr(module, direction)(*arguments)
 
 
-def values_of(arguments: Sequence[Any]) -> Sequence[Any]:
-    """A call's inputs: the bundle if it has one, else all arguments."""
-    first = arguments[0]
-    return first if isinstance(first, tuple) else arguments
-
-
 def device_of(arguments: Sequence[Any]) -> torch.device:
-    """The device of the first tensor, that of a bundle included."""
-    values = values_of(arguments)
-    return next(value.device for value in values if isinstance(value, torch.Tensor))
+    """The device of the first tensor of the bundle, which comes first."""
+    return next(value.device for value in arguments[0] if isinstance(value, torch.Tensor))
 
 
 def device_type_of(arguments: Sequence[Any]) -> str:

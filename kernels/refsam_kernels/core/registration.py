@@ -281,71 +281,6 @@ def same(result: Any) -> Any:
     return result
 
 
-class FlatOperator:
-    """One operator `refsam_kernels::<name>` and its backward `refsam_kernels::<name>_backward`.
-
-    Its backends are modules of `package`, `refsam_kernels.<name>` if not given.
-    """
-
-    def __init__(self, name: str, package: str | None = None) -> None:
-        self.name = name
-        self.dispatcher = Dispatcher(name, None, package)
-        self.is_differentiable = False
-
-    def forward(self, fake: Callable[..., Any]) -> Callable[..., Any]:
-        """Registers the forward and returns it.
-
-        The decorated function gives the schema and is the fake; its last argument is `backend`.
-        """
-        return refusing_tangents(self, self._register(self.name, "forward", fake))
-
-    def backward(self, fake: Callable[..., Any]) -> Callable[..., Any]:
-        """Registers the backward in the same way; its own derivative raises `RuntimeError`."""
-        backward = self._register(f"{self.name}_backward", "backward", fake)
-
-        def refuse(ctx: Any, *grads: Tensor) -> None:
-            raise RuntimeError(f"{NAMESPACE}::{self.name}: second derivatives are not supported")
-
-        register_autograd(f"{NAMESPACE}::{self.name}_backward", refuse, lib=LIBRARY)
-        return backward
-
-    def further(self, function: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-        """Registers `refsam_kernels::<name>_<function>`, which backends hold as `function`; without a derivative."""
-        return self._register(f"{self.name}_{function}", function, fake)
-
-    def _register(self, name: str, direction: str, fake: Callable[..., Any]) -> Any:
-        def implementation(*arguments: Any) -> Any:
-            return self.dispatcher.run(direction, arguments[:-1], arguments[-1])
-
-        LIBRARY.define(name + infer_schema(fake, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
-        LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-        register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-        return getattr(getattr(torch.ops, NAMESPACE), name).default
-
-    def differentiate(self, save: Callable[..., None], gradients: Callable[..., Any]) -> None:
-        """Registers the derivative by `save(ctx, inputs, output)` and `gradients(ctx, *grads)`.
-
-        They are what `torch.library.register_autograd` calls `setup_context` and `backward`.
-        `ctx.backend` is the backend that the caller asked for by name, or "": the backward can run
-        on another thread, or after a `use_backend` block, and still keeps to it. The gradient of an
-        output that nothing was made of is None, not of all outputs at once.
-        """
-
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.backend = requested_backend(self.name, inputs[-1])
-            ctx.set_materialize_grads(False)  # else autograd makes zeros for all that is saved
-            save(ctx, inputs, output)
-
-        def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            if all(grad is None for grad in grads):
-                return (None,) * len(ctx.needs_input_grad)
-            return gradients(ctx, *grads)
-
-        self.is_differentiable = True
-        name = f"{NAMESPACE}::{self.name}"
-        register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
-
-
 def refusing_tangents(owner: Any, operator: Callable[..., Any]) -> Callable[..., Any]:
     """The operator, which raises `RuntimeError` where a forward-mode derivative is wanted: torch would take it to be zero."""
 
@@ -374,11 +309,6 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     """The tensor, or in its place one without elements, since an operator cannot return None."""
     return like.new_empty(0) if tensor is None else tensor
-
-
-def or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
-    """The gradient that autograd gives for an output, or, where it gives none, zeros of the shape and dtype of `like`."""
-    return torch.zeros_like(like) if grad is None else grad
 
 
 def empty_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:

@@ -13,19 +13,12 @@ from torch import Tensor
 
 from refsam_kernels.core.chunking import chunks
 from refsam_kernels.core.index_checks import valid_positions
+from refsam_kernels.dense_attention.inputs import Inputs
 
 
-def forward(
-    features: Tensor,
-    text: Tensor,
-    lengths: Tensor,
-    image_index: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    level_weights: Tensor,
-) -> Tensor:
+def forward(inputs: Inputs) -> Tensor:
     """Like `reference.forward`: products in the dtype of the features, softmax in float32 at least."""
+    features, text, lengths, image_index, weight, bias, scale, level_weights = inputs
     text, valid = _without_padding(text, lengths)
     own, attended = weight.chunk(2, dim=1)
     bias = bias * level_weights.sum().to(bias.dtype)
@@ -41,18 +34,11 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    features: Tensor,
-    text: Tensor,
-    lengths: Tensor,
-    image_index: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    level_weights: Tensor,
-    needs: Sequence[bool],
+    inputs: Inputs, outputs: None, grads: Sequence[Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """Like `reference.backward`; the attention is computed again."""
+    features, text, lengths, image_index, weight, bias, scale, level_weights = inputs
+    (grad,) = grads
     text, valid = _without_padding(text, lengths)
     shares = level_weights.to(torch.promote_types(text.dtype, torch.float32))
     own, attended = weight.chunk(2, dim=1)

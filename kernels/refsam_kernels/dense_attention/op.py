@@ -1,7 +1,5 @@
 """Hierarchical dense attention: every pixel looks at the words, at every level, for every expression."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,55 +11,18 @@ from refsam_kernels.core.checks import (
     require,
 )
 from refsam_kernels.core.index_checks import check_range
-from refsam_kernels.core.registration import FlatOperator, drop_skipped, empty_gradients
+from refsam_kernels.core.registration import Operator
+from refsam_kernels.dense_attention.inputs import Inputs
 
-operator = FlatOperator("dense_attention")
+operator = Operator("dense_attention", Inputs)
 
 
 @operator.forward
-def _forward(
-    features: Tensor,
-    text: Tensor,
-    lengths: Tensor,
-    image_index: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    level_weights: Tensor,
-    backend: str,
-) -> Tensor:
-    return features.new_empty(text.shape[0], features.shape[2], features.shape[3])
+def _forward(inputs: Inputs) -> Tensor:
+    return inputs.features.new_empty(len(inputs.text), *inputs.features.shape[2:])
 
 
-@operator.backward
-def _backward(
-    grad: Tensor,
-    features: Tensor,
-    text: Tensor,
-    lengths: Tensor,
-    image_index: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    level_weights: Tensor,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return empty_gradients((features, text, weight, bias, scale, level_weights), needs)  # type: ignore[return-value]
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:-1])
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad
-    needs = [*wanted[:2], *wanted[4:8]]
-    gradients = drop_skipped(_backward(grad, *ctx.saved_tensors, needs, ctx.backend), needs)
-    return *gradients[:2], None, None, *gradients[2:], None
-
-
-operator.differentiate(_save, _gradients)
+operator.differentiate({"grad": "out"}, frozen=["lengths", "image_index"], as_tuple=True)
 
 
 def dense_attention(
@@ -97,22 +58,13 @@ def dense_attention(
         ValueError: a shape, dtype, device or value does not fit; `BackendError` if the backend cannot run.
     """
     features, text, weight, bias = autocast(features, text, weight, bias)
-    _check(features, text, lengths, image_index, weight, bias, scale, level_weights)
-    return _forward(
-        features, text, lengths, image_index, weight, bias, scale, level_weights, backend or ""
-    )
+    inputs = Inputs(features, text, lengths, image_index, weight, bias, scale, level_weights)
+    _check(inputs)
+    return _forward(*inputs, backend or "")
 
 
-def _check(
-    features: Tensor,
-    text: Tensor,
-    lengths: Tensor,
-    image_index: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    level_weights: Tensor,
-) -> None:
+def _check(inputs: Inputs) -> None:
+    features, text, lengths, image_index, weight, bias, scale, level_weights = inputs
     check_shape("features", features, ("L", "B", "N", "C"))
     levels, images, pixels, channels = features.shape
     shape = f"shape {tuple(features.shape)}"
@@ -127,9 +79,7 @@ def _check(
     check_shape("bias", bias, (channels,))
     check_shape("scale", scale, ())
     check_shape("level_weights", level_weights, (levels,))
-    check_same_device(features=features, text=text, lengths=lengths, image_index=image_index)
-    check_same_device(features=features, weight=weight, bias=bias)
-    check_same_device(features=features, scale=scale, level_weights=level_weights)
+    check_same_device(**inputs._asdict())
     check_same_dtype(features=features, text=text, weight=weight, bias=bias)
     for name, tensor in (("scale", scale), ("level_weights", level_weights)):
         require(tensor.is_floating_point(), name, tensor.dtype, "a floating point dtype")

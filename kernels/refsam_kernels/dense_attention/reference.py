@@ -7,24 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.core.index_checks import valid_positions
-from refsam_kernels.core.registration import gradients_by_vjp
+from refsam_kernels.core.registration import bundle_gradients
+from refsam_kernels.dense_attention.inputs import DIFFERENTIABLE, Inputs
 
 
-def forward(
-    features: Tensor,
-    text: Tensor,
-    lengths: Tensor,
-    image_index: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    level_weights: Tensor,
-) -> Tensor:
+def forward(inputs: Inputs) -> Tensor:
     """Sum over levels of level_weight * (W [F ; softmax(F T^T * scale) T] + b), computed in float32 at least.
 
     features (L, B, N, C), text (P, T, C), lengths (P,), image_index (P,), weight (C, 2C), bias (C,), scale (),
     level_weights (L,) -> (P, N, C) in the dtype of the features.
     """
+    features, text, lengths, image_index, weight, bias, scale, level_weights = inputs
     dtype = torch.promote_types(features.dtype, torch.float32)
     valid = valid_positions(lengths, text.shape[1])
     text = torch.where(valid.unsqueeze(-1), text, 0.0).to(dtype)
@@ -39,29 +32,7 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    features: Tensor,
-    text: Tensor,
-    lengths: Tensor,
-    image_index: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    level_weights: Tensor,
-    needs: Sequence[bool],
+    inputs: Inputs, outputs: None, grads: Sequence[Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    """Gradients to features, text, weight, bias, scale and level_weights for `grad` (P, N, C)."""
-
-    def formula(
-        features: Tensor,
-        text: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        scale: Tensor,
-        level_weights: Tensor,
-    ) -> Tensor:
-        return forward(features, text, lengths, image_index, weight, bias, scale, level_weights)
-
-    return gradients_by_vjp(
-        formula, (features, text, weight, bias, scale, level_weights), needs, (grad,)
-    )
+    """Gradients to features, text, weight, bias, scale and level_weights for the gradient (P, N, C)."""
+    return bundle_gradients(forward, inputs, DIFFERENTIABLE, needs, grads)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.core.chunking import chunks
+from refsam_kernels.mask_loss.inputs import Inputs, Outputs
 from refsam_kernels.mask_postprocess.resize import TwoResizes, two_resizes
 
 
@@ -25,19 +26,12 @@ class Chunk(NamedTuple):
     ignore: Tensor | None
 
 
-def forward(
-    logits: Tensor,
-    targets: Tensor,
-    ignore: Tensor | None,
-    image_size: int,
-    input_size: Sequence[int],
-    alpha: float,
-    gamma: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs) -> Outputs:
     """Like `reference.forward`."""
-    resizes = _resizes(logits, targets, image_size, input_size)
+    logits, targets, ignore, _, _, alpha, gamma = inputs
+    resizes = _resizes(inputs)
     totals = logits.new_zeros(5, len(logits))
-    for chunk in _chunks(resizes, logits, targets, ignore):
+    for chunk in _chunks(resizes, inputs):
         x, target = chunk.x, chunk.target
         probability = torch.sigmoid(x)
         focal = _balance(target, alpha) * _error(probability, target) ** gamma
@@ -52,30 +46,23 @@ def forward(
     totals[4] = targets[0].numel() if ignore is None else (~ignore).sum(dim=(1, 2))
     focal, intersection, probabilities, inside, pixels = totals
     dice = 1 - (2 * intersection + 1) / (probabilities + inside + 1)
-    return focal / pixels.clamp(min=1), dice, totals[1:].clone()
+    return Outputs(focal / pixels.clamp(min=1), dice, totals[1:].clone())
 
 
 def backward(
-    grad_focal: Tensor,
-    grad_dice: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    ignore: Tensor | None,
-    sums: Tensor,
-    image_size: int,
-    input_size: Sequence[int],
-    alpha: float,
-    gamma: float,
-) -> Tensor:
+    inputs: Inputs, outputs: Outputs, grads: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor]:
     """Like `reference.backward`; the resized logits are computed again, chunk by chunk."""
-    resizes = _resizes(logits, targets, image_size, input_size)
-    intersection, probabilities, inside, pixels = sums.view(4, -1, 1, 1)
+    logits, targets, _, _, _, alpha, gamma = inputs
+    grad_focal, grad_dice = grads
+    resizes = _resizes(inputs)
+    intersection, probabilities, inside, pixels = outputs.sums.view(4, -1, 1, 1)
     grad_focal = grad_focal.view(-1, 1, 1) / pixels.clamp(min=1)
     denominator = probabilities + inside + 1
     grad_outside = grad_dice.view(-1, 1, 1) * (2 * intersection + 1) / denominator**2
     grad_inside = grad_dice.view(-1, 1, 1) * -2 / denominator
     grad_rows = logits.new_empty(len(logits), targets.shape[1], logits.shape[2])
-    for chunk in _chunks(resizes, logits, targets, ignore):
+    for chunk in _chunks(resizes, inputs):
         target, masks = chunk.target, chunk.masks
         probability = torch.sigmoid(chunk.x)
         slope = probability * (1 - probability)
@@ -85,20 +72,18 @@ def backward(
         if chunk.ignore is not None:
             grad_x.masked_fill_(chunk.ignore, 0.0)
         grad_rows[masks, chunk.rows] = resizes.columns_transposed(grad_x)
-    return resizes.rows_transposed(grad_rows)
+    return [resizes.rows_transposed(grad_rows)]
 
 
-def _resizes(
-    logits: Tensor, targets: Tensor, image_size: int, input_size: Sequence[int]
-) -> TwoResizes:
-    low, size = tuple(logits.shape[1:]), tuple(targets.shape[1:])
-    return two_resizes(low, image_size, tuple(input_size), size, logits.dtype, logits.device)
+def _resizes(inputs: Inputs) -> TwoResizes:
+    logits, input_size = inputs.logits, tuple(inputs.input_size)
+    low, size = tuple(logits.shape[1:]), tuple(inputs.targets.shape[1:])
+    return two_resizes(low, inputs.image_size, input_size, size, logits.dtype, logits.device)
 
 
-def _chunks(
-    resizes: TwoResizes, logits: Tensor, targets: Tensor, ignore: Tensor | None
-) -> Iterator[Chunk]:
+def _chunks(resizes: TwoResizes, inputs: Inputs) -> Iterator[Chunk]:
     """Walks over masks and rows so that a chunk has about as many pixels as the device likes."""
+    logits, targets, ignore, *_ = inputs
     count, height, width = targets.shape
     for masks in chunks(count, height * width, logits.device):
         resized_rows = resizes.rows(logits[masks])

@@ -1,67 +1,26 @@
 """Focal and dice loss of mask logits against targets of another size."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from refsam_kernels.core.checks import check_same_device, check_shape, require
 from refsam_kernels.core.index_checks import check_finite, check_range
-from refsam_kernels.core.registration import FlatOperator, or_zeros
+from refsam_kernels.core.registration import Operator
+from refsam_kernels.mask_loss.inputs import Inputs, Outputs
 from refsam_kernels.mask_postprocess.op import check_resize
 
-operator = FlatOperator("mask_loss")
+operator = Operator("mask_loss", Inputs, Outputs)
 
 
 @operator.forward
-def _forward(
-    logits: Tensor,
-    targets: Tensor,
-    ignore: Tensor | None,
-    image_size: int,
-    input_size: Sequence[int],
-    alpha: float,
-    gamma: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    masks = logits.shape[0]
-    return logits.new_empty(masks), logits.new_empty(masks), logits.new_empty(4, masks)
+def _forward(inputs: Inputs) -> Outputs:
+    logits, masks = inputs.logits, len(inputs.logits)
+    return Outputs(logits.new_empty(masks), logits.new_empty(masks), logits.new_empty(4, masks))
 
 
-@operator.backward
-def _backward(
-    grad_focal: Tensor,
-    grad_dice: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    ignore: Tensor | None,
-    sums: Tensor,
-    image_size: int,
-    input_size: Sequence[int],
-    alpha: float,
-    gamma: float,
-    backend: str,
-) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, targets, ignore, *ctx.settings, _ = inputs
-    ctx.save_for_backward(logits, targets, ignore, output[2])
-    ctx.mark_non_differentiable(output[2])
-
-
-def _gradients(
-    ctx: Any, focal: Tensor | None, dice: Tensor | None, _: None
-) -> tuple[Tensor | None, ...]:
-    *_, sums = saved = ctx.saved_tensors
-    grads = (or_zeros(focal, sums[0]), or_zeros(dice, sums[0]))
-    gradient = _backward(*grads, *saved, *ctx.settings, ctx.backend)
-    return gradient, *(None,) * 7
-
-
-operator.differentiate(_save, _gradients)
+operator.differentiate(
+    {"grad_focal": "focal", "grad_dice": "dice"}, saved=["sums"], frozen=["targets", "ignore"]
+)
 
 
 def mask_loss(
@@ -103,7 +62,7 @@ def mask_loss(
     check_finite("logits", logits)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     settings = (image_size, list(input_size), float(alpha), float(gamma))
-    focal, dice, _ = _forward(logits, targets, ignore, *settings, backend or "")
+    focal, dice, _ = _forward(*Inputs(logits, targets, ignore, *settings), backend or "")
     return focal, dice
 
 

@@ -9,23 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.core.registration import gradients_by_vjp
+from refsam_kernels.core.registration import bundle_gradients
+from refsam_kernels.mask_loss.inputs import Inputs, Outputs
 from refsam_kernels.mask_postprocess.reference import resize_twice
 
 
-def forward(
-    logits: Tensor,
-    targets: Tensor,
-    ignore: Tensor | None,
-    image_size: int,
-    input_size: Sequence[int],
-    alpha: float,
-    gamma: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (P, 4h, 4w), targets (P, H, W), ignore (P, H, W) bool or None -> focal (P,), dice (P,), sums (4, P).
-
-    The sums over the pixels that count: probability * target, probability, target, 1.
-    """
+def forward(inputs: Inputs) -> Outputs:
+    """Logits (P, 4h, 4w), targets (P, H, W), ignore (P, H, W) bool or None -> focal (P,), dice (P,), sums (4, P)."""
+    logits, targets, ignore, image_size, input_size, alpha, gamma = inputs
     x = resize_twice(logits, image_size, input_size, targets.shape[1:])
     target = targets.to(x.dtype)
     counts = torch.ones_like(x)
@@ -45,24 +36,11 @@ def forward(
     inside = target.sum(dim=(1, 2))
     dice = 1 - (2 * intersection + 1) / (probabilities + inside + 1)
     focal = (focal * counts).sum(dim=(1, 2)) / pixels.clamp(min=1)
-    return focal, dice, torch.stack([intersection, probabilities, inside, pixels])
+    return Outputs(focal, dice, torch.stack([intersection, probabilities, inside, pixels]))
 
 
 def backward(
-    grad_focal: Tensor,
-    grad_dice: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    ignore: Tensor | None,
-    sums: Tensor,
-    image_size: int,
-    input_size: Sequence[int],
-    alpha: float,
-    gamma: float,
-) -> Tensor:
-    """Gradient to the logits (P, 4h, 4w) for those of focal and dice, (P,) each."""
-
-    def formula(logits: Tensor) -> tuple[Tensor, ...]:
-        return forward(logits, targets, ignore, image_size, input_size, alpha, gamma)[:2]
-
-    return gradients_by_vjp(formula, (logits,), (True,), (grad_focal, grad_dice))[0]
+    inputs: Inputs, outputs: Outputs, grads: Sequence[Tensor], needs: Sequence[bool]
+) -> Sequence[Tensor]:
+    """The gradient to the logits (P, 4h, 4w) for those of focal and dice, (P,) each."""
+    return bundle_gradients(forward, inputs, ["logits"], needs, grads)

@@ -15,8 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from refsam_kernels.core.triton_aot import CompileCase, Launch
+from refsam_kernels.mask_loss.inputs import Inputs, Outputs
 from refsam_kernels.mask_postprocess.taps import Places, places_of
-from refsam_kernels.mask_postprocess.triton import resize_arguments, resize_reasons, resized_tile
+from refsam_kernels.mask_postprocess.triton import resize_arguments, resize_reasons
+from refsam_kernels.mask_postprocess.triton.kernels import resized_tile
 
 BLOCK_ROWS, BLOCK_COLUMNS = 8, 128  # of the target, forward
 LOW_ROWS, LOW_COLUMNS = 16, 16  # of the logits, backward,
@@ -240,82 +242,47 @@ def _gradient_kernel(
     tl.store(grad + offset, total, mask=inside)
 
 
-def not_supported_reasons(
-    logits: Tensor,
-    targets: Tensor,
-    ignore: Tensor | None,
-    image_size: int,
-    input_size: Sequence[int],
-    alpha: float,
-    gamma: float,
-) -> list[str]:
-    """Why the losses of these cannot be computed here."""
-    height, width = input_size
-    sizes = ([(height, width)], [(targets.shape[1], targets.shape[2])])
-    return resize_reasons(logits, image_size, *sizes)
+def not_supported_reasons(inputs: Inputs) -> list[str]:
+    """Why the kernels cannot compute these."""
+    height, width = inputs.input_size
+    sizes = ([(height, width)], [(inputs.targets.shape[1], inputs.targets.shape[2])])
+    return resize_reasons(inputs.logits, inputs.image_size, *sizes)
 
 
-def backward_not_supported_reasons(
-    grad_focal: Tensor, grad_dice: Tensor, *arguments: Any
-) -> list[str]:
-    """Like `not_supported_reasons`."""
-    logits, targets, ignore, _, *settings = arguments
-    return not_supported_reasons(logits, targets, ignore, *settings)
-
-
-def forward(
-    logits: Tensor,
-    targets: Tensor,
-    ignore: Tensor | None,
-    image_size: int,
-    input_size: Sequence[int],
-    alpha: float,
-    gamma: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs) -> Outputs:
     """Like `reference.forward`."""
-    masks = len(logits)
-    focal, dice, sums = (logits.new_empty(*shape) for shape in ((masks,), (masks,), (4, masks)))
+    logits, masks = inputs.logits, len(inputs.logits)
+    outputs = Outputs(*(logits.new_empty(*shape) for shape in ((masks,), (masks,), (4, masks))))
     if masks:
-        places = _places(logits, targets, image_size, input_size)
-        inputs = (logits, targets, ignore)
-        for launch in _forward_launches(inputs, (focal, dice, sums), places, alpha, gamma):
+        for launch in _forward_launches(inputs, outputs, _places(inputs)):
             launch.run()
-    return focal, dice, sums
+    return outputs
 
 
 def backward(
-    grad_focal: Tensor,
-    grad_dice: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    ignore: Tensor | None,
-    sums: Tensor,
-    image_size: int,
-    input_size: Sequence[int],
-    alpha: float,
-    gamma: float,
-) -> Tensor:
+    inputs: Inputs, outputs: Outputs, grads: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor]:
     """Like `reference.backward`."""
-    grad = logits.new_empty(logits.shape)
-    if len(logits):
-        places = _places(logits, targets, image_size, input_size)
-        grads = {"grad_focal": grad_focal.contiguous(), "grad_dice": grad_dice.contiguous()}
-        outputs = grads | {"sums": sums.contiguous(), "grad": grad}
-        _gradient_launch((logits, targets, ignore), outputs, places, alpha, gamma).run()
-    return grad
+    grad = inputs.logits.new_empty(inputs.logits.shape)
+    if len(grad):
+        written = {"sums": outputs.sums.contiguous(), "grad": grad}
+        incoming = dict(
+            zip(("grad_focal", "grad_dice"), map(Tensor.contiguous, grads), strict=True)
+        )
+        _gradient_launch(inputs, incoming | written, _places(inputs)).run()
+    return [grad]
 
 
-def _places(logits: Tensor, targets: Tensor, image_size: int, input_size: Sequence[int]) -> Places:
-    height, width = input_size
+def _places(inputs: Inputs) -> Places:
+    logits, targets = inputs.logits, inputs.targets
+    height, width = inputs.input_size
     sizes = (((height, width),), ((targets.shape[1], targets.shape[2]),))
-    return places_of(tuple(logits.shape[1:]), image_size, *sizes, logits.device)
+    return places_of(tuple(logits.shape[1:]), inputs.image_size, *sizes, logits.device)
 
 
-def _arguments(
-    inputs: tuple[Tensor, Tensor, Tensor | None], places: Places, alpha: float, gamma: float
-) -> dict[str, Any]:
-    """What the kernels of forward and backward have in common."""
-    logits, targets, ignore = inputs
+def _arguments(inputs: Inputs, places: Places) -> dict[str, Any]:
+    """The arguments that the kernels of forward and backward share."""
+    logits, targets, ignore, *_ = inputs
     targets = targets.contiguous()
     targets = targets.view(torch.uint8) if targets.dtype == torch.bool else targets
     return resize_arguments(logits.contiguous(), places) | {
@@ -324,40 +291,32 @@ def _arguments(
         "HAS_IGNORE": ignore is not None,
         "height": targets.shape[1],
         "width": targets.shape[2],
-        "alpha": alpha,
-        "GAMMA": gamma,
+        "alpha": inputs.alpha,
+        "GAMMA": inputs.gamma,
     }
 
 
-def _forward_launches(
-    inputs: tuple[Tensor, Tensor, Tensor | None],
-    outputs: tuple[Tensor, Tensor, Tensor],
-    places: Places,
-    alpha: float,
-    gamma: float,
-) -> Iterator[Launch]:
-    logits, targets, _ = inputs
-    masks, height, width = targets.shape
+def _forward_launches(inputs: Inputs, outputs: Outputs, places: Places) -> Iterator[Launch]:
+    masks, height, width = inputs.targets.shape
     tiles = triton.cdiv(height, BLOCK_ROWS) * triton.cdiv(width, BLOCK_COLUMNS)
-    partial = logits.new_empty(masks, tiles, SUMS)
-    arguments = _arguments(inputs, places, alpha, gamma)
+    partial = inputs.logits.new_empty(masks, tiles, SUMS)
+    arguments = _arguments(inputs, places)
     arguments |= {"partial": partial, "BLOCK_Y": BLOCK_ROWS, "BLOCK_X": BLOCK_COLUMNS}
     yield Launch(_sums_kernel, (tiles, masks), arguments)
-    named = dict(zip(("focal", "dice", "sums"), outputs, strict=True))
-    arguments = {"partial": partial, **named, "masks": masks, "tiles": tiles, "BLOCK": BLOCK_TILES}
+    arguments = {
+        "partial": partial,
+        **outputs._asdict(),
+        "masks": masks,
+        "tiles": tiles,
+        "BLOCK": BLOCK_TILES,
+    }
     yield Launch(_losses_kernel, (masks,), arguments)
 
 
-def _gradient_launch(
-    inputs: tuple[Tensor, Tensor, Tensor | None],
-    outputs: dict[str, Tensor],
-    places: Places,
-    alpha: float,
-    gamma: float,
-) -> Launch:
-    masks, low_height, low_width = inputs[0].shape
+def _gradient_launch(inputs: Inputs, tensors: dict[str, Tensor], places: Places) -> Launch:
+    masks, low_height, low_width = inputs.logits.shape
     programs = triton.cdiv(low_height, LOW_ROWS) * triton.cdiv(low_width, LOW_COLUMNS)
-    arguments = _arguments(inputs, places, alpha, gamma) | outputs | {"masks": masks}
+    arguments = _arguments(inputs, places) | tensors | {"masks": masks}
     for name, taps in (("row", places.rows), ("column", places.columns)):
         arguments |= {f"{name}_first": taps.first, f"{name}_behind": taps.behind}
     arguments |= {"LOW_Y": LOW_ROWS, "LOW_X": LOW_COLUMNS}
@@ -373,13 +332,12 @@ def compile_cases() -> list[CompileCase]:
     for dtype in (torch.bool, torch.float32, torch.bfloat16):
         targets = torch.empty(8, 480, 854, dtype=dtype, device="meta")
         ignore = None if dtype == torch.bool else torch.empty_like(targets, dtype=torch.bool)
-        inputs = (logits, targets, ignore)
-        places = _places(logits, targets, 1024, (576, 1024))
+        inputs = Inputs(logits, targets, ignore, 1024, (576, 1024), 0.25, 2.0)
+        places = _places(inputs)
         name = f"{str(dtype).removeprefix('torch.')} targets{'' if ignore is None else ', ignore'}"
-        losses = (logits.new_empty(8), logits.new_empty(8), logits.new_empty(4, 8))
-        sums, totals = _forward_launches(inputs, losses, places, 0.25, 2.0)
-        outputs = dict(zip(("grad_focal", "grad_dice", "sums"), losses, strict=True))
-        outputs["grad"] = logits
-        gradient = _gradient_launch(inputs, outputs, places, 0.25, 2.0)
+        losses = Outputs(logits.new_empty(8), logits.new_empty(8), logits.new_empty(4, 8))
+        sums, totals = _forward_launches(inputs, losses, places)
+        tensors = {"grad_focal": losses.focal, "grad_dice": losses.dice, "sums": losses.sums}
+        gradient = _gradient_launch(inputs, tensors | {"grad": logits}, places)
         cases += [sums.compile_case(f"sums, {name}"), gradient.compile_case(f"gradient, {name}")]
     return [*cases, totals.compile_case("losses")]

@@ -1,41 +1,26 @@
 """The compiled CPU implementation: csrc/cpu/mask_postprocess.cpp, both resizes in one pass over a band of rows."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from refsam_kernels.core import libraries
+from refsam_kernels.mask_postprocess.inputs import Bits, BitsInputs, Inputs, Runs, RunsInputs
 
 _library = libraries.load("cpu")
 
 
-def forward(
-    logits: Tensor,
-    image_size: int,
-    input_size: Sequence[int],
-    output_size: Sequence[int],
-    threshold: float,
-) -> Tensor:
+def forward(inputs: Inputs) -> Tensor:
     """Float32 logits (P, 4h, 4w) to masks (P, H, W) bool."""
-    return _library.mask_postprocess(
-        logits.contiguous(), image_size, input_size, output_size, threshold
-    )
+    logits, *settings = inputs
+    return _library.mask_postprocess(logits.contiguous(), *settings)
 
 
-def bits(
-    logits: Tensor,
-    image_size: int,
-    input_sizes: Sequence[int],
-    output_sizes: Sequence[int],
-    threshold: float,
-    stability_offset: float,
-) -> tuple[Tensor, Tensor]:
+def bits(inputs: BitsInputs) -> Bits:
     """Like `reference.bits`, of float32 logits."""
-    return _library.mask_postprocess_bits(
-        logits.contiguous(), image_size, input_sizes, output_sizes, threshold, stability_offset
-    )
+    logits, *settings = inputs
+    return Bits(*_library.mask_postprocess_bits(logits.contiguous(), *settings))
 
 
-def runs(words: Tensor, output_sizes: Sequence[int], capacity: int) -> tuple[Tensor, Tensor]:
+def runs(inputs: RunsInputs) -> Runs:
     """Like `reference.runs`."""
-    return _library.mask_postprocess_runs(words.contiguous(), output_sizes, capacity)
+    words, *settings = inputs
+    return Runs(*_library.mask_postprocess_runs(words.contiguous(), *settings))

@@ -3,51 +3,35 @@
 Nothing is copied to the device and no shape depends on values, so that CUDA graphs can hold every launch.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 from torch import Tensor
 
 from refsam_kernels.core import libraries
+from refsam_kernels.mask_postprocess.inputs import Bits, BitsInputs, Inputs, Runs, RunsInputs
 
 _library = libraries.load("cuda")
 
 
-def not_supported_reasons(tensor: Tensor, *settings: Any) -> list[str]:
+def not_supported_reasons(inputs: Inputs | BitsInputs | RunsInputs) -> list[str]:
     """Why the library has no kernels for the device of the logits or words; empty if it has."""
-    return libraries.reasons_against_device(tensor)
+    return libraries.reasons_against_device(inputs[0])
 
 
 bits_not_supported_reasons = runs_not_supported_reasons = not_supported_reasons
 
 
-def forward(
-    logits: Tensor,
-    image_size: int,
-    input_size: Sequence[int],
-    output_size: Sequence[int],
-    threshold: float,
-) -> Tensor:
+def forward(inputs: Inputs) -> Tensor:
     """Float32 logits (P, 4h, 4w) to masks (P, H, W) bool."""
-    return _library.mask_postprocess(
-        logits.contiguous(), image_size, input_size, output_size, threshold
-    )
+    logits, *settings = inputs
+    return _library.mask_postprocess(logits.contiguous(), *settings)
 
 
-def bits(
-    logits: Tensor,
-    image_size: int,
-    input_sizes: Sequence[int],
-    output_sizes: Sequence[int],
-    threshold: float,
-    stability_offset: float,
-) -> tuple[Tensor, Tensor]:
+def bits(inputs: BitsInputs) -> Bits:
     """Like `reference.bits`, of float32 logits."""
-    return _library.mask_postprocess_bits(
-        logits.contiguous(), image_size, input_sizes, output_sizes, threshold, stability_offset
-    )
+    logits, *settings = inputs
+    return Bits(*_library.mask_postprocess_bits(logits.contiguous(), *settings))
 
 
-def runs(words: Tensor, output_sizes: Sequence[int], capacity: int) -> tuple[Tensor, Tensor]:
+def runs(inputs: RunsInputs) -> Runs:
     """Like `reference.runs`."""
-    return _library.mask_postprocess_runs(words.contiguous(), output_sizes, capacity)
+    words, *settings = inputs
+    return Runs(*_library.mask_postprocess_runs(words.contiguous(), *settings))

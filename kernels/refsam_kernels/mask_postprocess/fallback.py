@@ -7,6 +7,7 @@ from torch import Tensor
 
 from refsam_kernels.core.chunking import ELEMENTS_ELSEWHERE, chunks
 from refsam_kernels.mask_postprocess import reference
+from refsam_kernels.mask_postprocess.inputs import Bits, BitsInputs, Inputs
 from refsam_kernels.mask_postprocess.layout import pairs
 from refsam_kernels.mask_postprocess.resize import two_resizes
 from refsam_kernels.mask_postprocess.taps import Taps, taps_of
@@ -14,29 +15,18 @@ from refsam_kernels.mask_postprocess.taps import Taps, taps_of
 runs = reference.runs
 
 
-def forward(
-    logits: Tensor,
-    image_size: int,
-    input_size: Sequence[int],
-    output_size: Sequence[int],
-    threshold: float,
-) -> Tensor:
+def forward(inputs: Inputs) -> Tensor:
     """Like `reference.forward`, by matrix products on the CPU; equal except where |logit| < 1e-5 of the scale."""
+    logits, _, _, output_size, threshold = inputs
     masks = torch.empty(len(logits), *output_size, dtype=torch.bool, device=logits.device)
-    for part, rows, full in _resized(logits, image_size, input_size, output_size):
+    for part, rows, full in _resized(*inputs[:4]):
         torch.gt(full, threshold, out=masks[part, rows])
     return masks
 
 
-def bits(
-    logits: Tensor,
-    image_size: int,
-    input_sizes: Sequence[int],
-    output_sizes: Sequence[int],
-    threshold: float,
-    stability_offset: float,
-) -> tuple[Tensor, Tensor]:
+def bits(inputs: BitsInputs) -> Bits:
     """Like `reference.bits`: one mask at a time."""
+    logits, image_size, input_sizes, output_sizes, threshold, stability_offset = inputs
     words, statistics = [logits.new_empty(0, dtype=torch.int32)], []
     sizes = zip(pairs(input_sizes), pairs(output_sizes), strict=True)
     for index, (input_size, output_size) in enumerate(sizes):
@@ -56,7 +46,7 @@ def bits(
             torch.cat([reference.count(mask)[None], counts[:2], reference.box(mask), counts[2:]])
         )
     joined = torch.stack(statistics) if statistics else reference.no_statistics(logits)
-    return torch.cat(words), joined
+    return Bits(torch.cat(words), joined)
 
 
 def _resized(

@@ -7,21 +7,16 @@ from torch import Tensor
 
 from refsam_kernels.core.checks import check_shape, require
 from refsam_kernels.core.index_checks import check_finite
-from refsam_kernels.core.registration import FlatOperator
+from refsam_kernels.core.registration import Operator
+from refsam_kernels.mask_postprocess.inputs import Inputs
 
-operator = FlatOperator("mask_postprocess")
+operator = Operator("mask_postprocess", Inputs)
 
 
 @operator.forward
-def _forward(
-    logits: Tensor,
-    image_size: int,
-    input_size: Sequence[int],
-    output_size: Sequence[int],
-    threshold: float,
-    backend: str,
-) -> Tensor:
-    return logits.new_empty((logits.shape[0], *output_size), dtype=torch.bool)
+def _forward(inputs: Inputs) -> Tensor:
+    shape = (len(inputs.logits), *inputs.output_size)
+    return inputs.logits.new_empty(shape, dtype=torch.bool)
 
 
 def mask_postprocess(
@@ -55,10 +50,9 @@ def mask_postprocess(
     check_resize(logits, image_size, input_size)
     check_size("output_size", output_size)
     check_finite("logits", logits)
-    logits = logits.detach().float()
-    return _forward(
-        logits, image_size, list(input_size), list(output_size), float(threshold), backend or ""
-    )
+    sizes = (list(input_size), list(output_size))
+    inputs = Inputs(logits.detach().float(), image_size, *sizes, float(threshold))
+    return _forward(*inputs, backend or "")
 
 
 def check_resize(logits: Tensor, image_size: int, input_size: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from refsam_kernels.core.checks import require
 from refsam_kernels.core.index_checks import check_finite
+from refsam_kernels.mask_postprocess.inputs import Bits, BitsInputs, Runs, RunsInputs
 from refsam_kernels.mask_postprocess.layout import STATISTICS, pairs, unpack, words_of
 from refsam_kernels.mask_postprocess.op import check_resize, check_size, operator
 from refsam_kernels.mask_postprocess.run_lengths import RunLengths, encode
@@ -44,28 +45,20 @@ class PackedMasks(NamedTuple):
         return list(unpack(self.words, self.sizes))
 
 
-def _fake_bits(
-    logits: Tensor,
-    image_size: int,
-    input_sizes: Sequence[int],
-    output_sizes: Sequence[int],
-    threshold: float,
-    stability_offset: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    count = sum(words_of(*size) for size in pairs(output_sizes))
-    statistics = logits.new_empty((logits.shape[0], len(STATISTICS)), dtype=torch.int64)
-    return logits.new_empty(count, dtype=torch.int32), statistics
+def _fake_bits(inputs: BitsInputs) -> Bits:
+    logits = inputs.logits
+    count = sum(words_of(*size) for size in pairs(inputs.output_sizes))
+    statistics = logits.new_empty((len(logits), len(STATISTICS)), dtype=torch.int64)
+    return Bits(logits.new_empty(count, dtype=torch.int32), statistics)
 
 
-def _fake_runs(
-    words: Tensor, output_sizes: Sequence[int], capacity: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    return words.new_empty(capacity), words.new_empty(len(output_sizes) // 2, dtype=torch.int64)
+def _fake_runs(inputs: RunsInputs) -> Runs:
+    counts = inputs.words.new_empty(len(inputs.output_sizes) // 2, dtype=torch.int64)
+    return Runs(inputs.words.new_empty(inputs.capacity), counts)
 
 
-_bits = operator.further("bits", _fake_bits)
-_runs = operator.further("runs", _fake_runs)
+_bits = operator.register("bits", BitsInputs, Bits, _fake_bits)
+_runs = operator.register("runs", RunsInputs, Runs, _fake_runs)
 
 
 def mask_postprocess_bits(
@@ -97,7 +90,7 @@ def mask_postprocess_bits(
     """
     sizes = _check(logits, image_size, input_size, output_size, stability_offset)
     settings = (image_size, *sizes, float(threshold), float(stability_offset))
-    words, statistics = _bits(logits.detach().float(), *settings, backend or "")
+    words, statistics = _bits(*BitsInputs(logits.detach().float(), *settings), backend or "")
     return PackedMasks(words, tuple(pairs(sizes[1])), _named(statistics))
 
 
@@ -127,7 +120,7 @@ def mask_postprocess_rle(
     """
     sizes = _check(logits, image_size, input_size, output_size, stability_offset)
     settings = (image_size, *sizes, float(threshold), float(stability_offset))
-    words, statistics = _bits(logits.detach().float(), *settings, backend or "")
+    words, statistics = _bits(*BitsInputs(logits.detach().float(), *settings), backend or "")
     widths = sizes[1][1::2]
     capacity = RUNS_PER_COLUMN * sum(widths)
     ends, numbers = _fetch(words, statistics, sizes[1], capacity, backend or "")
@@ -146,7 +139,7 @@ def _fetch(
     words: Tensor, statistics: Tensor, output_sizes: Sequence[int], capacity: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Ends of runs (capacity,), and (P, 1 + 8) numbers of runs and statistics, on the host."""
-    ends, counts = _runs(words, output_sizes, capacity, backend)
+    ends, counts = _runs(*RunsInputs(words, output_sizes, capacity), backend)
     numbers = torch.cat([counts[:, None], statistics.to(counts.device)], dim=1)
     if words.device.type != "cuda":
         return ends.cpu(), numbers.cpu()

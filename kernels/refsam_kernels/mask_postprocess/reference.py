@@ -9,44 +9,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refsam_kernels.mask_postprocess.inputs import Bits, BitsInputs, Inputs, Runs, RunsInputs
 from refsam_kernels.mask_postprocess.layout import WORD, pairs, unpack
 
 
-def forward(
-    logits: Tensor,
-    image_size: int,
-    input_size: Sequence[int],
-    output_size: Sequence[int],
-    threshold: float,
-) -> Tensor:
+def forward(inputs: Inputs) -> Tensor:
     """Logits (P, 4h, 4w) to masks (P, H, W) bool."""
-    return resize_twice(logits, image_size, input_size, output_size) > threshold
+    return resize_twice(*inputs[:4]) > inputs.threshold
 
 
-def bits(
-    logits: Tensor,
-    image_size: int,
-    input_sizes: Sequence[int],
-    output_sizes: Sequence[int],
-    threshold: float,
-    stability_offset: float,
-) -> tuple[Tensor, Tensor]:
+def bits(inputs: BitsInputs) -> Bits:
     """Logits (P, 4h, 4w), and 2 P numbers of each list -> words (n,) int32 and statistics (P, 8) int64; see `layout`."""
+    logits, image_size, input_sizes, output_sizes, threshold, stability_offset = inputs
     words, statistics = [logits.new_empty(0, dtype=torch.int32)], []
     sizes = zip(logits, pairs(input_sizes), pairs(output_sizes), strict=True)
     for mask_logits, input_size, output_size in sizes:
         full = resize_twice(mask_logits.unsqueeze(0), image_size, input_size, output_size)[0]
         words.append(pack(full > threshold))
         statistics.append(describe(full, threshold, stability_offset))
-    return torch.cat(words), torch.stack(statistics) if statistics else no_statistics(logits)
+    joined = torch.stack(statistics) if statistics else no_statistics(logits)
+    return Bits(torch.cat(words), joined)
 
 
-def runs(words: Tensor, output_sizes: Sequence[int], capacity: int) -> tuple[Tensor, Tensor]:
+def runs(inputs: RunsInputs) -> Runs:
     """Words of packed masks -> where runs end (capacity,) int32, mask after mask, and how many do (P,) int64."""
+    words, output_sizes, capacity = inputs
     ends = [run_ends(mask) for mask in unpack(words, pairs(output_sizes))]
     found = torch.cat([words.new_empty(0), *ends])[:capacity]
     counts = torch.tensor([len(e) for e in ends], dtype=torch.int64, device=words.device)
-    return F.pad(found, (0, capacity - len(found))), counts
+    return Runs(F.pad(found, (0, capacity - len(found))), counts)
 
 
 def resize_twice(

@@ -6,13 +6,13 @@ product, so pixels stay rows and channels columns until the end. Only the M mask
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.core.chunking import chunked_gradients, chunks, map_chunks
+from refsam_kernels.mask_upscale.inputs import Inputs
 
 ProductGelu = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -21,21 +21,23 @@ PER_EXPRESSION = (True, True) + (False,) * 6
 CONV1, CONV2 = 2, 6
 
 
-def forward(*arguments: Any) -> Tensor:
+def forward(inputs: Inputs) -> Tensor:
     """Like `reference.forward`: products in the dtype of the features, LayerNorm in float32 at least."""
-    *tensors, eps = arguments
+    *tensors, eps = inputs
     packed = _pack(tensors)
-    product = _fused_product if _has_fused_product(tensors[0]) else _product_gelu
+    product = _fused_product if _has_fused_product(inputs.features) else _product_gelu
     formula = partial(_formula, eps=eps, product_gelu=product)
     return map_chunks(formula, packed, PER_EXPRESSION, _slices(packed))
 
 
-def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def backward(
+    inputs: Inputs, outputs: None, grads: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
     """Like `reference.backward`; the upscaled features are computed again."""
-    *tensors, eps, needs = arguments
+    *tensors, eps = inputs
     packed, formula = _pack(tensors), partial(_formula, eps=eps, product_gelu=_product_gelu)
     gradients = list(
-        chunked_gradients(formula, packed, PER_EXPRESSION, _slices(packed), needs, grad)
+        chunked_gradients(formula, packed, PER_EXPRESSION, _slices(packed), needs, *grads)
     )
     for index in (CONV1, CONV2):
         if needs[index]:

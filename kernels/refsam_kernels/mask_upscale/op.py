@@ -1,7 +1,5 @@
 """Image features and the hypernetworks' outputs to mask logits, in one step."""
 
-from typing import Any
-
 from torch import Tensor
 
 from refsam_kernels.core.checks import (
@@ -11,67 +9,19 @@ from refsam_kernels.core.checks import (
     check_shape,
     require,
 )
-from refsam_kernels.core.registration import FlatOperator, drop_skipped, empty_gradients
+from refsam_kernels.core.registration import Operator
+from refsam_kernels.mask_upscale.inputs import Inputs
 
-operator = FlatOperator("mask_upscale")
+operator = Operator("mask_upscale", Inputs)
 
 
 @operator.forward
-def _forward(
-    features: Tensor,
-    hyper: Tensor,
-    conv1_weight: Tensor,
-    conv1_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    conv2_weight: Tensor,
-    conv2_bias: Tensor,
-    eps: float,
-    backend: str,
-) -> Tensor:
+def _forward(inputs: Inputs) -> Tensor:
+    features, hyper = inputs.features, inputs.hyper
     return features.new_empty(*hyper.shape[:2], 4 * features.shape[1], 4 * features.shape[2])
 
 
-@operator.backward
-def _backward(
-    grad: Tensor,
-    features: Tensor,
-    hyper: Tensor,
-    conv1_weight: Tensor,
-    conv1_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    conv2_weight: Tensor,
-    conv2_bias: Tensor,
-    eps: float,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (
-        features,
-        hyper,
-        conv1_weight,
-        conv1_bias,
-        norm_weight,
-        norm_bias,
-        conv2_weight,
-        conv2_bias,
-    )
-    return empty_gradients(inputs, needs)  # type: ignore[return-value]
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.eps, _ = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:8])
-    gradients = _backward(grad, *ctx.saved_tensors, ctx.eps, needs, ctx.backend)
-    return *drop_skipped(gradients, needs), None, None
-
-
-operator.differentiate(_save, _gradients)
+operator.differentiate({"grad": "out"}, as_tuple=True)
 
 
 def mask_upscale(
@@ -110,12 +60,12 @@ def mask_upscale(
     features, hyper, conv1_weight, conv1_bias, conv2_weight, conv2_bias = autocast(
         features, hyper, conv1_weight, conv1_bias, conv2_weight, conv2_bias
     )
-    tensors = {
-        "features": features, "hyper": hyper, "conv1_weight": conv1_weight, "conv1_bias": conv1_bias,
-        "norm_weight": norm_weight, "norm_bias": norm_bias, "conv2_weight": conv2_weight, "conv2_bias": conv2_bias,
-    }  # fmt: skip
-    _check(dict(tensors))
-    return _forward(*tensors.values(), eps, backend or "")
+    convolutions = (conv1_weight, conv1_bias, norm_weight, norm_bias, conv2_weight, conv2_bias)
+    inputs = Inputs(features, hyper, *convolutions, eps)
+    tensors = inputs._asdict()
+    del tensors["eps"]
+    _check(tensors)
+    return _forward(*inputs, backend or "")
 
 
 def _check(tensors: dict[str, Tensor]) -> None:

@@ -5,27 +5,19 @@ modeling/common.py: in float32 the result has the same bits.
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.core.registration import gradients_by_vjp
+from refsam_kernels.core.registration import bundle_gradients
+from refsam_kernels.mask_upscale.inputs import Inputs
 
 
-def forward(
-    features: Tensor,
-    hyper: Tensor,
-    conv1_weight: Tensor,
-    conv1_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    conv2_weight: Tensor,
-    conv2_bias: Tensor,
-    eps: float,
-) -> Tensor:
+def forward(inputs: Inputs) -> Tensor:
     """features (P, h, w, C), hyper (P, M, C/8) -> mask logits (P, M, 4h, 4w) like features; in float32 at least."""
+    features, hyper, conv1_weight, conv1_bias, *norm, conv2_weight, conv2_bias, eps = inputs
+    norm_weight, norm_bias = norm
     dtype = torch.promote_types(features.dtype, torch.float32)
     # Viewed as segment-anything views its tokens: for one image the strides, and so the convolution's
     # bits, are not those of `permute`.
@@ -45,27 +37,7 @@ def layer_norm_2d(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
 
 
 def backward(
-    grad: Tensor,
-    features: Tensor,
-    hyper: Tensor,
-    conv1_weight: Tensor,
-    conv1_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    conv2_weight: Tensor,
-    conv2_bias: Tensor,
-    eps: float,
-    needs: Sequence[bool],
+    inputs: Inputs, outputs: None, grads: Sequence[Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    """Gradients to the eight tensors of `forward` for `grad` (P, M, 4h, 4w)."""
-    inputs = (
-        features,
-        hyper,
-        conv1_weight,
-        conv1_bias,
-        norm_weight,
-        norm_bias,
-        conv2_weight,
-        conv2_bias,
-    )
-    return gradients_by_vjp(partial(forward, eps=eps), inputs, needs, (grad,))
+    """Gradients to the eight tensors of the inputs for the gradient (P, M, 4h, 4w)."""
+    return bundle_gradients(forward, inputs, inputs._fields[:8], needs, grads)

@@ -5,13 +5,14 @@ The kernels are compiled for several instruction sets and the library takes the 
 """
 
 import os
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.core import libraries
+from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs
 
 ENVIRONMENT_VARIABLE = "REFSAM_CPU_INSTRUCTION_SET"
 LARGEST_HEAD_DIM = 1024  # as csrc/rel_pos_attention_check.h
@@ -19,8 +20,9 @@ LARGEST_HEAD_DIM = 1024  # as csrc/rel_pos_attention_check.h
 _library = libraries.load("cpu")
 
 
-def not_supported_reasons(qkv: Tensor, rel_pos_h: Tensor, *others: object) -> list[str]:
-    """Why these arguments cannot be computed here; empty if they can."""
+def not_supported_reasons(inputs: Inputs) -> list[str]:
+    """Why the library cannot compute these; empty if it can."""
+    qkv, rel_pos_h, *_ = inputs
     reasons = []
     if qkv.dtype not in (torch.float32, torch.bfloat16):
         reasons.append(f"computes in torch.float32 and torch.bfloat16, got {qkv.dtype}")
@@ -29,51 +31,25 @@ def not_supported_reasons(qkv: Tensor, rel_pos_h: Tensor, *others: object) -> li
     return reasons
 
 
-def forward(
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    qkv_bias: Tensor | None,
-    num_heads: int,
-    window_size: int,
-    pad_mode: str,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs) -> Outputs:
     """Output (B, h, w, D) and the logarithm of each softmax's sum (B, heads, h, w), float32."""
-    tensors = compact(qkv, rel_pos_h, rel_pos_w, qkv_bias)
-    return _library.rel_pos_attention(*tensors, num_heads, window_size, pad_mode, instruction_set())
-
-
-def backward_not_supported_reasons(grad_out: Tensor, *arguments: Any) -> list[str]:
-    """Likewise for the backward."""
-    return not_supported_reasons(*arguments)
+    results = _library.rel_pos_attention(*compact(inputs), *inputs[4:], instruction_set())
+    return Outputs(*results)
 
 
 def backward(
-    grad_out: Tensor,
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    qkv_bias: Tensor | None,
-    out: Tensor,
-    log_sum_exp: Tensor,
-    num_heads: int,
-    window_size: int,
-    pad_mode: str,
-    needs: list[bool],
+    inputs: Inputs, outputs: Outputs, grads: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor]:
     """Gradients with respect to qkv, both tables and the bias of padding tokens."""
-    tensors = compact(qkv, rel_pos_h, rel_pos_w, qkv_bias)
-    saved = (out.contiguous(), log_sum_exp.contiguous())
-    options = (num_heads, window_size, pad_mode, needs[1] or needs[2], instruction_set())
-    grad_qkv, grad_h, grad_w, grad_padding = _library.rel_pos_attention_backward(
-        grad_out.contiguous(), *tensors, *saved, *options
-    )
-    shapes = ((grad_h, rel_pos_h), (grad_w, rel_pos_w))
+    tensors = (grads[0].contiguous(), *compact(inputs), *map(Tensor.contiguous, outputs))
+    options = (*inputs[4:], needs[1] or needs[2], instruction_set())
+    grad_qkv, grad_h, grad_w, grad_padding = _library.rel_pos_attention_backward(*tensors, *options)
+    shapes = ((grad_h, inputs.rel_pos_h), (grad_w, inputs.rel_pos_w))
     tables = [grad.view(table.shape) if grad.numel() else grad for grad, table in shapes]
     grad_bias = F.pad(grad_padding, (grad_padding.numel() // 2, 0))  # padding is never a query
     results = (grad_qkv, *tables, grad_bias)
     pairs = zip(results, needs, strict=True)
-    return [result if need else qkv.new_empty(0) for result, need in pairs]
+    return [result if need else inputs.qkv.new_empty(0) for result, need in pairs]
 
 
 def instruction_set() -> str:
@@ -81,10 +57,9 @@ def instruction_set() -> str:
     return os.environ.get(ENVIRONMENT_VARIABLE, "")
 
 
-def compact(
-    qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, qkv_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def compact(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The tensors as the library takes them: qkv with any strides but the last, the others contiguous."""
+    qkv, rel_pos_h, rel_pos_w, qkv_bias, *_ = inputs
     return (
         qkv if qkv.stride(-1) == 1 else qkv.contiguous(),
         rel_pos_h.contiguous(),

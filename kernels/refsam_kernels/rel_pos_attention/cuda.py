@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from refsam_kernels.core import libraries
+from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (32, 64, 80)  # as csrc/cuda/rel_pos_attention.h
@@ -16,16 +17,9 @@ ALIGNMENT = 16  # bytes that are copied at a time
 _library = libraries.load("cuda")
 
 
-def not_supported_reasons(
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    qkv_bias: Tensor | None,
-    num_heads: int,
-    window_size: int,
-    pad_mode: str,
-) -> list[str]:
-    """Why these arguments cannot be computed here; empty if they can."""
+def not_supported_reasons(inputs: Inputs) -> list[str]:
+    """Why the kernels cannot compute these; empty if they can."""
+    qkv, _, _, _, num_heads, window_size, pad_mode = inputs
     reasons = []
     if qkv.dtype not in DTYPES:
         reasons.append(f"computes in torch.float16 and torch.bfloat16, got {qkv.dtype}")
@@ -43,21 +37,14 @@ def not_supported_reasons(
     return reasons + libraries.reasons_against_device(qkv)
 
 
-def forward(
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    qkv_bias: Tensor | None,
-    num_heads: int,
-    window_size: int,
-    pad_mode: str,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs) -> Outputs:
     """Output (B, h, w, D) and the logarithm of each softmax's sum (B, heads, h, w), float32."""
+    qkv, rel_pos_h, rel_pos_w, qkv_bias, *options = inputs
     tensors = (
         qkv if is_readable(qkv) else qkv.clone(memory_format=torch.contiguous_format),
         *(table if table is None else compact(table) for table in (rel_pos_h, rel_pos_w, qkv_bias)),
     )
-    return _library.rel_pos_attention(*tensors, num_heads, window_size, pad_mode)
+    return Outputs(*_library.rel_pos_attention(*tensors, *options))
 
 
 def is_readable(tensor: Tensor) -> bool:

@@ -2,17 +2,18 @@
 
 Scores exist for a few queries at a time only; the backward computes them again. Padding tokens are
 never queries; as keys they are the bias. The softmax, and whatever is summed over many parts, is at
-least float32. On CUDA devices torch's own attention computes the forward (see `one_hot`).
+least float32. On CUDA devices torch's own attention computes the forward (see `augmented`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.rel_pos_attention import one_hot
-from refsam_kernels.rel_pos_attention.regions import Region, regions
+from refsam_kernels.rel_pos_attention import augmented
+from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs
+from refsam_kernels.rel_pos_attention.window_groups import WindowGroup, window_groups
 from refsam_kernels.rel_pos_attention.windows import (
     Windows,
     accumulation_dtype,
@@ -25,57 +26,41 @@ QUERIES = {"cpu": 2**20}
 QUERIES_ELSEWHERE = 2**26
 
 
-def forward(
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    qkv_bias: Tensor | None,
-    num_heads: int,
-    window_size: int,
-    pad_mode: str,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs) -> Outputs:
     """Output (B, h, w, D) and the logarithm of each softmax's sum (B, heads, h, w)."""
+    qkv, rel_pos_h, rel_pos_w, qkv_bias, num_heads, window_size, pad_mode = inputs
     B, h, w, width = qkv.shape
     out = qkv.new_empty(B, h, w, num_heads, width // (3 * num_heads))
     log_sum_exp = qkv.new_empty(B, num_heads, h, w, dtype=accumulation_dtype(qkv))
-    attend = one_hot.attend if one_hot.serves(qkv, num_heads) else Windows.attend
-    for region, heads in parts_of_grid(qkv, num_heads, window_size, pad_mode):
-        windows = Windows(region, heads, qkv, qkv_bias, (rel_pos_h, rel_pos_w), num_heads)
+    attend = augmented.attend if augmented.is_supported(qkv, num_heads) else Windows.attend
+    for group, heads in parts_of_grid(qkv, num_heads, window_size, pad_mode):
+        windows = Windows(group, heads, qkv, qkv_bias, (rel_pos_h, rel_pos_w), num_heads)
         attended, statistic = attend(windows)
-        region.write_queries(attended, out[..., heads, :])
-        region.write_queries(statistic, on_places(log_sum_exp)[..., heads, :])
-    return out.flatten(3), log_sum_exp
+        group.write_queries(attended, out[..., heads, :])
+        group.write_queries(statistic, as_grid(log_sum_exp)[..., heads, :])
+    return Outputs(out.flatten(3), log_sum_exp)
 
 
 def backward(
-    grad_out: Tensor,
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    qkv_bias: Tensor | None,
-    out: Tensor,
-    log_sum_exp: Tensor,
-    num_heads: int,
-    window_size: int,
-    pad_mode: str,
-    needs: list[bool],
+    inputs: Inputs, outputs: Outputs, grads: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor]:
     """Gradients with respect to qkv, both tables and the bias of padding tokens."""
+    qkv, rel_pos_h, rel_pos_w, qkv_bias, num_heads, window_size, pad_mode = inputs
     tables = (rel_pos_h, rel_pos_w)
-    grad_out, out = (heads_apart(tensor, num_heads) for tensor in (grad_out, out))
+    grad_out, out = (heads_apart(tensor, num_heads) for tensor in (*grads, outputs.out))
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     grad_q, grad_k, grad_v = split_qkv(grad_qkv, num_heads)
     dtype = accumulation_dtype(qkv)
     grad_padding = qkv.new_zeros(3, *grad_q.shape[-2:], dtype=dtype)
     grad_relative = [torch.zeros_like(relative(table), dtype=dtype) for table in tables]
-    grids = (grad_out, out, on_places(log_sum_exp))
-    for region, heads in parts_of_grid(qkv, num_heads, window_size, pad_mode):
-        windows = Windows(region, heads, qkv, qkv_bias, tables, num_heads)
-        taken = (region.queries(grid[..., heads, :]) for grid in grids)
+    grids = (grad_out, out, as_grid(outputs.log_sum_exp))
+    for group, heads in parts_of_grid(qkv, num_heads, window_size, pad_mode):
+        windows = Windows(group, heads, qkv, qkv_bias, tables, num_heads)
+        taken = (group.queries(grid[..., heads, :]) for grid in grids)
         gradients = windows.attend_backward(*taken)
-        region.write_queries(gradients.q, grad_q[..., heads, :])
-        grad_padding[1, heads] += region.write_keys(gradients.k, grad_k[..., heads, :])
-        grad_padding[2, heads] += region.write_keys(gradients.v, grad_v[..., heads, :])
+        group.write_queries(gradients.q, grad_q[..., heads, :])
+        grad_padding[1, heads] += group.write_keys(gradients.k, grad_k[..., heads, :])
+        grad_padding[2, heads] += group.write_keys(gradients.v, grad_v[..., heads, :])
         if needs[1] or needs[2]:
             windows.add_to_relative(gradients, *grad_relative)
     grad_h, grad_w = (sum_of_relative(total).to(qkv.dtype) for total in grad_relative)
@@ -86,15 +71,15 @@ def backward(
 
 def parts_of_grid(
     qkv: Tensor, num_heads: int, window_size: int, pad_mode: str
-) -> Iterator[tuple[Region, slice]]:
-    """Cuts the work into regions and, of each, as many heads as `QUERIES` allows; at least one."""
+) -> Iterator[tuple[WindowGroup, slice]]:
+    """Cuts the work into groups of windows and, of each, as many heads as `QUERIES` allows; at least one."""
     B, h, w, width = qkv.shape
     budget = QUERIES.get(qkv.device.type, QUERIES_ELSEWHERE)
-    for region in regions(h, w, window_size, pad_mode):
-        elements = B * region.tokens * width // (3 * num_heads)
+    for group in window_groups(h, w, window_size, pad_mode):
+        elements = B * group.tokens * width // (3 * num_heads)
         heads = max(1, budget // max(1, elements))
         for first in range(0, num_heads, heads):
-            yield region, slice(first, first + heads)
+            yield group, slice(first, first + heads)
 
 
 def heads_apart(tensor: Tensor, num_heads: int) -> Tensor:
@@ -102,7 +87,7 @@ def heads_apart(tensor: Tensor, num_heads: int) -> Tensor:
     return tensor.unflatten(-1, (num_heads, -1))
 
 
-def on_places(log_sum_exp: Tensor) -> Tensor:
+def as_grid(log_sum_exp: Tensor) -> Tensor:
     """(B, heads, h, w) as a view (B, h, w, heads, 1)."""
     return log_sum_exp.permute(0, 2, 3, 1)[..., None]
 

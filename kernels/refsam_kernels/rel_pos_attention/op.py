@@ -1,73 +1,28 @@
 """Registration and public function of `rel_pos_attention`."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.core.checks import autocast, check_same_device, check_same_dtype, require
-from refsam_kernels.core.registration import FlatOperator, drop_skipped, empty_gradients
+from refsam_kernels.core.registration import Operator
+from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs
 
 PAD_MODES = ("bias", "mask", "none")
 
-operator = FlatOperator("rel_pos_attention")
+operator = Operator("rel_pos_attention", Inputs, Outputs)
 
 
 @operator.forward
-def _forward(
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    qkv_bias: Tensor | None,
-    num_heads: int,
-    window_size: int,
-    pad_mode: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Output (B, h, w, D) and the logarithm of each softmax's sum (B, heads, h, w), at least float32.
-
-    The tables are those of the windows, or of the grid if `window_size` is 0: nothing is interpolated.
-    """
-    B, h, w, width = qkv.shape
-    statistics = torch.promote_types(qkv.dtype, torch.float32)
-    out = qkv.new_empty(B, h, w, width // 3)
-    return out, qkv.new_empty(B, num_heads, h, w, dtype=statistics)
+def _forward(inputs: Inputs) -> Outputs:
+    qkv = inputs.qkv
+    images, h, w, width = qkv.shape
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    log_sum_exp = qkv.new_empty(images, inputs.num_heads, h, w, dtype=wide)
+    return Outputs(qkv.new_empty(images, h, w, width // 3), log_sum_exp)
 
 
-@operator.backward
-def _backward(
-    grad_out: Tensor,
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    qkv_bias: Tensor | None,
-    out: Tensor,
-    log_sum_exp: Tensor,
-    num_heads: int,
-    window_size: int,
-    pad_mode: str,
-    needs: list[bool],
-    backend: str,
-) -> list[Tensor]:
-    """Gradients with respect to qkv, both tables and qkv_bias."""
-    return list(empty_gradients((qkv, rel_pos_h, rel_pos_w, qkv_bias), needs))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, num_heads, window_size, pad_mode, _ = inputs
-    ctx.options = (num_heads, window_size, pad_mode)
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _gradients(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:4])
-    gradients = _backward(grad_out, *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
-    return (*drop_skipped(gradients, needs), None, None, None, None)
-
-
-operator.differentiate(_save, _gradients)
+operator.differentiate({"grad_out": "out"}, saved=["out", "log_sum_exp"])
 
 
 def rel_pos_attention(
@@ -108,7 +63,7 @@ def rel_pos_attention(
 
     Follows segment-anything `modeling/image_encoder.py`, `Attention` and `window_partition`.
     """
-    _check(qkv, rel_pos_h, rel_pos_w, qkv_bias, num_heads, window_size, pad_mode)
+    _check(Inputs(qkv, rel_pos_h, rel_pos_w, qkv_bias, num_heads, window_size, pad_mode))
     _, h, w, _ = qkv.shape
     rel_pos_h = resize_table(rel_pos_h, window_size or h)
     rel_pos_w = resize_table(rel_pos_w, window_size or w)
@@ -127,16 +82,9 @@ def resize_table(table: Tensor, size: int) -> Tensor:
     return resized[0].T
 
 
-def _check(
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    qkv_bias: Tensor | None,
-    num_heads: int,
-    window_size: int,
-    pad_mode: str,
-) -> None:
-    """Raises `ValueError` for what `rel_pos_attention` cannot take."""
+def _check(inputs: Inputs) -> None:
+    """Raises `ValueError` for arguments that `rel_pos_attention` cannot take."""
+    qkv, rel_pos_h, rel_pos_w, qkv_bias, num_heads, window_size, pad_mode = inputs
     require(qkv.dim() == 4, "qkv", f"shape {tuple(qkv.shape)}", "(B, h, w, 3*D)")
     _, h, w, width = qkv.shape
     require(h > 0 and w > 0, "qkv", f"shape {tuple(qkv.shape)}", "a grid with tokens")

@@ -3,25 +3,19 @@
 Bit-equal to segment-anything's `Attention` between `window_partition` and `window_unpartition`.
 """
 
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.core.registration import gradients_by_vjp
+from refsam_kernels.core.registration import bundle_gradients
+from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs
 
 
-def forward(
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    qkv_bias: Tensor | None,
-    num_heads: int,
-    window_size: int,
-    pad_mode: str,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs) -> Outputs:
     """Output (B, h, w, D) and the logarithm of each softmax's sum (B, heads, h, w)."""
+    qkv, rel_pos_h, rel_pos_w, qkv_bias, num_heads, window_size, pad_mode = inputs
     h, w = qkv.shape[1:3]
     height, width = (window_size, window_size) if window_size else (h, w)
     windows, rows, columns = partition(pad(qkv, qkv_bias, height, width), height, width)
@@ -39,26 +33,14 @@ def forward(
     log_sum_exp = logits.to(statistics).logsumexp(-1, keepdim=True)
     log_sum_exp = join_heads(log_sum_exp, num_heads, height, width)
     out, log_sum_exp = (unpartition(t, rows, columns)[:, :h, :w] for t in (out, log_sum_exp))
-    return out.contiguous(), log_sum_exp.permute(0, 3, 1, 2).contiguous()
+    return Outputs(out.contiguous(), log_sum_exp.permute(0, 3, 1, 2).contiguous())
 
 
 def backward(
-    grad_out: Tensor,
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    qkv_bias: Tensor | None,
-    out: Tensor,
-    log_sum_exp: Tensor,
-    num_heads: int,
-    window_size: int,
-    pad_mode: str,
-    needs: list[bool],
+    inputs: Inputs, outputs: Outputs, grads: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor]:
     """Gradients with respect to qkv, both tables and the bias of padding tokens."""
-    formula = partial(forward, num_heads=num_heads, window_size=window_size, pad_mode=pad_mode)
-    inputs = (qkv, rel_pos_h, rel_pos_w, qkv_bias)
-    return list(gradients_by_vjp(formula, inputs, needs, (grad_out,)))
+    return list(bundle_gradients(forward, inputs, inputs._fields[:4], needs, grads))
 
 
 def pad(tokens: Tensor, value: Tensor | None, height: int, width: int) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refsam_kernels.rel_pos_attention.regions import Region
+from refsam_kernels.rel_pos_attention.window_groups import WindowGroup
 
 LOG2_E = math.log2(math.e)
 
@@ -28,7 +28,7 @@ class WindowGradients:
 
 
 class Windows:
-    """The attention of some heads of a region: q, k, v are (G, tokens, head_dim), G counting windows' heads.
+    """The attention of some heads of a group of windows: q, k, v are (G, tokens, head_dim), G counting windows' heads.
 
     `relative_h` (height, key_height, head_dim) and `relative_w` are the tables' rows for every
     query and key position of an axis; `rel_h` (G, queries, key_height) and `rel_w` are their
@@ -37,33 +37,33 @@ class Windows:
 
     def __init__(
         self,
-        region: Region,
+        group: WindowGroup,
         heads: slice,
         qkv: Tensor,
         qkv_bias: Tensor | None,
         tables: tuple[Tensor, Tensor],
         num_heads: int,
     ) -> None:
-        self.region = region
+        self.group = group
         self.dtype = accumulation_dtype(qkv)
         q, k, v = split_qkv(qkv, num_heads)[..., heads, :]
         k_padding = v_padding = None
         if qkv_bias is not None:
             _, k_padding, v_padding = split_qkv(qkv_bias, num_heads)[:, heads]
-        self.q = region.queries(q)
-        self.k = region.keys(k, k_padding)
-        self.v = region.keys(v, v_padding)
+        self.q = group.queries(q)
+        self.k = group.keys(k, k_padding)
+        self.v = group.keys(v, v_padding)
         self.scale = self.q.shape[-1] ** -0.5
         relative_h, relative_w = (relative(table.to(self.dtype)) for table in tables)
-        self.relative_h = relative_h[: region.height, : region.key_height]
-        self.relative_w = relative_w[: region.width, : region.key_width]
+        self.relative_h = relative_h[: group.height, : group.key_height]
+        self.relative_w = relative_w[: group.width, : group.key_width]
         queries = self.on_grid(self.q)
         self.rel_h = torch.einsum("gyxd,ykd->gyxk", queries, self.relative_h).flatten(1, 2)
         self.rel_w = torch.einsum("gyxd,xkd->gyxk", queries, self.relative_w).flatten(1, 2)
 
     def on_grid(self, tokens: Tensor) -> Tensor:
         """Tokens (G, queries, ·) as (G, height, width, ·), at least float32."""
-        return tokens.to(self.dtype).unflatten(1, (self.region.height, self.region.width))
+        return tokens.to(self.dtype).unflatten(1, (self.group.height, self.group.width))
 
     def parts(self) -> Iterator[tuple[slice, slice]]:
         """Cuts (G, queries) into parts of few enough scores."""
@@ -109,7 +109,7 @@ class Windows:
             add_product(total.v[heads], probabilities.to(grad.dtype).mT, grad[part])
             on_scores = torch.bmm(grad[part], self.v[heads].mT).to(self.dtype)
             on_scores.sub_(delta[part]).mul_(probabilities)
-            on_keys = on_scores.unflatten(-1, (self.region.key_height, self.region.key_width))
+            on_keys = on_scores.unflatten(-1, (self.group.key_height, self.group.key_width))
             torch.sum(on_keys, -1, out=total.rel_h[part])
             torch.sum(on_keys, -2, out=total.rel_w[part])
             on_scores = on_scores.to(grad.dtype)

@@ -7,18 +7,18 @@ cache what lies between.
 Two biases need no pass over the keys: that of k adds the same to all logits of a query, which changes nothing, and the softmax's
 weights sum to one, so that of v moves behind the attention and into the output projection's.
 
-Where nothing is kept for a gradient and the tokens are few, `folded` does without the projections of the pixels.
+Where nothing is kept for a gradient and the tokens are few, `absorbed` does without the projections of the pixels.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from refsam_kernels.core.chunking import chunks
 from refsam_kernels.core.index_checks import valid_positions
-from refsam_kernels.token_image_attention.folded import Folded, Inputs, is_cheaper_folded
+from refsam_kernels.token_image_attention.absorbed import Absorbed, is_cheaper_absorbed
+from refsam_kernels.token_image_attention.inputs import Inputs, Outputs
 from refsam_kernels.token_image_attention.projection import (
     PositionGradient,
     Projection,
@@ -33,8 +33,9 @@ class _Projected:
     """The sum of queries and update, (P, Tq, C), for some expressions at a time, by projections into the heads."""
 
     def __init__(self, inputs: Inputs, remember: bool) -> None:
-        queries, keys, query_pe, key_pe, weights, self.key_lengths, self.num_heads = inputs
-        q_weight, q_bias, k_weight, _, v_weight, v_bias, out_weight, out_bias = weights
+        queries, keys, query_pe, key_pe = inputs[:4]
+        self.key_lengths, self.num_heads = inputs.key_lengths, inputs.num_heads
+        q_weight, q_bias, k_weight, _, v_weight, v_bias, out_weight, out_bias = inputs.weights
         content = keys.to(k_weight.dtype)
         self.queries, self.wide = queries, torch.promote_types(queries.dtype, torch.float32)
         self.to_q = Projection(queries, query_pe, q_weight, q_bias, remember)
@@ -58,127 +59,88 @@ class _Projected:
         return update.to(self.wide).add_(self.queries[part])
 
 
-def forward(
-    queries: Tensor,
-    keys: Tensor,
-    query_pe: Tensor,
-    key_pe: Tensor,
-    q_weight: Tensor,
-    q_bias: Tensor,
-    k_weight: Tensor,
-    k_bias: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    key_lengths: Tensor | None,
-    num_heads: int,
-    eps: float,
-    keep: bool,
-) -> tuple[Tensor, ...]:
+def forward(inputs: Inputs) -> Outputs:
     """Like `reference.forward`: products in the dtype of the weights, sum, softmax and LayerNorm in float32 at least."""
-    keys, key_pe = without_padding(keys, key_pe, key_lengths)
-    into_heads = (q_weight, q_bias, k_weight, k_bias, v_weight, v_bias)
-    weights = (*into_heads, out_weight, out_bias)
-    inputs = Inputs(queries, keys, query_pe, key_pe, weights, key_lengths, num_heads)
+    inputs = without_padding(inputs)
+    queries, eps = inputs.queries, inputs.eps
     wide = torch.promote_types(queries.dtype, torch.float32)
-    norm = (norm_weight.to(wide), norm_bias.to(wide))
-    if keep:  # made for all expressions at once, so that nothing need be joined
+    norm = (inputs.norm_weight.to(wide), inputs.norm_bias.to(wide))
+    if inputs.keep:  # made for all expressions at once, so that nothing need be joined
         projected = _Projected(inputs, remember=False)
         every = slice(len(queries))
         heads = projected.heads(every)
         x = projected.sum(heads[3], every)
         out, *statistics = torch.native_layer_norm(x, x.shape[-1:], *norm, eps)
-        return out.to(queries.dtype), x, torch.cat(statistics, dim=-1), *heads
-    is_folded = is_cheaper_folded(inputs)
-    sums = Folded(inputs) if is_folded else _Projected(inputs, remember=True)
+        return Outputs(out.to(queries.dtype), x, torch.cat(statistics, dim=-1), *heads)
+    is_absorbed = is_cheaper_absorbed(inputs)
+    sums = Absorbed(inputs) if is_absorbed else _Projected(inputs, remember=True)
     shape = queries.shape[-1:]
-    slices = _slices(queries, keys, len(q_weight), num_heads)
+    slices = _slices(queries, inputs.keys, len(inputs.q_weight), inputs.num_heads)
     parts = (torch.native_layer_norm(sums(part), shape, *norm, eps)[0] for part in slices)
-    return _joined(parts, slices, queries), *(queries.new_empty(0) for _ in range(7))
+    rest = (queries.new_empty(0) for _ in range(7))
+    return Outputs(_joined(parts, slices, queries), *rest)
 
 
-def backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    """Like `reference.backward`; of the forward only the softmax is computed again."""
-    return gradients(_attend_backward, grad, *arguments)
-
-
-def gradients(
-    attend_backward: AttendBackward,
-    grad: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    query_pe: Tensor,
-    key_pe: Tensor,
-    q_weight: Tensor,
-    q_bias: Tensor,
-    k_weight: Tensor,
-    k_bias: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    key_lengths: Tensor | None,
-    x: Tensor,
-    statistics: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attended: Tensor,
-    log_sum_exp: Tensor,
-    num_heads: int,
-    eps: float,
+def backward(
+    inputs: Inputs,
+    outputs: Outputs,
+    grads: Sequence[Tensor],
     needs: Sequence[bool],
+    attend_backward: AttendBackward | None = None,
 ) -> list[Tensor]:
-    """The gradients with the attention's own by `attend_backward`: like `_attend_backward`, for some expressions at a time."""
-    keys, key_pe = without_padding(keys, key_pe, key_lengths)
+    """Like `reference.backward`; of the forward only the softmax is computed again.
+
+    `attend_backward` computes the attention's own gradients, like `_attend_backward`, for some expressions at a time.
+    """
+    inputs = without_padding(inputs)
+    own_backward: AttendBackward = attend_backward or _attend_backward
+    queries, keys, query_pe, key_pe = inputs[:4]
+    q_weight, _, k_weight, k_bias, v_weight, v_bias, out_weight, out_bias = inputs.weights
+    _, x, statistics, q, k, v, attended, log_sum_exp = outputs
+    (grad,), num_heads = grads, inputs.num_heads
     of_queries = ProjectionGradient(queries, q_weight)
     of_keys = ProjectionGradient(keys, torch.cat([k_weight, v_weight]))
     of_query_pe = PositionGradient(query_pe, q_weight, q.shape[2], needs[2])
     of_key_pe = PositionGradient(key_pe, k_weight, k.shape[2], needs[3])
-    norm = (norm_weight.to(x.dtype), norm_bias.to(x.dtype))
-    on_out = [x.new_zeros(t.shape) for t in (out_weight, out_bias, *norm)]
-    on_queries, on_keys = torch.empty_like(queries), torch.empty_like(keys)
+    norm = (inputs.norm_weight.to(x.dtype), inputs.norm_bias.to(x.dtype))
+    grad_out = [x.new_zeros(t.shape) for t in (out_weight, out_bias, *norm)]
+    grad_queries, grad_keys = torch.empty_like(queries), torch.empty_like(keys)
     for part in _slices(queries, keys, len(q_weight), num_heads):
-        on_x, on_update, *parameters = _output_backward(
+        grad_x, grad_update, *parameters = _output_backward(
             grad[part], x[part], statistics[part], attended[part], norm, out_weight.dtype
         )
-        for total, share in zip(on_out, parameters, strict=True):
+        for total, share in zip(grad_out, parameters, strict=True):
             total += share
-        on_attended = for_each(out_weight.mT, on_x) @ on_update.mT
+        grad_attended = for_each(out_weight.mT, grad_x) @ grad_update.mT
         heads = (t[part] for t in (q, k, v, attended, log_sum_exp))
-        on_q, on_k, on_v = attend_backward(on_attended, *heads, _part(key_lengths, part), num_heads)
-        of_query_pe.add(on_q, part)
-        of_key_pe.add(on_k, part)
-        torch.add(on_x, of_queries(on_q, part), out=on_queries[part])
-        on_keys[part] = of_keys(torch.cat([on_k, on_v], dim=1), part)
-    on_query_pe, on_q_weight, on_q_bias = of_query_pe.totals()
-    on_key_pe, on_k_weight, _ = of_key_pe.totals()
-    on_q_weight = on_q_weight + of_queries.on_weight
-    of_k, on_v_weight = of_keys.on_weight.chunk(2)
-    on_k_weight = on_k_weight + of_k
-    on_out_weight, on_out_bias, *on_norm = on_out
-    on_out_weight.addr_(on_out_bias, v_bias.to(x.dtype))
-    on_v_bias = out_weight.T.to(x.dtype) @ on_out_bias
-    of_inputs = (on_queries, on_keys, on_query_pe, on_key_pe)
+        grad_q, grad_k, grad_v = own_backward(
+            grad_attended, *heads, _part(inputs.key_lengths, part), num_heads
+        )
+        of_query_pe.add(grad_q, part)
+        of_key_pe.add(grad_k, part)
+        torch.add(grad_x, of_queries(grad_q, part), out=grad_queries[part])
+        grad_keys[part] = of_keys(torch.cat([grad_k, grad_v], dim=1), part)
+    grad_query_pe, grad_q_weight, grad_q_bias = of_query_pe.totals()
+    grad_key_pe, grad_k_weight, _ = of_key_pe.totals()
+    grad_q_weight = grad_q_weight + of_queries.grad_weight
+    of_k, grad_v_weight = of_keys.grad_weight.chunk(2)
+    grad_k_weight = grad_k_weight + of_k
+    grad_out_weight, grad_out_bias, *grad_norm = grad_out
+    grad_out_weight.addr_(grad_out_bias, v_bias.to(x.dtype))
+    grad_v_bias = out_weight.T.to(x.dtype) @ grad_out_bias
+    of_inputs = (grad_queries, grad_keys, grad_query_pe, grad_key_pe)
     of_heads = (
-        on_q_weight,
-        on_q_bias,
-        on_k_weight,
+        grad_q_weight,
+        grad_q_bias,
+        grad_k_weight,
         torch.zeros_like(k_bias),
-        on_v_weight,
-        on_v_bias,
+        grad_v_weight,
+        grad_v_bias,
     )
-    gradients = (*of_inputs, *of_heads, on_out_weight, on_out_bias, *on_norm)
-    inputs = (queries, keys, query_pe, key_pe, q_weight, q_bias, k_weight, k_bias)
-    tensors = (*inputs, v_weight, v_bias, out_weight, out_bias, norm_weight, norm_bias)
+    gradients = (*of_inputs, *of_heads, grad_out_weight, grad_out_bias, *grad_norm)
     return [
         t.new_empty(0) if gradient is None or not need else gradient.to(t.dtype).contiguous()
-        for gradient, t, need in zip(gradients, tensors, needs, strict=True)
+        for gradient, t, need in zip(gradients, inputs[:14], needs, strict=True)
     ]
 
 
@@ -192,12 +154,12 @@ def _output_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients to x (P, T, C), to the output projection's result in `dtype`, its weight and bias, and the norm's."""
     mean_deviation = (t.contiguous() for t in statistics.split(1, dim=-1))
-    on_x, *on_norm = torch.ops.aten.native_layer_norm_backward(
+    grad_x, *grad_norm = torch.ops.aten.native_layer_norm_backward(
         grad.to(x.dtype), x, x.shape[-1:], *mean_deviation, *norm, [True, True, True]
     )
-    on_update = on_x.to(dtype)
-    on_weight = (attended @ on_update).sum(0, dtype=x.dtype).T
-    return on_x, on_update, on_weight, on_x.sum((0, 1)), *on_norm
+    grad_update = grad_x.to(dtype)
+    grad_weight = (attended @ grad_update).sum(0, dtype=x.dtype).T
+    return grad_x, grad_update, grad_weight, grad_x.sum((0, 1)), *grad_norm
 
 
 def _attend_in_parts(
@@ -238,13 +200,13 @@ def _attend_backward(
     """
     grads, qs, ks, vs = (_heads(t, num_heads) for t in (grad, q, k, v))
     weights = _softmax(_logits(qs, ks, key_lengths, num_heads))
-    on_v = _product(grads, weights.to(v.dtype))
+    grad_v = _product(grads, weights.to(v.dtype))
     # Converted before it is multiplied: a product of two dtypes takes a CPU many times as long.
     weighted = _outer(grads, vs).to(weights.dtype).mul_(weights)
-    on_logits = weighted.addcmul_(weights, weighted.sum(dim=-1, keepdim=True), value=-1)
-    on_logits = on_logits.mul_(qs.shape[1] ** -0.5).to(q.dtype)
-    on_q, on_k = _product(ks, on_logits.mT), _product(qs, on_logits)
-    return (t.reshape(own.shape) for t, own in ((on_q, q), (on_k, k), (on_v, v)))
+    grad_logits = weighted.addcmul_(weights, weighted.sum(dim=-1, keepdim=True), value=-1)
+    grad_logits = grad_logits.mul_(qs.shape[1] ** -0.5).to(q.dtype)
+    grad_q, grad_k = _product(ks, grad_logits.mT), _product(qs, grad_logits)
+    return (t.reshape(own.shape) for t, own in ((grad_q, q), (grad_k, k), (grad_v, v)))
 
 
 def _heads(tokens: Tensor, num_heads: int) -> Tensor:
@@ -281,15 +243,17 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
     return torch.bmm(y.mT, x.mT).mT if y.shape[1] > y.shape[2] else torch.bmm(x, y)
 
 
-def without_padding(
-    keys: Tensor, key_pe: Tensor, key_lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Keys and positions with zeros for padding; positions that all expressions share keep those that any of them has."""
-    if key_lengths is None:
-        return keys, key_pe
-    padding = ~valid_positions(key_lengths, keys.shape[1])
+def without_padding(inputs: Inputs) -> Inputs:
+    """The inputs with zeros for padding in keys and positions; shared positions stay where any expression has them."""
+    if inputs.key_lengths is None:
+        return inputs
+    keys, key_pe = inputs.keys, inputs.key_pe
+    padding = ~valid_positions(inputs.key_lengths, keys.shape[1])
     unused = padding if len(key_pe) == len(keys) else padding.all(dim=0, keepdim=True)
-    return keys.masked_fill(padding[..., None], 0.0), key_pe.masked_fill(unused[..., None], 0.0)
+    return inputs._replace(
+        keys=keys.masked_fill(padding[..., None], 0.0),
+        key_pe=key_pe.masked_fill(unused[..., None], 0.0),
+    )
 
 
 def _slices(queries: Tensor, keys: Tensor, width: int, num_heads: int) -> list[slice]:

@@ -1,6 +1,6 @@
 """Attention between tokens and image, either way, with its residual and LayerNorm."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,115 +14,23 @@ from refsam_kernels.core.checks import (
     require,
 )
 from refsam_kernels.core.index_checks import check_range
-from refsam_kernels.core.registration import (
-    FlatOperator,
-    drop_skipped,
-    empty_gradients,
-    needs_gradient,
+from refsam_kernels.core.registration import Operator, needs_gradient
+from refsam_kernels.token_image_attention.inputs import (
+    AttentionWeights,
+    Inputs,
+    Outputs,
+    empty_outputs,
 )
-from refsam_kernels.token_image_attention.outputs import empty_outputs
 
-operator = FlatOperator("token_image_attention")
-
-
-class AttentionWeights(NamedTuple):
-    """Weights of an attention layer as nn.Linear holds them: three (I, C), out (C, I); I is the internal width."""
-
-    q_weight: Tensor
-    q_bias: Tensor
-    k_weight: Tensor
-    k_bias: Tensor
-    v_weight: Tensor
-    v_bias: Tensor
-    out_weight: Tensor
-    out_bias: Tensor
+operator = Operator("token_image_attention", Inputs, Outputs)
 
 
 @operator.forward
-def _forward(
-    queries: Tensor,
-    keys: Tensor,
-    query_pe: Tensor,
-    key_pe: Tensor,
-    q_weight: Tensor,
-    q_bias: Tensor,
-    k_weight: Tensor,
-    k_bias: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    key_lengths: Tensor | None,
-    num_heads: int,
-    eps: float,
-    keep: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `Outputs`."""
-    return empty_outputs(queries, keys, q_weight, num_heads, keep)
+def _forward(inputs: Inputs) -> Outputs:
+    return empty_outputs(inputs)
 
 
-@operator.backward
-def _backward(
-    grad: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    query_pe: Tensor,
-    key_pe: Tensor,
-    q_weight: Tensor,
-    q_bias: Tensor,
-    k_weight: Tensor,
-    k_bias: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    key_lengths: Tensor | None,
-    x: Tensor,
-    statistics: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attended: Tensor,
-    log_sum_exp: Tensor,
-    num_heads: int,
-    eps: float,
-    needs: list[bool],
-    backend: str,
-) -> list[Tensor]:
-    """One gradient for each tensor from `queries` to `norm_bias`."""
-    tensors = (
-        queries,
-        keys,
-        query_pe,
-        key_pe,
-        q_weight,
-        q_bias,
-        k_weight,
-        k_bias,
-        v_weight,
-        v_bias,
-    )
-    return list(empty_gradients((*tensors, out_weight, out_bias, norm_weight, norm_bias), needs))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.num_heads, ctx.eps, _, _ = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:14])
-    gradients = _backward(grad, *ctx.saved_tensors, ctx.num_heads, ctx.eps, needs, ctx.backend)
-    return *drop_skipped(gradients, needs), None, None, None, None, None
-
-
-operator.differentiate(_save, _gradients)
+operator.differentiate({"grad": "out"}, saved=Outputs._fields[1:], frozen=["key_lengths"])
 
 
 def token_image_attention(
@@ -164,11 +72,12 @@ def token_image_attention(
     """
     if autocast_dtype(queries.device) is not None:
         keys, query_pe, key_pe = (x.to(queries.dtype) for x in (keys, query_pe, key_pe))
-    _check_tokens(queries, keys, query_pe, key_pe, key_lengths)
+    tokens = (queries, keys, query_pe, key_pe)
+    _check_tokens(*tokens, key_lengths)
     _check_weights(queries, weights, norm_weight, norm_bias, num_heads)
-    tensors = (queries, keys, query_pe, key_pe, *autocast(*weights), norm_weight, norm_bias)
-    keep = needs_gradient(*tensors)
-    return _forward(*tensors, key_lengths, num_heads, eps, keep, backend or "")[0]
+    tensors: list[Any] = [*tokens, *autocast(*weights), norm_weight, norm_bias]
+    settings = (key_lengths, num_heads, eps, needs_gradient(*tensors))
+    return _forward(*tensors, *settings, backend or "")[0]
 
 
 def _check_tokens(

@@ -39,16 +39,16 @@ class Projection:
 
 
 class ProjectionGradient:
-    """The gradient of weight tokens: to the tokens for each slice, to the weight when all are done, in `on_weight`."""
+    """The gradient of weight tokens: to the tokens for each slice, to the weight when all are done, in `grad_weight`."""
 
     def __init__(self, tokens: Tensor, weight: Tensor) -> None:
         self.tokens, self.weight = tokens.to(weight.dtype), weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self.on_weight = weight.new_zeros(weight.shape, dtype=wide)
+        self.grad_weight = weight.new_zeros(weight.shape, dtype=wide)
 
     def __call__(self, grad: Tensor, part: slice) -> Tensor:
         """The gradient to the slice's tokens, (P, T, C), for `grad` (P, I, T) to their projection."""
-        self.on_weight += (grad @ self.tokens[part]).sum(0, dtype=self.on_weight.dtype)
+        self.grad_weight += (grad @ self.tokens[part]).sum(0, dtype=self.grad_weight.dtype)
         return grad.mT @ for_each(self.weight, grad)
 
 
@@ -61,27 +61,27 @@ class PositionGradient:
         self.positions, self.weight = positions.to(weight.dtype), weight
         self.is_shared, self.needs_positions = len(positions) == 1, needs_positions
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self.on_weight = weight.new_zeros(weight.shape, dtype=wide)
-        self.on_added = weight.new_zeros(len(weight), count, dtype=wide)
-        self.on_own: list[Tensor] = []
+        self.grad_weight = weight.new_zeros(weight.shape, dtype=wide)
+        self.grad_added = weight.new_zeros(len(weight), count, dtype=wide)
+        self.grad_own: list[Tensor] = []
 
     def add(self, grad: Tensor, part: slice) -> None:
         """Takes the gradient to the slice's projections, (P, I, T)."""
-        self.on_added += grad.sum(0, dtype=self.on_added.dtype)
+        self.grad_added += grad.sum(0, dtype=self.grad_added.dtype)
         if self.is_shared:
             return
-        self.on_weight += (grad @ self.positions[part]).sum(0, dtype=self.on_weight.dtype)
+        self.grad_weight += (grad @ self.positions[part]).sum(0, dtype=self.grad_weight.dtype)
         if self.needs_positions:
-            self.on_own.append(grad.mT @ for_each(self.weight, grad))
+            self.grad_own.append(grad.mT @ for_each(self.weight, grad))
 
     def totals(self) -> tuple[Tensor | None, Tensor, Tensor]:
         """Gradients to positions (None if they are not wanted), weight and bias."""
-        on_bias = self.on_added.sum(1)
+        grad_bias = self.grad_added.sum(1)
         if not self.is_shared:
-            return torch.cat(self.on_own) if self.on_own else None, self.on_weight, on_bias
-        on_added = self.on_added.to(self.weight.dtype)
-        on_positions = (on_added.T @ self.weight)[None] if self.needs_positions else None
-        return on_positions, on_added @ self.positions[0], on_bias
+            return torch.cat(self.grad_own) if self.grad_own else None, self.grad_weight, grad_bias
+        grad_added = self.grad_added.to(self.weight.dtype)
+        grad_positions = (grad_added.T @ self.weight)[None] if self.needs_positions else None
+        return grad_positions, grad_added @ self.positions[0], grad_bias
 
 
 def for_each(weight: Tensor, tokens: Tensor) -> Tensor:

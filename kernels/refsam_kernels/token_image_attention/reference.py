@@ -5,42 +5,26 @@ result has the same bits.
 """
 
 import math
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.core.index_checks import valid_positions
-from refsam_kernels.core.registration import gradients_by_vjp
+from refsam_kernels.core.registration import bundle_gradients
+from refsam_kernels.token_image_attention.inputs import Inputs, Outputs
 
 
-def forward(
-    queries: Tensor,
-    keys: Tensor,
-    query_pe: Tensor,
-    key_pe: Tensor,
-    q_weight: Tensor,
-    q_bias: Tensor,
-    k_weight: Tensor,
-    k_bias: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    key_lengths: Tensor | None,
-    num_heads: int,
-    eps: float,
-    keep: bool,
-) -> tuple[Tensor, ...]:
+def forward(inputs: Inputs) -> Outputs:
     """layer_norm(queries + out(attention(q(queries + query_pe), k(keys + key_pe), v(keys)))), in float32 at least.
 
     queries (P, Tq, C), keys (P, Tk, C), *_pe (P or 1, T, C), key_lengths (P,) or None -> (P, Tq, C) like queries, then with
-    `keep` what a backward wants to know: see the custom operator.
+    `keep` the values that a backward needs: see `Outputs`.
     """
+    queries, keys, query_pe, key_pe, *_, key_lengths, num_heads, eps, keep = inputs
+    q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, out_weight, out_bias = inputs.weights
+    norm_weight, norm_bias = inputs.norm_weight, inputs.norm_bias
     dtype = torch.promote_types(queries.dtype, torch.float32)
     valid = None
     if key_lengths is not None:
@@ -61,7 +45,8 @@ def forward(
     x = residual + F.linear(attended, out_weight.to(dtype), out_bias.to(dtype))
     out = F.layer_norm(x, x.shape[-1:], norm_weight.to(dtype), norm_bias.to(dtype), eps)
     if not keep:
-        return (out.to(queries.dtype), *(out.new_empty(0, dtype=queries.dtype) for _ in range(7)))
+        rest = (out.new_empty(0, dtype=queries.dtype) for _ in range(7))
+        return Outputs(out.to(queries.dtype), *rest)
     mean = x.mean(dim=-1)
     variance = (x - mean.unsqueeze(-1)).square().mean(dim=-1)
     statistics = torch.stack([mean, torch.rsqrt(variance + eps)], dim=-1)
@@ -74,15 +59,12 @@ def forward(
     )
     channels_first = (t.mT.contiguous().to(q_weight.dtype) for t in heads)
     log_sum_exp = logits.logsumexp(dim=-1) - constant
-    return out.to(queries.dtype), x.contiguous(), statistics, *channels_first, log_sum_exp
+    sums = (out.to(queries.dtype), x.contiguous(), statistics)
+    return Outputs(*sums, *channels_first, log_sum_exp)  # type: ignore[call-arg]
 
 
-def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients to the fourteen tensors of `forward` for `grad` (P, Tq, C).
-
-    The arguments are those of `forward`, then which of the tensors want a gradient.
-    """
-    *inputs, key_lengths = arguments[:15]
-    num_heads, eps, needs = arguments[-3:]  # what the forward kept is not used
-    formula = partial(forward, key_lengths=key_lengths, num_heads=num_heads, eps=eps, keep=False)
-    return gradients_by_vjp(formula, inputs, needs, (grad,))
+def backward(
+    inputs: Inputs, outputs: Outputs, grads: Sequence[Tensor], needs: Sequence[bool]
+) -> Sequence[Tensor]:
+    """Gradients to the fourteen tensors of the inputs but the lengths, for the gradient (P, Tq, C)."""
+    return bundle_gradients(forward, inputs, inputs._fields[:14], needs, grads)

@@ -15,6 +15,7 @@ from torch import Tensor
 from refsam_kernels import BackendError, rel_pos_attention
 from refsam_kernels.core import libraries
 from refsam_kernels.rel_pos_attention import reference
+from refsam_kernels.rel_pos_attention.inputs import Inputs
 from tests.kernels import operator_checks as checks
 from tests.kernels.emulator import DEVICE
 from tests.kernels.interpreter import on_device
@@ -112,7 +113,7 @@ def test_matches_reference_at_any_size(data: st.DataObject) -> None:
     options = (case[3], case[5], data.draw(st.sampled_from(["bias", "mask"])))
     forward = torch.ops.refsam_kernels.rel_pos_attention
     out, log_sum_exp = forward(*(x.to(DEVICE) for x in tensors), *options, "cuda")
-    exact = reference.forward(*(x.double() for x in tensors), *options)
+    exact = reference.forward(Inputs(*(x.double() for x in tensors), *options))
     checks.assert_close("output", out.cpu(), exact[0], checks.TOLERANCES[torch.float16])
     checks.assert_close("log_sum_exp", log_sum_exp.cpu(), exact[1], 2e-6)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from refsam_kernels import BackendError, rel_pos_attention
-from refsam_kernels.rel_pos_attention import reference
-from refsam_kernels.rel_pos_attention import triton as backend
+from refsam_kernels.core.dispatch import Dispatcher
+from refsam_kernels.rel_pos_attention.inputs import Inputs
 from refsam_kernels.rel_pos_attention.triton import launches
 from tests.kernels import operator_checks as checks
 from tests.kernels.interpreter import (
@@ -181,10 +181,9 @@ def test_refuses_with_the_reason(case: tuple[int, ...], dtype: torch.dtype, mess
 
 
 def test_backward_refuses_what_the_forward_does() -> None:
-    inputs = list(make_inputs(*SMALL).values())
-    saved = reference.forward(*inputs, 1, 2, "bias")
-    arguments = (saved[0], *inputs, *saved, 1, 2, "bias", [True] * 4)
-    assert backend.backward_not_supported_reasons(*arguments) == [
+    inputs = Inputs(*(x.to(DEVICE) for x in make_inputs(*SMALL).values()), 1, 2, "bias")
+    dispatcher = Dispatcher.known["rel_pos_attention"]
+    assert dispatcher.not_supported_reasons("triton", "backward", (inputs,)) == [
         "needs float32, float16 or bfloat16, got torch.float64"
     ]
 

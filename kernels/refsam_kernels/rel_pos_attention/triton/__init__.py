@@ -3,11 +3,12 @@
 The forward is one launch, the backward two and one per table that is not frozen.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs
 from refsam_kernels.rel_pos_attention.triton.cases import compile_cases
 from refsam_kernels.rel_pos_attention.triton.launches import (
     Operands,
@@ -22,7 +23,6 @@ from refsam_kernels.rel_pos_attention.triton.launches import (
 
 __all__ = [
     "backward",
-    "backward_not_supported_reasons",
     "compile_cases",
     "forward",
     "not_supported_reasons",
@@ -33,16 +33,9 @@ LARGEST_HEAD = 128
 OLDEST_ARCHITECTURE = 80
 
 
-def not_supported_reasons(
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    qkv_bias: Tensor | None,
-    num_heads: int,
-    window_size: int,
-    pad_mode: str,
-) -> list[str]:
-    """Why it cannot run on these arguments; empty if it can."""
+def not_supported_reasons(inputs: Inputs) -> list[str]:
+    """Why the kernels cannot compute these; empty if they can."""
+    qkv, num_heads = inputs.qkv, inputs.num_heads
     reasons = []
     if qkv.dtype not in DTYPES:
         reasons.append(f"needs float32, float16 or bfloat16, got {qkv.dtype}")
@@ -58,54 +51,32 @@ def not_supported_reasons(
     return reasons
 
 
-def backward_not_supported_reasons(grad_out: Tensor, *arguments: Any) -> list[str]:
-    """Likewise for the backward."""
-    qkv, rel_pos_h, rel_pos_w, qkv_bias, _, _, *options, _ = arguments
-    return not_supported_reasons(qkv, rel_pos_h, rel_pos_w, qkv_bias, *options)
-
-
-def forward(
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    qkv_bias: Tensor | None,
-    num_heads: int,
-    window_size: int,
-    pad_mode: str,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs) -> Outputs:
     """Output (B, h, w, D) and the logarithm of each softmax's sum (B, heads, h, w), float32."""
-    problem = Problem.of(qkv, num_heads, window_size, pad_mode)
-    operands = make_operands(qkv, rel_pos_h, rel_pos_w, qkv_bias)
+    qkv, num_heads = inputs.qkv, inputs.num_heads
+    problem, operands = Problem.of(qkv, *inputs[4:]), make_operands(inputs)
     images, h, w, width = qkv.shape
     out = qkv.new_empty(images, h, w, width // 3)
     log_sum_exp = qkv.new_empty(images, num_heads, h, w, dtype=torch.float32)
     if images:
         with torch.cuda.device_of(qkv):
             forward_launch(problem, operands, out, log_sum_exp).run()
-    return out, log_sum_exp
+    return Outputs(out, log_sum_exp)
 
 
 def backward(
-    grad_out: Tensor,
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    qkv_bias: Tensor | None,
-    out: Tensor,
-    log_sum_exp: Tensor,
-    num_heads: int,
-    window_size: int,
-    pad_mode: str,
-    needs: list[bool],
+    inputs: Inputs, outputs: Outputs, grads: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor]:
     """Gradients with respect to qkv, both tables and the bias of padding tokens."""
-    problem = Problem.of(qkv, num_heads, window_size, pad_mode)
-    operands = make_operands(qkv, rel_pos_h, rel_pos_w, qkv_bias)
+    qkv, log_sum_exp = inputs.qkv, outputs.log_sum_exp
+    problem, operands = Problem.of(qkv, *inputs[4:]), make_operands(inputs)
     if not len(qkv):
-        inputs = (qkv, rel_pos_h, rel_pos_w, qkv_bias)
-        return [x.new_zeros(x.shape) if x is not None else qkv.new_empty(0) for x in inputs]
+        return [
+            qkv.new_empty(0) if x is None else x.new_zeros(x.shape)
+            for x in (qkv, inputs.rel_pos_h, inputs.rel_pos_w, inputs.qkv_bias)
+        ]
     tensors = {
-        "grad_out": grad_out.contiguous(),
+        "grad_out": grads[0].contiguous(),
         "log_sum_exp": log_sum_exp,
         "grad_qkv": torch.empty_like(qkv, memory_format=torch.contiguous_format),
         "delta": torch.empty_like(log_sum_exp),
@@ -113,7 +84,7 @@ def backward(
     tensors["rel_h"], tensors["rel_w"] = operands.scratch(problem)
     # What belongs to places without a key is not written.
     d_rel = operands.scratch(problem, zero=problem.is_cropped)
-    of_queries = {**tensors, "out": out, "d_rel_h": d_rel[0], "d_rel_w": d_rel[1]}
+    of_queries = {**tensors, "out": outputs.out, "d_rel_h": d_rel[0], "d_rel_w": d_rel[1]}
     with torch.cuda.device_of(qkv):
         query_gradient_launch(problem, operands, of_queries).run()
         padding = key_gradients(problem, operands, tensors) if needs[0] or needs[3] else None
@@ -151,9 +122,8 @@ def table_gradient(problem: Problem, qkv: Tensor, d_rel: Tensor, *, of_rows: boo
     return parts.sum(0)
 
 
-def make_operands(
-    qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, qkv_bias: Tensor | None
-) -> Operands:
-    """The tensors as the kernels want them."""
-    bias = None if qkv_bias is None else qkv_bias.contiguous()
-    return Operands(qkv, rel_pos_h.contiguous(), rel_pos_w.contiguous(), bias)
+def make_operands(inputs: Inputs) -> Operands:
+    """The tensors as the kernels read them."""
+    bias = None if inputs.qkv_bias is None else inputs.qkv_bias.contiguous()
+    tables = (inputs.rel_pos_h.contiguous(), inputs.rel_pos_w.contiguous())
+    return Operands(inputs.qkv, *tables, bias)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Region:
+class WindowGroup:
     """Equal windows side by side: `rows` x `columns` of them, each `height` x `width` real tokens.
 
     Their first token is at (`top`, `left`) of the grid. A window's keys are `key_height` x
@@ -25,24 +25,24 @@ class Region:
 
     @property
     def tokens(self) -> int:
-        """Tokens of an image in the region."""
+        """Tokens of an image in the group."""
         return self.rows * self.columns * self.height * self.width
 
-    def places(self, grid: Tensor) -> Tensor:
-        """The region of a grid (B, h, w, heads, d), a view (B, rows, columns, heads, y, x, d)."""
+    def view(self, grid: Tensor) -> Tensor:
+        """The group's part of a grid (B, h, w, heads, d), a view (B, rows, columns, heads, y, x, d)."""
         bottom = self.top + self.rows * self.height
         right = self.left + self.columns * self.width
-        region = grid[:, self.top : bottom, self.left : right]
-        split = region.unflatten(2, (self.columns, self.width))
+        part = grid[:, self.top : bottom, self.left : right]
+        split = part.unflatten(2, (self.columns, self.width))
         return split.unflatten(1, (self.rows, self.height)).permute(0, 1, 3, 5, 2, 4, 6)
 
     def queries(self, grid: Tensor) -> Tensor:
-        """The region's tokens, contiguous: (G, height * width, d), G counting windows' heads."""
-        return self.places(grid).flatten(4, 5).flatten(0, 3).contiguous()
+        """The group's tokens, contiguous: (G, height * width, d), G counting windows' heads."""
+        return self.view(grid).flatten(4, 5).flatten(0, 3).contiguous()
 
     def keys(self, grid: Tensor, padding: Tensor | None) -> Tensor:
         """The same with the padding tokens, which are (heads, d) or zero: (G, keys, d)."""
-        real = self.places(grid)
+        real = self.view(grid)
         if (self.height, self.width) == (self.key_height, self.key_width):
             return real.flatten(4, 5).flatten(0, 3).contiguous()
         keys = grid.new_zeros(*real.shape[:4], self.key_height, self.key_width, real.shape[-1])
@@ -53,27 +53,27 @@ class Region:
 
     def write_queries(self, tokens: Tensor, grid: Tensor) -> None:
         """Writes tokens (G, height * width, d) to their places in a grid (B, h, w, heads, d)."""
-        places = self.places(grid)
-        places.copy_(tokens.view(places.shape))
+        view = self.view(grid)
+        view.copy_(tokens.view(view.shape))
 
     def write_keys(self, tokens: Tensor, grid: Tensor) -> Tensor:
         """Writes the real ones of (G, keys, d) to their places; the sum of the rest, (heads, d)."""
-        places = self.places(grid)
-        size = (*places.shape[:4], self.key_height, self.key_width, places.shape[-1])
+        view = self.view(grid)
+        size = (*view.shape[:4], self.key_height, self.key_width, view.shape[-1])
         tokens = tokens.view(size)
-        places.copy_(tokens[..., : self.height, : self.width, :])
+        view.copy_(tokens[..., : self.height, : self.width, :])
         below = tokens[..., self.height :, :, :]
         beside = tokens[..., : self.height, self.width :, :]
         return below.sum((0, 1, 2, 4, 5)) + beside.sum((0, 1, 2, 4, 5))
 
 
-def regions(h: int, w: int, window_size: int, pad_mode: str) -> Iterator[Region]:
-    """Cuts the grid into at most four regions: whole windows, the right, the bottom, the corner."""
+def window_groups(h: int, w: int, window_size: int, pad_mode: str) -> Iterator[WindowGroup]:
+    """Cuts the grid into at most four groups: whole windows, the right, the bottom, the corner."""
     for top, rows, height in stretches(h, window_size or h):
         for left, columns, width in stretches(w, window_size or w):
             are_keys = window_size > 0 and pad_mode == "bias"
             keys = (window_size, window_size) if are_keys else (height, width)
-            yield Region(top, left, rows, columns, height, width, *keys)
+            yield WindowGroup(top, left, rows, columns, height, width, *keys)
 
 
 def stretches(length: int, size: int) -> Iterator[tuple[int, int, int]]:

@@ -1,41 +1,28 @@
 """Attention between few tokens and many pixels that projects the tokens alone; nothing is kept for a gradient.
 
-A head's logits are `(Wq x)^T (Wk t) = x^T (Wq^T Wk t)`, and what it adds to a row is `Wo Wv` of a weighted sum of values. With
-the pixels' weights folded into the tokens', an attention is two products with the pixels as they are, of as many rows as
-there are heads times tokens: about what a projection of the pixels has, and instead of two projections, the logits and the
-weighted sum of each head. The biases of k and v are left out as in `fallback`.
+A head's logits are `(Wq x)^T (Wk t) = x^T (Wq^T Wk t)`, and its share of a row is `Wo Wv` of a weighted sum of values. With the
+pixels' weights absorbed into the tokens, an attention is two products with the unprojected pixels, with one row per head and
+token. That is about the cost of one projection of the pixels, in place of two projections, the logits and the weighted sum.
+The biases of k and v are left out as in `fallback`.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.core.index_checks import valid_positions
+from refsam_kernels.token_image_attention.inputs import Inputs
 
 
-class Inputs(NamedTuple):
-    """Tokens and positions (P, T, C), weights and biases of q, k, v and the output: (I, C), (I,), (C, I), (C,)."""
-
-    queries: Tensor
-    keys: Tensor
-    query_pe: Tensor
-    key_pe: Tensor
-    weights: tuple[Tensor, ...]
-    key_lengths: Tensor | None
-    num_heads: int
-
-
-class Folded:
+class Absorbed:
     """The sum of queries and update, (P, Tq, C), for some expressions at a time."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.queries, self.keys, self.query_pe, self.key_pe = inputs[:4]
-        weights, self.key_lengths, self.num_heads = inputs[4:]
-        self.q_weight, self.q_bias, self.k_weight, _ = weights[:4]
-        self.v_weight, v_bias, self.out_weight, out_bias = weights[4:]
-        self.added = torch.addmv(out_bias, self.out_weight, v_bias)
+        self.key_lengths, self.num_heads = inputs.key_lengths, inputs.num_heads
+        self.q_weight, self.q_bias, self.k_weight = inputs.weights[:3]
+        self.v_weight, self.out_weight = inputs.v_weight, inputs.out_weight
+        self.added = torch.addmv(inputs.out_bias, self.out_weight, inputs.v_bias)
         self.scale = (len(self.q_weight) // self.num_heads) ** -0.5
 
     def __call__(self, part: slice) -> Tensor:
@@ -84,18 +71,18 @@ class Folded:
         return weight.unflatten(0, (self.num_heads, -1))
 
 
-def is_cheaper_folded(inputs: Inputs) -> bool:
+def is_cheaper_absorbed(inputs: Inputs) -> bool:
     """Whether there are about as few rows of heads and tokens as a projection of the pixels has.
 
     Up to a quarter more cost less than the products of each head that they save (docs/performance.md). Not in half
-    precision, where the folded weights would be rounded, and not where pixels may be padding.
+    precision, where the absorbed weights would be rounded, and not where pixels may be padding.
     """
-    queries, keys, _, _, weights, key_lengths, num_heads = inputs
+    queries, keys, weights = inputs.queries, inputs.keys, inputs.weights
     dtypes = {queries.dtype, keys.dtype, *(weight.dtype for weight in weights)}
     tokens = min(queries.shape[1], keys.shape[1])
-    from_tokens = key_lengths is not None and queries.shape[1] <= keys.shape[1]
+    from_tokens = inputs.key_lengths is not None and queries.shape[1] <= keys.shape[1]
     is_wide = dtypes <= {torch.float32, torch.float64} and len(dtypes) == 1
-    return is_wide and not from_tokens and 4 * num_heads * tokens <= 5 * len(weights[0])
+    return is_wide and not from_tokens and 4 * inputs.num_heads * tokens <= 5 * len(weights[0])
 
 
 def _placed(tokens: Tensor, positions: Tensor, part: slice) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention with decomposed relative positions as plain attention on widened queries and keys.
+"""Attention with decomposed relative positions as plain attention on augmented queries and keys.
 
 The bias is an exact product: `[q, rel_h, rel_w]` times `[k, one-hot row, one-hot column]` is the logit
 (rel_h and rel_w over the scale). So a GPU without Triton can use torch's memory-efficient kernel, which
@@ -17,7 +17,7 @@ MULTIPLE = 8
 MOST_HEADS = 65_535
 
 
-def serves(qkv: Tensor, num_heads: int) -> bool:
+def is_supported(qkv: Tensor, num_heads: int) -> bool:
     """Whether torch has the kernel for such tensors."""
     head_dim = qkv.shape[-1] // (3 * num_heads)
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
@@ -26,21 +26,21 @@ def serves(qkv: Tensor, num_heads: int) -> bool:
 
 def attend(windows: Windows) -> tuple[Tensor, Tensor]:
     """Output (G, queries, head_dim) and the logarithm of each softmax's sum (G, queries, 1)."""
-    queries, keys = factors(windows)
+    queries, keys = augmented(windows)
     attended, log_sum_exp = efficient_attention(queries, keys, windows.v, windows.scale)
     return attended, log_sum_exp[..., None].to(windows.dtype)
 
 
-def factors(windows: Windows) -> tuple[Tensor, Tensor]:
-    """Widened queries (G, queries, ·) and keys (G, keys, ·), their width a multiple of `MULTIPLE`."""
-    height, width = windows.region.key_height, windows.region.key_width
+def augmented(windows: Windows) -> tuple[Tensor, Tensor]:
+    """Augmented queries (G, queries, ·) and keys (G, keys, ·), their width a multiple of `MULTIPLE`."""
+    height, width = windows.group.key_height, windows.group.key_width
     relative = [(rel / windows.scale).to(windows.q.dtype) for rel in (windows.rel_h, windows.rel_w)]
     rows, columns = (
         torch.eye(size, dtype=windows.k.dtype, device=windows.k.device) for size in (height, width)
     )
-    places = torch.cat([rows.repeat_interleave(width, 0), columns.repeat(height, 1)], -1)
+    one_hots = torch.cat([rows.repeat_interleave(width, 0), columns.repeat(height, 1)], -1)
     queries = torch.cat([windows.q, *relative], -1)
-    keys = torch.cat([windows.k, places.expand(len(windows.k), -1, -1)], -1)
+    keys = torch.cat([windows.k, one_hots.expand(len(windows.k), -1, -1)], -1)
     missing = -queries.shape[-1] % MULTIPLE
     return F.pad(queries, (0, missing)), F.pad(keys, (0, missing))
 

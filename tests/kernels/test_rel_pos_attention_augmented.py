@@ -1,4 +1,4 @@
-"""rel_pos_attention's fallback on GPUs: torch's attention on widened queries and keys."""
+"""rel_pos_attention's fallback on GPUs: torch's attention on augmented queries and keys."""
 
 from unittest import mock
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from refsam_kernels.rel_pos_attention import fallback, one_hot
+from refsam_kernels.rel_pos_attention import augmented, fallback
+from refsam_kernels.rel_pos_attention.inputs import Inputs
 from tests.kernels import operator_checks as checks
 from tests.kernels.test_rel_pos_attention import CASES, make_inputs, operator_of
 
@@ -15,26 +16,27 @@ def plain_attention(
     queries: Tensor, keys: Tensor, values: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """What torch's kernel computes, and what it asks for."""
-    assert queries.shape[-1] == keys.shape[-1] and queries.shape[-1] % one_hot.MULTIPLE == 0
+    assert queries.shape[-1] == keys.shape[-1] and queries.shape[-1] % augmented.MULTIPLE == 0
     scores = (queries @ keys.mT) * scale
     return scores.softmax(-1) @ values, scores.logsumexp(-1)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("pad_mode", ["bias", "mask"])
-def test_widened_queries_and_keys_give_the_same(case: tuple[int, ...], pad_mode: str) -> None:
+def test_augmented_queries_and_keys_give_the_same(case: tuple[int, ...], pad_mode: str) -> None:
     tensors = make_inputs(*case).values()
-    wanted = fallback.forward(*tensors, case[3], case[5], pad_mode)
+    inputs = Inputs(*tensors, case[3], case[5], pad_mode)
+    wanted = fallback.forward(inputs)
     with (
-        mock.patch.object(one_hot, "serves", return_value=True),
-        mock.patch.object(one_hot, "efficient_attention", plain_attention),
+        mock.patch.object(augmented, "is_supported", return_value=True),
+        mock.patch.object(augmented, "efficient_attention", plain_attention),
     ):
-        found = fallback.forward(*tensors, case[3], case[5], pad_mode)
+        found = fallback.forward(inputs)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
 def test_serves_cuda_only() -> None:
-    assert not one_hot.serves(torch.zeros(1, 2, 2, 48), num_heads=2)
+    assert not augmented.is_supported(torch.zeros(1, 2, 2, 48), num_heads=2)
 
 
 @pytest.mark.gpu

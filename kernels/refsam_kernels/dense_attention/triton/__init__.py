@@ -1,0 +1,193 @@
+"""`dense_attention` in Triton: its launches; see `kernels`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from refsam_kernels.core.index_checks import valid_positions
+from refsam_kernels.core.triton_aot import CompileCase, Launch
+from refsam_kernels.dense_attention.inputs import Inputs
+from refsam_kernels.dense_attention.triton.kernels import (
+    _forward_kernel,
+    _image_backward_kernel,
+    _text_backward_kernel,
+)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WIDEST_CHANNELS = 512
+MOST_WORDS = 128
+
+
+def not_supported_reasons(inputs: Inputs) -> list[str]:
+    """Why the kernels cannot compute these."""
+    features = inputs.features
+    channels, words = features.shape[3], inputs.text.shape[1]
+    reasons = []
+    if features.dtype not in DTYPES:
+        reasons.append(f"computes float32, float16 and bfloat16, got {features.dtype}")
+    if channels > WIDEST_CHANNELS:
+        reasons.append(f"takes at most {WIDEST_CHANNELS} channels, got {channels}")
+    if words > MOST_WORDS:
+        reasons.append(f"takes at most {MOST_WORDS} words, got {words}")
+    return reasons
+
+
+def forward(inputs: Inputs) -> Tensor:
+    """Like `reference.forward`: products in the dtype of the features, sums and softmax in float32."""
+    features, text, weight = inputs.features, inputs.text, inputs.weight.contiguous()
+    dense = features.new_empty(len(text), *features.shape[2:])
+    if len(text):
+        tensors = _tensors(inputs)
+        tensors["folded"] = F.linear(text, weight.chunk(2, dim=1)[1])
+        _forward_launch(tensors, weight, inputs.bias, dense).run()
+    return dense
+
+
+def backward(
+    inputs: Inputs, outputs: None, grads: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """Like `reference.backward`; the attention is computed again."""
+    (grad,), weight = grads, inputs.weight.contiguous()
+    attended = weight.chunk(2, dim=1)[1]
+    is_word = valid_positions(inputs.lengths, inputs.text.shape[1]).unsqueeze(-1)
+    text = torch.where(is_word, inputs.text, 0.0)
+    tensors = _tensors(inputs._replace(text=text))
+    tensors |= {"folded": F.linear(text, attended), "grad": grad.contiguous()}
+    on_text, on_images = _text_outputs(tensors), _image_outputs(tensors, needs[0])
+    if len(text):
+        _text_launch(tensors, on_text).run()
+    _image_launch(tensors, on_text["on_similarity"], on_images, weight).run()
+    bias, shares = inputs.bias.float(), inputs.level_weights.float()
+    on_folded = on_text["on_folded"].sum(0).to(text.dtype)
+    of_own = on_images["grad_image"].flatten(0, 1).T @ on_images["mixed"].flatten(0, 1)
+    of_attended = on_folded.flatten(0, 1).T @ text.flatten(0, 1)
+    of_bias = grad.sum((0, 1), dtype=torch.float32)
+    of_shares = on_text["on_share"].sum((0, 1)) + on_images["on_share"].sum((0, 1))
+    gradients = (
+        on_images["on_features"],
+        on_text["on_text"].sum(0).add_(on_folded @ attended).to(text.dtype),
+        torch.cat([of_own, of_attended], dim=1),
+        (of_bias * shares.sum()).to(weight.dtype),
+        on_text["on_scale"].sum().to(inputs.scale.dtype),
+        (of_shares + of_bias @ bias).to(inputs.level_weights.dtype),
+    )
+    pairs = zip(gradients, needs, strict=True)
+    return tuple(gradient if need else grad.new_empty(0) for gradient, need in pairs)
+
+
+def _tensors(inputs: Inputs) -> dict[str, Tensor]:
+    """The tensors that all kernels read, by name."""
+    named = inputs._asdict()
+    names = ("features", "text", "lengths", "image_index", "scale", "level_weights")
+    return {name: named[name].contiguous() for name in names}
+
+
+def _tile(tensors: dict[str, Tensor]) -> tuple[int, dict[str, int]]:
+    """The number of tiles of an image, and sizes and blocks that all kernels take; blocks are powers of two."""
+    (levels, images, pixels, channels), (expressions, words, _) = (
+        tensors[name].shape for name in ("features", "text")
+    )
+    blocks = {"WORDS": max(16, triton.next_power_of_2(words))}
+    blocks["CHANNELS"] = max(16, triton.next_power_of_2(channels))
+    # Single precision has no tensor cores to multiply on: its operands lie in registers, which hold less.
+    is_single = tensors["features"].element_size() == 4
+    crowded = blocks["CHANNELS"] > 256 or blocks["WORDS"] > 64
+    blocks["PIXELS"] = 16 if is_single or crowded else 32
+    blocks["COLUMNS"] = min(64, blocks["CHANNELS"])
+    blocks["LEVELS"] = triton.next_power_of_2(tensors["features"].shape[0])
+    sizes = {"levels": levels, "images": images, "expressions": expressions, "pixels": pixels}
+    tiles = triton.cdiv(pixels, blocks["PIXELS"])
+    return tiles, sizes | {"words": words, "channels": channels} | blocks
+
+
+def _launch(kernel: Any, programs: tuple[int, int], tensors: dict[str, Any], sizes: Any) -> Launch:
+    """The kernel with those of the arguments that it takes."""
+    arguments = {f"{name}_ptr": tensor for name, tensor in tensors.items()} | sizes
+    taken = {name: arguments[name] for name in kernel.arg_names}
+    return Launch(kernel, programs, taken, num_warps=8, num_stages=1)
+
+
+def _forward_launch(
+    tensors: dict[str, Tensor], weight: Tensor, bias: Tensor, dense: Tensor
+) -> Launch:
+    tiles, sizes = _tile(tensors)
+    if dense.element_size() == 4:
+        sizes["COLUMNS"] = 16  # beside the mixtures no more fits the registers
+    arguments = tensors | {"weight": weight, "bias": bias.contiguous(), "dense": dense}
+    return _launch(_forward_kernel, (tiles, sizes["expressions"]), arguments, sizes)
+
+
+def _text_outputs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `_text_backward_kernel` writes."""
+    tiles, sizes = _tile(tensors)
+    text, (levels, _, pixels, _) = tensors["text"], tensors["features"].shape
+    rows = (tiles, *text.shape)
+    sums = (tiles, len(text), levels)
+    shapes = {"on_text": rows, "on_folded": rows, "on_scale": sums, "on_share": sums}
+    outputs = {name: text.new_empty(x, dtype=torch.float32) for name, x in shapes.items()}
+    outputs["on_similarity"] = text.new_empty(levels, len(text), pixels, sizes["WORDS"])
+    return outputs
+
+
+def _text_launch(tensors: dict[str, Tensor], outputs: dict[str, Tensor]) -> Launch:
+    tiles, sizes = _tile(tensors)
+    return _launch(_text_backward_kernel, (tiles, sizes["expressions"]), tensors | outputs, sizes)
+
+
+def _image_outputs(tensors: dict[str, Tensor], needs_features: bool) -> dict[str, Any]:
+    """What `_image_backward_kernel` writes."""
+    tiles, _ = _tile(tensors)
+    features = tensors["features"]
+    levels, images = features.shape[:2]
+    return {
+        "on_features": torch.empty_like(features) if needs_features else None,
+        "grad_image": torch.empty_like(features[0]),
+        "mixed": torch.empty_like(features[0]),
+        "on_share": features.new_empty(tiles, images, levels, dtype=torch.float32),
+    }
+
+
+def _image_launch(
+    tensors: dict[str, Tensor],
+    on_similarity: Tensor,
+    outputs: dict[str, Any],
+    weight: Tensor,
+) -> Launch:
+    tiles, sizes = _tile(tensors)
+    arguments = tensors | outputs | {"on_similarity": on_similarity, "weight": weight}
+    return _launch(_image_backward_kernel, (tiles, sizes["images"]), arguments, sizes)
+
+
+def compile_cases() -> list[CompileCase]:
+    """SAM's prompt width and nano's, words of short and long sentences, in half and single precision."""
+    cases = []
+    for dtype, channels, words in (
+        (torch.bfloat16, 128, 16),
+        (torch.bfloat16, 256, 16),
+        (torch.bfloat16, 256, 64),
+        (torch.float16, 256, 32),
+        (torch.float32, 256, 32),
+    ):
+        features = torch.empty(4, 1, 4096, channels, dtype=dtype, device="meta")
+        text = features.new_empty(8, words, channels)
+        lengths = torch.empty(8, dtype=torch.int64, device="meta")
+        weight, scale = features.new_empty(channels, 2 * channels), features.new_empty(())
+        level_weights = features.new_empty(4, dtype=torch.float32)
+        bias, scale = weight[0, :channels], scale.float()
+        inputs = Inputs(features, text, lengths, lengths, weight, bias, scale, level_weights)
+        tensors = _tensors(inputs)
+        tensors |= {"folded": text, "grad": features.new_empty(8, 4096, channels)}
+        on_text = _text_outputs(tensors)
+        similarity, on_images = on_text["on_similarity"], _image_outputs(tensors, True)
+        launches = {
+            "forward": _forward_launch(tensors, weight, bias, tensors["grad"]),
+            "text backward": _text_launch(tensors, on_text),
+            "image backward": _image_launch(tensors, similarity, on_images, weight),
+        }
+        name = f"{str(dtype).removeprefix('torch.')}, {channels} channels, {words} words"
+        cases += [launch.compile_case(f"{kind}, {name}") for kind, launch in launches.items()]
+    return cases
