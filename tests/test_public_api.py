@@ -71,6 +71,11 @@ def test_public_names_exist(package: object) -> None:
     assert not missing
 
 
+def test_renamed_kernel_names_still_work() -> None:
+    with pytest.warns(DeprecationWarning, match="packs is now refsam_kernels.can_prepack"):
+        assert refsam_kernels.packs is refsam_kernels.can_prepack
+
+
 def test_there_are_operators() -> None:
     assert "mask_postprocess" in OPERATORS
 

@@ -19,7 +19,7 @@ SPILL_LIMIT = 64  # bytes per thread, stored and loaded together
 def main(arguments: list[str] | None = None) -> int:
     """Prints registers and spills of each kernel; returns 1 if one spills more than 64 bytes.
 
-    Raises `LeftOut` without nvcc, `BuildError` with the compiler's messages.
+    Raises `BuildSkipped` without nvcc, `BuildError` with the compiler's messages.
     """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gates.cuda_resources", description=main.__doc__
@@ -81,5 +81,5 @@ def write(rows: list[dict[str, Any]], toolchain: dict[str, str], path: Path) -> 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (build.LeftOut, build.BuildError) as reason:
+    except (build.BuildSkipped, build.BuildError) as reason:
         sys.exit(f"cuda_resources: {reason}")

@@ -52,7 +52,7 @@ def test_files() -> tuple[Task, ...]:
     paths = [
         *sorted((ROOT / "tests" / "kernels" / "triton").glob("test_*.py")),
         *sorted((ROOT / "tests" / "kernels" / "cuda").glob("test_*.py")),
-        ROOT / "tests" / "kernels" / "test_rel_pos_attention_one_hot.py",
+        ROOT / "tests" / "kernels" / "test_rel_pos_attention_augmented.py",
         ROOT / "tests" / "session" / "test_graphs.py",
         ROOT / "tests" / "session" / "test_together.py",
     ]

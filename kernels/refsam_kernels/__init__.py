@@ -5,6 +5,9 @@ Every operator is a function that works on any device, is differentiable and is 
 `python -m refsam_kernels.info` says what would run here.
 """
 
+import warnings
+from typing import Any
+
 from refsam_kernels.adapter_mlp.op import adapter_mlp
 from refsam_kernels.adapter_projection.op import adapter_projection
 from refsam_kernels.core.dispatch import BackendError, use_backend
@@ -22,7 +25,7 @@ from refsam_kernels.mask_postprocess.packed import (
     mask_postprocess_rle,
 )
 from refsam_kernels.mask_upscale.op import mask_upscale
-from refsam_kernels.packed_linear import PackedLinear, packs
+from refsam_kernels.packed_linear import PackedLinear, can_prepack
 from refsam_kernels.rel_pos_attention.op import rel_pos_attention
 from refsam_kernels.token_image_attention.op import AttentionWeights, token_image_attention
 
@@ -36,6 +39,7 @@ __all__ = [
     "PackedMasks",
     "adapter_mlp",
     "adapter_projection",
+    "can_prepack",
     "decompositions",
     "dense_attention",
     "is_capturing",
@@ -44,9 +48,21 @@ __all__ = [
     "mask_postprocess_bits",
     "mask_postprocess_rle",
     "mask_upscale",
-    "packs",
     "rel_pos_attention",
     "settle",
     "token_image_attention",
     "use_backend",
 ]
+
+_RENAMED = {"packs": "can_prepack"}  # for one minor version, as docs/stability.md promises
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    message = (
+        f"{__name__}.{name} is now {__name__}.{new}; the old name goes with the next minor version"
+    )
+    warnings.warn(message, DeprecationWarning, stacklevel=2)
+    return globals()[new]

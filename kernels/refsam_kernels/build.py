@@ -4,7 +4,7 @@ Nothing here imports torch: its headers and libraries are found by path, and the
 documentation, "LibTorch Stable ABI"), so one file serves every torch from 2.10 on and every Python. Two libraries come out,
 `_C_cpu.so` and `_C_cuda.so`; they are separate because the CUDA one cannot be loaded by a torch without CUDA.
 
-`REFSAM_BUILD_CUDA` 1 demands the CUDA library, 0 forbids it, unset builds it where torch has CUDA and nvcc is found.
+`REFSAM_BUILD_CUDA` 1 requires the CUDA library, 0 forbids it, unset builds it where torch has CUDA and nvcc is found.
 `TORCH_CUDA_ARCH_LIST`, `CUDA_HOME` and `CXX` are honoured. ninja and ccache are used if present.
 """
 
@@ -47,7 +47,7 @@ class BuildError(RuntimeError):
     """A library that was asked for by name could not be built."""
 
 
-class LeftOut(Exception):
+class BuildSkipped(Exception):
     """Why a library is not built here, in one line."""
 
 
@@ -129,15 +129,15 @@ def package_folders() -> list[Path]:
 
 
 def supported_torch() -> Torch:
-    """The installed torch if a library can be built against it; raises `LeftOut` otherwise."""
+    """The installed torch if a library can be built against it; raises `BuildSkipped` otherwise."""
     torch = find_torch()
     if torch is None:
-        raise LeftOut(
+        raise BuildSkipped(
             "torch is not installed in this environment: install it, then run python -m refsam_kernels.build"
         )
     release = tuple(int(part) for part in re.findall(r"\d+", torch.version)[:2])
     if release < OLDEST_TORCH:
-        raise LeftOut(f"torch is {torch.version}, the stable ABI needs 2.10 or newer")
+        raise BuildSkipped(f"torch is {torch.version}, the stable ABI needs 2.10 or newer")
     return torch
 
 
@@ -158,10 +158,10 @@ def build_root() -> Path:
 def find_compiler() -> tuple[str, ...]:
     """The C++ compiler's command; `CXX` may have a launcher before it and arguments behind it, as "ccache g++ -m64".
 
-    Raises `LeftOut` if there is none or the platform is not built for.
+    Raises `BuildSkipped` if there is none or the platform is not built for.
     """
     if not sys.platform.startswith("linux"):
-        raise LeftOut(f"libraries are built on Linux only, this is {sys.platform}")
+        raise BuildSkipped(f"libraries are built on Linux only, this is {sys.platform}")
     wanted = os.environ.get("CXX", "").strip()
     for name in [wanted] if wanted else ["c++", "g++", "clang++"]:
         path = shutil.which(name)  # also one whose path has spaces
@@ -170,7 +170,7 @@ def find_compiler() -> tuple[str, ...]:
     words = shlex.split(wanted)
     paths = [word if word.startswith("-") else shutil.which(word) for word in words]
     if not words or None in paths or is_launcher(words[-1]):
-        raise LeftOut(f"no C++ compiler found (looked for {wanted or 'c++, g++, clang++'})")
+        raise BuildSkipped(f"no C++ compiler found (looked for {wanted or 'c++, g++, clang++'})")
     return tuple(path for path in paths if path)
 
 
@@ -180,7 +180,7 @@ def is_launcher(word: str) -> bool:
 
 
 def find_nvcc() -> str:
-    """nvcc of `CUDA_HOME`, of the search path or of /usr/local/cuda; raises `LeftOut` if there is none."""
+    """nvcc of `CUDA_HOME`, of the search path or of /usr/local/cuda; raises `BuildSkipped` if there is none."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     candidates = [
         *(str(Path(home, "bin", "nvcc")) for home in homes),
@@ -190,7 +190,7 @@ def find_nvcc() -> str:
     for candidate in candidates:
         if path := shutil.which(candidate):
             return path
-    raise LeftOut("no nvcc found (looked in CUDA_HOME, the search path and /usr/local/cuda)")
+    raise BuildSkipped("no nvcc found (looked in CUDA_HOME, the search path and /usr/local/cuda)")
 
 
 def first_line(command: list[str]) -> str:
@@ -218,7 +218,9 @@ def architectures(nvcc: str) -> list[str]:
     ).stdout.split()
     known = [name for name in DEFAULT_ARCHITECTURES if f"sm_{digits(name)}" in listed]
     if not known:
-        raise LeftOut(f"nvcc knows none of the architectures {', '.join(DEFAULT_ARCHITECTURES)}")
+        raise BuildSkipped(
+            f"nvcc knows none of the architectures {', '.join(DEFAULT_ARCHITECTURES)}"
+        )
     if not known[-1].endswith("+PTX"):
         known[-1] += "+PTX"
     return known
@@ -241,7 +243,7 @@ def gencode(names: Iterable[str]) -> list[str]:
 
 
 def cpu_plan(sanitize: bool = False) -> Plan:
-    """How `_C_cpu.so` is built here; raises `LeftOut` with the reason if it cannot be.
+    """How `_C_cpu.so` is built here; raises `BuildSkipped` with the reason if it cannot be.
 
     With `sanitize` it stops the process at the first bad address or undefined operation.
     """
@@ -256,7 +258,7 @@ def cpu_plan(sanitize: bool = False) -> Plan:
 
 
 def cuda_plan() -> Plan:
-    """How `_C_cuda.so` is built here; raises `LeftOut` with the reason if it cannot be."""
+    """How `_C_cuda.so` is built here; raises `BuildSkipped` with the reason if it cannot be."""
     torch, nvcc = supported_torch(), find_nvcc()
     compiler, *options = (word for word in find_compiler() if not is_launcher(word))
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
@@ -276,12 +278,12 @@ def cuda_plan() -> Plan:
 
 
 def refuse_other_cuda(nvcc_version: str, torch: Torch) -> None:
-    """Raises `LeftOut` if nvcc is of another major release than torch's CUDA: its programs want another driver."""
+    """Raises `BuildSkipped` if nvcc is of another major release than torch's CUDA: its programs want another driver."""
     release = re.search(r"release (\d+\.\d+)", nvcc_version)
     if not release or not torch.cuda_version:
         return
     if release[1].split(".")[0] != torch.cuda_version.split(".")[0]:
-        raise LeftOut(
+        raise BuildSkipped(
             f"nvcc is of CUDA {release[1]}, torch {torch.version} of CUDA {torch.cuda_version}: "
             "install its toolkit, and name it by CUDA_HOME"
         )
@@ -414,8 +416,8 @@ def install(plan: Plan, target: Path) -> Path:
     return final
 
 
-def cuda_wish() -> bool | None:
-    """`REFSAM_BUILD_CUDA`: True demands the CUDA library, False forbids it, None leaves it to what is installed."""
+def build_mode() -> bool | None:
+    """`REFSAM_BUILD_CUDA`: True requires the CUDA library, False forbids it, None leaves it to what is installed."""
     value = os.environ.get("REFSAM_BUILD_CUDA", "")
     if value not in ("", "0", "1"):
         raise BuildError(f"REFSAM_BUILD_CUDA: got {value!r}, wanted 0, 1 or nothing")
@@ -423,28 +425,28 @@ def cuda_wish() -> bool | None:
 
 
 def wanted_cuda_plan() -> Plan:
-    """`cuda_plan` where the CUDA library is wanted; raises `LeftOut` where it is not."""
-    wish = cuda_wish()
-    if wish is False:
-        raise LeftOut("REFSAM_BUILD_CUDA is 0")
-    if wish is None and not supported_torch().has_cuda:
-        raise LeftOut("torch has no CUDA here (REFSAM_BUILD_CUDA=1 builds it all the same)")
+    """`cuda_plan` where the CUDA library is wanted; raises `BuildSkipped` where it is not."""
+    mode = build_mode()
+    if mode is False:
+        raise BuildSkipped("REFSAM_BUILD_CUDA is 0")
+    if mode is None and not supported_torch().has_cuda:
+        raise BuildSkipped("torch has no CUDA here (REFSAM_BUILD_CUDA=1 builds it all the same)")
     return cuda_plan()
 
 
 def build_library(
-    name: str, make: Callable[[], Plan], target: Path, *, demanded: bool
+    name: str, make: Callable[[], Plan], target: Path, *, required: bool
 ) -> tuple[Path | None, dict[str, object]]:
     """Builds one library into `target`; returns its path, or None, and its entry of the build report.
 
-    Raises `BuildError` if the library is demanded and cannot be built.
+    Raises `BuildError` if the library is required and cannot be built.
     """
     try:
         plan = make()
         execute(plan)
-    except (LeftOut, BuildError, OSError, subprocess.SubprocessError) as reason:
-        if demanded:
-            raise BuildError(f"{name} is demanded and cannot be built: {reason}") from reason
+    except (BuildSkipped, BuildError, OSError, subprocess.SubprocessError) as reason:
+        if required:
+            raise BuildError(f"{name} is required and cannot be built: {reason}") from reason
         return keep_earlier(name, target, str(reason))
     path = install(plan, target)
     print(f"refsam_kernels: {name} built with {plan.toolchain['compiler']}", flush=True)
@@ -479,11 +481,11 @@ def report_entry(target: Path, name: str) -> dict[str, object]:
 def build_all(target: Path = PACKAGE) -> list[Path]:
     """Builds every library that can be built here into the folder `target` and writes the build report beside them.
 
-    Returns the files written. Raises `BuildError` only for what `REFSAM_BUILD_CUDA=1` demands.
+    Returns the files written. Raises `BuildError` only for a library that `REFSAM_BUILD_CUDA=1` requires.
     """
-    cpu, cpu_entry = build_library("_C_cpu", cpu_plan, target, demanded=False)
+    cpu, cpu_entry = build_library("_C_cpu", cpu_plan, target, required=False)
     cuda, cuda_entry = build_library(
-        "_C_cuda", wanted_cuda_plan, target, demanded=cuda_wish() is True
+        "_C_cuda", wanted_cuda_plan, target, required=build_mode() is True
     )
     target.mkdir(parents=True, exist_ok=True)
     report = write_report(target, {"_C_cpu": cpu_entry, "_C_cuda": cuda_entry})
@@ -502,7 +504,7 @@ def build_sanitized(target: Path) -> None:
 
     `make sanitize` runs the compiled backends' tests on it.
     """
-    build_library("_C_cpu", lambda: cpu_plan(sanitize=True), target, demanded=True)
+    build_library("_C_cpu", lambda: cpu_plan(sanitize=True), target, required=True)
 
 
 def main(arguments: list[str], target: Path = PACKAGE) -> None:

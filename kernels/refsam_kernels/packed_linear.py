@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from refsam_kernels.fingerprint import Fingerprint
 
 
-def packs(weight: Tensor) -> bool:
+def can_prepack(weight: Tensor) -> bool:
     """Whether this torch packs such weights: float32 or bfloat16 on a CPU."""
     return (
         weight.device.type == "cpu"
@@ -25,7 +25,7 @@ def packs(weight: Tensor) -> bool:
 
 
 class PackedLinear:
-    """A linear layer (out, in), (out,) or None in oneDNN's layout, with an exact GELU behind it or not; `packs` must hold."""
+    """A linear layer (out, in), (out,) or None in oneDNN's layout, with an exact GELU behind it or not; `can_prepack` must hold."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
@@ -48,7 +48,7 @@ class PackedCopy:
         self._made: tuple[Hashable, PackedLinear] | None = None
 
     @staticmethod
-    def serves(module: nn.Module, x: Tensor) -> bool:
+    def is_supported(module: nn.Module, x: Tensor) -> bool:
         """Whether it may stand for the module: a plain one on a CPU, without autograd, autocast or tracing."""
         return (
             is_plain_linear(module)
@@ -59,11 +59,11 @@ class PackedCopy:
             and type(x) is Tensor
             and x.dtype == module.weight.dtype
             and x.numel() > 0
-            and packs(module.weight)
+            and can_prepack(module.weight)
         )
 
     def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
-        """(..., in) to (..., out), with an exact GELU behind it if so made; `serves` must hold."""
+        """(..., in) to (..., out), with an exact GELU behind it if so made; `is_supported` must hold."""
         # Not `parameters()`: FSDP1 gives a module plain tensors in their place.
         tensors = (module.weight, module.bias)
         key = self._fingerprint(tensor for tensor in tensors if tensor is not None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refsam.model.packing import Packing
-from refsam_kernels import PackedLinear, packs
+from refsam_kernels import PackedLinear, can_prepack
 
 EPS = 1e-5
 FIRST_POSITION = 2  # rows 0 and 1 of the position tables are never read
@@ -256,7 +256,7 @@ def _pack_branch(layer: Beit3Layer, copy: str, dtype: torch.dtype) -> Branch:
     def linear(modules: Sequence[nn.Linear], gelu: bool = False) -> Layer:
         weight = torch.cat([module.weight for module in modules]).to(dtype)
         bias = torch.cat([module.bias for module in modules]).to(dtype)
-        if packs(weight):
+        if can_prepack(weight):
             return PackedLinear(weight, bias, gelu=gelu)
         return lambda x: F.gelu(F.linear(x, weight, bias)) if gelu else F.linear(x, weight, bias)
 

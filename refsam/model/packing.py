@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refsam.model.block import ADAPTER_SCALE, VIT_EPS, Block, BlockWeights, attend, run_block
-from refsam_kernels import AdapterWeights, Fingerprint, PackedLinear, is_capturing, packs, settle
+from refsam_kernels import (
+    AdapterWeights,
+    Fingerprint,
+    PackedLinear,
+    can_prepack,
+    is_capturing,
+    settle,
+)
 
 RunBlock = Callable[[Tensor, Tensor, nn.LayerNorm | None], tuple[Tensor, Tensor | None]]
 
@@ -91,7 +98,7 @@ def arrange_block(block: Block, dtype: torch.dtype) -> RunBlock:
 def pack(weights: BlockWeights, dtype: torch.dtype) -> RunBlock:
     """A block arranged for inference with products in this dtype."""
     weights = fuse(weights, dtype)
-    if packs(weights.qkv_weight):
+    if can_prepack(weights.qkv_weight):
         return PackedBlock(weights)
     return partial(run_block, weights)
 

@@ -34,7 +34,7 @@ def run_emulated(operator: str, *options: str) -> None:
     target = ROOT / "build" / "emulated"
     try:
         build_emulated(target)
-    except build.LeftOut as reason:
+    except build.BuildSkipped as reason:
         pytest.skip(str(reason))
     run_tests(FOLDER / f"test_{operator}.py", {"REFSAM_LIBRARIES": str(target)}, *options)
 
@@ -42,7 +42,7 @@ def run_emulated(operator: str, *options: str) -> None:
 def build_emulated(target: Path, sanitize: bool = False, names: Sequence[str] = ("",)) -> None:
     """Builds `_C_cuda.so` for the CPU's tensors into the folder `target`, what changed only.
 
-    Raises `LeftOut` if a tool is missing, `BuildError` if a source does not compile.
+    Raises `BuildSkipped` if a tool is missing, `BuildError` if a source does not compile.
     """
     target = target.resolve()
     target.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def emulated_plan(target: Path, sanitize: bool = False, names: Sequence[str] = (
 
 
 def emulator_flags() -> list[str]:
-    """What every source needs that is emulated, beside `emulating`; raises `LeftOut` without CUDA's headers."""
+    """What every source needs that is emulated, beside `emulating`; raises `BuildSkipped` without CUDA's headers."""
     # Uninitialised variables hold a pattern, as little a result as the NaN of uninitialised memory.
     flags = ["-std=c++20", "-O2", "-ftrivial-auto-var-init=pattern", "-Wno-unknown-pragmas"]
     return [*flags, "-isystem", str(cuda_headers()), f"-I{build.source_root()}", f"-I{EMULATOR}"]
@@ -96,7 +96,7 @@ def emulating(source: Path, sanitize: bool = False) -> list[str]:
 
 
 def cuda_headers() -> Path:
-    """The folder of CUDA's own headers: triton brings them too. Raises `LeftOut` if there are none."""
+    """The folder of CUDA's own headers: triton brings them too. Raises `BuildSkipped` if there are none."""
     site = Path(sysconfig.get_path("purelib"))
     for folder in (
         site / "triton" / "backends" / "nvidia" / "include",
@@ -104,7 +104,7 @@ def cuda_headers() -> Path:
     ):
         if (folder / "cuda_fp16.h").is_file():
             return folder
-    raise build.LeftOut("emulating CUDA needs its headers: install triton or the CUDA toolkit")
+    raise build.BuildSkipped("emulating CUDA needs its headers: install triton or the CUDA toolkit")
 
 
 if __name__ == "__main__":

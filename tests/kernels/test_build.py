@@ -1,4 +1,4 @@
-"""The build of the kernel libraries: what is left out is said, what is demanded is an error, the rest compiles."""
+"""The build of the kernel libraries: what is left out is said, a required library is an error, the rest compiles."""
 
 import json
 import re
@@ -50,23 +50,25 @@ def test_no_torch_leaves_everything_out(
 
 def test_old_torch_leaves_everything_out(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "find_torch", lambda: build.Torch(Path(), "2.9.1+cpu", False))
-    with pytest.raises(build.LeftOut, match=r"torch is 2\.9\.1\+cpu, the stable ABI needs 2\.10"):
+    with pytest.raises(
+        build.BuildSkipped, match=r"torch is 2\.9\.1\+cpu, the stable ABI needs 2\.10"
+    ):
         build.supported_torch()
 
 
-def test_demanded_cuda_without_nvcc_is_an_error(
+def test_required_cuda_without_nvcc_is_an_error(
     bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REFSAM_BUILD_CUDA", "1")
     monkeypatch.setattr(build, "find_compiler", lambda: ("c++",))
     monkeypatch.setattr(build.shutil, "which", lambda *args, **kwargs: None)
-    with pytest.raises(build.BuildError, match="_C_cuda is demanded and cannot be built: no nvcc"):
+    with pytest.raises(build.BuildError, match="_C_cuda is required and cannot be built: no nvcc"):
         build.build_all(tmp_path / "package")
 
 
 def test_forbidden_cuda_is_left_out(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFSAM_BUILD_CUDA", "0")
-    with pytest.raises(build.LeftOut, match="REFSAM_BUILD_CUDA is 0"):
+    with pytest.raises(build.BuildSkipped, match="REFSAM_BUILD_CUDA is 0"):
         build.wanted_cuda_plan()
 
 
@@ -75,7 +77,7 @@ def test_unknown_wish_is_rejected(bare: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(
         build.BuildError, match="REFSAM_BUILD_CUDA: got 'yes', wanted 0, 1 or nothing"
     ):
-        build.cuda_wish()
+        build.build_mode()
 
 
 def script(path: Path, text: str) -> Path:
@@ -140,7 +142,7 @@ def test_cxx_that_is_no_compiler(bare: Path, monkeypatch: pytest.MonkeyPatch, va
     for name in ("g++", "ccache"):
         script(bare / name, "")
     monkeypatch.setenv("CXX", value)
-    with pytest.raises(build.LeftOut, match=re.escape(f"compiler found (looked for {value})")):
+    with pytest.raises(build.BuildSkipped, match=re.escape(f"compiler found (looked for {value})")):
         build.find_compiler()
 
 
@@ -188,7 +190,7 @@ def test_nvcc_of_another_cuda_is_refused(nvcc: str, torch: str, refused: bool) -
         build.refuse_other_cuda(version, of_torch)
         return
     with pytest.raises(
-        build.LeftOut, match=f"nvcc is of CUDA {nvcc}, torch 2.10.0 of CUDA {torch}"
+        build.BuildSkipped, match=f"nvcc is of CUDA {nvcc}, torch 2.10.0 of CUDA {torch}"
     ):
         build.refuse_other_cuda(version, of_torch)
 
@@ -322,7 +324,7 @@ def test_cuda_library_compiles_for_every_architecture() -> None:
     """Needs nvcc, not a GPU: every architecture of the list is there and no kernel spills more than 64 bytes."""
     try:
         plan = build.cuda_plan()
-    except build.LeftOut as reason:
+    except build.BuildSkipped as reason:
         pytest.skip(str(reason))
     build.execute(plan)
     resources = build.kernel_resources(plan)
@@ -372,7 +374,7 @@ def test_sources_for_an_instruction_set_share_no_function() -> None:
     """A function that other objects hold too could be linked in its AVX-512 version and run anywhere."""
     try:
         plan = build.cpu_plan()
-    except build.LeftOut as reason:
+    except build.BuildSkipped as reason:
         pytest.skip(str(reason))
     objects = [step.output for step in plan.compile if build.instruction_set(*step.inputs)]
     if not all(path.is_file() for path in objects):

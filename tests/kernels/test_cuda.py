@@ -34,7 +34,7 @@ def emulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     source = ROOT / "tests" / "csrc" / "cuda_emulator_cases.cu"
     try:
         compiler = [*build.find_compiler(), *emulator_flags()]
-    except build.LeftOut as reason:
+    except build.BuildSkipped as reason:
         pytest.skip(str(reason))
     objects = {path: f"{program}_{path.stem}.o" for path in (source, *EMULATOR.glob("*.cpp"))}
     for path, output in objects.items():

@@ -38,7 +38,7 @@ def kind(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "packed":
         yield "packed"
         return
-    with mock.patch.object(packing, "packs", return_value=False):
+    with mock.patch.object(packing, "can_prepack", return_value=False):
         yield "fused"
 
 

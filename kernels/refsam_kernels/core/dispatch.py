@@ -8,7 +8,7 @@ A backend of an operator is a module of the operator's folder with the backend's
     not_supported_reasons(inputs) -> list[str]  # optional: in words, why it cannot run these, forward or backward
     backward_not_supported_reasons(inputs) -> list[str]    # optional: in its place for the backward
 
-and is imported when it is first considered for tensors of a device that it serves, never before. A
+and is imported when it is first considered for tensors of a device that it supports, never before. A
 module that cannot work on this machine (a library that was not built) raises `ImportError` with the
 reason when it is imported.
 
@@ -47,7 +47,7 @@ class BackendError(ValueError):
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to run operators: the devices it serves (none named: any) and the package it needs
+    """A way to run operators: the devices it supports (none named: any) and the package it needs
     beside torch.
     """
 
@@ -56,7 +56,7 @@ class Backend:
     package: str | None = None
     automatic: bool = True
 
-    def serves(self, device_type: str) -> bool:
+    def supports(self, device_type: str) -> bool:
         """Whether it works on tensors of this device; Triton's interpreter and the emulator of CUDA work on the CPU's."""
         if self.package == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
             return True
@@ -122,7 +122,7 @@ class Dispatcher:
         backend = BACKENDS[name]
         if not self.exists(name):
             return [f"{self.operator} has no {name} backend"]
-        if not backend.serves(device_type):
+        if not backend.supports(device_type):
             return [f"needs {' or '.join(backend.devices)} tensors, got {device_type}"]
         if backend.package is not None and not is_installed(backend.package):
             return [f"{backend.package} is not installed"]
@@ -178,7 +178,7 @@ class Dispatcher:
         It is a warning if it could run other arguments, or if its library was built and cannot be loaded.
         """
         message = "; ".join(reasons)
-        if not backend.serves(device_type) or (backend.name, message) in self._logged:
+        if not backend.supports(device_type) or (backend.name, message) in self._logged:
             return
         self._logged.add((backend.name, message))
         unavailable = bool(self.environment_reasons(backend.name, device_type))

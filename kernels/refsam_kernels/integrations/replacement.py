@@ -199,7 +199,7 @@ class Attend:
 
 
 def _linear(copy: PackedCopy, module: Any, x: Tensor) -> Tensor:
-    return copy(module, x) if copy.serves(module, x) else module(x)
+    return copy(module, x) if copy.is_supported(module, x) else module(x)
 
 
 class Perceptron:
@@ -213,7 +213,7 @@ class Perceptron:
 
     def __call__(self, mlp: Any, x: Tensor) -> Tensor:
         """(..., D) float to the same shape."""
-        served = self.lin1.serves(mlp.lin1, x) and self.lin2.serves(mlp.lin2, x)
+        served = self.lin1.is_supported(mlp.lin1, x) and self.lin2.is_supported(mlp.lin2, x)
         if not (served and is_unhooked(mlp.act)):
             return mlp.lin2(mlp.act(mlp.lin1(x)))
         rows = x.flatten(0, -2)
