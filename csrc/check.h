@@ -1,5 +1,5 @@
-// Checks of arguments, shared by every operator: the message names the argument, what was got and
-// what is wanted.
+// Checks of arguments, shared by every operator: the message names the argument, the value
+// it got and the value it wanted.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,4 +1,4 @@
-// What the CPU and the CUDA implementation of mask_postprocess share: its sizes, and the weights of
+// Shared by the CPU and the CUDA implementation of mask_postprocess: its sizes, and the weights of
 // SAM's two bilinear resizes (low resolution -> image_size -> crop -> output), which along one axis
 // are four taps per output pixel.
 #pragma once

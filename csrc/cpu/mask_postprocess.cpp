@@ -96,7 +96,7 @@ REFSAM_SIMD Counts blend_bits(const float* const rows[kTaps], const float weight
   return {certain, possible, nan};
 }
 
-// What masks of the same sizes share.
+// Shared by masks of the same sizes.
 struct Resizer {
   int64_t low_width, height, width;
   TapTable rows, columns;

@@ -22,7 +22,7 @@ struct RelPosAttention {
   float* log_sum_exp;  // (images, heads, height, width), contiguous
 };
 
-// One call of the backward: the forward's, with what it has made, and where the gradients go.
+// One call of the backward: the forward's call and results, and where the gradients go.
 // Tasks are dealt to `slots` in equal stretches; sums over tasks are kept apart by slot.
 struct RelPosAttentionBackward {
   RelPosAttention forward;

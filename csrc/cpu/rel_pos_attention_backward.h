@@ -58,7 +58,7 @@ class Backward {
     relative_.pack();
     memset(distance_rows_, 0, sizeof(float) * sizes_.distances * sizes_.channels);
     for_each_distance<Element>(forward_, [&](const Element* row, int64_t index) {
-      pack_row<Single>(row, forward_, sizes_, index, distance_rows_);
+      pack_row<Fp32Operand>(row, forward_, sizes_, index, distance_rows_);
     });
     for (int64_t slot = begin; slot < end; ++slot) {
       memset(grad_distances_, 0, sizeof(float) * sizes_.distances * sizes_.channels);
@@ -124,7 +124,7 @@ class Backward {
     const int64_t y = query / task.width, x = query % task.width;
     const Element* const token = token_at<Element>(forward_, task, y, x, 0);
     pack_row<Operand>(token, forward_, sizes_, place, query_rows_);
-    pack_row<Single>(token, forward_, sizes_, place, float_queries_);
+    pack_row<Fp32Operand>(token, forward_, sizes_, place, float_queries_);
     const int64_t channel = output_channel(task, query);
     const Element* const grad = static_cast<const Element*>(call_.grad_out) + channel;
     const Element* const out = static_cast<const Element*>(forward_.out) + channel;
@@ -234,9 +234,10 @@ class Backward {
       memcpy(products + offsets.w, grad_w_ + i * sizes_.key_width, sizeof(float) * task.key_width);
     }
     for (int64_t i = 0; i < count; i += kRows) {
-      multiply_add<Single>({grad_products_ + i * sizes_.distances, sizes_.distances, 1},
-                           {distance_rows_, sizes_.channels}, sizes_.distances, sizes_.channels,
-                           scale, grad_queries_ + i * sizes_.channels, sizes_.channels);
+      multiply_add<Fp32Operand>({grad_products_ + i * sizes_.distances, sizes_.distances, 1},
+                                {distance_rows_, sizes_.channels}, sizes_.distances,
+                                sizes_.channels, scale, grad_queries_ + i * sizes_.channels,
+                                sizes_.channels);
     }
     if (call_.grad_tables) add_to_tables(round_up(count, kRows));
     for (int64_t i = 0; i < count; ++i) {
@@ -249,10 +250,10 @@ class Backward {
     float one[kRows];
     for (int row = 0; row < kRows; ++row) one[row] = 1;
     for (int64_t distance = 0; distance < sizes_.distances; distance += kRows) {
-      multiply_add<Single>({grad_products_ + distance, 1, sizes_.distances},
-                           {float_queries_, sizes_.channels}, rows, sizes_.channels, one,
-                           grad_distances_ + distance * sizes_.channels, sizes_.channels,
-                           static_cast<int>(smaller(kRows, sizes_.distances - distance)));
+      multiply_add<Fp32Operand>({grad_products_ + distance, 1, sizes_.distances},
+                                {float_queries_, sizes_.channels}, rows, sizes_.channels, one,
+                                grad_distances_ + distance * sizes_.channels, sizes_.channels,
+                                static_cast<int>(smaller(kRows, sizes_.distances - distance)));
     }
   }
 

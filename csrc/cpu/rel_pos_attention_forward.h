@@ -140,7 +140,7 @@ class Forward {
   float* const out_;       // (kForwardGroup, channels)
   float* const maximum_;
   float* const sum_;
-  const float exponent_scale_;  // of what Scores computes, to base 2
+  const float exponent_scale_;  // of the scores, to base 2
 };
 
 }  // namespace

@@ -8,9 +8,9 @@ namespace refsam::cpu {
 namespace {
 
 #ifdef __AVX512BF16__
-using Bfloat16Operand = Pairs;
+using Bfloat16Operand = Bf16PairOperand;
 #else
-using Bfloat16Operand = Single;
+using Bfloat16Operand = Fp32Operand;
 #endif
 
 template <class Element, class Operand>
@@ -23,14 +23,14 @@ int64_t run_forward(const RelPosAttention& call, int64_t begin, int64_t end, cha
 
 int64_t forward_scratch(const RelPosAttention& call) {
   return call.is_bfloat16 ? run_forward<Bfloat16, Bfloat16Operand>(call, 0, 0, nullptr)
-                          : run_forward<float, Single>(call, 0, 0, nullptr);
+                          : run_forward<float, Fp32Operand>(call, 0, 0, nullptr);
 }
 
 void forward(const RelPosAttention& call, int64_t begin, int64_t end, char* scratch) {
   if (call.is_bfloat16) {
     run_forward<Bfloat16, Bfloat16Operand>(call, begin, end, scratch);
   } else {
-    run_forward<float, Single>(call, begin, end, scratch);
+    run_forward<float, Fp32Operand>(call, begin, end, scratch);
   }
 }
 
@@ -45,14 +45,14 @@ int64_t run_backward(const RelPosAttentionBackward& call, int64_t begin, int64_t
 
 int64_t backward_scratch(const RelPosAttentionBackward& call) {
   return call.forward.is_bfloat16 ? run_backward<Bfloat16, Bfloat16Operand>(call, 0, 0, nullptr)
-                                  : run_backward<float, Single>(call, 0, 0, nullptr);
+                                  : run_backward<float, Fp32Operand>(call, 0, 0, nullptr);
 }
 
 void backward(const RelPosAttentionBackward& call, int64_t begin, int64_t end, char* scratch) {
   if (call.forward.is_bfloat16) {
     run_backward<Bfloat16, Bfloat16Operand>(call, begin, end, scratch);
   } else {
-    run_backward<float, Single>(call, begin, end, scratch);
+    run_backward<float, Fp32Operand>(call, begin, end, scratch);
   }
 }
 

@@ -20,7 +20,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr std::align_val_t kAlignment{64};
-// Sums over tasks are taken in so many parts, whatever the number of threads.
+// Sums over tasks have a fixed number of parts, independent of the number of threads.
 constexpr int64_t kSlots = 240;
 
 // A thread's scratch.

@@ -1,5 +1,5 @@
-// What the forward and the backward kernel of rel_pos_attention share: which tokens a task is
-// about, and how they are laid out as operands of products.
+// Shared by the forward and the backward kernel of rel_pos_attention: the tokens of a task, and
+// their layout as operands of products.
 #pragma once
 
 #include "rel_pos_attention.h"

@@ -1,4 +1,4 @@
-// What the kernels of rel_pos_attention are made of, for the instruction set that the including
+// Building blocks of the kernels of rel_pos_attention, for the instruction set that the including
 // file is compiled for: vectors, the operands of matrix products, a register-blocked product, exp2.
 //
 // Everything is in an unnamed namespace and no header with inline functions is included beside the
@@ -113,7 +113,7 @@ REFSAM_INLINE void store_row(Element* to, const float* from, float factor, int64
 // dimension lie side by side in a lane of four bytes. `dot` adds to `sum` the lane at `left` times
 // every lane at `right`. `pack` lays neighbours of one row side by side, `pack_rows` those of kPack
 // rows.
-struct Single {
+struct Fp32Operand {
   using Stored = float;
   static constexpr int kPack = 1;
 
@@ -129,7 +129,7 @@ struct Single {
 };
 
 #ifdef __AVX512BF16__
-struct Pairs {
+struct Bf16PairOperand {
   using Stored = uint16_t;
   static constexpr int kPack = 2;
 

@@ -1,4 +1,4 @@
-// What every *_op.cpp needs of a CUDA device: the check of a tensor's place, the guard, the stream,
+// Shared by every *_op.cpp for CUDA: the check of a tensor's device, the guard, the stream,
 // and the dispatch key of registrations. The emulator replaces this header (see launch.h).
 #ifndef REFSAM_CUDA_DEVICE_H
 #define REFSAM_CUDA_DEVICE_H

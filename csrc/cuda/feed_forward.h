@@ -1,5 +1,5 @@
-// What lies between the matrix products of adapter_mlp and adapter_projection on a CUDA device, as
-// kernels/refsam_kernels/feed_forward/torch_steps.py says it. All tensors are contiguous.
+// The steps between the matrix products of adapter_mlp and adapter_projection on a CUDA device, as
+// kernels/refsam_kernels/feed_forward/torch_steps.py defines them. All tensors are contiguous.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -108,7 +108,7 @@ __device__ T combine_block(T (&numbers)[kStatistics], T (*shared)[kStatistics]) 
   return result;
 }
 
-// A thread's word and what is known of its pixels; `rows` (32) are the taps of its rows.
+// A thread's word and the statistics of its pixels; `rows` (32) are the taps of its rows.
 __device__ uint32_t pack_word(const float* __restrict__ mask, int64_t low_width,
                               const Taps& columns, const Taps* rows, int32_t count,
                               const Thresholds& limits, int32_t (&numbers)[kStatistics]) {

@@ -1,4 +1,4 @@
-// Tensors of any of the dtypes of real.h: checks, and what kernels take.
+// Tensors of any of the dtypes of real.h: checks, and kernel arguments.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

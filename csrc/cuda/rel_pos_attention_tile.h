@@ -1,4 +1,4 @@
-// What the attention kernels share: where a window's tokens lie, copies to shared memory, products
+// Shared by the attention kernels: where a window's tokens lie, copies to shared memory, products
 // of fragments (see mma.h), relative terms, the online softmax.
 //
 // A warp works on 16 queries; a lane has its part of two of them, rows lane / 4 and lane / 4 + 8 of
@@ -170,7 +170,8 @@ __device__ inline void multiply_values(float (&result)[kHeadDim / 8][4],
   }
 }
 
-// Sets (16, stride) relative terms of a warp to minus infinity, which masks what is no key.
+// Sets (16, stride) relative terms of a warp to minus infinity, which masks positions without a
+// key.
 __device__ inline void mask_terms(float* terms, int stride) {
   for (int i = lane_id(); i < kWarpQueries * stride; i += kWarpSize) terms[i] = -INFINITY;
 }

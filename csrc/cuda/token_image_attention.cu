@@ -103,7 +103,7 @@ __device__ inline void soften(float (&logits)[kLogits][4], float (&sums)[kSums][
   }
 }
 
-// Writes what the warp's 16 queries have attended to: the result where the keys are one part.
+// Writes the attended values of the warp's 16 queries: the result where the keys are one part.
 template <typename T, int kEights>
 __device__ inline void store_part(const TokenImageAttention& call, const Place& place, int query,
                                   const float (&sums)[kEights][4], RowState (&rows)[2]) {
@@ -208,7 +208,7 @@ __device__ inline void make_factors(const TokenImageAttention& call, int64_t exp
   }
 }
 
-// Adds up the parts: what the block's queries have attended to, to a tile (internal width, 16).
+// Adds up the parts: the attended values of the block's queries, to a tile (internal width, 16).
 template <typename T>
 __device__ inline void join_parts(const TokenImageAttention& call, int64_t expression,
                                   int first_query, T* tile, int stride) {

@@ -12,7 +12,7 @@ constexpr int kWidestTokens = 512;  // channels and internal width
 constexpr int kWidestTokenHead = 128;
 constexpr int kMostKeyParts = 32;
 
-// Tensors are contiguous, elements of `dtype` where nothing else is said; what is null is not kept.
+// Tensors are contiguous, with elements of `dtype` unless stated; null outputs are not kept.
 struct TokenImageAttention {
   const void* q;           // (expressions, internal width, queries)
   const void* k;           // (expressions, internal width, keys)

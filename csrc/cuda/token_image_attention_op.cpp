@@ -67,7 +67,7 @@ TokenImageAttention describe(const Tensor& q, const Tensor& k, const Tensor& v,
   return call;
 }
 
-// Also what the backward wants to know: see token_image_attention/outputs.py.
+// Also the values that the backward needs: see token_image_attention/inputs.py.
 Results token_image_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                               const Tensor& residual, const Tensor& out_weight, const Tensor& added,
                               const Tensor& norm_weight, const Tensor& norm_bias,

@@ -94,7 +94,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class KernelResources:
-    """What ptxas reports of one kernel on one architecture; spills in bytes per thread."""
+    """Registers and spills of one kernel on one architecture, from ptxas; spills in bytes per thread."""
 
     kernel: str
     architecture: str
@@ -290,7 +290,7 @@ def refuse_other_cuda(nvcc_version: str, torch: Torch) -> None:
 
 
 def sources_of(folder: str) -> list[Path]:
-    """What `csrc/<folder>` holds to be compiled."""
+    """The sources of `csrc/<folder>`."""
     files = (source_root() / folder).iterdir()
     return sorted(path for path in files if path.suffix in (".cpp", ".cu"))
 
@@ -369,7 +369,7 @@ def execute(plan: Plan) -> None:
 
 
 def run_shell(line: str) -> None:
-    """Runs one shell line; raises `BuildError` with what it printed if it fails."""
+    """Runs one shell line; raises `BuildError` with its output if it fails."""
     result = subprocess.run(
         line, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
@@ -378,7 +378,7 @@ def run_shell(line: str) -> None:
 
 
 def ninja_file(plan: Plan) -> str:
-    """The plan as ninja reads it: what is up to date, headers included, is not built again."""
+    """The plan in ninja's language: unchanged objects, headers included, are not rebuilt."""
 
     def quote(text: str) -> str:
         return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -417,7 +417,7 @@ def install(plan: Plan, target: Path) -> Path:
 
 
 def build_mode() -> bool | None:
-    """`REFSAM_BUILD_CUDA`: True requires the CUDA library, False forbids it, None leaves it to what is installed."""
+    """`REFSAM_BUILD_CUDA`: True requires the CUDA library, False forbids it, None builds it where torch has CUDA."""
     value = os.environ.get("REFSAM_BUILD_CUDA", "")
     if value not in ("", "0", "1"):
         raise BuildError(f"REFSAM_BUILD_CUDA: got {value!r}, wanted 0, 1 or nothing")

@@ -17,7 +17,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     Only forwards are in the table: export without autograd.
 
     Returns:
-        Formulas by operator (`torch._ops.OpOverload`); a formula takes what the operator takes.
+        Formulas by operator (`torch._ops.OpOverload`); a formula takes the operator's arguments.
     """
     namespace = getattr(torch.ops, NAMESPACE)
     return {

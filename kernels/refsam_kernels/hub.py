@@ -1,6 +1,6 @@
 """`python -m refsam_kernels.hub --out FOLDER`: this library as a kernel of Hugging Face's Kernel Hub.
 
-The folder is what their `kernel-builder` builds from (`build.toml`, `torch-ext/`), and beside it the variants
+The folder holds the sources of their `kernel-builder` (`build.toml`, `torch-ext/`), and beside it the variants
 that need no build, in `build/`: the library without its compiled backends is Python, Triton and JSON. There all imports
 are relative and the operators' namespace is unique, so that several versions can be loaded side by side.
 
@@ -25,7 +25,7 @@ VERSION = 0  # By the Hub's convention: the interface may still change.
 BACKENDS = ("cuda", "cpu")
 CUDA_CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 LICENSE = "Apache-2.0"
-# What needs a compiled library, and this command itself.
+# Files that need a compiled library, and this command.
 _LEFT_OUT = {"cpu.py", "cuda.py", "cuda_steps.py", "hub.py"}
 _IMPORT = re.compile(r"^(\s*)from refsam_kernels(\.[\w.]+)? import ", re.MULTILINE)
 _NAMESPACE = re.compile(r'^NAMESPACE = "refsam_kernels"$', re.MULTILINE)
@@ -127,7 +127,7 @@ def write(out: Path, repository: str) -> None:
 
 
 def _write_sources(folder: Path, repository: str) -> None:
-    """What `kernel-builder` reads; it adds `_ops.py` itself."""
+    """The sources of `kernel-builder`, which adds `_ops.py` itself."""
     _write_text(folder / "build.toml", build_toml(repository))
     card = _CARD.replace("REPOSITORY", repository).replace("VERSION", str(VERSION))
     _write_text(folder / "CARD.md", card)
@@ -228,7 +228,7 @@ def _sha256(text: str) -> str:
 
 
 def main() -> int:
-    """Writes the folder and says where; returns 2 where something is to be put right."""
+    """Writes the folder and says where; returns 2 on wrong arguments."""
     parser = argparse.ArgumentParser(prog="python -m refsam_kernels.hub", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument(

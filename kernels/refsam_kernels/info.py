@@ -1,4 +1,4 @@
-"""Says what would run on this machine and why not the rest: `python -m refsam_kernels.info`."""
+"""Lists the backends that would run on this machine, and why others would not: `python -m refsam_kernels.info`."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def describe() -> str:
 
 
 def versions() -> Iterator[str]:
-    """What the kernels stand on."""
+    """Versions of Python, torch and Triton."""
     yield f"Python {platform.python_version()}, {platform.machine()}, {platform.system()}"
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     yield f"torch {torch.__version__} ({cuda}, {torch.get_num_threads()} threads)"
@@ -43,7 +43,7 @@ def versions() -> Iterator[str]:
 
 
 def libraries(folder: Path = PACKAGE) -> Iterator[str]:
-    """Which libraries were built, with what, or why they were left out: the build report in `folder`."""
+    """The libraries that were built, with their toolchain, or the reasons they were skipped: the build report in `folder`."""
     report = folder / REPORT
     entries = json.loads(report.read_text()) if report.is_file() else {}
     if not entries:
@@ -72,7 +72,7 @@ def device_types() -> list[str]:
 def choice(dispatcher: Dispatcher, device_type: str) -> Iterator[str]:
     """The backend that an operator would choose on such a device, then why not each of the others.
 
-    Arguments can still speak against a backend (a dtype, a size): the choice is made per call.
+    The choice is made per call: arguments can still rule out a backend by dtype or size.
     """
     reasons = {name: dispatcher.environment_reasons(name, device_type) for name in BACKENDS}
     wanted = requested_backend(dispatcher.operator)

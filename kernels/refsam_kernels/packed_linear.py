@@ -25,7 +25,7 @@ def can_prepack(weight: Tensor) -> bool:
 
 
 class PackedLinear:
-    """A linear layer (out, in), (out,) or None in oneDNN's layout, with an exact GELU behind it or not; `can_prepack` must hold."""
+    """A linear layer (out, in), (out,) or None in oneDNN's layout, with or without an exact GELU; `can_prepack` must hold."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())

@@ -64,7 +64,7 @@ def adapter_mlp(
     whose second layer is zero changes nothing, not even a bit.
 
     Args:
-        normed: (..., D) floating point, what the MLP reads.
+        normed: (..., D) floating point, the MLP's input.
         residual: (..., D) floating point, the residual stream.
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: (H, D), (H,), (D, H), (D,), normed's dtype; the
             GELU between the layers is the exact one.

@@ -12,7 +12,7 @@ and is imported when it is first considered for tensors of a device that it supp
 module that cannot work on this machine (a library that was not built) raises `ImportError` with the
 reason when it is imported.
 
-Who chooses, first come first served: the argument `backend=`, the context manager `use_backend`,
+The first of these decides: the argument `backend=`, the context manager `use_backend`,
 the environment variable `REFSAM_BACKEND`, the static order of `BACKENDS`. A backend asked for by
 name that cannot run is a `BackendError` with every reason; an automatic choice takes the next one
 and logs that once. On a GPU the rules of `order` go before the static order. `reference` is never chosen automatically.
@@ -38,7 +38,7 @@ from refsam_kernels.core.order import order_of
 logger = logging.getLogger("refsam_kernels")
 
 ENVIRONMENT_VARIABLE = "REFSAM_BACKEND"
-NO_BACKWARD = "has no backward"  # no refusal: others run it
+NO_BACKWARD = "has no backward"  # not an error: other backends run it
 
 
 class BackendError(ValueError):
@@ -68,7 +68,7 @@ class Backend:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        # The one that runs everything goes first; `order` has the exceptions.
+        # Triton supports every operator, so it is preferred; `order` has the exceptions.
         Backend("triton", devices=("cuda",), package="triton"),
         Backend("cuda", devices=("cuda",)),
         Backend("cpu", devices=("cpu",)),
@@ -148,7 +148,7 @@ class Dispatcher:
     def choose(self, direction: str, arguments: Sequence[Any], backend: str = "") -> str:
         """The name of the backend that runs `direction` on these arguments.
 
-        `backend` is the caller's own wish, "" for none. Raises `BackendError` if none can run.
+        `backend` is the caller's request, "" for none. Raises `BackendError` if none can run.
         """
         name = requested_backend(self.operator, backend)
         if name:
@@ -189,8 +189,8 @@ class Dispatcher:
     def run(self, direction: str, arguments: Sequence[Any], backend: str = "") -> Any:
         """Runs `direction` with the chosen backend.
 
-        Autocast is off inside: the public function has cast what is to be cast. The tensors' GPU is
-        the current one: Triton launches there, whatever the tensors say.
+        Autocast is off inside: the public function has cast already. The tensors' GPU is made the
+        current one, since Triton launches there.
         """
         module = self.module(self.choose(direction, arguments, backend))
         device = device_of(arguments)

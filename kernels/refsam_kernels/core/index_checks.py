@@ -1,7 +1,7 @@
-"""What the operators read from the values of small index tensors: which entries are valid, and checks of ranges.
+"""Checks of the values of small index tensors, and masks of valid entries.
 
-Values are checked where looking at them is free: eagerly and on the CPU. On other devices it would stop the stream, under
-`torch.compile` the graph; there the caller's promise holds.
+Values are checked where that is free: in eager mode on the CPU. On other devices a check would synchronise, under
+`torch.compile` break the graph; there the caller is trusted.
 """
 
 import torch

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from refsam_kernels.build import PACKAGE, REPORT
 
-OLDEST_CAPABILITY = (8, 0)  # of a GPU, that the CUDA kernels are written for
+OLDEST_CAPABILITY = (8, 0)  # of a GPU, the oldest that the CUDA kernels support
 
 
 @cache
@@ -57,6 +57,6 @@ def why_not_built(library: str, folder: Path = PACKAGE) -> str:
 
 
 def report_of(library: str, folder: Path) -> dict[str, Any]:
-    """What the build report says of a library."""
+    """A library's entry in the build report."""
     report = folder / REPORT
     return json.loads(report.read_text()).get(library, {}) if report.is_file() else {}

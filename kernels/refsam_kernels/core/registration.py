@@ -58,7 +58,7 @@ from refsam_kernels.core.dispatch import Dispatcher, requested_backend
 NAMESPACE = "refsam_kernels"
 # Not `torch.library.custom_op`: its first call imports torch._dynamo, which takes seconds.
 LIBRARY = Library(NAMESPACE, "FRAGMENT")
-# The setting that asks the forward for what a backward needs.
+# The setting that asks the forward to save what a backward needs.
 KEEP = "keep"
 
 
@@ -179,7 +179,7 @@ class Operator:
 
 
 class _Derivative:
-    """What autograd does around one operator, and how the backward's arguments lie; see `Operator.differentiate`."""
+    """The derivative of one operator for autograd, and the layout of the backward's arguments; see `Operator.differentiate`."""
 
     def __init__(
         self,
@@ -220,13 +220,13 @@ class _Derivative:
         return empty_gradients([getattr(inputs, name) for name in self.wanted], needs)
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Saves what the backward takes, and the backend that was asked for by name: the backward keeps to it.
+        """Saves the backward's arguments, and the backend that was requested by name, which the backward uses too.
 
         It can run on another thread, or after a `use_backend` block.
         """
         *values, backend = inputs
         ctx.backend = requested_backend(self.operator.name, backend)
-        ctx.set_materialize_grads(False)  # else autograd makes zeros for all that is saved
+        ctx.set_materialize_grads(False)  # else autograd makes zeros for every saved output
         named = dict(zip(self.fields, values, strict=True))
         outputs = self.operator.named_outputs(output)
         ctx.settings = [named[name] for name in self.settings]
@@ -334,7 +334,7 @@ def gradients_by_vjp(
 ) -> tuple[Tensor, ...]:
     """Gradients of `formula(*inputs)` as a backward operator returns them.
 
-    `grads` are those of the formula's first outputs; what it returns beyond them plays no part.
+    `grads` are those of the formula's first outputs; its further outputs are ignored.
     The result has one tensor per input, contiguous, in memory of its own, in the input's dtype,
     without elements where `needs` is False. It works inside a custom operator, where plain autograd
     records nothing.

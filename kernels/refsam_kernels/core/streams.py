@@ -1,4 +1,4 @@
-"""What is kept between calls on a GPU: one stream fills it, others read it, and no CUDA graph may own it."""
+"""Caches on a GPU: one stream fills them, others read them, and no CUDA graph may own them."""
 
 from collections.abc import Iterable
 
@@ -16,7 +16,7 @@ def settle(tensors: Iterable[Tensor]) -> None:
 
 
 def is_capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is captured on the tensor's GPU: what is made now lies in the graph's own memory."""
+    """Whether a CUDA graph is captured on the tensor's GPU: new tensors lie in the graph's own memory."""
     return is_on_gpu(tensor) and torch.cuda.is_current_stream_capturing()
 
 

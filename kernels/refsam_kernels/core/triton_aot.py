@@ -1,6 +1,6 @@
-"""Compiles Triton kernels ahead of time, without a GPU, and reads what they need of one.
+"""Compiles Triton kernels ahead of time, without a GPU, and reads their resources.
 
-The `triton.py` of an operator lists every configuration that it ships: `compile_cases() -> list[CompileCase]`, small ones first.
+An operator's Triton backend lists every configuration that it ships: `compile_cases() -> list[CompileCase]`, small ones first.
 `python -m benchmarks.gates.compile_gate` compiles them all.
 """
 
@@ -77,7 +77,7 @@ class Launch:
         self.kernel[self.programs](**self.arguments, **options)
 
     def compile_case(self, name: str, **options: Any) -> CompileCase:
-        """The launch as a case of the compile gate: what Triton's launcher would specialise on these arguments is so there.
+        """CompileCase with the specialisation that Triton would choose for these arguments.
 
         `options` are further fields of `CompileCase`.
         """
@@ -97,7 +97,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel needs: registers of a thread, bytes of shared memory of a CTA, bytes that a thread spills.
+    """Resources of a compiled kernel: registers per thread, bytes of shared memory per CTA, bytes spilled per thread.
 
     `loop_instructions` are the machine instructions of the longest innermost loop; 0 without a loop or a disassembler.
     `waits` says how many groups of asynchronous copies may be under way at each wait of the loops: 0 overlaps nothing.

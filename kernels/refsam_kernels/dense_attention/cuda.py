@@ -9,7 +9,7 @@ from refsam_kernels.dense_attention.inputs import Inputs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST_CHANNELS = 512  # as csrc/cuda/dense_attention.h
-MOST_WORDS = 128  # likewise
+MOST_WORDS = 128  # as csrc/cuda/dense_attention.h
 
 _library = libraries.load("cuda")
 

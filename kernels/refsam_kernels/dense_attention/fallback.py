@@ -1,8 +1,8 @@
 """Hierarchical dense attention with the text folded into the projection, and its explicit gradient.
 
-With W = [W1 W2], `W [F ; A T] + b = W1 F + A (T W2^T) + b`: neither the concatenation nor the attended text is built. The part
-that does not depend on the text is computed once per image, the attention over the words is mixed over the levels before it
-meets the folded text, and sums over the expressions of an image are matrix products, which are deterministic.
+With W = [W1 W2], `W [F ; A T] + b = W1 F + A (T W2^T) + b`, so neither the concatenation nor the attended text is built. The part
+without text is computed once per image. The attention over the words is mixed over the levels before it is multiplied with the
+folded text. Sums over the expressions of an image are matrix products, which are deterministic.
 """
 
 from collections.abc import Iterator, Sequence
@@ -87,7 +87,7 @@ def _without_padding(text: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _slices(text: Tensor, features: Tensor) -> Iterator[slice]:
-    """Some expressions at a time, by what is made of each in between: its attention, of several images its pixels as well."""
+    """Slices of expressions, sized by their intermediate results: attention, and pixels too if there are several images."""
     _, images, pixels, channels = features.shape
     each = text.shape[1] if images == 1 else channels
     return chunks(len(text), each * pixels, text.device)
@@ -145,6 +145,6 @@ def _text_gradient(grad_similarity: Tensor, features: Tensor, image_index: Tenso
 def _add_features_gradient(
     grad_features: Tensor, grad_similarity: Tensor, text: Tensor, image_index: Tensor
 ) -> None:
-    """Adds to (L, B, N, C) what comes through the similarity with the text of these expressions."""
+    """Adds to (L, B, N, C) the gradient through the similarity with the text of these expressions."""
     for out, of_level in zip(grad_features, grad_similarity, strict=True):
         out += _sum_of_expressions(of_level.mT @ text, image_index, len(out))

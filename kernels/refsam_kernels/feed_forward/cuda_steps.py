@@ -1,6 +1,6 @@
-"""What lies between the matrix products of the forwards of `adapter_mlp` and `adapter_projection`, in CUDA.
+"""The steps between the matrix products of the forwards of `adapter_mlp` and `adapter_projection`, in CUDA.
 
-csrc/cuda/feed_forward.cu: a product's bias with the GELU, a sum with its layer norm. The backwards are other backends'.
+csrc/cuda/feed_forward.cu: a product's bias with the GELU, a sum with its layer norm. Other backends run the backwards.
 """
 
 import torch

@@ -66,7 +66,7 @@ class OnSum(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What lies between the matrix products, each as the function of this module that has its name."""
+    """One backend's steps; each field stands for the function of this module with its name."""
 
     hidden_layer: Callable[..., tuple[Tensor, Tensor]]
     add_and_norm: Callable[..., Normed]

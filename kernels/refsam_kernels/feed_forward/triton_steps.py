@@ -1,8 +1,8 @@
-"""What lies between the matrix products of `adapter_mlp` and `adapter_projection`, in Triton.
+"""The steps between the matrix products of `adapter_mlp` and `adapter_projection`, in Triton.
 
-Three kernels: a sum with its layer norm; the backward of that, with the sums over all rows that biases and the norm want; the
-GELU's backward, which gives the GELU again and a bias's sum in the same pass. Sums over all rows are partial sums of fixed rows,
-added in a fixed order: no atomics. Tensors are contiguous, statistics and sums float32, offsets 64 bits.
+Three kernels: a sum with its layer norm; its backward, with the row sums for the biases and the norm; the GELU's backward, which
+also recomputes the GELU and sums a bias's gradient. Row sums are partial sums of fixed rows, added in a fixed
+order without atomics. Tensors are contiguous, statistics and sums float32, offsets 64 bits.
 """
 
 import itertools
@@ -92,8 +92,8 @@ def _add_and_norm_backward_kernel(
     total_ptr,  # (rows, width)
     operand_ptr,  # (rows, width), None where total has its dtype
     column_sums_ptr,  # (programs, width) float32 partial sums over rows of total, or None
-    weight_sums_ptr,  # likewise of the norm's weight
-    bias_sums_ptr,  # likewise of the norm's bias
+    weight_sums_ptr,  # (row tiles, width) float32 partial sums of the gradient of the norm's weight, or None
+    bias_sums_ptr,  # (row tiles, width) float32 partial sums of the gradient of the norm's bias, or None
     row_count,
     width,
     TILES: tl.constexpr,

@@ -53,7 +53,7 @@ def optimize(model: Any) -> Optimization:
 
     The image encoder's attention never makes its weights or bias, and its windows are neither copied
     nor padded; the mask decoder's upscaling is one operator, and masks never exist as logits of the
-    frame's size. Parameters, buffers and the state dict stay what they are. Sub-modules are called as
+    frame's size. Parameters, buffers and the state dict stay the same. Sub-modules are called as
     before, so their hooks, those of all modules, wrappers and later changes of their weights are heeded;
     only the upscaling's modules are read, not called. The modules of a windowed attention are given the
     whole grid, not windows. Gradients are those of the original, also the zeros that
@@ -66,7 +66,7 @@ def optimize(model: Any) -> Optimization:
 
     Outputs differ by the order of sums: in float32 features by at most 1e-5 of their largest value,
     logits of masks by 1e-4, and masks where a logit is within 1e-5 of the threshold, relative to the
-    largest; in bfloat16 features at most twice what the original is off.
+    largest; in bfloat16, features have at most twice the original's error.
 
     Args:
         model: segment-anything's `Sam`, `SamPredictor`, `ImageEncoderViT` or `MaskDecoder`; transformers'
@@ -94,5 +94,5 @@ def optimize(model: Any) -> Optimization:
 
 
 def _advice(class_names: list[str]) -> str:
-    """What to do with models of these classes, behind the message that refuses them."""
+    """Advice for models of these classes, appended to the error that refuses them."""
     return "".join(f" ({_ADVICE[name]})" for name in class_names if name in _ADVICE)

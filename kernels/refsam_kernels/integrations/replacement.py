@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from refsam_kernels.packed_linear import PackedCopy, is_plain_linear, is_unhooked
 from refsam_kernels.rel_pos_attention.op import rel_pos_attention
 
-# Tokens that an MLP computes at a time on a CPU: what lies between its layers stays in the cache.
+# Tokens that an MLP computes at a time on a CPU, so that intermediate results stay in the cache.
 ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A function for a method of one module; it takes the module first, then what the method takes.
+    """A function for a method of one module; it takes the module, then the method's arguments.
 
     `path` says in errors where the module stands in the model. `parameters` are what the class's method
     must take, if given: another version of the library, which takes others, may compute something else.
@@ -47,7 +47,7 @@ class Replacement:
 
 
 class Optimization:
-    """What `optimize` has changed in a model; `undo()` restores it. Usable in a `with` statement.
+    """The changes of `optimize` to a model; `undo()` reverts them. Usable in a `with` statement.
 
     Raises `ValueError` when made with a method that somebody has replaced already; then nothing is
     changed.

@@ -21,7 +21,7 @@ BLOCK_MEMBERS = {"norm1", "attn", "norm2", "mlp"}
 
 
 def replacements(model: nn.Module) -> list[Replacement]:
-    """What to replace in a `Sam` or `ImageEncoderViT`. Raises `ValueError` where the model is another one inside."""
+    """The replacements for a `Sam` or `ImageEncoderViT`. Raises `ValueError` if the model is modified inside."""
     path, encoder = encoder_of(model, "image_encoder", "ImageEncoderViT")
     blocks = [(f"{path}.blocks.{i}", block) for i, block in enumerate(encoder.blocks)]
     norms = [

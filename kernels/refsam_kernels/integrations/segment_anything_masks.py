@@ -23,7 +23,7 @@ PROMPTS = (
 
 
 def of_sam(sam: Any) -> list[Replacement]:
-    """What to replace in a `Sam`: encoder, decoder, and the way from logits to masks."""
+    """The replacements for a `Sam`: encoder, decoder, and the way from logits to masks."""
     found = segment_anything.replacements(sam) + of_decoder(sam.mask_decoder, "model.mask_decoder")
     if _inherits(sam, "forward", "Sam") and _inherits(sam, "postprocess_masks", "Sam"):
         wanted = ("batched_input", "multimask_output")
@@ -32,13 +32,13 @@ def of_sam(sam: Any) -> list[Replacement]:
 
 
 def of_predictor(predictor: Any) -> list[Replacement]:
-    """What to replace in a `SamPredictor` and its `Sam`."""
+    """The replacements for a `SamPredictor` and its `Sam`."""
     predict = Replacement("model", predictor, _predict_torch, "predict_torch", PROMPTS)
     return [*of_sam(predictor.model), predict]
 
 
 def of_decoder(decoder: Any, path: str = "model") -> list[Replacement]:
-    """What to replace in a `MaskDecoder`. Raises `ValueError` where it is another one inside."""
+    """The replacements for a `MaskDecoder`. Raises `ValueError` if it is modified inside."""
     refuse(list(_decoder_reasons(path, decoder)))
     return [Replacement(path, decoder, _predict_masks, "predict_masks", EMBEDDINGS)]
 

@@ -26,7 +26,7 @@ ATTENTION_MEMBERS = {
 
 
 def replacements(model: Any) -> list[Replacement]:
-    """What to replace in a `VisionTransformerSAM`. Raises `ValueError` where it is another one inside."""
+    """The replacements for a `VisionTransformerSAM`. Raises `ValueError` if it is modified inside."""
     blocks = [(f"model.blocks.{i}", block) for i, block in enumerate(model.blocks)]
     refuse([reason for where, block in blocks for reason in _block_reasons(where, block)])
     return [item for where, block in blocks for item in _block_replacements(where, block)]
@@ -77,5 +77,5 @@ def _shares_of_windows(block: Any, x: Tensor) -> Tensor:
 
 
 def _attention(attend: Attend, attention: Any, x: Tensor) -> Tensor:
-    """`Attention.forward`; what lies between its modules is one operator."""
+    """`Attention.forward`; one operator between its modules."""
     return attention.proj_drop(attend(attention, x))

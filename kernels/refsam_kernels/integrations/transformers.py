@@ -22,7 +22,7 @@ ATTENTION_CLASSES = {"SamVisionAttention", "SamVisionSdpaAttention"}
 
 
 def replacements(model: nn.Module) -> list[Replacement]:
-    """What to replace in these models. Raises `ValueError` where the model is another one inside."""
+    """The replacements for these models. Raises `ValueError` if the model is modified inside."""
     path, encoder = encoder_of(model, "vision_encoder", "SamVisionEncoder")
     layers = [(f"{path}.layers.{i}", layer) for i, layer in enumerate(encoder.layers)]
     refuse([reason for where, layer in layers for reason in _layer_reasons(where, layer)])

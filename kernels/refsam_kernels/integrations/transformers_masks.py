@@ -25,19 +25,19 @@ SIZES = (
 
 
 def of_model(model: Any) -> list[Replacement]:
-    """What to replace in a `SamModel`: image encoder and mask decoder."""
+    """The replacements for a `SamModel`: image encoder and mask decoder."""
     decoder = of_decoder(model.mask_decoder, "model.mask_decoder")
     return transformers.replacements(model) + decoder
 
 
 def of_decoder(decoder: Any, path: str = "model") -> list[Replacement]:
-    """What to replace in a `SamMaskDecoder`. Raises `ValueError` where it is another one inside."""
+    """The replacements for a `SamMaskDecoder`. Raises `ValueError` if it is modified inside."""
     refuse(list(_decoder_reasons(path, decoder)))
     return [Replacement(path, decoder, _decoder, parameters=EMBEDDINGS)]
 
 
 def of_processor(processor: Any) -> list[Replacement]:
-    """What to replace in a `SamProcessor` or in one of its image processors: the way from logits to masks."""
+    """The replacements for a `SamProcessor` or in one of its image processors: the way from logits to masks."""
     image_processor = getattr(processor, "image_processor", processor)
     method = "post_process_masks"
     return [Replacement("model", image_processor, _post_process_masks, method, SIZES)]

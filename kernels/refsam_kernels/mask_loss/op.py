@@ -44,13 +44,13 @@ def mask_loss(
         targets: (P, H, W) bool, uint8 of 0 and 1, or floating point in 0..1; no gradient flows to them.
         image_size: side S of the model's square image.
         input_size: (height, width) of the frame within that image, without the padding; at most S.
-        ignore: (P, H, W) bool, pixels that do not count whatever the targets hold there; None: all count.
-        alpha: share of the inside in the focal loss.
+        ignore: (P, H, W) bool, ignored pixels, where targets may hold anything; None: all count.
+        alpha: weight of inside pixels in the focal loss.
         gamma: exponent of the focal loss, at least 0.
         backend: name of the backend, None for the best that can run.
 
     Returns:
-        focal (P,) and dice (P,) in float32, or float64 for such logits. A mask of which everything is ignored has focal loss 0.
+        focal (P,) and dice (P,) in float32, or float64 for such logits. A fully ignored mask has focal loss 0.
 
     Raises:
         ValueError: a shape, dtype, device, size or value does not fit; `BackendError` if the backend cannot run.

@@ -1,4 +1,4 @@
-"""How packed masks lie in memory, and what is known of each mask.
+"""The memory layout of packed masks, and the statistics of each mask.
 
 Masks follow one another in one list of words. Of a mask (H, W) every column has ceil(H / 32) words; bit k of word j, the
 lowest being k = 0, is the pixel of row 32 j + k; bits below the last row are 0. So the words give the pixels in the order of

@@ -21,7 +21,7 @@ LARGEST_MASK = 2**31 - 1
 
 
 class MaskStatistics(NamedTuple):
-    """What is known of P masks beside their pixels.
+    """Area, box and stability of P masks.
 
     area (P,) int64: pixels inside. box (P, 4) int64: left, top, right, bottom, the last two outside it; all 0 if the mask is
     empty. stability (P,) float32 in 0..1: the IoU of the masks at threshold + offset and at threshold - offset, as
@@ -79,11 +79,11 @@ def mask_postprocess_bits(
         input_size: (height, width) of the frame within that image, one for all masks or P of them.
         output_size: (height, width) of the masks, one for all or P of them.
         threshold: logits above it are inside.
-        stability_offset: how far from the threshold the two lie that stability compares.
+        stability_offset: distance from the threshold of the two that stability compares.
         backend: name of the backend, None for the best that can run.
 
     Returns:
-        Everything on the device of the logits, which is not waited for.
+        Everything on the device of the logits, without synchronising.
 
     Raises:
         ValueError: a shape, dtype, size or value does not fit; `BackendError` if the backend cannot run.
@@ -106,8 +106,8 @@ def mask_postprocess_rle(
 ) -> tuple[list[RunLengths], MaskStatistics]:
     """`mask_postprocess` to COCO's compressed run lengths, byte for byte those of pycocotools for the same masks.
 
-    Run lengths and statistics come to the host in two copies, for which the device is waited for once; only where masks have
-    more than `RUNS_PER_COLUMN` runs per column on average is there a second round.
+    Run lengths and statistics come to the host in two copies, with one synchronisation; masks of more than `RUNS_PER_COLUMN`
+    runs per column on average cost a second one.
 
     Args: those of `mask_postprocess_bits`.
 
@@ -151,7 +151,7 @@ def _fetch(
 
 
 def _named(statistics: Tensor) -> MaskStatistics:
-    """The operator's columns of numbers as they are told."""
+    """The operator's columns as the public statistics."""
     area, certain, possible, *box, _ = statistics.unbind(dim=1)
     stability = certain.float() / possible.clamp(min=1).float()
     return MaskStatistics(area, torch.stack(box, dim=1), stability)

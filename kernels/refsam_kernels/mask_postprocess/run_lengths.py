@@ -34,7 +34,7 @@ def compress(lengths: Tensor) -> bytes:
     values[3:] -= lengths[1:-2]
     groups = values.unsqueeze(1) >> torch.arange(0, 5 * CHARACTERS, 5)
     characters = groups & 31
-    # What follows a group's last bit repeats that bit, the sign, once the number has ended.
+    # Once the number has ended, the bits after a group's last one repeat it: the sign.
     more = (groups >> 5) != -(characters >> 4)
     characters += 48 + 32 * more
     begun = torch.ones_like(more)

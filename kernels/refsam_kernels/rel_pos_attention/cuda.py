@@ -1,6 +1,6 @@
 """The compiled CUDA implementation of the forward, csrc/cuda/rel_pos_attention*: flash attention on tensor cores.
 
-It has no backward: what it saves means the same everywhere, so another backend's serves (see `refsam_kernels.core.dispatch`).
+It has no backward: saved outputs mean the same in every backend, so another one runs it (see `refsam_kernels.core.dispatch`).
 """
 
 import torch
@@ -11,7 +11,7 @@ from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (32, 64, 80)  # as csrc/cuda/rel_pos_attention.h
-LARGEST_SIDES = 192  # likewise: rows and columns of a window's keys, together
+LARGEST_SIDES = 192  # as csrc/cuda/rel_pos_attention.h: rows plus columns of a window's keys
 ALIGNMENT = 16  # bytes that are copied at a time
 
 _library = libraries.load("cuda")

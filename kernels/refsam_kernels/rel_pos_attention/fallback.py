@@ -1,8 +1,8 @@
 """`rel_pos_attention` in plain PyTorch, arranged for speed and memory.
 
 Scores exist for a few queries at a time only; the backward computes them again. Padding tokens are
-never queries; as keys they are the bias. The softmax, and whatever is summed over many parts, is at
-least float32. On CUDA devices torch's own attention computes the forward (see `augmented`).
+never queries; as keys they are the bias. The softmax and sums over many parts are
+float32 at least. On CUDA devices torch's own attention computes the forward (see `augmented`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from refsam_kernels.rel_pos_attention.windows import (
     split_qkv,
 )
 
-# Numbers in the queries of the heads that are worked on at a time; what is copied and made for them is some eight times that.
+# Elements in the queries of the heads that are processed at a time; intermediate results are some eight times that.
 QUERIES = {"cpu": 2**20}
 QUERIES_ELSEWHERE = 2**26
 

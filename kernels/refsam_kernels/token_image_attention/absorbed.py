@@ -57,7 +57,7 @@ class Absorbed:
             offset = offset.masked_fill(padding[:, None, :, None], float("-inf"))
         logits = torch.baddbmm(_rows(offset), _rows(key @ self._by_heads(self.q_weight)), placed.mT)
         weights = logits.unflatten(1, key.shape[1:3]).softmax(dim=2)
-        # Each head's weights sum to one, so each can bring its share of what is added to every pixel.
+        # Each head's weights sum to one, so each can carry its share of the constant update of every pixel.
         value = self._heads(F.linear(tokens, self.v_weight))
         values = value @ self._by_heads(self.out_weight.T) + self.added / self.num_heads
         return _rows(weights), _rows(values)

@@ -1,4 +1,4 @@
-"""The compiled CUDA implementation of the forward, csrc/cuda/token_image_attention.cu, behind torch's projections."""
+"""The compiled CUDA implementation of the forward, csrc/cuda/token_image_attention.cu, after torch's projections."""
 
 import torch
 
@@ -9,7 +9,7 @@ from refsam_kernels.token_image_attention.projection import Projection
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 512  # as csrc/cuda/token_image_attention.h
-WIDEST_HEAD = 128  # likewise
+WIDEST_HEAD = 128  # as csrc/cuda/token_image_attention.h
 
 _library = libraries.load("cuda")
 

@@ -1,8 +1,8 @@
 """Attention, residual and LayerNorm with channels first in the heads, and the explicit gradient.
 
 Queries, keys and values are projected to (P, I, T): heads are then views, not copies, and of the two sequences the longer one is
-innermost in every product and every softmax, so that those run over whole vectors. A few expressions at a time keep in a CPU's
-cache what lies between.
+innermost in every product and every softmax, so that those run over whole vectors. A few expressions at a time keep
+intermediate results in a CPU's cache.
 
 Two biases need no pass over the keys: that of k adds the same to all logits of a query, which changes nothing, and the softmax's
 weights sum to one, so that of v moves behind the attention and into the output projection's.
@@ -47,7 +47,7 @@ class _Projected:
         return self.sum(self.heads(part)[3], part)
 
     def heads(self, part: slice) -> tuple[Tensor, ...]:
-        """q, k, v and what is attended to, each (P, I, T), and log-sum-exps (P, heads, Tq)."""
+        """q, k, v and the attended values, each (P, I, T), and log-sum-exps (P, heads, Tq)."""
         q, k, v = self.to_q(part), self.to_k(part), self.to_v(part)
         lengths = _part(self.key_lengths, part)
         return q, k, v, *_attend_in_parts(q, k, v, lengths, self.num_heads)
@@ -194,9 +194,9 @@ def _attend_backward(
     key_lengths: Tensor | None,
     num_heads: int,
 ) -> Iterator[Tensor]:
-    """Gradients to q, k and v for `grad`, that to what `_attend` returns first, (P, I, Tq).
+    """Gradients to q, k and v for `grad`, the gradient to the first result of `_attend`, (P, I, Tq).
 
-    What the forward knew of the softmax is not used: here, a softmax costs less than an exponential.
+    The forward's log-sum-exp is not used: on a CPU, a softmax costs less than an exponential.
     """
     grads, qs, ks, vs = (_heads(t, num_heads) for t in (grad, q, k, v))
     weights = _softmax(_logits(qs, ks, key_lengths, num_heads))

@@ -48,14 +48,14 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """`out` (P, Tq, C) like the queries; the rest has no elements where nothing is kept, and float32 at least where not said.
+    """`out` (P, Tq, C) like the queries; the rest is float32 at least unless stated, without elements where nothing is kept.
 
     x: (P, Tq, C), the sum before the LayerNorm; statistics: (P, Tq, 2), its means and reciprocal deviations.
-    q, k, v, attended: (P, I, T) in the dtype of the weights, queries, keys, values and what is attended to in the heads; keys and
-    values that are padding are finite, whatever they are.
+    q, k, v, attended: (P, I, T) in the dtype of the weights, the heads' queries, keys, values and attended values; padded keys
+    and values are finite.
     log_sum_exp: (P, heads, Tq), of the logits.
-    k, v and what follows from them are without the biases of k and v: the first changes no softmax, the second can be added
-    behind it.
+    k, v and attended leave out the biases of k and v: the first changes no softmax, the second is added
+    after it.
     """
 
     out: Tensor

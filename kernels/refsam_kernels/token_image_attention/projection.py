@@ -7,7 +7,7 @@ from refsam_kernels.token_image_attention.positions import project_positions
 
 
 class Projection:
-    """weight (tokens + positions) + bias of some expressions: (P, T, C) -> (P, I, T), without what is None.
+    """weight (tokens + positions) + bias of some expressions: (P, T, C) -> (P, I, T); None terms are left out.
 
     Positions that all expressions share are projected once and added to each expression's own product.
     """

@@ -122,7 +122,7 @@ def _forward_launch(
 
 
 def _text_outputs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What `_text_backward_kernel` writes."""
+    """Uninitialised outputs of `_text_backward_kernel`."""
     tiles, sizes = _tile(tensors)
     text, (levels, _, pixels, _) = tensors["text"], tensors["features"].shape
     rows = (tiles, *text.shape)
@@ -139,7 +139,7 @@ def _text_launch(tensors: dict[str, Tensor], outputs: dict[str, Tensor]) -> Laun
 
 
 def _image_outputs(tensors: dict[str, Tensor], needs_features: bool) -> dict[str, Any]:
-    """What `_image_backward_kernel` writes."""
+    """Uninitialised outputs of `_image_backward_kernel`."""
     tiles, _ = _tile(tensors)
     features = tensors["features"]
     levels, images = features.shape[:2]

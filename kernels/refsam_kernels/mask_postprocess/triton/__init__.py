@@ -95,7 +95,7 @@ def runs(inputs: RunsInputs) -> Runs:
 
 
 def resize_arguments(logits: Tensor, places: Places) -> dict[str, Any]:
-    """What every kernel that resizes contiguous logits (P, 4h, 4w) takes."""
+    """The arguments of every kernel that resizes contiguous logits (P, 4h, 4w)."""
     return {
         "logits": logits,
         "low_height": logits.shape[1],

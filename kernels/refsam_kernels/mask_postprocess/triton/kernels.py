@@ -1,6 +1,6 @@
 """Triton kernels of mask_postprocess: both resizes per pixel from a few low-resolution logits, to bytes, bits or ends of runs.
 
-Nothing is waited for and no shape depends on values, so that CUDA graphs can hold every launch.
+No launch synchronises and no shape depends on values, so CUDA graphs can capture all of them.
 """
 
 import triton

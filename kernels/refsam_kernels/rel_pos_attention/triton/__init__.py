@@ -82,7 +82,7 @@ def backward(
         "delta": torch.empty_like(log_sum_exp),
     }
     tensors["rel_h"], tensors["rel_w"] = operands.scratch(problem)
-    # What belongs to places without a key is not written.
+    # Positions without a key are not written.
     d_rel = operands.scratch(problem, zero=problem.is_cropped)
     of_queries = {**tensors, "out": outputs.out, "d_rel_h": d_rel[0], "d_rel_w": d_rel[1]}
     with torch.cuda.device_of(qkv):

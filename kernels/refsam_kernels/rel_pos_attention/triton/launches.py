@@ -91,7 +91,7 @@ class Problem:
         return self.is_partial and not self.is_padded
 
     def tuned_name(self, kernel: str) -> str:
-        """What the table of tuned tiles calls this kernel on this problem."""
+        """The key of this kernel and problem in the table of tuned tiles."""
         bits = 8 * self.dtype.itemsize
         return f"{kernel} {self.head_dim} {bits}-bit {self.window_h}x{self.window_w}"
 
@@ -102,7 +102,7 @@ class Problem:
 
 
 def architecture_of(device: torch.device) -> int:
-    """90 for sm_90; what needs least where there is no GPU."""
+    """90 for sm_90; 80, the oldest, where there is no GPU."""
     if device.type != "cuda":
         return 80
     major, minor = torch.cuda.get_device_capability(device)
@@ -111,7 +111,7 @@ def architecture_of(device: torch.device) -> int:
 
 @cache
 def tuned() -> dict[str, dict[str, dict[str, int]]]:
-    """What `python -m benchmarks.tune` found: architecture, then kernel and sizes, then the fields of `Tile`."""
+    """The tiles that `python -m benchmarks.tune` found: by architecture, then kernel and sizes; fields of `Tile`."""
     return json.loads(TUNED.read_text())
 
 
@@ -202,7 +202,7 @@ def by_queries(
     operands: Operands,
     tensors: Mapping[str, Tensor | None],
 ) -> Launch:
-    """What the forward and the queries' gradient have in common."""
+    """The launch of the forward or of the queries' gradient."""
     tile = problem.tile(name)
     tiles = triton.cdiv(problem.window_h * problem.window_w, tile.block)
     is_whole = problem.window_h % tile.rows == 0 and problem.window_w % tile.columns == 0
@@ -278,7 +278,7 @@ def table_gradient_launch(
 
 
 def common_arguments(problem: Problem, operands: Operands, tile: Tile) -> dict[str, Any]:
-    """What all kernels over windows take."""
+    """The arguments of all kernels over windows."""
     d0, d1 = split_head_dim(problem.head_dim)
     return {
         "qkv": operands.qkv,

@@ -105,7 +105,7 @@ def _attend_backward(
     key_lengths: Tensor | None,
     num_heads: int,
 ) -> list[Tensor]:
-    """Gradients to q, k and v for `grad`, that to what is attended to."""
+    """Gradients to q, k and v for the gradient to the attended values."""
     tensors = {"q": q, "k": k, "v": v, "attended": attended, "log_sum_exp": log_sum_exp}
     tensors = {name: x.contiguous() for name, x in (tensors | {"grad": grad}).items()}
     lengths = None if key_lengths is None else key_lengths.contiguous()

@@ -8,7 +8,7 @@ from refsam_kernels.token_image_attention.triton.tiles import _of_head
 
 @triton.jit(do_not_specialize=["expressions", "queries", "keys"])
 def _backward_kernel(
-    grad_ptr,  # (expressions, internal width, queries), to what is attended to
+    grad_ptr,  # (expressions, internal width, queries), of the attended values
     q_ptr,  # (expressions, internal width, queries)
     k_ptr,  # (expressions, internal width, keys)
     v_ptr,  # (expressions, internal width, keys)
@@ -54,7 +54,7 @@ def _backward_kernel(
         b_weights = tl.exp(b_logits - tl.max(b_logits, 1)[:, None])
         b_weights /= tl.sum(b_weights, 1)[:, None]
         b_mean = tl.sum(b_weights * b_on_weights, 1)
-    else:  # the same from what the forward kept, which is rounded
+    else:  # the same from the forward's saved values, which are rounded
         p_sums = log_sum_exp_ptr + (expression * heads + head) * queries + query
         b_sums = tl.load(p_sums, mask=query < queries, other=0.0)
         b_weights = tl.exp(b_logits - b_sums[:, None])

@@ -17,7 +17,7 @@ from refsam_kernels.token_image_attention.triton.launches import (
 
 
 def compile_cases() -> list[CompileCase]:
-    """SAM's decoder and nano's, both directions with what the backward needs, short and long sentences."""
+    """SAM's decoder and nano's, both directions with saved outputs, short and long expressions."""
     cases = []
     for dtype, channels, tokens in (
         (torch.bfloat16, 128, 16),

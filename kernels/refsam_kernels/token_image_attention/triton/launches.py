@@ -53,7 +53,7 @@ def _block(count: int) -> int:
 
 
 def _added(projection: Projection, count: int, name: str) -> dict[str, Any]:
-    """What a projection adds, for each expression, without a copy, and its strides."""
+    """The constant part of a projection, expanded over the expressions without a copy, and its strides."""
     tokens = projection.tokens
     added, strides = projection.added, (0, 0, 0)
     if added is not None:

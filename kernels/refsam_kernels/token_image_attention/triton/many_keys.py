@@ -20,7 +20,7 @@ def _many_keys_kernel(
     v_weight_ptr,  # (internal width, channels)
     q_ptr,  # (expressions, internal width, queries)
     lengths_ptr,  # (expressions,) int64, or None
-    parts_ptr,  # (expressions, tiles, internal width, queries) float32, what a tile's keys give
+    parts_ptr,  # (expressions, tiles, internal width, queries) float32, the contribution of a tile's keys
     highest_ptr,  # (expressions, heads, tiles, queries) float32, the tile's largest logit
     totals_ptr,  # (expressions, heads, tiles, queries) float32, sum of exp(logit - highest)
     k_ptr,  # (expressions, internal width, keys), or None where nothing is kept
@@ -112,7 +112,7 @@ def _join_kernel(
     CHANNELS: tl.constexpr,
     HEAD: tl.constexpr,
 ):
-    """QUERIES queries of one expression: adds up what the tiles of keys gave, in their order, and makes rows of the result."""
+    """QUERIES queries of one expression: adds up the contributions of key tiles in order, finishes rows of the result."""
     first = tl.program_id(0).to(tl.int64) * QUERIES
     expression = tl.program_id(1).to(tl.int64)
     width = heads * head_width
