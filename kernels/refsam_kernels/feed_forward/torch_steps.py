@@ -51,7 +51,7 @@ class Normed(NamedTuple):
     rstd: Tensor
 
 
-class OnSum(NamedTuple):
+class SumGradients(NamedTuple):
     """Gradients of `add_and_norm`, None where not needed.
 
     Of the sum: `total` (rows, D) in x's dtype and `operand` (rows, D) in that of the products, maybe the same tensor, and
@@ -70,7 +70,7 @@ class Steps(NamedTuple):
 
     hidden_layer: Callable[..., tuple[Tensor, Tensor]]
     add_and_norm: Callable[..., Normed]
-    add_and_norm_backward: Callable[..., OnSum]
+    add_and_norm_backward: Callable[..., SumGradients]
     gelu_backward: Callable[..., tuple[Tensor | None, Tensor | None]]
 
 
@@ -120,9 +120,9 @@ def add_and_norm_backward(
     dtype: torch.dtype,
     needs_column_sum: bool,
     needs_norm: Sequence[bool],
-) -> OnSum:
+) -> SumGradients:
     """Gradients of `add_and_norm`, in new memory; `dtype` is that of the products."""
-    on_norm: Sequence[Tensor | None] = (None, None)
+    grad_norm: Sequence[Tensor | None] = (None, None)
     if norm_weight is None or norm_bias is None:
         total = grad_x.clone(memory_format=torch.contiguous_format)
     else:
@@ -130,14 +130,14 @@ def add_and_norm_backward(
         grad, values, weight, bias = (
             tensor.to(wide) for tensor in (grad_normed, x, norm_weight, norm_bias)
         )
-        total, *on_norm = torch.ops.aten.native_layer_norm_backward(
+        total, *grad_norm = torch.ops.aten.native_layer_norm_backward(
             grad, values, weight.shape, mean, rstd, weight, bias, [True, *needs_norm]
         )
         total = total.add_(grad_x).to(x.dtype)
     total = rows(total)
     operand = total.to(dtype)
     column_sum = operand.sum(0) if needs_column_sum else None
-    return OnSum(total, operand, column_sum, *on_norm)
+    return SumGradients(total, operand, column_sum, *grad_norm)
 
 
 def gelu_backward(

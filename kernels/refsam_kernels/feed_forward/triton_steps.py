@@ -20,8 +20,8 @@ from refsam_kernels.feed_forward import torch_steps
 from refsam_kernels.feed_forward.mlp import KERNEL_DTYPES
 from refsam_kernels.feed_forward.torch_steps import (
     Normed,
-    OnSum,
     Steps,
+    SumGradients,
     empty_statistics,
     rows,
     short,
@@ -280,7 +280,7 @@ def add_and_norm_backward(
     dtype: torch.dtype,
     needs_column_sum: bool,
     needs_norm: Sequence[bool],
-) -> OnSum:
+) -> SumGradients:
     """`torch_steps.add_and_norm_backward` in one pass over the rows, and one over partial sums."""
     statistics = (grad_x, grad_normed, x, mean, rstd)
     if norm_weight is None:
@@ -292,7 +292,7 @@ def add_and_norm_backward(
     )
     if x.numel():
         launch.run()
-    return OnSum(total, operand, *map(added, sums))
+    return SumGradients(total, operand, *map(added, sums))
 
 
 def gelu_backward_launch(

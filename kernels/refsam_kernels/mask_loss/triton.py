@@ -229,12 +229,12 @@ def _gradient_kernel(
             else:
                 focal = probability - target
             focal *= 1.0 - alpha + (2.0 * alpha - 1.0) * target
-            of_x = of_focal * focal + slope * (outside - 2.0 * of_dice * target)
-            of_x = tl.where(counts, of_x, 0.0)
+            grad_x = of_focal * focal + slope * (outside - 2.0 * of_dice * target)
+            grad_x = tl.where(counts, grad_x, 0.0)
             matrix = weights_tile(
                 column_start, column_weights, width, xs, low_xs, width, COLUMN_TAPS
             )
-            gathered = tl.dot(of_x, matrix, gathered)
+            gathered = tl.dot(grad_x, matrix, gathered)
         matrix = weights_tile(row_start, row_weights, height, ys, low_ys, height, ROW_TAPS)
         total = tl.dot(tl.trans(matrix), gathered, total)
     inside = (low_ys < low_height)[:, None] & (low_xs < low_width)[None, :]

@@ -107,18 +107,18 @@ class Windows:
             heads = part[0]
             probabilities = self.scores(part).mul_(LOG2_E).exp2_()  # cheaper than exp
             add_product(total.v[heads], probabilities.to(grad.dtype).mT, grad[part])
-            on_scores = torch.bmm(grad[part], self.v[heads].mT).to(self.dtype)
-            on_scores.sub_(delta[part]).mul_(probabilities)
-            on_keys = on_scores.unflatten(-1, (self.group.key_height, self.group.key_width))
-            torch.sum(on_keys, -1, out=total.rel_h[part])
-            torch.sum(on_keys, -2, out=total.rel_w[part])
-            on_scores = on_scores.to(grad.dtype)
-            add_product(total.q[part], on_scores, self.k[heads], self.scale)
-            add_product(total.k[heads], on_scores.mT, self.q[part], self.scale)
-        on_queries = self.on_grid(total.q)  # a view: what follows adds to total.q
+            grad_scores = torch.bmm(grad[part], self.v[heads].mT).to(self.dtype)
+            grad_scores.sub_(delta[part]).mul_(probabilities)
+            grad_keys = grad_scores.unflatten(-1, (self.group.key_height, self.group.key_width))
+            torch.sum(grad_keys, -1, out=total.rel_h[part])
+            torch.sum(grad_keys, -2, out=total.rel_w[part])
+            grad_scores = grad_scores.to(grad.dtype)
+            add_product(total.q[part], grad_scores, self.k[heads], self.scale)
+            add_product(total.k[heads], grad_scores.mT, self.q[part], self.scale)
+        grad_queries = self.on_grid(total.q)  # a view: what follows adds to total.q
         rel_h, rel_w = self.on_grid(total.rel_h), self.on_grid(total.rel_w)
-        on_queries += torch.einsum("gyxk,ykd->gyxd", rel_h, self.relative_h)
-        on_queries += torch.einsum("gyxk,xkd->gyxd", rel_w, self.relative_w)
+        grad_queries += torch.einsum("gyxk,ykd->gyxd", rel_h, self.relative_h)
+        grad_queries += torch.einsum("gyxk,xkd->gyxd", rel_w, self.relative_w)
         return total
 
     def add_to_relative(self, gradients: WindowGradients, grad_h: Tensor, grad_w: Tensor) -> None:

@@ -57,23 +57,23 @@ def backward(
     text = torch.where(is_word, inputs.text, 0.0)
     tensors = _tensors(inputs._replace(text=text))
     tensors |= {"folded": F.linear(text, attended), "grad": grad.contiguous()}
-    on_text, on_images = _text_outputs(tensors), _image_outputs(tensors, needs[0])
+    grad_text, grad_images = _text_outputs(tensors), _image_outputs(tensors, needs[0])
     if len(text):
-        _text_launch(tensors, on_text).run()
-    _image_launch(tensors, on_text["on_similarity"], on_images, weight).run()
+        _text_launch(tensors, grad_text).run()
+    _image_launch(tensors, grad_text["grad_similarity"], grad_images, weight).run()
     bias, shares = inputs.bias.float(), inputs.level_weights.float()
-    on_folded = on_text["on_folded"].sum(0).to(text.dtype)
-    of_own = on_images["grad_image"].flatten(0, 1).T @ on_images["mixed"].flatten(0, 1)
-    of_attended = on_folded.flatten(0, 1).T @ text.flatten(0, 1)
-    of_bias = grad.sum((0, 1), dtype=torch.float32)
-    of_shares = on_text["on_share"].sum((0, 1)) + on_images["on_share"].sum((0, 1))
+    grad_folded = grad_text["grad_folded"].sum(0).to(text.dtype)
+    grad_own = grad_images["grad_image"].flatten(0, 1).T @ grad_images["mixed"].flatten(0, 1)
+    grad_attended = grad_folded.flatten(0, 1).T @ text.flatten(0, 1)
+    grad_bias = grad.sum((0, 1), dtype=torch.float32)
+    grad_shares = grad_text["grad_share"].sum((0, 1)) + grad_images["grad_share"].sum((0, 1))
     gradients = (
-        on_images["on_features"],
-        on_text["on_text"].sum(0).add_(on_folded @ attended).to(text.dtype),
-        torch.cat([of_own, of_attended], dim=1),
-        (of_bias * shares.sum()).to(weight.dtype),
-        on_text["on_scale"].sum().to(inputs.scale.dtype),
-        (of_shares + of_bias @ bias).to(inputs.level_weights.dtype),
+        grad_images["grad_features"],
+        grad_text["grad_text"].sum(0).add_(grad_folded @ attended).to(text.dtype),
+        torch.cat([grad_own, grad_attended], dim=1),
+        (grad_bias * shares.sum()).to(weight.dtype),
+        grad_text["grad_scale"].sum().to(inputs.scale.dtype),
+        (grad_shares + grad_bias @ bias).to(inputs.level_weights.dtype),
     )
     pairs = zip(gradients, needs, strict=True)
     return tuple(gradient if need else grad.new_empty(0) for gradient, need in pairs)
@@ -127,9 +127,9 @@ def _text_outputs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     text, (levels, _, pixels, _) = tensors["text"], tensors["features"].shape
     rows = (tiles, *text.shape)
     sums = (tiles, len(text), levels)
-    shapes = {"on_text": rows, "on_folded": rows, "on_scale": sums, "on_share": sums}
+    shapes = {"grad_text": rows, "grad_folded": rows, "grad_scale": sums, "grad_share": sums}
     outputs = {name: text.new_empty(x, dtype=torch.float32) for name, x in shapes.items()}
-    outputs["on_similarity"] = text.new_empty(levels, len(text), pixels, sizes["WORDS"])
+    outputs["grad_similarity"] = text.new_empty(levels, len(text), pixels, sizes["WORDS"])
     return outputs
 
 
@@ -144,21 +144,21 @@ def _image_outputs(tensors: dict[str, Tensor], needs_features: bool) -> dict[str
     features = tensors["features"]
     levels, images = features.shape[:2]
     return {
-        "on_features": torch.empty_like(features) if needs_features else None,
+        "grad_features": torch.empty_like(features) if needs_features else None,
         "grad_image": torch.empty_like(features[0]),
         "mixed": torch.empty_like(features[0]),
-        "on_share": features.new_empty(tiles, images, levels, dtype=torch.float32),
+        "grad_share": features.new_empty(tiles, images, levels, dtype=torch.float32),
     }
 
 
 def _image_launch(
     tensors: dict[str, Tensor],
-    on_similarity: Tensor,
+    grad_similarity: Tensor,
     outputs: dict[str, Any],
     weight: Tensor,
 ) -> Launch:
     tiles, sizes = _tile(tensors)
-    arguments = tensors | outputs | {"on_similarity": on_similarity, "weight": weight}
+    arguments = tensors | outputs | {"grad_similarity": grad_similarity, "weight": weight}
     return _launch(_image_backward_kernel, (tiles, sizes["images"]), arguments, sizes)
 
 
@@ -181,12 +181,12 @@ def compile_cases() -> list[CompileCase]:
         inputs = Inputs(features, text, lengths, lengths, weight, bias, scale, level_weights)
         tensors = _tensors(inputs)
         tensors |= {"folded": text, "grad": features.new_empty(8, 4096, channels)}
-        on_text = _text_outputs(tensors)
-        similarity, on_images = on_text["on_similarity"], _image_outputs(tensors, True)
+        grad_text = _text_outputs(tensors)
+        similarity, grad_images = grad_text["grad_similarity"], _image_outputs(tensors, True)
         launches = {
             "forward": _forward_launch(tensors, weight, bias, tensors["grad"]),
-            "text backward": _text_launch(tensors, on_text),
-            "image backward": _image_launch(tensors, similarity, on_images, weight),
+            "text backward": _text_launch(tensors, grad_text),
+            "image backward": _image_launch(tensors, similarity, grad_images, weight),
         }
         name = f"{str(dtype).removeprefix('torch.')}, {channels} channels, {words} words"
         cases += [launch.compile_case(f"{kind}, {name}") for kind, launch in launches.items()]

@@ -112,11 +112,11 @@ def _text_backward_kernel(
     image_index_ptr,  # (expressions,) int64
     scale_ptr,  # ()
     level_weights_ptr,  # (levels,)
-    on_similarity_ptr,  # (levels, expressions, pixels, WORDS), the gradient to F T^T
-    on_text_ptr,  # (tiles, expressions, words, channels) float32, through the similarity
-    on_folded_ptr,  # (tiles, expressions, words, channels) float32
-    on_scale_ptr,  # (tiles, expressions, levels) float32
-    on_share_ptr,  # (tiles, expressions, levels) float32, through the attention
+    grad_similarity_ptr,  # (levels, expressions, pixels, WORDS), the gradient to F T^T
+    grad_text_ptr,  # (tiles, expressions, words, channels) float32, through the similarity
+    grad_folded_ptr,  # (tiles, expressions, words, channels) float32
+    grad_scale_ptr,  # (tiles, expressions, levels) float32
+    grad_share_ptr,  # (tiles, expressions, levels) float32, through the attention
     levels,
     images,
     expressions,
@@ -140,9 +140,9 @@ def _text_backward_kernel(
     b_folded = _load_rows(folded_ptr, i_expression * words, length, channels, WORDS, CHANNELS)
     first = i_expression * pixels + i_pixel
     b_grad = _load_rows(grad_ptr, first, left, channels, PIXELS, CHANNELS)
-    b_on_attention = tl.dot(b_grad, tl.trans(b_folded))
+    b_grad_attention = tl.dot(b_grad, tl.trans(b_folded))
     b_attention = tl.zeros((PIXELS, WORDS), tl.float32)
-    b_on_text = tl.zeros((WORDS, CHANNELS), tl.float32)
+    b_grad_text = tl.zeros((WORDS, CHANNELS), tl.float32)
     i_sums = (i_tile * expressions + i_expression) * levels
     for level in range(levels):
         share = tl.load(level_weights_ptr + level).to(tl.float32)
@@ -151,19 +151,19 @@ def _text_backward_kernel(
         b_similarity, b_weights = _attend(b_own, b_text, scale, length, WORDS)
         b_weights = tl.where(is_pixel, b_weights, 0.0)
         b_attention += share * b_weights
-        b_weighted = b_weights * b_on_attention
-        b_on_logits = share * (b_weighted - b_weights * tl.sum(b_weighted, 1)[:, None])
-        tl.store(on_share_ptr + i_sums + level, tl.sum(b_weighted))
-        tl.store(on_scale_ptr + i_sums + level, tl.sum(b_on_logits * b_similarity))
-        b_on_similarity = (b_on_logits * scale).to(text_ptr.dtype.element_ty)
-        b_on_text += tl.dot(tl.trans(b_on_similarity), b_own)
+        b_weighted = b_weights * b_grad_attention
+        b_grad_logits = share * (b_weighted - b_weights * tl.sum(b_weighted, 1)[:, None])
+        tl.store(grad_share_ptr + i_sums + level, tl.sum(b_weighted))
+        tl.store(grad_scale_ptr + i_sums + level, tl.sum(b_grad_logits * b_similarity))
+        b_grad_similarity = (b_grad_logits * scale).to(text_ptr.dtype.element_ty)
+        b_grad_text += tl.dot(tl.trans(b_grad_similarity), b_own)
         first = (level * expressions + i_expression) * pixels + i_pixel
-        _store_rows(on_similarity_ptr, b_on_similarity, first, left, WORDS, PIXELS, WORDS)
+        _store_rows(grad_similarity_ptr, b_grad_similarity, first, left, WORDS, PIXELS, WORDS)
     b_attention = b_attention.to(text_ptr.dtype.element_ty)
-    b_on_folded = tl.dot(tl.trans(b_attention), b_grad)
+    b_grad_folded = tl.dot(tl.trans(b_attention), b_grad)
     i_rows = (i_tile * expressions + i_expression) * words
-    _store_rows(on_text_ptr, b_on_text, i_rows, words, channels, WORDS, CHANNELS)
-    _store_rows(on_folded_ptr, b_on_folded, i_rows, words, channels, WORDS, CHANNELS)
+    _store_rows(grad_text_ptr, b_grad_text, i_rows, words, channels, WORDS, CHANNELS)
+    _store_rows(grad_folded_ptr, b_grad_folded, i_rows, words, channels, WORDS, CHANNELS)
 
 
 @triton.jit(do_not_specialize=["images", "expressions", "words"])
@@ -175,11 +175,11 @@ def _image_backward_kernel(
     image_index_ptr,  # (expressions,) int64
     weight_ptr,  # (channels, 2 * channels)
     level_weights_ptr,  # (levels,)
-    on_similarity_ptr,  # (levels, expressions, pixels, WORDS)
-    on_features_ptr,  # (levels, images, pixels, channels), or None where it is not wanted
+    grad_similarity_ptr,  # (levels, expressions, pixels, WORDS)
+    grad_features_ptr,  # (levels, images, pixels, channels), or None where it is not wanted
     grad_image_ptr,  # (images, pixels, channels), grad summed over the expressions of an image
     mixed_ptr,  # (images, pixels, channels), the levels' mixture
-    on_share_ptr,  # (tiles, images, levels) float32, through the mixture
+    grad_share_ptr,  # (tiles, images, levels) float32, through the mixture
     levels,
     images,
     expressions,
@@ -207,7 +207,7 @@ def _image_backward_kernel(
     _store_rows(grad_image_ptr, b_grad, i_rows, left, channels, PIXELS, CHANNELS)
     b_grad = b_grad.to(grad_ptr.dtype.element_ty)
     row, channel, word = tl.arange(0, PIXELS), tl.arange(0, CHANNELS), tl.arange(0, WORDS)
-    b_on_share = tl.zeros((LEVELS,), tl.float32)
+    b_grad_share = tl.zeros((LEVELS,), tl.float32)
     for start in range(0, CHANNELS, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         is_column = column < channels
@@ -215,7 +215,7 @@ def _image_backward_kernel(
         p_weight = weight_ptr + channel[:, None] * (2 * channels) + column[None, :]
         m_weight = (channel < channels)[:, None] & is_column[None, :]
         b_weight = tl.load(p_weight, mask=m_weight, other=0.0)
-        b_on_mixed = tl.dot(b_grad, b_weight)
+        b_grad_mixed = tl.dot(b_grad, b_weight)
         b_mixed = tl.zeros((PIXELS, COLUMNS), tl.float32)
         for level in range(levels):
             share = tl.load(level_weights_ptr + level).to(tl.float32)
@@ -223,26 +223,26 @@ def _image_backward_kernel(
             offset = (first + row)[:, None] * channels + column[None, :]
             b_own = tl.load(features_ptr + offset, mask=inside, other=0.0).to(tl.float32)
             b_mixed += share * b_own
-            sum_of_level = tl.sum(b_own * b_on_mixed)
-            b_on_share += tl.where(tl.arange(0, LEVELS) == level, sum_of_level, 0.0)
-            if on_features_ptr is not None:
-                b_on_own = share * b_on_mixed
+            sum_of_level = tl.sum(b_own * b_grad_mixed)
+            b_grad_share += tl.where(tl.arange(0, LEVELS) == level, sum_of_level, 0.0)
+            if grad_features_ptr is not None:
+                b_grad_own = share * b_grad_mixed
                 for expression in range(expressions):
                     if tl.load(image_index_ptr + expression) == image:
                         first = i_pixel + (level * expressions + expression) * pixels
-                        b_on_similarity = _load_rows(
-                            on_similarity_ptr, first, left, WORDS, PIXELS, WORDS
+                        b_grad_similarity = _load_rows(
+                            grad_similarity_ptr, first, left, WORDS, PIXELS, WORDS
                         )
                         length = tl.load(lengths_ptr + expression)
                         p_text = text_ptr + column[None, :]
                         p_text += (expression * words + word)[:, None] * channels
                         m_text = (word < length)[:, None] & is_column[None, :]
                         b_text = tl.load(p_text, mask=m_text, other=0.0)
-                        b_on_own += tl.dot(b_on_similarity, b_text)
-                b_on_own = b_on_own.to(on_features_ptr.dtype.element_ty)
-                tl.store(on_features_ptr + offset, b_on_own, mask=inside)
+                        b_grad_own += tl.dot(b_grad_similarity, b_text)
+                b_grad_own = b_grad_own.to(grad_features_ptr.dtype.element_ty)
+                tl.store(grad_features_ptr + offset, b_grad_own, mask=inside)
         offset = (i_rows + row)[:, None] * channels + column[None, :]
         tl.store(mixed_ptr + offset, b_mixed.to(mixed_ptr.dtype.element_ty), mask=inside)
     level = tl.arange(0, LEVELS)
-    p_share = on_share_ptr + (i_tile * images + image) * levels + level
-    tl.store(p_share, b_on_share, mask=level < levels)
+    p_share = grad_share_ptr + (i_tile * images + image) * levels + level
+    tl.store(p_share, b_grad_share, mask=level < levels)

@@ -72,12 +72,12 @@ def backward(
     launch.run()
     found = launch.arguments
     features = packed["features"].flatten(0, 1)
-    of_x = found["grad_x"].view(len(features), -1)
+    grad_columns = found["grad_x"].view(len(features), -1)
     rows = found["grad_rows"].sum(dim=(0, 1))
     made = (
-        lambda: of_x @ packed["weight1"].T,
+        lambda: grad_columns @ packed["weight1"].T,
         lambda: found["grad_hyper"].sum(dim=(1, 2)),
-        lambda: _unpack(features.T @ of_x),
+        lambda: _unpack(features.T @ grad_columns),
         lambda: rows[2],
         lambda: rows[0],
         lambda: rows[1],

@@ -150,11 +150,11 @@ def _backward_kernel(
     scale = tl.load(norm_weight + c1, mask=is_column, other=0.0).to(tl.float32)
     shift = tl.load(norm_bias + c1, mask=is_column, other=0.0).to(tl.float32)
     offset2 = tl.load(bias2 + c2, mask=is_last, other=0.0).to(tl.float32)
-    of_weight2 = tl.zeros([BLOCK_C1, 4 * BLOCK_C2], dtype=tl.float32)
-    of_bias2 = tl.zeros([4 * BLOCK_C2], dtype=tl.float32)
-    of_scale = tl.zeros([BLOCK_C1], dtype=tl.float32)
-    of_shift = tl.zeros([BLOCK_C1], dtype=tl.float32)
-    of_bias1 = tl.zeros([BLOCK_C1], dtype=tl.float32)
+    d_weight2 = tl.zeros([BLOCK_C1, 4 * BLOCK_C2], dtype=tl.float32)
+    d_bias2 = tl.zeros([4 * BLOCK_C2], dtype=tl.float32)
+    d_scale = tl.zeros([BLOCK_C1], dtype=tl.float32)
+    d_shift = tl.zeros([BLOCK_C1], dtype=tl.float32)
+    d_bias1 = tl.zeros([BLOCK_C1], dtype=tl.float32)
     for turn in range(tl.cdiv(expressions * tiles - part, parts)):
         i_tile = part + turn * parts
         i_expression = (i_tile // tiles).to(tl.int64)
@@ -171,43 +171,43 @@ def _backward_kernel(
         z = gelu(x).to(matrix.dtype)
         y = tl.dot(z, matrix) + offset2[None, :]
 
-        of_y = tl.zeros([BLOCK_P, 4 * BLOCK_C2], dtype=tl.float32)
+        d_y = tl.zeros([BLOCK_P, 4 * BLOCK_C2], dtype=tl.float32)
         source = grad + logit_offset(pixels[:, None], place1, place2[None, :], width)
         target = grad_hyper + (i_tile.to(tl.int64) * 4 + place1) * masks * width2
         for mask in range(masks):
             i_mask = i_expression * masks + mask
             vector = tl.load(hyper + i_mask * width2 + c2, mask=is_last, other=0.0).to(tl.float32)
-            of_logit = tl.load(source + i_mask * count * 16, mask=is_pixel[:, None], other=0.0)
-            of_logit = of_logit.to(tl.float32)
-            of_y += of_logit * vector[None, :]
-            of_vector = tl.reshape(tl.sum(of_logit * gelu(y), axis=0), [4, BLOCK_C2])
+            d_logit = tl.load(source + i_mask * count * 16, mask=is_pixel[:, None], other=0.0)
+            d_logit = d_logit.to(tl.float32)
+            d_y += d_logit * vector[None, :]
+            d_vector = tl.reshape(tl.sum(d_logit * gelu(y), axis=0), [4, BLOCK_C2])
             last = tl.arange(0, BLOCK_C2)
-            tl.store(target + mask * width2 + last, tl.sum(of_vector, axis=0), mask=last < width2)
+            tl.store(target + mask * width2 + last, tl.sum(d_vector, axis=0), mask=last < width2)
 
-        of_y *= gelu_derivative(y)
-        of_bias2 += tl.sum(of_y, axis=0)
-        lowered = of_y.to(matrix.dtype)
-        of_weight2 = tl.dot(tl.trans(z), lowered, of_weight2)
+        d_y *= gelu_derivative(y)
+        d_bias2 += tl.sum(d_y, axis=0)
+        lowered = d_y.to(matrix.dtype)
+        d_weight2 = tl.dot(tl.trans(z), lowered, d_weight2)
         # Read again, not held in registers since its first use.
         matrix = second_weight(weight2, c1, q, width1, width2, BLOCK_C2)
-        of_x = tl.dot(lowered, tl.trans(matrix)) * gelu_derivative(x)
-        of_scale += tl.sum(of_x * normed, axis=0)
-        of_shift += tl.sum(of_x, axis=0)
-        of_x *= scale[None, :]
-        mean = tl.sum(of_x, axis=1) / width1
-        along = tl.sum(of_x * normed, axis=1) / width1
-        of_x = (of_x - mean[:, None] - normed * along[:, None]) * deviation[:, None]
-        of_x = tl.where(is_column[None, :], of_x, 0.0)
-        of_bias1 += tl.sum(of_x, axis=0)
+        d_x = tl.dot(lowered, tl.trans(matrix)) * gelu_derivative(x)
+        d_scale += tl.sum(d_x * normed, axis=0)
+        d_shift += tl.sum(d_x, axis=0)
+        d_x *= scale[None, :]
+        mean = tl.sum(d_x, axis=1) / width1
+        along = tl.sum(d_x * normed, axis=1) / width1
+        d_x = (d_x - mean[:, None] - normed * along[:, None]) * deviation[:, None]
+        d_x = tl.where(is_column[None, :], d_x, 0.0)
+        d_bias1 += tl.sum(d_x, axis=0)
         offset = (i_expression * count + pixels)[:, None] * (4 * width1)
         offset += place1 * width1 + c1[None, :]
-        tl.store(grad_x + offset, of_x, mask=is_pixel[:, None] & is_column[None, :])
+        tl.store(grad_x + offset, d_x, mask=is_pixel[:, None] & is_column[None, :])
 
     i_part = place1 * parts + part
     offset = (i_part * width1 + c1)[:, None] * (4 * width2) + (place2 * width2 + c2)[None, :]
-    tl.store(grad_weight2 + offset, of_weight2, mask=is_column[:, None] & is_last[None, :])
-    tl.store(grad_bias2 + i_part * 4 * width2 + place2 * width2 + c2, of_bias2, mask=is_last)
+    tl.store(grad_weight2 + offset, d_weight2, mask=is_column[:, None] & is_last[None, :])
+    tl.store(grad_bias2 + i_part * 4 * width2 + place2 * width2 + c2, d_bias2, mask=is_last)
     rows = grad_rows + i_part * 3 * width1 + c1
-    tl.store(rows, of_scale, mask=is_column)
-    tl.store(rows + width1, of_shift, mask=is_column)
-    tl.store(rows + 2 * width1, of_bias1, mask=is_column)
+    tl.store(rows, d_scale, mask=is_column)
+    tl.store(rows + width1, d_shift, mask=is_column)
+    tl.store(rows + 2 * width1, d_bias1, mask=is_column)

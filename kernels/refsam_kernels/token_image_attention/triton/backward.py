@@ -15,9 +15,9 @@ def _backward_kernel(
     attended_ptr,  # (expressions, internal width, queries)
     log_sum_exp_ptr,  # (expressions, heads, queries) float32
     lengths_ptr,  # (expressions,) int64, or None
-    on_q_ptr,  # (key tiles, expressions, internal width, queries)
-    on_k_ptr,  # (query tiles, expressions, internal width, keys)
-    on_v_ptr,  # likewise
+    grad_q_ptr,  # (key tiles, expressions, internal width, queries)
+    grad_k_ptr,  # (query tiles, expressions, internal width, keys)
+    grad_v_ptr,  # likewise
     expressions,
     queries,
     keys,
@@ -49,24 +49,24 @@ def _backward_kernel(
     b_v = tl.load(v_ptr + i_key + o_key, mask=is_key, other=0.0)
     b_logits = tl.dot(tl.trans(b_q), b_k) * scale
     b_logits = tl.where((key < length)[None, :], b_logits, float("-inf"))
-    b_on_weights = tl.dot(tl.trans(b_grad), b_v)
+    b_grad_weights = tl.dot(tl.trans(b_grad), b_v)
     if HAS_ALL_KEYS:
         b_weights = tl.exp(b_logits - tl.max(b_logits, 1)[:, None])
         b_weights /= tl.sum(b_weights, 1)[:, None]
-        b_mean = tl.sum(b_weights * b_on_weights, 1)
+        b_mean = tl.sum(b_weights * b_grad_weights, 1)
     else:  # the same from the forward's saved values, which are rounded
         p_sums = log_sum_exp_ptr + (expression * heads + head) * queries + query
         b_sums = tl.load(p_sums, mask=query < queries, other=0.0)
         b_weights = tl.exp(b_logits - b_sums[:, None])
         b_attended = tl.load(attended_ptr + i_query + o_query, mask=is_query, other=0.0)
         b_mean = tl.sum(b_grad.to(tl.float32) * b_attended.to(tl.float32), 0)
-    b_on_logits = b_weights * (b_on_weights - b_mean[:, None]) * scale
-    b_on_logits = b_on_logits.to(b_q.dtype)
-    b_on_q = tl.dot(b_k, tl.trans(b_on_logits))
-    b_on_k = tl.dot(b_q, b_on_logits)
-    b_on_v = tl.dot(b_grad, b_weights.to(b_grad.dtype))
+    b_grad_logits = b_weights * (b_grad_weights - b_mean[:, None]) * scale
+    b_grad_logits = b_grad_logits.to(b_q.dtype)
+    b_grad_q = tl.dot(b_k, tl.trans(b_grad_logits))
+    b_grad_k = tl.dot(b_q, b_grad_logits)
+    b_grad_v = tl.dot(b_grad, b_weights.to(b_grad.dtype))
     i_query += key_tile * expressions * width * queries
     i_key += query_tile * expressions * width * keys
-    tl.store(on_q_ptr + i_query + o_query, b_on_q.to(on_q_ptr.dtype.element_ty), mask=is_query)
-    tl.store(on_k_ptr + i_key + o_key, b_on_k.to(on_k_ptr.dtype.element_ty), mask=is_key)
-    tl.store(on_v_ptr + i_key + o_key, b_on_v.to(on_v_ptr.dtype.element_ty), mask=is_key)
+    tl.store(grad_q_ptr + i_query + o_query, b_grad_q.to(grad_q_ptr.dtype.element_ty), mask=is_query)
+    tl.store(grad_k_ptr + i_key + o_key, b_grad_k.to(grad_k_ptr.dtype.element_ty), mask=is_key)
+    tl.store(grad_v_ptr + i_key + o_key, b_grad_v.to(grad_v_ptr.dtype.element_ty), mask=is_key)

@@ -118,7 +118,7 @@ def backward_launch(
         x.new_empty(count, *x.shape, dtype=x.dtype if count == 1 else torch.float32)
         for x, count in ((q, tiles[1]), (k, tiles[0]), (v, tiles[0]))
     ]
-    written = dict(zip(("on_q", "on_k", "on_v"), parts, strict=True))
+    written = dict(zip(("grad_q", "grad_k", "grad_v"), parts, strict=True))
     sizes = {"expressions": expressions, "queries": queries, "keys": keys, "heads": num_heads}
     head_width = width // num_heads
     sizes |= {"head_width": head_width, "scale": head_width**-0.5} | blocks
