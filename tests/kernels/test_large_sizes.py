@@ -8,7 +8,7 @@ from torch import Tensor
 
 from refsam_kernels import mask_postprocess, mask_postprocess_bits
 from refsam_kernels.mask_postprocess import fallback
-from refsam_kernels.rel_pos_attention import one_hot
+from refsam_kernels.rel_pos_attention import augmented
 
 
 def test_more_windows_than_blocks_of_a_grid_are_cut_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,9 +24,9 @@ def test_more_windows_than_blocks_of_a_grid_are_cut_up(monkeypatch: pytest.Monke
         torch.ops.aten, "_scaled_dot_product_efficient_attention", attention, raising=False
     )
     q, k, v = torch.randn(3, 7, 5, 4).unbind(0)
-    whole = one_hot.efficient_attention(q, k, v, 0.5)
-    monkeypatch.setattr(one_hot, "MOST_HEADS", 3)
-    parts = one_hot.efficient_attention(q, k, v, 0.5)
+    whole = augmented.efficient_attention(q, k, v, 0.5)
+    monkeypatch.setattr(augmented, "MOST_HEADS", 3)
+    parts = augmented.efficient_attention(q, k, v, 0.5)
     assert seen == [7, 3, 3, 1]
     assert all(torch.equal(x, y) for x, y in zip(whole, parts, strict=True))
     assert parts[1].shape == (7, 5)

@@ -67,6 +67,8 @@ def _backward_kernel(
     b_grad_v = tl.dot(b_grad, b_weights.to(b_grad.dtype))
     i_query += key_tile * expressions * width * queries
     i_key += query_tile * expressions * width * keys
-    tl.store(grad_q_ptr + i_query + o_query, b_grad_q.to(grad_q_ptr.dtype.element_ty), mask=is_query)
+    tl.store(
+        grad_q_ptr + i_query + o_query, b_grad_q.to(grad_q_ptr.dtype.element_ty), mask=is_query
+    )
     tl.store(grad_k_ptr + i_key + o_key, b_grad_k.to(grad_k_ptr.dtype.element_ty), mask=is_key)
     tl.store(grad_v_ptr + i_key + o_key, b_grad_v.to(grad_v_ptr.dtype.element_ty), mask=is_key)
