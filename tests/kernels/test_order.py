@@ -13,6 +13,7 @@ from torch import Tensor
 from refsam_kernels.core import libraries, order, triton_aot
 from refsam_kernels.core.dispatch import BACKENDS, Dispatcher
 from refsam_kernels.core.order import RULES, order_of
+from refsam_kernels.mask_postprocess.inputs import Inputs
 
 NAMES = tuple(BACKENDS)
 PRODUCTS = [rule.operator for rule in RULES if rule.exact]
@@ -130,10 +131,11 @@ def test_a_library_that_is_there_and_cannot_be_loaded_is_a_warning(
     monkeypatch.setenv("REFSAM_LIBRARIES", str(tmp_path))
     monkeypatch.delitem(sys.modules, "refsam_kernels.mask_postprocess.cpu", raising=False)
     libraries.load.cache_clear()
-    dispatcher = Dispatcher("of_this_test", package="refsam_kernels.mask_postprocess")
+    dispatcher = Dispatcher("of_this_test", Inputs, package="refsam_kernels.mask_postprocess")
+    inputs = Inputs(torch.zeros(1, 1, 1), 1, (1, 1), (1, 1), 0.0)
     try:
         with caplog.at_level(logging.INFO, logger="refsam_kernels"):
-            assert dispatcher.choose("forward", (torch.zeros(1), 1, 1, 1)) == "fallback"
+            assert dispatcher.choose("forward", (inputs,)) == "fallback"
     finally:
         del Dispatcher.known["of_this_test"]
         libraries.load.cache_clear()
