@@ -1,7 +1,7 @@
 """SAM's attention, global and in windows, against what there is for it: SDPA with a bias tensor, FlexAttention, the rank form.
 
-The bias is an exact product of few channels (see `refsam_kernels.rel_pos_attention.augmented`), so that attention without a bias on
-widened queries and keys computes it too: SDPA's, or xformers'. SDPA without any bias, on windows that are cut and padded before
+The bias is an exact product of few channels (see `refsam_kernels.rel_pos_attention.augmented`), so attention without a bias on
+augmented queries and keys computes it too: SDPA's, or xformers'. SDPA without any bias, on windows that are cut and padded before
 the clock starts, is the ceiling. Making the bias, and cutting into windows, is part of the other ways' time.
 """
 

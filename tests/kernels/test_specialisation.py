@@ -33,7 +33,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
         found[name].add((tuple(case.signature.items()), tuple(case.constants.items())))
 
     monkeypatch.setattr(Launch, "run", note)
-    monkeypatch.setattr(dispatch.Backend, "serves", lambda self, device_type: True)
+    monkeypatch.setattr(dispatch.Backend, "supports", lambda self, device_type: True)
     return found
 
 
