@@ -105,7 +105,7 @@ def run_segment(task: Task) -> dict[str, float]:
 
 def segment_once(task: Task) -> dict[str, float]:
     """Runs the command in this process: seconds in the encoder, the decoder, either, and from the first frame to the end."""
-    from refsam.cli.segment import segment
+    from refsam.cli import main
 
     calls: dict[str, list[Interval]] = {"encoder": [], "decoder": []}
 
@@ -122,14 +122,9 @@ def segment_once(task: Task) -> dict[str, float]:
         mock.patch.object(RefSAM, "encode_image", timed("encoder", RefSAM.encode_image)),
         mock.patch.object(RefSAM, "decode", timed("decoder", RefSAM.decode)),
     ):
-        segment(
-            task.clip,
-            list(task.expressions),
-            Path(task.out),
-            checkpoint=task.checkpoint,
-            device="cpu",
-            dtype=task.dtype,
-        )
+        options = ["--checkpoint", task.checkpoint, "--device", "cpu", "--dtype", task.dtype]
+        texts = [word for text in task.expressions for word in ("--text", text)]
+        main(["segment", task.clip, *texts, "--out", task.out, *options], standalone_mode=False)
     end, both = time.perf_counter(), calls["encoder"] + calls["decoder"]
     seconds = {stage: covered(intervals) for stage, intervals in calls.items()}
     return seconds | {"either": covered(both), "all": end - min(both)[0]}

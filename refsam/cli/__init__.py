@@ -4,6 +4,7 @@ Each sub-command is a module of this package that holds a typer application call
 when it is asked for, and imports what it needs when it runs: ``refsam segment`` never waits for training.
 """
 
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,7 @@ class CommandLine(TyperGroup):
         return command
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
-        """Run the command line and exit: 0, 2 (something to put right) or 130 (interrupted).
+        """Run the command line and exit: 0, 2 (something to put right), 130 (interrupted) or 128 and the number of a signal.
 
         ``--debug``, anywhere on the line, shows tracebacks.
         """
@@ -49,9 +50,22 @@ class CommandLine(TyperGroup):
         debug = "--debug" in words
         options["standalone_mode"] = False
         words = [word for word in words if word != "--debug"]
+        for stream in (
+            sys.stdout,
+            sys.stderr,
+        ):  # names that are not UTF-8 can be printed nowhere else
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         try:
             with _old_names_in_one_line():
                 code = super().main(renamed.command_line(words), *rest, **options)
+        except (KeyboardInterrupt, typer.Abort) as error:
+            interrupt = error if isinstance(error, KeyboardInterrupt) else error.__cause__
+            number = getattr(interrupt, "number", signal.SIGINT)
+            typer.echo(
+                f"refsam: {str(interrupt or '') or 'interrupted'}; nothing is kept", err=True
+            )
+            code = 128 + number
         except Exception as error:
             message = _message(error)
             if debug or message is None:

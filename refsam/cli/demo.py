@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from refsam.cli.frame_loop import segment_frames
 from refsam.cli.options import (
     CheckpointOption,
     DeviceOption,
@@ -16,8 +18,10 @@ from refsam.cli.options import (
     OutOption,
     OverwriteOption,
 )
-from refsam.cli.segment import load_session, segment_frames
+from refsam.cli.progress import progress
+from refsam.cli.segment import load_session, session_facts
 from refsam.runtime.device import check_names
+from refsam.runtime.signals import defer_interrupts, termination_interrupts
 
 if TYPE_CHECKING:
     from refsam.data.generated import GeneratedClip
@@ -45,7 +49,7 @@ def demo(
     started = time.perf_counter()
     check_names(device, dtype)
     from refsam.video import ResultWriter
-    from refsam.video.writer import check_output
+    from refsam.video.run_folder import check_output
 
     check_output(out, overwrite=overwrite)
     session, precision = load_session(ModelChoice(checkpoint), [], device, dtype)
@@ -56,11 +60,18 @@ def demo(
     for expression in clip.expressions:
         session.add(expression)
     writer = ResultWriter(out, clip.expressions, fps=_FPS, time_base=1 / _FPS, overwrite=overwrite)
-    with writer:
-        prepared = prefetch_frames(session, _frames(clip))
-        run = segment_frames(session, prepared, writer, precision, frames, started)
-        writer.finish(**run.facts(checkpoint, f"generated, seed {seed}", session, precision))
-    run.report(out)
+    with termination_interrupts(), writer:
+        with (
+            progress("segmenting", frames) as advance,
+            defer_interrupts() as heed,
+            closing(prefetch_frames(session, _frames(clip), heed=heed)) as prepared,
+        ):
+            run = segment_frames(
+                session, prepared, writer, precision, started=started, advance=advance, heed=heed
+            )
+        facts = run.facts() | session_facts(session, precision)
+        writer.finish(model=checkpoint, source=f"generated, seed {seed}", **facts)
+    run.report(out, typer.echo)
     _print_scores(clip, out)
 
 

@@ -1,6 +1,8 @@
-"""Options that several sub-commands share."""
+"""Options that several sub-commands share, alone and in groups."""
 
+import dataclasses
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -13,8 +15,11 @@ from refsam.errors import UserError
 
 if TYPE_CHECKING:
     from refsam.model import PromptedSAM
+    from refsam.video import ReadOptions
 
-OutOption = Annotated[Path, typer.Option(help="Folder for the results; it must not exist yet.")]
+OutOption = Annotated[
+    Path, typer.Option(help="Folder for the results; it must be empty or not exist yet.")
+]
 OverwriteOption = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace the results of an earlier run in the folder."),
@@ -62,16 +67,20 @@ TextEncoderOption = Annotated[
         help="Folder or Hub id of the checkpoint's text encoder, if it lies elsewhere.",
     ),
 ]
+OverlayOption = Annotated[
+    bool, typer.Option("--overlay/--no-overlay", help="Also write overlay.mp4.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Print nothing but what went wrong.")]
 
 
 @dataclass(frozen=True)
 class ModelChoice:
     """Which model a command loads: a checkpoint, and where what it stands on lies."""
 
-    checkpoint: str = "nano"
-    sam: Path | None = None
-    text_encoder: str | None = None
-    semantic: bool = False
+    checkpoint: CheckpointOption = "nano"
+    sam: SamOption = None
+    text_encoder: TextEncoderOption = None
+    semantic: SemanticOption = False
 
     def load(self) -> "PromptedSAM":
         """The model, in eval mode, on the CPU; raises UserError."""
@@ -85,33 +94,127 @@ class ModelChoice:
         return model
 
 
-_MODEL_OPTIONS = (
-    ("checkpoint", CheckpointOption, "nano"),
-    ("sam", SamOption, None),
-    ("text_encoder", TextEncoderOption, None),
-    ("semantic", SemanticOption, False),
-)
+@dataclass(frozen=True)
+class ComputeOptions:
+    """Where and in which precision a model computes."""
+
+    device: DeviceOption = "auto"
+    dtype: DtypeOption = "auto"
+    graphs: GraphsOption = False
 
 
-def with_model(function: Callable[..., None]) -> Callable[..., None]:
-    """The command whose parameter `model` is a ModelChoice: see `_MODEL_OPTIONS`."""
-    signature = inspect.signature(function)
-    options = [
-        inspect.Parameter(
-            name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind
+@dataclass(frozen=True)
+class MaskOptions:
+    """What belongs to a mask, and how masks are kept."""
+
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            help="How masks are kept: png (0 and 255; the default), palette (one PNG a frame, in DAVIS's colours), rle (COCO's "
+            "run lengths, in masks.json) or cutout (PNGs with transparency); repeat it for more.",
+            metavar="NAME",
+        ),
+    ] = None
+    threshold: Annotated[
+        float,
+        typer.Option(help="Pixels that are more probable than this belong to a mask, 0 to 1."),
+    ] = 0.5
+    overlay: OverlayOption = True
+
+    @property
+    def format_names(self) -> list[str]:
+        """The formats, each once."""
+        return list(dict.fromkeys(self.formats or ["png"]))
+
+    def check(self, expressions: int) -> None:
+        """Refuse what cannot be done, before anything is; raises UserError."""
+        from refsam.video.mask_formats import check_formats
+
+        check_formats(self.format_names, expressions)
+        if not 0 < self.threshold < 1:
+            raise UserError(f"--threshold {self.threshold:g}: want a number between 0 and 1")
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """Which frames are read, and how patiently."""
+
+    start: Annotated[
+        str, typer.Option(help="Where to begin: seconds or [hh:]mm:ss.", metavar="TIME")
+    ] = "0"
+    end: Annotated[str | None, typer.Option(help="Where to end, likewise.", metavar="TIME")] = None
+    stride: Annotated[int, typer.Option(min=1, help="Every how many-th frame to take.")] = 1
+    max_frames: Annotated[int | None, typer.Option(min=1, help="At most so many frames.")] = None
+    timeout: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Seconds without a byte after which a stream is given up; 0: never."
+        ),
+    ] = 30.0
+    skip_bad_frames: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad-frames",
+            help="Go on behind frames that cannot be decoded; result.json lists them.",
+        ),
+    ] = False
+
+    def to_read(self, after: int = -1) -> "ReadOptions":
+        """What `open_source` takes; raises UserError for times that are none."""
+        from refsam.video import ReadOptions
+
+        start = _seconds("--start", self.start)
+        end = None if self.end is None else _seconds("--end", self.end)
+        if end is not None and end <= start:
+            raise UserError(f"--end {self.end}: want a time behind --start {self.start}")
+        return ReadOptions(
+            start=start,
+            end=end,
+            stride=self.stride,
+            max_frames=self.max_frames,
+            after=after,
+            timeout=self.timeout,
+            skip_bad_frames=self.skip_bad_frames,
         )
-        for name, kind, default in _MODEL_OPTIONS
-    ]
-    parameters = [
-        each
-        for parameter in signature.parameters.values()
-        for each in (options if parameter.name == "model" else [parameter])
-    ]
 
-    @wraps(function)
-    def command(**values: Any) -> None:
-        function(model=ModelChoice(*(values.pop(name) for name, _, _ in _MODEL_OPTIONS)), **values)
 
-    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {each.name: each.annotation for each in parameters}
-    return command
+def _seconds(option: str, text: str) -> float:
+    parts = text.split(":")
+    if len(parts) > 3 or not all(re.fullmatch(r"\d+(\.\d*)?|\.\d+", part) for part in parts):
+        raise UserError(f"{option} {text}: want seconds or [hh:]mm:ss, such as 12.5 or 1:02:03")
+    return sum(float(part) * 60**place for place, part in enumerate(reversed(parts)))
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Let typer see the fields of parameters that are dataclasses as options of their own."""
+    groups = {
+        name: parameter.annotation
+        for name, parameter in inspect.signature(command).parameters.items()
+        if dataclasses.is_dataclass(parameter.annotation)
+    }
+    parameters = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name not in groups:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        parameters += [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=field.type,
+            )
+            for field in dataclasses.fields(groups[name])
+        ]
+
+    @wraps(command)
+    def call(**given: Any) -> None:
+        for name, group in groups.items():
+            fields = [field.name for field in dataclasses.fields(group)]
+            given[name] = group(**{field: given.pop(field) for field in fields})
+        command(**given)
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call

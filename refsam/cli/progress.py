@@ -9,15 +9,20 @@ _LINE_INTERVAL = 5.0  # seconds
 
 
 @contextmanager
-def progress(what: str, total: int | None, unit: str = "frames") -> Iterator[Callable[[], None]]:
+def progress(
+    what: str, total: int | None, unit: str = "frames", *, quiet: bool = False
+) -> Iterator[Callable[[], None]]:
     """Yield a function to call after each unit of work; everything is printed to stderr.
 
     Args:
         what: shown in front of the bar.
         total: expected number of units; None if unknown.
         unit: what is counted, in the plural.
+        quiet: print nothing.
     """
-    if sys.stderr.isatty():
+    if quiet:
+        yield lambda: None
+    elif sys.stderr.isatty():
         yield from _bar(what, total, unit)
     else:
         yield _line_printer(what, total, unit)

@@ -1,52 +1,48 @@
 """``refsam segment``: masks, overlay and result file for one source."""
 
 import time
-from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from refsam.cli.frame_loop import json_lines, segment_frames
 from refsam.cli.options import (
-    DeviceOption,
-    DtypeOption,
-    GraphsOption,
+    ComputeOptions,
+    MaskOptions,
     ModelChoice,
     OutOption,
     OverwriteOption,
-    with_model,
+    QuietOption,
+    ReadingOptions,
+    grouped,
 )
-from refsam.errors import UserError
-from refsam.runtime.device import (
-    autocast,
-    check_names,
-    choose_device,
-    choose_dtype,
-    choose_encoder_dtype,
-)
+from refsam.cli.progress import progress
+from refsam.errors import ExpressionError, UserError
+from refsam.runtime.device import check_names, choose_device, choose_dtype, choose_encoder_dtype
 from refsam.runtime.malloc import keep_freed_memory
+from refsam.runtime.signals import defer_interrupts, termination_interrupts
 from refsam.runtime.threads import choose_threads
 
 if TYPE_CHECKING:
     import torch
 
     from refsam.model import PromptedSAM
-    from refsam.session import EncodedFrame, FrameGraphs, PreparedFrame, VideoSession
-    from refsam.video import Frame, ResultWriter
+    from refsam.session import FrameGraphs, VideoSession
 
 app = typer.Typer(rich_markup_mode="markdown")
 
 
 @app.command()
-@with_model
+@grouped
 def segment(
     source: Annotated[
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="Video file, folder of images (natural order), image, camera:0 or a stream's URL.",
+            help="Video file, folder of images (natural order), image, 'frames/*.jpg', frames/%05d.jpg, camera:0, a stream's "
+            "URL, or - for standard input.",
         ),
     ],
     text: Annotated[
@@ -55,13 +51,21 @@ def segment(
     ],
     out: OutOption,
     model: ModelChoice,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    overlay: Annotated[
-        bool, typer.Option("--overlay/--no-overlay", help="Also write overlay.mp4.")
-    ] = True,
+    compute: ComputeOptions,
+    masks: MaskOptions,
+    reading: ReadingOptions,
     overwrite: OverwriteOption = False,
-    graphs: GraphsOption = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an earlier run in OUT was ended.")
+    ] = False,
+    json: Annotated[
+        str | None,
+        typer.Option(
+            help="Write a JSON line for every frame as soon as it is done; - is standard output, and the rest goes to stderr.",
+            metavar="FILE",
+        ),
+    ] = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Segment the objects that the text names, in every frame.
 
@@ -76,87 +80,137 @@ def segment(
     `refsam segment clip.mp4 --text "the red backpack" --text "the dog" --out out`
     """
     started = time.perf_counter()
-    check_names(device, dtype)
+    check_names(compute.device, compute.dtype)
     check_expressions(text)
+    masks.check(len(text))
     from refsam.video import ResultWriter, open_source
-    from refsam.video.writer import check_output
+    from refsam.video.frames import source_facts
+    from refsam.video.run_folder import check_output
 
-    check_output(out, overwrite=overwrite)
-    with open_source(source) as reader:
-        session, precision = load_session(model, text, device, dtype, graphs=graphs)
+    def say(line: str) -> None:
+        if not quiet:
+            typer.echo(line, err=json == "-")
+
+    check_output(out, overwrite=overwrite or resume, source=source)
+    facts = {"source": source, "model": model.checkpoint, "threshold": masks.threshold}
+    facts["selection"] = reading.to_read().selection()
+    earlier = _earlier(out, text, facts | {"formats": masks.format_names}) if resume else None
+    if earlier is not None and earlier["complete"]:
+        return say(f"{earlier['frames']} frames were done before: {out}")
+    after = -1 if earlier is None else earlier["frame_numbers"][-1]
+    with termination_interrupts(), open_source(source, reading.to_read(after)) as reader:
+        session, precision = load_session(
+            model,
+            text,
+            compute.device,
+            compute.dtype,
+            graphs=compute.graphs,
+            threshold=masks.threshold,
+            quiet=quiet,
+        )
         from refsam.session import prefetch_frames
 
-        writer = ResultWriter(
-            out,
-            text,
-            fps=reader.fps,
-            time_base=reader.time_base,
-            overlay=overlay,
-            overwrite=overwrite,
-        )
-        with writer, closing(prefetch_frames(session, reader)) as frames:
-            run = segment_frames(
-                session, frames, writer, precision, reader.expected_frames, started
+        if earlier is not None:
+            session.restore(_state(out))
+            reader.skipped |= {e["frame"]: e["problem"] for e in earlier["skipped_frames"]}
+        with (
+            ResultWriter(
+                out,
+                text,
+                fps=reader.fps,
+                time_base=reader.time_base,
+                overlay=masks.overlay,
+                overwrite=overwrite,
+                formats=masks.format_names,
+                sound=reader.sound,
+                resume=earlier is not None,
+            ) as writer,
+            json_lines(json, text, reader.files, with_masks="rle" in masks.format_names) as tell,
+        ):
+            with (
+                progress("segmenting", reader.expected_frames, quiet=quiet) as advance,
+                defer_interrupts() as heed,
+                closing(prefetch_frames(session, reader, heed=heed)) as frames,
+            ):
+                run = segment_frames(
+                    session,
+                    frames,
+                    writer,
+                    precision,
+                    started=started,
+                    advance=advance,
+                    heed=heed,
+                    tell=tell,
+                )
+            if run.frames == 0 and earlier is None:
+                raise UserError(f"{source} has no frame that was asked for: see --start and --end")
+            writer.finish(
+                pack=lambda state: state.to_bytes(),
+                **facts,
+                **run.facts(),
+                **session_facts(session, precision),
+                **source_facts(reader),
             )
-            writer.finish(**run.facts(model.checkpoint, source, session, precision))
-    run.report(out)
+    for note in () if quiet else reader.notes:
+        typer.echo(f"refsam: note: {note}", err=True)
+    run.report(out, say)
 
 
-@dataclass
-class Run:
-    """How a run went: seconds, frames, and what ended it early."""
+def session_facts(session: "VideoSession", precision: "torch.dtype") -> dict[str, Any]:
+    """What ``result.json`` says of the model and what it ran on."""
+    from refsam import __version__
 
-    frames: int = 0
-    seconds_to_first_mask: float | None = None
-    seconds: float = 0.0
-    seconds_of_frames: float = 0.0
-    seconds_in_model: float = 0.0
-    stopped_by: UserError | KeyboardInterrupt | None = None
+    return {
+        "refsam": __version__,
+        "device": str(session.model.device),
+        **precision_facts(session.model, precision),
+        **graph_facts(session.graphs),
+    }
 
-    @property
-    def rate(self) -> float:
-        """Frames per second from the first frame on: without imports and loading."""
-        return self.frames / self.seconds_of_frames
 
-    def facts(
-        self, model: str, source: str, session: "VideoSession", precision: "torch.dtype"
-    ) -> dict:
-        """The entries of ``result.json`` besides the frames."""
-        from refsam import __version__
+def _earlier(out: Path, text: list[str], wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of a run that this one can go on with; None where there is nothing.
 
-        return {
-            "refsam": __version__,
-            "model": model,
-            "source": source,
-            "complete": self.stopped_by is None,
-            "stopped_by": None
-            if self.stopped_by is None
-            else str(self.stopped_by) or "interrupted",
-            "device": str(session.model.device),
-            **precision_facts(session.model, precision),
-            **graph_facts(session.graphs),
-            "timings": {
-                "seconds": round(self.seconds, 3),
-                "seconds_to_first_mask": round(self.seconds_to_first_mask or 0.0, 3),
-                "seconds_in_model": round(self.seconds_in_model, 3),
-                "frames_per_second": round(self.rate, 2),
-            },
-        }
+    Raises:
+        UserError: it did something else, or its source cannot be read twice.
+    """
+    from refsam.video.run_folder import RESULT, read_result
 
-    def report(self, out: Path) -> None:
-        """Print the outcome; raise what ended the run early."""
-        if isinstance(self.stopped_by, KeyboardInterrupt):
-            typer.echo(
-                f"refsam: interrupted; the {self.frames} frames done until then are in {out}",
-                err=True,
-            )
-            raise typer.Exit(130)
-        if self.stopped_by is not None:
-            raise UserError(f"{self.stopped_by}; the {self.frames} frames before it are in {out}")
-        typer.echo(f"{self.frames} frames in {self.seconds:.1f} s: {out}")
-        typer.echo(
-            f"{self.rate:.1f} frames/s once the model was loaded, reading and writing included"
+    if (
+        wanted["source"] == "-"
+        or wanted["source"].startswith("camera:")
+        or "://" in wanted["source"]
+    ):
+        raise UserError(f"--resume: {wanted['source']} cannot be read from the beginning again")
+    report = read_result(out)
+    if report is None:
+        return None
+    found = {key: report.get(key) for key in wanted}
+    different = [
+        f"{key} was {found[key]!r}, now {value!r}"
+        for key, value in wanted.items()
+        if found[key] != value
+    ]
+    if [expression["text"] for expression in report["expressions"]] != text:
+        different.append("other expressions")
+    if different:
+        raise UserError(
+            f"--resume: {out / RESULT} is of another run: {'; '.join(different)}; give another folder with --out"
         )
+    return report
+
+
+def _state(out: Path) -> Any:
+    """What the last frame of the run in that folder left for the next."""
+    from refsam.session import TrackState
+    from refsam.video.run_folder import RESUME
+
+    try:
+        return TrackState.from_bytes((out / RESUME).read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"--resume: {out / RESUME} cannot be read ({error.strerror}); --overwrite begins anew"
+        ) from error
 
 
 def check_expressions(expressions: list[str]) -> None:
@@ -170,6 +224,13 @@ def check_expressions(expressions: list[str]) -> None:
             raise UserError(
                 "--text is empty: say what to segment, such as --text 'the red backpack'"
             )
+        try:
+            expression.encode()
+        except UnicodeEncodeError:
+            shown = expression.encode("utf-8", "backslashreplace").decode()
+            raise ExpressionError(
+                f"--text '{shown}' is not UTF-8: set a UTF-8 locale, such as LC_ALL=C.UTF-8"
+            ) from None
 
 
 def load_model(
@@ -218,7 +279,14 @@ def graph_facts(graphs: "FrameGraphs | None") -> dict[str, dict[str, float]]:
 
 
 def load_session(
-    choice: ModelChoice, expressions: list[str], device: str, dtype: str, *, graphs: bool = False
+    choice: ModelChoice,
+    expressions: list[str],
+    device: str,
+    dtype: str,
+    *,
+    graphs: bool = False,
+    threshold: float = 0.5,
+    quiet: bool = False,
 ) -> tuple["VideoSession", "torch.dtype"]:
     """Load a model onto a device and begin a session with it.
 
@@ -229,61 +297,13 @@ def load_session(
     from refsam.model.text_encoder import explain_unknown
     from refsam.session import VideoSession
 
-    session = VideoSession(model, expressions, graphs=make_graphs(model) if graphs else None)
+    session = VideoSession(
+        model,
+        expressions,
+        graphs=make_graphs(model) if graphs else None,
+        threshold=threshold,
+    )
     for expression, words in zip(expressions, session.unknown_words, strict=True):
-        if words:
+        if words and not quiet:
             typer.echo(f"refsam: note: {explain_unknown(expression, words)}", err=True)
     return session, precision
-
-
-def segment_frames(
-    session: "VideoSession",
-    frames: Iterable[tuple["Frame", "PreparedFrame | EncodedFrame"]],
-    writer: "ResultWriter",
-    precision: "torch.dtype",
-    expected_frames: int | None,
-    started: float,
-) -> Run:
-    """Step through the frames and queue the results, until the end, a bad frame or Ctrl-C.
-
-    Args:
-        frames: as `prefetch_frames` gives them.
-        started: `time.perf_counter` when the command began.
-
-    Raises:
-        UserError: nothing could be done at all, or the results cannot be written.
-    """
-
-    from refsam.cli.progress import progress
-    from refsam.runtime.signals import defer_interrupts
-    from refsam.session import EncodedFrame
-    from refsam.video import FrameDecodeError
-
-    run, first = Run(), time.perf_counter()
-    device = session.model.device
-    try:
-        with (
-            progress("segmenting", expected_frames) as advance,
-            autocast(device, precision),
-            defer_interrupts() as check,
-        ):
-            for frame, prepared in frames:
-                begun = time.perf_counter()
-                masks, scores = session.step(prepared).on_host()
-                now = time.perf_counter()
-                run.seconds_in_model += now - begun
-                if isinstance(prepared, EncodedFrame):
-                    run.seconds_in_model += prepared.seconds
-                if run.seconds_to_first_mask is None:
-                    run.seconds_to_first_mask = now - started
-                writer.write(frame, masks, scores)
-                run.frames += 1
-                advance()
-                check()
-    except (FrameDecodeError, KeyboardInterrupt) as error:
-        if run.frames == 0:
-            raise
-        run.stopped_by = error
-    ended = time.perf_counter()
-    run.seconds, run.seconds_of_frames = ended - started, ended - first
-    return run

@@ -1,5 +1,6 @@
 """``refsam segment-videos``: many sources, one folder of results for each."""
 
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,31 +8,37 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from refsam import __version__
+from refsam.cli.frame_loop import exit_code
 from refsam.cli.options import (
-    DeviceOption,
-    DtypeOption,
-    GraphsOption,
+    ComputeOptions,
+    MaskOptions,
     ModelChoice,
-    with_model,
+    QuietOption,
+    ReadingOptions,
+    grouped,
 )
 from refsam.cli.progress import progress
 from refsam.cli.segment import check_expressions, load_model, make_graphs, precision_facts
 from refsam.errors import UserError
 from refsam.runtime.device import autocast, check_names, choose_device
+from refsam.runtime.signals import defer_interrupts, termination_interrupts
 
 if TYPE_CHECKING:
-    from refsam.session import VideoOutcome
+    from refsam.session import Shard, VideoOptions, VideoOutcome
 
 app = typer.Typer(rich_markup_mode="markdown")
 
 
 @app.command()
-@with_model
+@grouped
 def segment_videos(
     out: Annotated[
         Path, typer.Option(help="Folder for the results: a new one, or that of an earlier run.")
     ],
     model: ModelChoice,
+    compute: ComputeOptions,
+    masks: MaskOptions,
+    reading: ReadingOptions,
     sources: Annotated[
         list[str] | None,
         typer.Argument(metavar="SOURCE...", help="Video files, folders of images or images."),
@@ -57,12 +64,7 @@ def segment_videos(
             "1 gives each frame's masks soonest.",
         ),
     ] = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    overlay: Annotated[
-        bool, typer.Option("--overlay/--no-overlay", help="Also write overlay.mp4.")
-    ] = True,
-    graphs: GraphsOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Segment many videos; run it again to continue.
 
@@ -71,49 +73,91 @@ def segment_videos(
     machines share the videos. Example:
     `torchrun --nproc-per-node 8 --no-python refsam segment-videos clips/*.mp4 --text "the dog" --out out`
     """
-    check_names(device, dtype)
+    check_names(compute.device, compute.dtype)
     videos, expressions = _all_sources(sources or [], text or [], listing)
-    from refsam.session import Shard
-    from refsam.session import segment_videos as run
+    masks.check(max(map(len, expressions)))
+    from refsam.session import Shard, VideoOptions
 
+    options = VideoOptions(reading.to_read(), masks.format_names, masks.threshold)
     shard = Shard.from_environment()
-    place = choose_device(device)
-    loaded, precision = load_model(model, place, dtype)
     outcomes: list[VideoOutcome] = []
     total = len(videos) if shard.world_size == 1 else None
-    with progress("segmenting", total, "videos") as advance, autocast(place, precision):
+    with (
+        termination_interrupts(),
+        progress("segmenting", total, "videos", quiet=quiet) as advance,
+    ):
 
         def note(outcome: "VideoOutcome") -> None:
             outcomes.append(outcome)
             if outcome.problem is not None:
                 typer.echo(f"refsam: {outcome.problem}", err=True)
+            elif outcome.is_busy and not quiet:
+                typer.echo(
+                    f"refsam: note: {outcome.source} is being done by another process", err=True
+                )
             advance()
 
         try:
-            run(
-                loaded,
+            _run(
+                model,
+                compute,
                 videos,
                 expressions,
                 out,
-                batch_size=batch_size or (8 if place.type == "cuda" else 1),
-                overlay=overlay,
-                shard=shard,
-                graphs=make_graphs(loaded) if graphs else None,
-                settings={
-                    "refsam": __version__,
-                    "model": model.checkpoint,
-                    **precision_facts(loaded, precision),
-                },
-                advance=note,
+                options,
+                masks.overlay,
+                batch_size,
+                shard,
+                note,
             )
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            words = str(interrupt) or "interrupted"
             typer.echo(
-                f"refsam: interrupted; {len(outcomes)} of the videos are done: the same command goes on",
+                f"refsam: {words}; {len(outcomes)} of the videos are done: the same command goes on",
                 err=True,
             )
-            raise typer.Exit(130) from None
+            raise typer.Exit(exit_code(interrupt)) from None
     _wait_for_the_others()
-    _report(outcomes, out)
+    _report(outcomes, out, quiet)
+
+
+def _run(
+    model: ModelChoice,
+    compute: ComputeOptions,
+    videos: list[str],
+    expressions: list[list[str]],
+    out: Path,
+    options: "VideoOptions",
+    overlay: bool,
+    batch_size: int | None,
+    shard: "Shard",
+    note: Callable[["VideoOutcome"], None],
+) -> None:
+    """Load the model and segment the videos that are this process's."""
+    from refsam.session import segment_videos
+
+    place = choose_device(compute.device)
+    loaded, precision = load_model(model, place, compute.dtype)
+    facts = {
+        "refsam": __version__,
+        "model": model.checkpoint,
+        **precision_facts(loaded, precision),
+    }
+    with autocast(place, precision), defer_interrupts() as heed:
+        segment_videos(
+            loaded,
+            videos,
+            expressions,
+            out,
+            batch_size=batch_size or (8 if place.type == "cuda" else 1),
+            overlay=overlay,
+            options=options,
+            shard=shard,
+            graphs=make_graphs(loaded) if compute.graphs else None,
+            settings=facts,
+            advance=note,
+            heed=heed,
+        )
 
 
 def _wait_for_the_others() -> None:
@@ -126,13 +170,18 @@ def _wait_for_the_others() -> None:
         distributed.destroy_process_group()
 
 
-def _report(outcomes: list["VideoOutcome"], out: Path) -> None:
+def _report(outcomes: list["VideoOutcome"], out: Path, quiet: bool) -> None:
     """Print what was done; raise if it was not everything."""
     before = sum(outcome.was_done for outcome in outcomes)
     wrong = sum(outcome.problem is not None for outcome in outcomes)
     frames = sum(outcome.frames for outcome in outcomes if not outcome.was_done)
-    done = len(outcomes) - before - wrong
-    typer.echo(f"{done} videos segmented, {before} done before, {frames} frames written: {out}")
+    busy = sum(outcome.is_busy for outcome in outcomes)
+    done = len(outcomes) - before - wrong - busy
+    elsewhere = f", {busy} being done by another process" if busy else ""
+    if not quiet:
+        typer.echo(
+            f"{done} videos segmented, {before} done before{elsewhere}, {frames} frames written: {out}"
+        )
     if wrong:
         raise UserError(
             f"{wrong} of {len(outcomes)} videos could not be segmented to their end, as said above;"
@@ -144,7 +193,7 @@ def _all_sources(
     sources: list[str], text: list[str], listing: Path | None
 ) -> tuple[list[str], list[list[str]]]:
     """Every source and what to segment in it; raises UserError where either is missing."""
-    entries = [(source, text) for source in sources]
+    entries = [(path, text) for source in sources for path in _expanded(source)]
     if listing is not None:
         entries += [_entry(entry, text, listing) for entry in _read_list(listing)]
     if not entries:
@@ -155,6 +204,20 @@ def _all_sources(
         check_expressions(texts)
     videos, expressions = zip(*entries, strict=True)
     return list(videos), list(expressions)
+
+
+def _expanded(source: str) -> list[str]:
+    """What a pattern means that no shell has expanded; raises UserError for one that means nothing."""
+    from refsam.video.reader import is_pattern, matching
+
+    if not source.strip():
+        raise UserError("a source is empty: give videos, or a list of them with --list")
+    if not is_pattern(source):
+        return [source]
+    found = matching(source)
+    if not found:
+        raise UserError(f"{source} matches no file: give videos, or a list of them with --list")
+    return found
 
 
 def _read_list(listing: Path) -> list[Any]:
@@ -180,6 +243,6 @@ def _entry(entry: Any, text: list[str], listing: Path) -> tuple[str, list[str]]:
     source, own = entry["source"], entry.get("text", text)
     own = [own] if isinstance(own, str) else own
     is_text = isinstance(own, list) and all(isinstance(line, str) for line in own)
-    if not isinstance(source, str) or not is_text:
+    if not isinstance(source, str) or not source.strip() or not is_text:
         raise UserError(f"{listing}: got the entry {entry!r}, want strings in it")
     return (source if "://" in source else str(listing.parent / source)), own

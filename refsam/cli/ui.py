@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from refsam.cli.options import DeviceOption, DtypeOption, ModelChoice, with_model
+from refsam.cli.options import DeviceOption, DtypeOption, ModelChoice, grouped
 from refsam.runtime.device import check_names, choose_device
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 @app.command()
-@with_model
+@grouped
 def ui(
     model: ModelChoice,
     host: Annotated[

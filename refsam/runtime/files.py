@@ -30,6 +30,10 @@ def own_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
 
 
+class BusyError(UserError):
+    """Another process is writing there."""
+
+
 @contextmanager
 def only_writer(path: Path, *, wait: bool) -> Iterator[None]:
     """Hold the lock file `<path>.lock` within; it is let go of when the process ends, however that ends.
@@ -45,7 +49,7 @@ def only_writer(path: Path, *, wait: bool) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(
+        raise BusyError(
             f"{path} is being written by another process, which holds {name}: wait for it, or take another folder"
         ) from None
     except OSError as error:

@@ -8,6 +8,10 @@ from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# What ends a process that does not say otherwise: Ctrl-C, Slurm and containers, a closed terminal (unknown to Windows).
+ENDING = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 
 
 class WaitedTooLongError(Exception):
@@ -75,18 +79,68 @@ def ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, taken as Ctrl-C is."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.number = number
+
+
+@contextmanager
+def termination_interrupts() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP, where nobody else heeds or ignores them, end the block as Ctrl-C does, by `Terminated`."""
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        raise Terminated(number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in ENDING[1:]:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @contextmanager
 def defer_interrupts() -> Iterator[Callable[[], None]]:
-    """Hold an interrupt back until what this yields is called, which raises it; a second one is raised at once.
+    """Hold Ctrl-C, SIGTERM and SIGHUP back until what this yields is called, which raises them; a second Ctrl-C comes at once.
 
-    Raised at any instruction, it can come between the taking of a queue's lock and the block that gives it back: then
-    threads wait for each other for ever. Outside the main thread, and where interrupts are ignored, nothing changes.
+    Raised at any instruction, they can come between the taking of a queue's lock and the block that gives it back: then
+    threads wait for each other for ever. Outside the main thread, and where they are ignored, nothing changes.
     """
-    is_heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    with StopRequest((signal.SIGINT,) if is_heeded else ()) as request:
+    heeded = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    with StopRequest(heeded) as request:
 
         def check() -> None:
-            if request.signal:
+            if request.signal == signal.SIGINT:
                 raise KeyboardInterrupt
+            if request.signal:
+                raise Terminated(request.signal)
 
         yield check
+
+
+@contextmanager
+def postponed() -> Iterator[None]:
+    """Let signals that would end the process wait until the block is done; each then does what it would have done.
+
+    For steps that must not be done by halves. In threads other than the main one nothing changes: no signal is handled there.
+    """
+    arrived: list[int] = []
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in ENDING:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, lambda found, _: arrived.append(found))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in dict.fromkeys(arrived):
+            signal.raise_signal(number)

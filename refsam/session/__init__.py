@@ -5,8 +5,9 @@ from refsam.runtime.shard import Shard
 from refsam.session.graphs import FrameGraphs
 from refsam.session.preparation import EncodedFrame, FramePreparer, PreparedFrame, encode_now
 from refsam.session.streaming import prefetch_frames, segment_video
+from refsam.session.track_state import TrackState
 from refsam.session.video_session import FrameLogits, FrameResult, VideoSession, step_batch
-from refsam.session.videos import VideoOutcome, segment_videos
+from refsam.session.videos import VideoOptions, VideoOutcome, segment_videos
 
 __all__ = [
     "EncodedFrame",
@@ -16,6 +17,8 @@ __all__ = [
     "FrameResult",
     "PreparedFrame",
     "Shard",
+    "TrackState",
+    "VideoOptions",
     "VideoOutcome",
     "VideoSession",
     "encode_now",

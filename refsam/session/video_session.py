@@ -1,5 +1,6 @@
 """Segment a video frame by frame with a memory that does not grow: one track token per expression."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from refsam.session.graphs import FrameGraphs
 from refsam.session.preparation import EncodedFrame, PreparedFrame, prepare_now
+from refsam.session.track_state import TrackState
 from refsam_kernels import mask_postprocess
 
 if TYPE_CHECKING:
@@ -78,10 +80,11 @@ class VideoSession:
         expressions: what to segment, for instance ``["the red cup"]``; may be empty at first.
         optimize: call `model.optimize()` if nobody has; False leaves the model as it is.
         graphs: CUDA graphs of the model, which sessions may share; None launches every kernel by itself.
+        threshold: pixels that are more probable than this belong to a mask.
 
     Raises:
         UserError: an expression that is empty, too long, or of which the model knows no word.
-        ValueError: graphs of another model.
+        ValueError: graphs of another model, or no probability.
     """
 
     def __init__(
@@ -91,7 +94,10 @@ class VideoSession:
         *,
         optimize: bool = True,
         graphs: FrameGraphs | None = None,
+        threshold: float = 0.5,
     ) -> None:
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold: got {threshold}, want a probability between 0 and 1")
         if isinstance(expressions, str):
             raise ValueError(f"expressions: got the string {expressions!r}, want a list of strings")
         if optimize and not model.is_optimized and not model.training:
@@ -101,6 +107,7 @@ class VideoSession:
         self.model = model
         self.graphs = graphs
         self._runner = model if graphs is None else graphs
+        self._least_logit = math.log(threshold / (1 - threshold))
         self._expressions = list(expressions)
         self._unknown = list(self._encode(self._expressions).unknown) if expressions else []
         self._track: Tensor | None = None  # (E, C); None before the first frame
@@ -172,6 +179,25 @@ class VideoSession:
         self._has_track = [False] * len(self._expressions)
         self._frame_index = 0
 
+    @property
+    def state(self) -> TrackState:
+        """What the next frame builds on; as cheap as a reference, for no step changes it afterwards."""
+        return TrackState(self._track, tuple(self._has_track), self._frame_index)
+
+    def restore(self, state: TrackState) -> None:
+        """Go on behind the frame after which another session, of the same model and expressions, had this state.
+
+        Raises:
+            ValueError: another number of expressions.
+        """
+        if len(state.has_track) != len(self._expressions):
+            raise ValueError(
+                f"state: got {len(state.has_track)} expressions, want {len(self._expressions)}"
+            )
+        self._track = None if state.track is None else state.track.to(self.model.device)
+        self._has_track = list(state.has_track)
+        self._frame_index = state.frame_index
+
     def _encode(self, expressions: list[str]) -> "TextPrompt":
         with torch.no_grad():
             return self.model.encode_text(expressions)
@@ -192,6 +218,7 @@ class VideoSession:
                 image_size=self.model.image_size,
                 input_size=found.size.resized,
                 output_size=found.size.original,
+                threshold=self._least_logit,
             )
         else:
             masks = found.logits.new_zeros(0, *found.size.original, dtype=torch.bool)

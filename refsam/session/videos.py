@@ -1,11 +1,8 @@
 """Segment many videos: frames of several at a time, shared between processes, continued after a kill."""
 
-import json
 import os
-import re
-import shutil
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -15,17 +12,44 @@ from typing import TYPE_CHECKING, Any
 
 from refsam import renamed
 from refsam.errors import UserError
+from refsam.runtime.files import BusyError
 from refsam.runtime.shard import Shard
 from refsam.session.graphs import FrameGraphs
 from refsam.session.preparation import EncodedFrame, PreparedFrame
 from refsam.session.streaming import prefetch_frames
+from refsam.session.video_folders import Source, VideoJob, assign_folders, finished, make_jobs
 from refsam.session.video_session import FrameResult, VideoSession, step_batch
 
 if TYPE_CHECKING:
     from refsam.model import PromptedSAM
-    from refsam.video import Frame, ResultWriter
+    from refsam.video import Frame, FrameSource, ReadOptions, ResultWriter
 
-Source = str | os.PathLike[str]
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """How videos are read and their masks kept.
+
+    Attributes:
+        reading: which frames, and how patiently; None takes all.
+        formats: of `refsam.video.mask_formats.FORMATS`.
+        threshold: pixels that are more probable than this belong to a mask.
+    """
+
+    reading: "ReadOptions | None" = None
+    formats: Sequence[str] = ("png",)
+    threshold: float = 0.5
+
+    def facts(self) -> dict[str, Any]:
+        """What ``result.json`` says of them where they are not the usual ones."""
+        facts: dict[str, Any] = {}
+        if self.threshold != 0.5:
+            facts["threshold"] = self.threshold
+        if self.reading is not None and (selection := self.reading.selection()):
+            facts["selection"] = selection
+        return facts
+
+
+EVERYTHING = VideoOptions()
 
 
 @dataclass(frozen=True)
@@ -38,6 +62,7 @@ class VideoOutcome:
         frames: how many are there; 0 if there are no results.
         problem: what was wrong, in one line; None if everything was done.
         was_done: an earlier run did it.
+        is_busy: another process is doing it.
     """
 
     source: str
@@ -45,6 +70,7 @@ class VideoOutcome:
     frames: int
     problem: str | None = None
     was_done: bool = False
+    is_busy: bool = False
 
 
 @renamed.arguments
@@ -56,10 +82,12 @@ def segment_videos(
     *,
     batch_size: int = 1,
     overlay: bool = True,
+    options: VideoOptions = EVERYTHING,
     shard: Shard | None = None,
     graphs: FrameGraphs | None = None,
     settings: Mapping[str, Any] | None = None,
     advance: Callable[[VideoOutcome], None] = lambda _: None,
+    heed: Callable[[], None] = lambda: None,
 ) -> list[VideoOutcome]:
     """Segment videos into folders ``out/<the video's name>``, each as `refsam segment` writes it.
 
@@ -68,16 +96,19 @@ def segment_videos(
 
     Args:
         model: a `RefSAM` or `EVFSAM` in evaluation mode.
-        videos: whatever `refsam.video.open_source` takes. Of the same names, the second gets ``-2`` behind it.
+        videos: whatever `refsam.video.open_source` takes. Of the same names, the second gets ``-2`` behind it;
+            ``out/videos.json`` says which folder is whose.
         expressions: what to segment: in all videos, or a list for each video.
         out: folder to make, or that of an earlier run.
         batch_size: frames that go through the image encoder together, from that many videos while there are as
             many. 1 answers soonest; more serve a GPU better. Logits are the same within 1e-5.
         overlay: also write ``overlay.mp4``.
+        options: which frames, which formats, which threshold.
         shard: which of the videos this process does; as `torchrun` says where None.
         graphs: as for `VideoSession`.
         settings: more entries for ``result.json``, such as the model's name; an earlier run's must be equal.
         advance: called with each outcome.
+        heed: called between batches and while no frame comes; what it raises ends the run, with unfinished videos removed.
 
     Returns:
         The outcomes of this process's videos: those that were done, then the others as they ended.
@@ -88,10 +119,11 @@ def segment_videos(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, want at least 1")
-    jobs = _jobs(videos, expressions, Path(out))
-    for texts in dict.fromkeys(job.expressions for job in jobs):
+    pairs = make_jobs(videos, expressions)
+    for texts in dict.fromkeys(texts for _, texts in pairs):
         VideoSession(model, texts)  # refuses what cannot be used before anything is done
-    settings = dict(settings or {})
+    settings = dict(settings or {}) | options.facts()
+    jobs = assign_folders(pairs, Path(out))
     own = (shard or Shard.from_environment()).of(jobs, lambda job: _size(job.source))
     outcomes = [found for job in own if (found := _earlier(job, settings))]
     for outcome in outcomes:
@@ -102,11 +134,14 @@ def segment_videos(
     with ExitStack() as stack:
         while waiting or streams:
             while waiting and len(streams) < batch_size:
-                job = waiting.popleft()
-                session = VideoSession(model, job.expressions, graphs=graphs)
-                stream = _VideoStream(job, session, overlay, alone=batch_size == 1)
+                session = VideoSession(
+                    model, waiting[0].expressions, graphs=graphs, threshold=options.threshold
+                )
+                stream = _VideoStream(waiting.popleft(), session, options, heed)
                 streams.append(stack.enter_context(closing(stream)))
+                stream.start(settings, overlay=overlay, alone=batch_size == 1)
             _advance(streams, batch_size)
+            heed()
             for stream in [stream for stream in streams if stream.has_ended]:
                 streams.remove(stream)
                 outcomes.append(stream.finish(settings))
@@ -114,45 +149,60 @@ def segment_videos(
     return outcomes
 
 
-@dataclass(frozen=True)
-class _Job:
-    source: str
-    expressions: tuple[str, ...]
-    folder: Path
-
-
 class _VideoStream:
     """A video under way: its reader, session and writer. `problem` is what ended it early."""
 
-    def __init__(self, job: _Job, session: VideoSession, overlay: bool, alone: bool) -> None:
+    def __init__(
+        self,
+        job: VideoJob,
+        session: VideoSession,
+        options: VideoOptions,
+        heed: Callable[[], None],
+    ) -> None:
         self.job, self.session = job, session
         self.has_ended = False
         self.problem: UserError | None = None
+        self._options, self._heed = options, heed
         self._started = time.perf_counter()
+        self._outcome: VideoOutcome | None = None
+        self._reader: FrameSource | None = None
         self._writer: ResultWriter | None = None
         self._open = ExitStack()
         self._frames: Generator[tuple[Frame, PreparedFrame | EncodedFrame], None, None]
-        self._start(overlay, alone)
 
-    def _start(self, overlay: bool, alone: bool) -> None:
-        from refsam.video import ResultWriter, open_source
-
+    def start(self, settings: dict[str, Any], *, overlay: bool, alone: bool) -> None:
+        """Open the source and the folder; what prevents that ends the video at once."""
         try:
-            reader = self._open.enter_context(open_source(self.job.source))
+            self._open_all(overlay, alone)
+        except BusyError:
+            self._outcome = VideoOutcome(self.job.source, self.job.folder, 0, is_busy=True)
         except UserError as error:
-            self.problem, self.has_ended = error, True
-            return
-        frames = prefetch_frames(self.session, reader, encode=alone)
-        self._frames = self._open.enter_context(closing(frames))
+            self.problem = error
+        else:
+            # Another process may have done it since this one looked for what is to be done.
+            self._outcome = _earlier(self.job, settings, tidy=False)
+        self.has_ended = self.problem is not None or self._outcome is not None
+
+    def _open_all(self, overlay: bool, alone: bool) -> None:
+        from refsam.video import ReadOptions, ResultWriter, open_source
+        from refsam.video.run_folder import check_output
+
+        check_output(self.job.folder, overwrite=True, source=self.job.source)
+        reading = self._options.reading or ReadOptions()
+        self._reader = self._open.enter_context(open_source(self.job.source, reading))
         writer = ResultWriter(
             self.job.folder,
             self.job.expressions,
-            fps=reader.fps,
-            time_base=reader.time_base,
+            fps=self._reader.fps,
+            time_base=self._reader.time_base,
             overlay=overlay,
             overwrite=True,  # of a run that was killed, or ended early
+            formats=self._options.formats,
+            sound=self._reader.sound,
         )
         self._writer = self._open.enter_context(writer)
+        frames = prefetch_frames(self.session, self._reader, encode=alone, heed=self._heed)
+        self._frames = self._open.enter_context(closing(frames))
 
     def take(self, count: int) -> list[tuple["Frame", PreparedFrame | EncodedFrame]]:
         """The next frames, fewer at the end of the video and none behind it."""
@@ -165,25 +215,42 @@ class _VideoStream:
         return taken
 
     def write(self, frame: "Frame", result: FrameResult) -> None:
-        """Queue a result."""
+        """Queue a result; a disk that is full ends the video."""
         assert self._writer is not None
-        self._writer.write(frame, *result.on_host())
+        try:
+            self._writer.write(frame, *result.on_host())
+        except UserError as error:
+            self.problem, self.has_ended = error, True
 
     def finish(self, settings: dict[str, Any]) -> VideoOutcome:
         """Put the results in place if there are any."""
-        problem = None if self.problem is None else str(self.problem)
-        frames = self.session.frame_index
-        if self._writer is not None and frames:
-            seconds = time.perf_counter() - self._started
-            self._writer.finish(
-                **settings,
-                source=self.job.source,
-                complete=problem is None,
-                stopped_by=problem,
-                device=str(self.session.model.device),
-                timings={"seconds": round(seconds, 3)},
-            )
+        if self._outcome is None:
+            self._outcome = self._finished(settings)
         self.close()
+        return self._outcome
+
+    def _finished(self, settings: dict[str, Any]) -> VideoOutcome:
+        frames = self.session.frame_index
+        if self._writer is not None and self._reader is not None and frames:
+            seconds = time.perf_counter() - self._started
+            from refsam.video.frames import source_facts
+
+            try:
+                self._writer.finish(
+                    **settings,
+                    **source_facts(self._reader),
+                    source=self.job.source,
+                    complete=self.problem is None,
+                    stopped_by=None if self.problem is None else str(self.problem),
+                    device=str(self.session.model.device),
+                    timings={"seconds": round(seconds, 3)},
+                )
+            except UserError as error:
+                self.problem = error
+            frames = self._writer.frames
+        problem = None if self.problem is None else str(self.problem)
+        if not frames and problem is None:
+            problem = f"{self.job.source} has no frame that was asked for"
         return VideoOutcome(self.job.source, self.job.folder, frames, problem)
 
     def close(self) -> None:
@@ -204,30 +271,6 @@ def _advance(streams: list[_VideoStream], batch_size: int) -> None:
         stream.write(frame, result)
 
 
-def _jobs(
-    videos: Sequence[Source], expressions: Sequence[str] | Sequence[Sequence[str]], out: Path
-) -> list[_Job]:
-    sources = [os.fspath(video) for video in videos]
-    if isinstance(expressions, str) or not expressions:
-        raise ValueError(f"expressions: got {expressions!r}, want a list of strings")
-    if all(isinstance(texts, str) for texts in expressions):
-        lists = [tuple(map(str, expressions))] * len(sources)
-    else:
-        lists = [tuple(texts) for texts in expressions]
-    if len(lists) != len(sources):
-        raise ValueError(
-            f"expressions: got {len(lists)} lists, want {len(sources)}, one for each video"
-        )
-    seen: Counter[str] = Counter()
-    jobs = []
-    for source, texts in zip(sources, lists, strict=True):
-        name = re.sub(r"[^\w.-]+", "-", Path(source).stem).lstrip(".") or "video"
-        seen[name] += 1
-        folder = out / (name if seen[name] == 1 else f"{name}-{seen[name]}")
-        jobs.append(_Job(source, texts, folder))
-    return jobs
-
-
 def _size(source: str) -> float:
     """Bytes of a file, a measure of the work; 0 for what is no file."""
     try:
@@ -236,31 +279,9 @@ def _size(source: str) -> float:
         return 0.0
 
 
-def _earlier(job: _Job, settings: dict[str, Any]) -> VideoOutcome | None:
+def _earlier(job: VideoJob, settings: dict[str, Any], *, tidy: bool = True) -> VideoOutcome | None:
     """The outcome of an earlier run that did this to its end; raises UserError if it did something else."""
-    from refsam.video.writer import STAGING
-
-    file = job.folder / "result.json"
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-        found = {"text": [expression["text"] for expression in report["expressions"]]}
-        found |= {key: report.get(key) for key in (*settings, "source")}
-        complete, frames = report["complete"], report["frames"]
-    except (FileNotFoundError, NotADirectoryError):
+    frames = finished(job, settings, tidy=tidy)
+    if frames is None:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no result of refsam: give another folder with --out") from error
-    wanted = {"text": [*job.expressions], "source": job.source, **settings}
-    different = [
-        f"{key} was {found[key]!r}, now {wanted[key]!r}"
-        for key in wanted
-        if found[key] != wanted[key]
-    ]
-    if different:
-        raise UserError(
-            f"{job.folder} holds results of other settings: {'; '.join(different)}; give another folder with --out"
-        )
-    if not complete:
-        return None
-    shutil.rmtree(job.folder / STAGING, ignore_errors=True)  # of a run killed in its last moment
     return VideoOutcome(job.source, job.folder, frames, was_done=True)

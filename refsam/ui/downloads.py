@@ -1,38 +1,8 @@
-"""Downloads: the masks as a zip of PNGs and as COCO's run lengths."""
+"""Downloads besides the overlay: the masks as a zip of PNGs."""
 
-import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-
-RunLengths = dict[str, Any]
-
-
-def encode_run_lengths(mask: np.ndarray) -> RunLengths:
-    """A mask ``(H, W)`` bool as COCO's compressed run lengths: ``size`` (height, width) and ``counts``."""
-    from pycocotools import mask as coco
-
-    code = coco.encode(np.asfortranarray(mask.view(np.uint8)))
-    return {"size": list(mask.shape), "counts": code["counts"].decode("ascii")}
-
-
-def write_run_lengths(
-    path: Path, result: dict[str, Any], codes: Sequence[Sequence[RunLengths]]
-) -> None:
-    """Write ``result`` (what ``result.json`` holds) as JSON, with each expression's ``segmentations``.
-
-    Args:
-        codes: for each expression, a run-length code per frame.
-    """
-    expressions = [
-        expression | {"segmentations": list(frames)}
-        for expression, frames in zip(result["expressions"], codes, strict=True)
-    ]
-    content = json.dumps(result | {"expressions": expressions}, ensure_ascii=False)
-    path.write_text(content, encoding="utf-8")
 
 
 def write_zip(path: Path, folder: Path, names: Sequence[str]) -> None:

@@ -1,7 +1,6 @@
 """Segment one visitor's clip in a thread of its own, while anybody may look at the frames that are done."""
 
 import io
-import json
 import logging
 import shutil
 import threading
@@ -18,7 +17,7 @@ from PIL import Image
 
 from refsam.errors import UserError
 from refsam.runtime.device import autocast
-from refsam.ui.downloads import RunLengths, encode_run_lengths, write_run_lengths, write_zip
+from refsam.ui.downloads import write_zip
 from refsam.ui.uploads import Limits, open_upload
 from refsam.video import Frame, FrameDecodeError, FrameSource, ResultWriter, draw_overlay, prefetch
 from refsam.video.overlay import caption
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from refsam.model import PromptedSAM
-    from refsam.session import VideoSession
+    from refsam.session import PreparedFrame, VideoSession
 
 log = logging.getLogger(__name__)
 
@@ -103,10 +102,10 @@ class Job:
         self.expressions = list(expressions)
         self.progress = Progress()
         self.error: str | None = None
+        self.notes: tuple[str, ...] = ()
         self.downloads: Downloads | None = None
         self._engine, self._turn, self._limits = engine, turn, limits
         self._upload, self._root, self._folder = upload, root, folder
-        self._codes: list[list[RunLengths]] = [[] for _ in expressions]
         self._stopped_by: str | None = None
         self._cancelled = threading.Event()
         self._changed = threading.Event()
@@ -169,19 +168,29 @@ class Job:
 
     def _segment(self) -> None:
         from refsam.session import VideoSession
+        from refsam.session.preparation import prepare_all
+        from refsam.video.frames import source_facts
 
         (self._folder / "previews").mkdir(parents=True)
         out = self._folder / "results"
         session = VideoSession(self._engine.model, self.expressions)
         with open_upload(self._upload, self._root, self._limits) as source:
-            writer = ResultWriter(out, self.expressions, fps=source.fps, time_base=source.time_base)
-            with writer, closing(prefetch(source)) as frames:
+            writer = ResultWriter(
+                out,
+                self.expressions,
+                fps=source.fps,
+                time_base=source.time_base,
+                formats=("png", "rle"),
+                sound=source.sound,
+            )
+            with writer, closing(prefetch(prepare_all(session.model, source))) as frames:
                 try:
                     self._step_through(session, source, frames, writer)
                 except FrameDecodeError as error:
                     self._stopped_by = str(error).replace(str(self._upload), self._upload.name)
                 if self.progress.frames:
-                    writer.finish(**self._facts())
+                    writer.finish(**self._facts(), **source_facts(source))
+                    self.notes = tuple(source.notes)
         if self.progress.frames:
             self.downloads = self._pack(out)
 
@@ -189,27 +198,24 @@ class Job:
         self,
         session: "VideoSession",
         source: FrameSource,
-        frames: Iterable[Frame],
+        frames: Iterable[tuple[Frame, "PreparedFrame"]],
         writer: ResultWriter,
     ) -> None:
-
         device, precision = self._engine.model.device, self._engine.precision
         begun = time.perf_counter()
         with autocast(device, precision):
-            for frame in frames:
+            for frame, prepared in frames:
                 if self._cancelled.is_set():
                     self._stopped_by = "cancelled"
                     return
                 if frame.index >= self._limits.frames:
                     self._stopped_by = f"the limit of {self._limits.frames} frames"
                     return
-                result = session.step(frame.image)
+                result = session.step(prepared)
                 masks, scores = result.masks.cpu().numpy(), result.scores.cpu().numpy()
                 self._preview_file(frame.index).write_bytes(self._draw(frame, masks, scores))
                 self._tell(frame.index + 1, source.expected_frames, begun, session.unknown_words)
                 writer.write(frame, masks, scores)
-                for codes, mask in zip(self._codes, masks, strict=True):
-                    codes.append(encode_run_lengths(mask))
 
     def _tell(
         self, frames: int, expected: int | None, begun: float, unknown: tuple[tuple[str, ...], ...]
@@ -238,10 +244,8 @@ class Job:
         }
 
     def _pack(self, out: Path) -> Downloads:
-        result = json.loads((out / "result.json").read_text(encoding="utf-8"))
         downloads = Downloads(out / "masks.zip", out / "masks.json", out / "overlay.mp4")
         write_zip(downloads.masks, out, ["masks", "result.json"])
-        write_run_lengths(downloads.run_lengths, result, self._codes)
         return downloads
 
 

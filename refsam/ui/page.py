@@ -42,7 +42,7 @@ def build_page(visitors: Visitors) -> gr.Blocks:
                 upload, webcam, sample = _clip_choices(visitors.limits)
                 text = gr.Textbox(
                     label="What to segment, one object per line",
-                    placeholder="the red backpack\nthe person on the left",
+                    placeholder="the red backpack\nthe blue thing on the left",
                     lines=3,
                     max_lines=visitors.limits.expressions,
                     elem_id="expressions",
@@ -238,6 +238,7 @@ def _say(job: Job, progress: Progress) -> str:
     parts = [f"{progress.frames}{of} frames, {progress.rate:.1f} frames/s."]
     if not job.running and job.stopped_by:
         parts.append(f"Stopped by: {job.stopped_by}.")
+    parts += [f"Note: {note}." for note in job.notes]
     for expression, words in zip(job.expressions, progress.unknown, strict=False):
         if words:
             told = explain_unknown(expression, words)

@@ -8,11 +8,11 @@ from PIL import Image
 
 from refsam.errors import UserError
 from refsam.images import IMAGE_SUFFIXES
-from refsam.video import FrameSource, open_source
+from refsam.video import FrameSource, ReadOptions, open_source
 
 # Files that name other files (playlists, lists of clips, PostScript) are not among them: nobody may read with their help.
 _CONTAINERS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,ogg,asf,h264,hevc,mjpeg"
-_IMAGES = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+_IMAGES = ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def open_upload(path: Path, folder: Path, limits: Limits) -> FrameSource:
             _check_image(path, limits)
         else:
             _check_video(path, limits)
-        source = open_source(path)
+        source = open_source(path, ReadOptions(max_pixels=limits.pixels))
     except UserError as error:
         raise UserError(str(error).replace(str(path), path.name)) from error
     expected = source.expected_frames or 0

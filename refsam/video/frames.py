@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -51,7 +51,7 @@ class ReadOptions:
         start, end: seconds since the source's first frame; frames with ``start <= time < end`` are taken.
         stride: every how many-th of them.
         max_frames: at most so many.
-        skip: how many of those are passed over, because an earlier run did them.
+        after: number of the last frame that an earlier run did; those behind it are given.
         timeout: seconds without a byte after which a stream is given up; 0 waits for ever, as cameras always do.
         max_pixels: of a frame; None takes all that the decoder does.
         skip_bad_frames: go on behind a frame that cannot be decoded, and list it in ``skipped``.
@@ -61,7 +61,7 @@ class ReadOptions:
     end: float | None = None
     stride: int = 1
     max_frames: int | None = None
-    skip: int = 0
+    after: int = -1
     timeout: float = 30.0
     max_pixels: int | None = None
     skip_bad_frames: bool = False
@@ -74,6 +74,17 @@ class ReadOptions:
         last = frames if self.end is None else min(frames, -int(-self.end * fps // 1))
         count = -(-max(0, last - first) // self.stride)
         return count if self.max_frames is None else min(count, self.max_frames)
+
+    def selection(self) -> dict[str, float | int | None]:
+        """What differs from taking every frame, for ``result.json``."""
+        chosen = {
+            "start": self.start,
+            "end": self.end,
+            "stride": self.stride,
+            "max_frames": self.max_frames,
+        }
+        usual = {"start": 0.0, "end": None, "stride": 1, "max_frames": None}
+        return {name: value for name, value in chosen.items() if value != usual[name]}
 
     def check_size(self, name: str, height: int, width: int) -> None:
         """Refuse a frame of too many pixels.
@@ -105,15 +116,15 @@ class Choice:
             return True
         return options.end is not None and time >= options.end
 
-    def takes(self, time: float) -> bool:
-        """Whether the next frame, of that time, is wanted; one that an earlier run did counts as taken."""
+    def takes(self, index: int, time: float) -> bool:
+        """Whether the next frame, of that number and time, is wanted; one that an earlier run did counts as taken."""
         if time < self._options.start:
             return False
         self._in_range += 1
         if (self._in_range - 1) % self._options.stride:
             return False
         self.taken += 1
-        return self.taken > self._options.skip
+        return index > self._options.after
 
 
 class FrameSource(Protocol):
@@ -127,7 +138,7 @@ class FrameSource(Protocol):
         notes: what is not as it should be, in words; more may come while it is read.
         skipped: the frames that could not be decoded, by number, and why.
         files: the files of a folder's frames, by number; None for other sources.
-        sound: file whose sound belongs to the frames; None where there is none to be had.
+        sound: file whose sound belongs to the frames, and the seconds in it at which they begin; None where there is none.
     """
 
     name: str
@@ -137,7 +148,7 @@ class FrameSource(Protocol):
     notes: list[str]
     skipped: dict[int, str]
     files: list[str] | None
-    sound: str | None
+    sound: tuple[str, float] | None
 
     def __iter__(self) -> Iterator[Frame]: ...
 
@@ -159,7 +170,7 @@ class SourceBase:
     notes: list[str] = field(default_factory=list)
     skipped: dict[int, str] = field(default_factory=dict)
     files: list[str] | None = None
-    sound: str | None = None
+    sound: tuple[str, float] | None = None
 
     def __enter__(self):  # type: ignore[no-untyped-def]
         return self
@@ -174,6 +185,13 @@ class SourceBase:
         """Note something once."""
         if text not in self.notes:
             self.notes.append(text)
+
+
+def source_facts(source: FrameSource) -> dict[str, Any]:
+    """What ``result.json`` says of a source, once it was read."""
+    skipped = [{"frame": frame, "problem": words} for frame, words in source.skipped.items()]
+    facts: dict[str, Any] = {"notes": source.notes, "skipped_frames": skipped}
+    return facts if source.files is None else facts | {"files": source.files}
 
 
 def reason(error: BaseException) -> str:

@@ -49,7 +49,7 @@ class ImageSource(SourceBase):
             time = float(index / self.fps)
             if choice.has_ended(time):
                 return
-            if not choice.takes(time):
+            if not choice.takes(index, time):
                 continue
             try:
                 image = read_image(path, self._options)
@@ -88,7 +88,7 @@ class AnimationSource(SourceBase):
             for index, page in enumerate(self._pages):
                 if choice.has_ended(float(time)):
                     return
-                is_wanted = choice.takes(float(time))
+                is_wanted = choice.takes(index, float(time))
                 try:
                     with _errors(self._path):
                         opened.seek(page)
@@ -162,7 +162,7 @@ def _read_heif(path: Path, options: ReadOptions) -> np.ndarray:
         if not isinstance(error.__cause__, UnidentifiedImageError):
             raise
     with VideoSource(
-        str(path), options=replace(options, start=0.0, end=None, stride=1, skip=0)
+        str(path), options=replace(options, start=0.0, end=None, stride=1, after=-1)
     ) as source:
         return next(iter(source)).image
 

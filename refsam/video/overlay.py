@@ -58,7 +58,7 @@ def draw_overlay(
         raise ValueError(f"captions: got {len(captions)}, want {len(masks)}, one per mask")
     canvas = image.copy()
     thickness = max(1, round(min(image.shape[:2]) / 250))
-    boxes = [_bounding_box(mask, thickness) for mask in masks]
+    boxes = [bounding_box(mask, thickness) for mask in masks]
     for index, (mask, box) in enumerate(zip(masks, boxes, strict=True)):
         if box is not None:
             _draw_mask(canvas[box], mask[box], expression_colour(index), thickness)
@@ -67,7 +67,8 @@ def draw_overlay(
     return canvas
 
 
-def _bounding_box(mask: np.ndarray, margin: int) -> tuple[slice, slice] | None:
+def bounding_box(mask: np.ndarray, margin: int) -> tuple[slice, slice] | None:
+    """Rows and columns that a mask ``(H, W)`` bool takes up, with a margin that may reach beyond the right and lower edge."""
     rows = np.flatnonzero(mask.any(axis=1))
     if not len(rows):
         return None

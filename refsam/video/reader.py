@@ -42,9 +42,15 @@ def open_source(source: str | os.PathLike[str], options: ReadOptions = EVERYTHIN
         return _open_path(name, options)
     if "://" in name and not os.path.lexists(name):
         return VideoSource(name, options=options)
-    if not os.path.lexists(name) and (_NUMBER.search(name) or glob.has_magic(name)):
+    if is_pattern(name):
         return _open_pattern(name, options)
     return _open_path(name, options)
+
+
+def is_pattern(name: str) -> bool:
+    """Whether it means files by a pattern, rather than one that is called so."""
+    is_there = "://" in name or os.path.lexists(name)
+    return not is_there and (bool(_NUMBER.search(name)) or glob.has_magic(name))
 
 
 def matching(pattern: str) -> list[str]:

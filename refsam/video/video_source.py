@@ -133,7 +133,7 @@ class VideoSource(SourceBase):
         self.aspect = pixel_aspect(stream.sample_aspect_ratio or context.sample_aspect_ratio)
         self.expected_frames = self._options.expected(self._announced_frames(), self.fps)
         if self._is_file and self._container.streams.audio:
-            self.sound = str(self._location)
+            self.sound = str(self._location), float((stream.start_time or 0) * self.time_base)
 
     def _announced_frames(self) -> int | None:
         """How many frames a viewer would show, edits of the file taken into account."""
@@ -160,7 +160,7 @@ class VideoSource(SourceBase):
         for index, time, picture in self._pictures():
             if choice.has_ended(time):
                 return
-            if choice.takes(time):
+            if choice.takes(index, time):
                 yield self._frame(index, time, picture)
                 if choice.has_ended():
                     return

@@ -1,15 +1,13 @@
 """Write masks, the overlay video and the result file of one run."""
 
+import errno
 import json
 import os
 import queue
 import re
-import shutil
-import struct
 import threading
-import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -17,41 +15,45 @@ from typing import Any
 
 import av
 import numpy as np
-from PIL import Image
 
 from refsam.errors import UserError
+from refsam.runtime.signals import postponed
 from refsam.video.frames import Frame
+from refsam.video.mask_formats import check_formats, files_of, mask_format
 from refsam.video.overlay import caption, draw_overlay
+from refsam.video.overlay_video import OverlayVideo
+from refsam.video.run_folder import RESULT, RESUME, RunFolder
 
-_OUTPUTS = ("masks", "overlay.mp4", "result.json")  # the last one says that the others are in place
-STAGING = ".refsam-unfinished"
 _QUEUE_DEPTH = 4
-# A fraction of the time of veryfast at CRF 20, and no larger error (docs/performance.md).
-H264_OPTIONS: dict[str, object] = {
-    "preset": "ultrafast",
-    "crf": "22",
-    "x264-params": "cabac=1:no-deblock=0",
-}
-_FINEST_TIME_BASE = Fraction(1, 90000)
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_RESERVE = 2**18  # bytes kept free for the end of a run on a full disk, and more for every frame
+_RESERVE_PER_FRAME = 64
+
+
+class DiskFullError(UserError):
+    """No more can be written; the frames before are good and kept."""
 
 
 class ResultWriter:
-    """Write one run's outputs in a thread of its own, under a temporary name until `finish`.
+    """Write one run's outputs in a thread of its own, under a hidden name until `finish`.
 
-    ``masks/<two-digit expression>/<five-digit frame>.png`` (0 and 255, at the frame's size),
-    ``overlay.mp4`` (H.264 at the source's times) and ``result.json``. Leaving the ``with`` block without
-    `finish` removes everything that was written.
+    ``masks/<expression>/<frame>.png`` (0 and 255, at the frame's size; other formats elsewhere), ``overlay.mp4`` (H.264 at
+    the source's times) and ``result.json``. Leaving the ``with`` block without `finish` removes everything that was written.
 
     Args:
-        out: folder to make; its missing parents are made too.
+        out: folder to make; its missing parents are made too. It may be there if it is empty.
         expressions: what is segmented, in the order of the masks.
         fps: frame rate of the source.
         time_base: unit of the source's frame times.
         overlay: also write ``overlay.mp4``.
-        overwrite: replace the outputs of an earlier run in ``out``; other files there are never touched.
+        overwrite: replace the files that an earlier run recorded in ``out``; others are never touched.
+        formats: how masks are kept, of `refsam.video.mask_formats.FORMATS`.
+        sound: file whose sound the overlay gets, and the seconds in it at which the source's frames begin.
+        resume: add to what an earlier run wrote into ``out``.
 
     Raises:
-        UserError: ``out`` exists, or cannot be written; from `write` and `finish` too, when the disk is full.
+        UserError: ``out`` holds something else, or cannot be written; `BusyError` if another process writes into it.
+            `write` and `finish` raise `DiskFullError`.
     """
 
     def __init__(
@@ -63,27 +65,38 @@ class ResultWriter:
         time_base: Fraction,
         overlay: bool = True,
         overwrite: bool = False,
+        formats: Sequence[str] = ("png",),
+        sound: tuple[str, float] | None = None,
+        resume: bool = False,
     ) -> None:
+        check_formats(formats, len(expressions))
         self.out = Path(out)
-        self._expressions = list(expressions)
+        self._expressions, self._formats, self._fps = list(expressions), list(formats), fps
         # Arrays: lists would hold an object for every number of a long video.
         self._scores = [array("d") for _ in expressions]
         self._areas = [array("q") for _ in expressions]
-        self._times = array("d")
-        self._fps = fps
-        check_output(self.out, overwrite=overwrite)
-        self._made = _make_folders(self.out)
-        self._staging = self.out / STAGING
-        shutil.rmtree(self._staging, ignore_errors=True)  # left by a run that was killed
-        with _disk_errors(self.out):
-            for index in range(len(expressions)):
-                (self._staging / "masks" / f"{index:02d}").mkdir(parents=True)
-        path = self._staging / "overlay.mp4"
-        self._video = _OverlayVideo(path, fps, time_base) if overlay else None
-        self._queue: queue.Queue[tuple[Frame, np.ndarray, np.ndarray] | None] = queue.Queue(
+        self._times, self._numbers = array("d"), array("q")
+        self._notes: list[str] = []
+        self._state: Any = None
+        self._folder = RunFolder(self.out, overwrite=overwrite, resume=resume)
+        self._error: BaseException | None = None
+        self._reserved = 0
+        try:
+            with self._disk_errors():
+                self._reserve(_RESERVE)
+                self._kept = [
+                    mask_format(name, self._folder.new, len(expressions)) for name in formats
+                ]
+                path = self._folder.new / "overlay.mp4"
+                self._video = OverlayVideo(path, fps, time_base, sound) if overlay else None
+                if self._folder.earlier is not None:
+                    self._take_over(self._folder.earlier)
+        except BaseException:
+            self._folder.discard()
+            raise
+        self._queue: queue.Queue[tuple[Frame, np.ndarray, np.ndarray, Any] | None] = queue.Queue(
             _QUEUE_DEPTH
         )
-        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="refsam-writer", daemon=True)
         self._thread.start()
 
@@ -91,51 +104,81 @@ class ResultWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._staging.exists():
-            self._discard()
+        if self._folder.is_open:
+            with postponed():
+                self._discard()
 
     @property
     def frames(self) -> int:
         """Number of frames that are written."""
         return len(self._times)
 
-    def write(self, frame: Frame, masks: np.ndarray, scores: np.ndarray) -> None:
+    def write(self, frame: Frame, masks: np.ndarray, scores: np.ndarray, state: Any = None) -> None:
         """Queue one frame; waits where writing is slower than segmenting.
 
         Args:
             frame: the source's frame.
             masks: ``(E, H, W)`` bool.
             scores: ``(E,)`` in 0..1.
+            state: what the next frame builds on; that of the last frame written is kept for a run that goes on.
+
+        Raises:
+            DiskFullError: no more can be written; `finish` keeps what was.
         """
         while self._error is None:
             try:
-                return self._queue.put((frame, masks, scores), timeout=0.1)
+                return self._queue.put((frame, masks, scores, state), timeout=0.1)
             except queue.Full:
                 continue
         raise self._error
 
-    def finish(self, **facts: Any) -> Path:
-        """Write what is queued, close the video, write ``result.json`` with ``facts`` and rename.
+    def finish(self, *, pack: Callable[[Any], bytes] | None = None, **facts: Any) -> Path:
+        """Write what is queued, close the video, write ``result.json`` with ``facts`` and put all in place.
+
+        Signals that would end the process wait until that is done.
+
+        Args:
+            pack: makes bytes of the last frame's state, for a run that is not complete.
+            facts: what ``result.json`` says besides.
 
         Returns:
             The output folder.
+
+        Raises:
+            DiskFullError: after what could be written was put in place.
         """
-        self._stop()
-        if self._error is not None:
-            raise self._error
-        with _disk_errors(self.out):
-            if self._video is not None:
-                self._video.close()
-            text = _to_json(self._report(facts))
-            (self._staging / "result.json").write_text(text, encoding="utf-8")
-            _replace(self._staging, self.out)
+        with postponed():
+            self._stop()
+            is_full = isinstance(self._error, DiskFullError) and self.frames > 0
+            if self._error is not None and not is_full:
+                raise self._error
+            self._reserve(0)
+            with self._disk_errors():
+                self._close_video(is_full)
+                if is_full:
+                    facts |= {"complete": False, "stopped_by": str(self._error)}
+                report = self._report(facts)
+                for kept in self._kept:
+                    kept.finish(report)
+                text = _to_json(report)
+                # A lone surrogate, from a name that is not UTF-8, becomes JSON's own escape for it.
+                (self._folder.new / RESULT).write_bytes(text.encode("utf-8", "backslashreplace"))
+                if pack is not None and not facts.get("complete", True):
+                    (self._folder.new / RESUME).write_bytes(pack(self._state))
+                self._folder.commit(self._widened())
+        if is_full:
+            raise self._error or AssertionError
         return self.out
 
     def _report(self, facts: dict[str, Any]) -> dict[str, Any]:
         expressions = zip(self._expressions, self._scores, self._areas, strict=True)
+        notes = [*facts.pop("notes", ()), *self._notes]
         return facts | {
+            "notes": list(dict.fromkeys(notes)),
+            "formats": self._formats,
             "frames": self.frames,
             "fps": float(self._fps),
+            "frame_numbers": self._numbers.tolist(),
             "times": [round(time, 6) for time in self._times],
             "expressions": [
                 {"text": text, "scores": scores.tolist(), "areas": areas.tolist()}
@@ -143,30 +186,87 @@ class ResultWriter:
             ],
         }
 
+    def _take_over(self, earlier: dict[str, Any]) -> None:
+        """Begin with the frames of an earlier run."""
+        self._numbers.extend(earlier["frame_numbers"])
+        self._times.extend(earlier["times"])
+        self._notes.extend(earlier["notes"])
+        for scores, areas, expression in zip(
+            self._scores, self._areas, earlier["expressions"], strict=True
+        ):
+            scores.extend(expression["scores"])
+            areas.extend(expression["areas"])
+        for kept in self._kept:
+            kept.take_over(self.out)
+        overlay = self.out / "overlay.mp4"
+        if self._video is not None and overlay.exists() and self._times:
+            self._video.go_on(overlay, self._times[0])
+
+    def _widened(self) -> dict[str, str]:
+        """Files of the earlier run whose numbers need more digits now."""
+        if self._folder.earlier is None:
+            return {}
+        names = list(files_of(self._folder.earlier))
+        numbers = self._numbers.tolist()
+        report = {"formats": self._formats, "expressions": self._expressions}
+        count = len(self._folder.earlier["frame_numbers"])
+        wide = files_of(report | {"frame_numbers": numbers, "frames": len(numbers)}, first=count)
+        return {old: new for old, new in zip(names, wide, strict=True) if old != new}
+
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             if self._error is None:
                 try:
-                    with _disk_errors(self.out):
+                    with self._disk_errors():
                         self._write_frame(*item)
                 except BaseException as error:  # raised again by the next write or by finish
                     self._error = error
 
-    def _write_frame(self, frame: Frame, masks: np.ndarray, scores: np.ndarray) -> None:
+    def _write_frame(self, frame: Frame, masks: np.ndarray, scores: np.ndarray, state: Any) -> None:
         areas = np.count_nonzero(masks, axis=(1, 2))
-        for index, mask in enumerate(masks):
-            path = self._staging / "masks" / f"{index:02d}" / f"{frame.index:05d}.png"
-            path.write_bytes(encode_mask(mask))
-        if self._video is not None:
-            captions = [
-                caption(text, score, area > 0)
-                for text, score, area in zip(self._expressions, scores, areas, strict=True)
-            ]
-            self._video.write(draw_overlay(frame.image, masks, captions), frame.time)
+        try:
+            for kept in self._kept:
+                kept.write(frame.index, frame.image, masks)
+            if self._video is not None:
+                captions = [
+                    caption(text, score, area > 0)
+                    for text, score, area in zip(self._expressions, scores, areas, strict=True)
+                ]
+                self._video.write(draw_overlay(frame.image, masks, captions), frame)
+            self._reserve(_RESERVE + _RESERVE_PER_FRAME * (1 + len(areas)) * self.frames)
+        except OSError:
+            for kept in self._kept:
+                kept.take_back(frame.index)
+            raise
         self._times.append(frame.time)
+        self._numbers.append(frame.index)
         for index, (score, area) in enumerate(zip(scores, areas, strict=True)):
             self._scores[index].append(round(float(score), 4))
             self._areas[index].append(int(area))
+        self._state = state
+
+    def _reserve(self, size: int) -> None:
+        """Keep so many bytes free for the end of the run, in steps; 0 gives all of them back."""
+        path = self._folder.staging / "reserve"
+        if not size:
+            path.unlink(missing_ok=True)
+        elif size - self._reserved >= _RESERVE:
+            with path.open("ab") as file:
+                file.write(bytes(_RESERVE))
+            self._reserved += _RESERVE
+
+    def _close_video(self, is_full: bool) -> None:
+        if self._video is None:
+            return
+        try:
+            self._video.close()
+        except (OSError, av.FFmpegError):
+            if not is_full:
+                raise
+            (self._folder.new / "overlay.mp4").unlink(missing_ok=True)
+            self._notes.append("the disk had no room for the overlay")
+        if self._video.problem is not None:
+            self._notes.append(self._video.problem)
 
     def _stop(self) -> None:
         if self._thread.is_alive():
@@ -178,163 +278,27 @@ class ResultWriter:
         self._stop()
         if self._video is not None:
             self._video.abandon()
-        shutil.rmtree(self._staging, ignore_errors=True)
-        for folder in reversed(self._made):
-            try:
-                folder.rmdir()
-            except OSError:  # somebody else put something there
-                return
+        self._folder.discard()
 
-
-def check_output(out: str | os.PathLike[str], *, overwrite: bool) -> None:
-    """Refuse an output folder before any work is done.
-
-    Raises:
-        UserError: it exists and ``overwrite`` is off, is a file, or cannot be written.
-    """
-    out = Path(out)
-    try:
-        if out.exists() and not out.is_dir():
-            raise UserError(f"{out} exists and is no folder: give a new folder with --out")
-        if out.exists() and not overwrite:
-            raise UserError(
-                f"{out} exists: give a new folder with --out, or --overwrite to replace its results"
-            )
-        nearest = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-        writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written ({error.strerror}): give another folder with --out"
-        ) from error
-    if not writable:
-        raise UserError(
-            f"{out} cannot be written ({nearest} is not a writable folder): give another with --out"
-        )
-
-
-def encode_mask(mask: np.ndarray) -> bytes:
-    """A ``(H, W)`` bool mask as an 8-bit grey PNG of 0 and 255.
-
-    Made by hand: libraries try five filters on each row, which here are none the better for it. Run-length matching is
-    what flat areas need: as fast as level 1 and smaller than level 6.
-    """
-    height, width = mask.shape
-    rows = np.zeros((height, 1 + width), np.uint8)  # each row begins with its filter: none
-    np.negative(mask.view(np.uint8), out=rows[:, 1:])
-    compressor = zlib.compressobj(6, zlib.DEFLATED, strategy=zlib.Z_RLE)
-    pixels = compressor.compress(rows.data) + compressor.flush()
-    header = struct.pack(">2I5B", width, height, 8, 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(*chunk) for chunk in chunks)
-
-
-def _png_chunk(name: bytes, content: bytes) -> bytes:
-    body = name + content
-    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
-
-
-class _OverlayVideo:
-    """H.264 in mp4 with the source's frame times; opened by the first frame, whose size it keeps."""
-
-    def __init__(self, path: Path, fps: Fraction, time_base: Fraction) -> None:
-        self._path = path
-        self._fps = fps
-        self._time_base = time_base if time_base.denominator <= 90000 else _FINEST_TIME_BASE
-        self._container: av.container.OutputContainer | None = None
-        self._last = -1
-
-    def write(self, image: np.ndarray, time: float) -> None:
-        if self._container is None:
-            self._open(*image.shape[:2])
-        picture = av.VideoFrame.from_numpy_buffer(self._fit(image), format="rgb24")
-        self._last = max(self._last + 1, round(time / self._time_base))
-        picture.pts, picture.time_base = self._last, self._time_base
-        self._mux(picture)
-
-    def close(self) -> None:
-        if self._container is not None:
-            self._mux(None)
-            self._container.close()
-
-    def abandon(self) -> None:
-        """Close without caring for the content, which is about to be removed."""
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Turn what the operating system says about a full or vanished disk into one line."""
         try:
-            self.close()
-        except (OSError, av.FFmpegError):  # the full disk that made us give up
-            return
-
-    def _open(self, height: int, width: int) -> None:
-        self._size = height + height % 2, width + width % 2  # 4:2:0 halves the colour planes
-        self._container = av.open(
-            str(self._path), "w", format="mp4", options={"movflags": "+faststart"}
-        )
-        rate = self._fps.limit_denominator(1001)
-        self._stream = self._container.add_stream("libx264", rate=rate)
-        self._stream.options = H264_OPTIONS
-        self._stream.height, self._stream.width = self._size
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.codec_context.time_base = self._time_base
-
-    def _fit(self, image: np.ndarray) -> np.ndarray:
-        """The frame on the video's canvas: odd edges repeated, another size scaled to fit on black."""
-        height, width = self._size
-        if image.shape[:2] == self._size:
-            return image
-        rows, columns = height - image.shape[0], width - image.shape[1]
-        if rows in (0, 1) and columns in (0, 1):
-            return np.pad(image, ((0, rows), (0, columns), (0, 0)), mode="edge")
-        scale = min(height / image.shape[0], width / image.shape[1])
-        size = max(1, int(image.shape[1] * scale)), max(1, int(image.shape[0] * scale))
-        canvas = Image.new("RGB", (width, height))
-        canvas.paste(
-            Image.fromarray(image).resize(size), ((width - size[0]) // 2, (height - size[1]) // 2)
-        )
-        return np.asarray(canvas)
-
-    def _mux(self, picture: av.VideoFrame | None) -> None:
-        assert self._container is not None
-        for packet in self._stream.encode(picture):
-            self._container.mux(packet)
-
-
-@contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """Turn what the operating system says about a full or vanished disk into one line."""
-    try:
-        yield
-    except (OSError, av.FFmpegError) as error:
-        raise UserError(
-            f"{out} cannot be written ({error.strerror or error}): nothing was kept;"
-            " free some space or give another folder with --out"
-        ) from error
+            yield
+        except (OSError, av.FFmpegError) as error:
+            words = error.strerror or error
+            advice = "free some space or give another folder with --out"
+            if error.errno not in _FULL:
+                raise UserError(f"{self.out} cannot be written ({words}): {advice}") from error
+            kept = (
+                f"the {self.frames} frames before are kept" if self.frames else "nothing was kept"
+            )
+            raise DiskFullError(
+                f"{self.out} cannot be written ({words}): {kept}; {advice}"
+            ) from error
 
 
 def _to_json(report: dict[str, Any]) -> str:
     """Indented JSON with each list of numbers on one line."""
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     return re.sub(r"\n *(?=[-\d\]])", " ", text)
-
-
-def _make_folders(out: Path) -> list[Path]:
-    """Make ``out`` and its missing parents; what was made, outermost first."""
-    missing = [path for path in (out, *out.parents) if not path.exists()][::-1]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written ({error.strerror}): give another folder with --out"
-        ) from error
-    return missing
-
-
-def _replace(staging: Path, out: Path) -> None:
-    """Move the outputs from the staging folder into place, aside with those of an earlier run."""
-    old = staging / "old"
-    old.mkdir()
-    for name in reversed(_OUTPUTS):
-        if (out / name).exists():
-            (out / name).rename(old / name)
-    for name in _OUTPUTS:
-        if (staging / name).exists():
-            (staging / name).rename(out / name)
-    shutil.rmtree(staging)

@@ -256,7 +256,7 @@ def test_damaged_frame_keeps_what_was_done(checkpoint: Path, tmp_path: Path, out
     result = segment(source, out, "--checkpoint", checkpoint)
     report = json.loads((out / "result.json").read_text())
     frames = report["frames"]
-    assert 15 < frames < 45
+    assert 10 < frames < 45
     says(
         result,
         f"frame {frames} of {source} cannot be decoded",
@@ -315,9 +315,8 @@ def test_interrupt_keeps_what_is_finished(checkpoint: Path, tmp_path: Path, out:
         # A shell's background jobs ignore interrupts, and so would what they start.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    masks = out / ".refsam-unfinished" / "masks" / "00"
     deadline = time.monotonic() + 60
-    while not (masks.is_dir() and len(list(masks.iterdir())) > 20):
+    while len(list(out.glob(".refsam-unfinished-*/new/masks/00/*.png"))) <= 20:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
@@ -334,4 +333,4 @@ def test_interrupt_keeps_what_is_finished(checkpoint: Path, tmp_path: Path, out:
         Image.open(path).load()
     with av.open(str(out / "overlay.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == report["frames"]
-    assert not (out / ".refsam-unfinished").exists()
+    assert not list(out.glob(".refsam-unfinished*"))

@@ -1,5 +1,6 @@
 """What is written reads back exactly; what is not finished leaves nothing behind."""
 
+import contextlib
 import errno
 import json
 import os
@@ -14,6 +15,7 @@ from PIL import Image
 
 from refsam.errors import UserError
 from refsam.video import Frame, ResultWriter
+from refsam.video.writer import DiskFullError
 from tests.video.clips import picture
 
 FPS = Fraction(25)
@@ -135,9 +137,10 @@ def test_unfinished_run_leaves_nothing(tmp_path: Path) -> None:
 
 def test_existing_folder_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="out exists: give a new folder with --out, or --overwrite"):
         open_writer(tmp_path / "out")
-    assert remains(tmp_path / "out") == []
+    assert remains(tmp_path / "out") == ["notes.txt"]
 
 
 def test_overwrite_replaces_results_only_and_only_when_finished(tmp_path: Path) -> None:
@@ -172,18 +175,25 @@ def test_folder_that_cannot_be_written() -> None:
         open_writer(Path("/proc/refsam-out"))
 
 
-def test_full_disk_while_writing_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = 0
-    really_write = Path.write_bytes
+def fill_disk_after(monkeypatch: pytest.MonkeyPatch, masks: int) -> None:
+    """From that many masks on, none can be written; what gives space back makes room for other files."""
+    really_write, written = Path.write_bytes, 0
 
     def write_bytes(path: Path, data: bytes) -> int:
         nonlocal written
-        written += 1
-        if written > 3:
+        written += path.suffix == ".png"
+        if path.suffix == ".png" and written > masks:
+            really_write(path, data[:7])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return really_write(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
+
+
+def test_full_disk_before_the_first_frame_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_disk_after(monkeypatch, 1)
     with (
         pytest.raises(UserError, match=r"cannot be written \(No space left on device\): nothing"),
         open_writer(tmp_path / "out") as writer,
@@ -191,6 +201,26 @@ def test_full_disk_while_writing_masks(tmp_path: Path, monkeypatch: pytest.Monke
         write(writer, 5)
         writer.finish()
     assert remains(tmp_path) == []
+
+
+@pytest.mark.parametrize("overlay", [True, False])
+def test_full_disk_keeps_what_was_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlay: bool
+) -> None:
+    fill_disk_after(monkeypatch, 7)  # the fourth frame's second mask has no room
+    out = tmp_path / "out"
+    with open_writer(out, overlay=overlay) as writer:
+        with contextlib.suppress(DiskFullError):
+            write(writer, 9)
+        with pytest.raises(DiskFullError, match="the 3 frames before are kept"):
+            writer.finish(complete=True)
+    report = json.loads((out / "result.json").read_text())
+    assert (report["frames"], report["complete"]) == (3, False)
+    assert "No space left" in report["stopped_by"]
+    for expression in ("00", "01"):
+        assert remains(out / "masks" / expression) == [f"{index:05d}.png" for index in range(3)]
+    assert (out / "overlay.mp4").exists() == overlay
+    assert not [name for name in remains(out) if name.startswith(".")]
 
 
 def test_writing_waits_for_the_disk_instead_of_filling_memory(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from refsam.cli.evaluate.problems import listing_problems
-from refsam.cli.options import DeviceOption, DtypeOption, ModelChoice, with_model
+from refsam.cli.options import DeviceOption, DtypeOption, ModelChoice, grouped
 from refsam.cli.progress import progress
 from refsam.errors import UserError
 from refsam.runtime.device import check_names, choose_device, choose_dtype, choose_encoder_dtype
@@ -53,7 +53,7 @@ ProcessesOption = Annotated[
 ]
 
 
-@with_model
+@grouped
 def ref_davis17(
     root: RootOption,
     out: RunFolderOption,
@@ -104,7 +104,7 @@ def _per_expression(
 ) -> Callable[..., None]:
     """The command of a dataset whose expressions are scored one by one; `folder` is where its server wants the masks."""
 
-    @with_model
+    @grouped
     def command(
         root: RootOption,
         out: RunFolderOption,
@@ -149,7 +149,7 @@ mevis = _per_expression(
 )
 
 
-@with_model
+@grouped
 def refcoco(
     root: RootOption,
     out: RunFolderOption,
@@ -195,7 +195,7 @@ def refcoco(
     _run(benchmark, rules, out, model, device, dtype, missing, 1)
 
 
-@with_model
+@grouped
 def long_rvos(
     root: RootOption,
     out: RunFolderOption,
@@ -221,7 +221,7 @@ def long_rvos(
     _run(benchmark, find_rules(inference), out, model, device, dtype, missing, 1)
 
 
-@with_model
+@grouped
 def folder(
     root: RootOption,
     out: RunFolderOption,

@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 from refsam import __version__
-from refsam.cli.options import ModelChoice, with_model
+from refsam.cli.options import ModelChoice, grouped
 from refsam.cli.progress import progress
 
 
-@with_model
+@grouped
 def generated(
     model: ModelChoice,
     clips: Annotated[
