@@ -70,7 +70,7 @@ def test_missing_video_is_named_and_the_others_go_on(
     assert f"refsam: {missing} does not exist" in result.stderr
     assert "1 of 3 videos could not be segmented" in result.stderr.splitlines()[-1]
     assert "2 videos segmented, 0 done before" in result.stdout
-    assert sorted(path.name for path in out.iterdir()) == ["a", "b"]
+    assert sorted(path.name for path in out.iterdir()) == ["a", "b", "videos.json"]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,8 @@ def test_interrupted_run_says_how_to_go_on(
     result = run(checkpoint, first, second, "--text", "dog", "--out", tmp_path / "out")
     assert result.exit_code == 130
     assert "interrupted; 1 of the videos are done" in result.stderr.splitlines()[-1]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [first.stem]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [first.stem, "videos.json"]
     monkeypatch.undo()
     result = run(checkpoint, first, second, "--text", "dog", "--out", tmp_path / "out")
     assert "1 videos segmented, 1 done before" in result.stdout

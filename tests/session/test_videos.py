@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from refsam import RefSAM, VideoSession
 from refsam.errors import UserError
 from refsam.session import Shard, VideoOutcome, segment_videos
-from refsam.video import open_source
+from refsam.video import Frame, ResultWriter, open_source
 from tests.tiny_model import tiny_model
 from tests.video.clips import picture, write_video
 
@@ -98,6 +99,55 @@ def test_videos_of_one_name(model: RefSAM, tmp_path: Path) -> None:
     assert sorted(outcome.folder.name for outcome in outcomes) == ["clip", "clip-2"]
 
 
+def test_names_are_unique_and_stay(model: RefSAM, tmp_path: Path) -> None:
+    """`a-2` is taken, endings differ, folders have dots in their names, and a later run has more videos in another order."""
+    names = ("a.mkv", "a.mp4", "a-2.mp4", "A.mov", "v1.0", "v1.1")
+    paths = []
+    for name in names:
+        path = tmp_path / name
+        if "." in name[-4:-2]:
+            write_video(path, frames=1)
+        else:
+            path.mkdir()
+            Image.fromarray(picture(0)).save(path / "0.png")
+        paths.append(path)
+    out = tmp_path / "out"
+    first = segment_videos(model, paths[1:4], TEXTS, out, overlay=False)
+    folders = {outcome.source: outcome.folder for outcome in first}
+    outcomes = segment_videos(model, paths, TEXTS, out, overlay=False)
+    assert len({outcome.folder.name.casefold() for outcome in outcomes}) == len(paths)
+    assert all(outcome.problem is None for outcome in outcomes)
+    for outcome in outcomes:
+        assert outcome.was_done == (outcome.source in folders)
+        assert folders.get(outcome.source, outcome.folder) == outcome.folder
+        assert json.loads((outcome.folder / "result.json").read_text())["source"] == outcome.source
+    known = json.loads((out / "videos.json").read_text())["videos"]
+    assert {entry["source"]: entry["folder"] for entry in known} == {
+        outcome.source: outcome.folder.name for outcome in outcomes
+    }
+    assert {o.folder.name for o in outcomes} >= {"v1.0", "v1.1"}
+
+
+def test_what_another_process_is_doing_is_left_to_it(
+    model: RefSAM, videos: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with ResultWriter(out / "a", TEXTS, fps=Fraction(25), time_base=Fraction(1, 25)) as other:
+        outcomes = segment_videos(model, videos[:2], TEXTS, out)
+        assert {o.folder.name: o.is_busy for o in outcomes} == {"a": True, "b": False}
+        assert list((out / "a").glob(".refsam-unfinished-*"))
+        other.write(Frame(0, 0.0, picture(0)), np.zeros((2, 48, 64), bool), np.zeros(2))
+        other.finish()
+    assert json.loads((out / "a" / "result.json").read_text())["frames"] == 1
+
+
+def test_a_source_is_never_overwritten(model: RefSAM, videos: list[Path], tmp_path: Path) -> None:
+    """The results of the folder `d` would come into it."""
+    (outcome,) = segment_videos(model, [videos[3]], TEXTS, tmp_path)
+    assert "lies in" in (outcome.problem or "")
+    assert sorted(path.name for path in videos[3].iterdir()) == ["0.png", "1.png", "2.png"]
+
+
 def test_done_videos_are_skipped(model: RefSAM, videos: list[Path], tmp_path: Path) -> None:
     out, seen = tmp_path / "out", list[VideoOutcome]()
     segment_videos(model, videos[:2], TEXTS, out)
@@ -107,7 +157,7 @@ def test_done_videos_are_skipped(model: RefSAM, videos: list[Path], tmp_path: Pa
     assert {o.folder.name: o.was_done for o in outcomes} == {n: n in "ab" for n in "abcd"}
     assert seen == outcomes
     assert {file: file.stat().st_mtime_ns for file in times} == times
-    assert not list(out.rglob(".refsam-unfinished"))
+    assert not list(out.rglob(".refsam*"))
 
 
 def test_other_settings_are_refused(model: RefSAM, videos: list[Path], tmp_path: Path) -> None:
@@ -193,7 +243,7 @@ def test_killed_run_goes_on(model: RefSAM, tmp_path: Path) -> None:
     assert "short" in {o.folder.name for o in outcomes if o.was_done}
     for video in videos:
         assert_as_alone(model, video, out / video.stem)
-    assert not list(out.rglob(".refsam-unfinished"))
+    assert not list(out.rglob(".refsam*"))
 
 
 def test_bad_arguments(model: RefSAM, videos: list[Path], tmp_path: Path) -> None:
