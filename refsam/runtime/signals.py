@@ -113,7 +113,7 @@ def defer_interrupts() -> Iterator[Callable[[], None]]:
     Raised at any instruction, they can come between the taking of a queue's lock and the block that gives it back: then
     threads wait for each other for ever. Outside the main thread, and where they are ignored, nothing changes.
     """
-    heeded = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    heeded = [n for n in ENDING if signal.getsignal(n) not in (signal.SIG_IGN, None)]
     with StopRequest(heeded) as request:
 
         def check() -> None:

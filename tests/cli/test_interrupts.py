@@ -4,12 +4,22 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Iterator
 
 import pytest
 
-from refsam.runtime.signals import defer_interrupts
+from refsam.runtime.signals import Terminated, defer_interrupts, termination_interrupts
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a process cannot interrupt itself")
+
+
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """Ctrl-C is heeded as usual: nohup and a shell's background jobs ignore it, and so would what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupt() -> None:
@@ -34,6 +44,22 @@ def test_a_second_interrupt_is_raised_at_once() -> None:
             interrupt()
     with pytest.raises(KeyboardInterrupt):
         interrupt()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_termination_waits_too_and_says_what_it_was(number: signal.Signals) -> None:
+    with defer_interrupts() as check:
+        os.kill(os.getpid(), number)
+        with pytest.raises(Terminated, match=f"ended by {number.name}"):
+            check()
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_termination_interrupts_at_once_where_nothing_is_deferred() -> None:
+    with pytest.raises(Terminated), termination_interrupts():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_ignored_interrupts_stay_ignored() -> None:
