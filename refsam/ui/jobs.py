@@ -20,7 +20,7 @@ from refsam.runtime.device import autocast
 from refsam.ui.downloads import write_zip
 from refsam.ui.uploads import Limits, open_upload
 from refsam.video import Frame, FrameDecodeError, FrameSource, ResultWriter, draw_overlay, prefetch
-from refsam.video.overlay import caption
+from refsam.video.captions import caption
 
 if TYPE_CHECKING:
     import torch
@@ -227,8 +227,10 @@ class Job:
     def _draw(self, frame: Frame, masks: np.ndarray, scores: np.ndarray) -> bytes:
         """The frame with its masks, as JPEG of at most `_PREVIEW_SIDE` pixels."""
         captions = [
-            caption(text, score, bool(mask.any()))
-            for text, score, mask in zip(self.expressions, scores, masks, strict=True)
+            caption(text, score, bool(mask.any()), number)
+            for number, (text, score, mask) in enumerate(
+                zip(self.expressions, scores, masks, strict=True)
+            )
         ]
         image, small = _shrink(frame.image, masks, _PREVIEW_SIDE)
         return encode_jpeg(draw_overlay(image, small, captions))

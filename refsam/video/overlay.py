@@ -2,10 +2,10 @@
 
 import colorsys
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+
+from refsam.video.captions import draw_captions
 
 # Far apart in hue and in lightness; after these, hues by the golden ratio never repeat closely.
 _PALETTE = (
@@ -18,7 +18,6 @@ _PALETTE = (
     (45, 212, 224),
     (255, 122, 190),
 )
-_CAPTION_BACKGROUND = (24, 24, 28)
 
 
 def expression_colour(index: int) -> tuple[int, int, int]:
@@ -27,11 +26,6 @@ def expression_colour(index: int) -> tuple[int, int, int]:
         return _PALETTE[index]
     red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1.0, 0.9, 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def caption(text: str, score: float, visible: bool) -> str:
-    """What is written about one expression in one frame: its text and score (0..1), or that its object is not in view."""
-    return f"{text}   {score:.2f}" if visible else f"{text}   not in view"
 
 
 def draw_overlay(
@@ -63,7 +57,8 @@ def draw_overlay(
         if box is not None:
             _draw_mask(canvas[box], mask[box], expression_colour(index), thickness)
     if captions is not None:
-        _draw_captions(canvas, captions, [box is not None for box in boxes])
+        colours = map(expression_colour, range(len(captions)))
+        draw_captions(canvas, captions, colours, [box is not None for box in boxes])
     return canvas
 
 
@@ -106,50 +101,3 @@ def _erode(mask: np.ndarray, steps: int) -> np.ndarray:
         smaller[:, :-1] &= inner[:, 1:]
         inner = smaller
     return inner
-
-
-def _draw_captions(canvas: np.ndarray, captions: Sequence[str], visible: Sequence[bool]) -> None:
-    height, width = canvas.shape[:2]
-    size = max(10, round(min(height, width) / 28))
-    margin = size // 2
-    top = margin
-    for index, (text, bright) in enumerate(zip(captions, visible, strict=True)):
-        label = _caption(text, expression_colour(index), bright, size, width - 2 * margin)
-        if label is None or top + len(label) > height:
-            return
-        area = canvas[top : top + len(label), margin : margin + label.shape[1]]
-        # Three quarters of the label, one of the picture, so that what lies behind stays visible.
-        area[:] = (area >> 2) + label
-        top += len(label) + margin // 2
-
-
-@lru_cache(maxsize=64)
-def _caption(
-    text: str, colour: tuple[int, int, int], bright: bool, size: int, max_width: int
-) -> np.ndarray | None:
-    """Three quarters of a caption's brightness, ``(h, w, 3)`` uint8; None where there is no room."""
-    font = ImageFont.load_default(size)
-    padding, swatch = size // 2, size // 2
-    room = max_width - 3 * padding - swatch
-    if room < size:
-        return None
-    text = _shorten(text, font, room)
-    width = round(font.getlength(text)) + 3 * padding + swatch
-    label = Image.new("RGB", (width, 2 * size), _CAPTION_BACKGROUND)
-    draw = ImageDraw.Draw(label)
-    dim = 1.0 if bright else 0.5
-    fill = tuple(round(dim * value) for value in colour)
-    top = size - swatch // 2
-    draw.rectangle((padding, top, padding + swatch - 1, top + swatch - 1), fill=fill)
-    ink = (255, 255, 255) if bright else (150, 150, 150)
-    draw.text((2 * padding + swatch, size), text, font=font, fill=ink, anchor="lm")
-    pixels = np.asarray(label)
-    return (pixels >> 1) + (pixels >> 2)
-
-
-def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> str:
-    if font.getlength(text) <= room:
-        return text
-    while text and font.getlength(text + "...") > room:
-        text = text[:-1]
-    return text.rstrip() + "..."

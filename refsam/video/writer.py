@@ -18,9 +18,10 @@ import numpy as np
 
 from refsam.errors import UserError
 from refsam.runtime.signals import postponed
+from refsam.video.captions import caption
 from refsam.video.frames import Frame
 from refsam.video.mask_formats import check_formats, files_of, mask_format
-from refsam.video.overlay import caption, draw_overlay
+from refsam.video.overlay import draw_overlay
 from refsam.video.overlay_video import OverlayVideo
 from refsam.video.run_folder import RESULT, RESUME, RunFolder
 
@@ -229,8 +230,10 @@ class ResultWriter:
                 kept.write(frame.index, frame.image, masks)
             if self._video is not None:
                 captions = [
-                    caption(text, score, area > 0)
-                    for text, score, area in zip(self._expressions, scores, areas, strict=True)
+                    caption(text, score, area > 0, number)
+                    for number, (text, score, area) in enumerate(
+                        zip(self._expressions, scores, areas, strict=True)
+                    )
                 ]
                 self._video.write(draw_overlay(frame.image, masks, captions), frame)
             self._reserve(_RESERVE + _RESERVE_PER_FRAME * (1 + len(areas)) * self.frames)

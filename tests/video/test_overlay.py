@@ -1,11 +1,14 @@
 """The overlay tints what is masked, leaves the rest, and tells expressions apart."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis.extra import numpy as arrays
 
-from refsam.video import draw_overlay
+from refsam.video import captions, draw_overlay
+from refsam.video.captions import caption
 from refsam.video.overlay import expression_colour
 
 
@@ -81,3 +84,43 @@ def test_rejects_shapes_that_do_not_belong_together() -> None:
         draw_overlay(image, np.zeros((1, 5, 4), bool))
     with pytest.raises(ValueError, match="captions: got 2, want 1"):
         draw_overlay(image, np.zeros((1, 4, 5), bool), ["a", "b"])
+
+
+# Letters
+
+
+def label(text: str) -> np.ndarray:
+    return draw_overlay(
+        np.zeros((120, 400, 3), np.uint8), np.ones((1, 120, 400), bool), [caption(text, 0.5, True)]
+    )[:24]
+
+
+@pytest.fixture
+def fonts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The folders in which fonts are looked for, to be changed."""
+    folders: list[str] = []
+    monkeypatch.setattr(captions, "_FONT_FOLDERS", folders)
+    caches = (captions._installed, captions._font_with, captions._printable, captions._label)
+    for cache in caches:
+        cache.cache_clear()
+    yield folders
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_letters_come_from_a_font_that_has_them(fonts: list[str]) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    fonts.append(f"{matplotlib.get_data_path()}/fonts/ttf")
+    assert caption("красная чашка", 0.5, True) == "красная чашка   0.50"
+    different = (label("красная") != label("зелёная")).any()
+    assert different  # boxes in place of letters are all the same
+
+
+def test_letters_that_no_font_has_give_way_to_the_number(fonts: list[str]) -> None:
+    assert caption("赤いカップ", 0.5, True, 3) == "expression 3   0.50"
+
+
+def test_line_breaks_and_control_characters_do_not_spill(fonts: list[str]) -> None:
+    assert caption("the\nred\t\r\n cup\x07", 0.5, True) == "the red cup   0.50"
+    changed = (label("the red\ncup\nand\nmore") != label("")).any(axis=(1, 2))
+    assert changed[:20].any()
