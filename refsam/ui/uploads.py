@@ -12,7 +12,7 @@ from refsam.video import FrameSource, ReadOptions, open_source
 
 # Files that name other files (playlists, lists of clips, PostScript) are not among them: nobody may read with their help.
 _CONTAINERS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,ogg,asf,h264,hevc,mjpeg"
-_IMAGES = ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+_IMAGES = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
 
 
 @dataclass(frozen=True)

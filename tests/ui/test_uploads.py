@@ -122,3 +122,19 @@ def test_reads_one_expression_per_line() -> None:
 def test_refuses_expressions(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_expressions(text, LIMITS)
+
+
+def test_every_frame_is_measured_not_the_header_alone(root: Path) -> None:
+    """H.264 may grow in mid-stream."""
+    parts = [
+        write_video(root / "part.h264", frames=2, size=size).read_bytes()
+        for size in ((48, 64), (240, 320))
+    ]
+    (root / "clip.h264").write_bytes(b"".join(parts))
+    with open_upload(root / "clip.h264", root, Limits(pixels=9000)) as source:
+        frames = iter(source)
+        assert next(frames).image.shape == (48, 64, 3)
+        with pytest.raises(UserError):
+            list(frames)
+    with open_upload(root / "clip.h264", root, LIMITS) as source:
+        assert [frame.image.shape[0] for frame in source][-1] == 240
