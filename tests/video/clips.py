@@ -55,7 +55,8 @@ def encode_video(
         if rotation:
             stream.set_display_rotation(rotation)
         for index, image in enumerate(images):
-            stream.height, stream.width = image.shape[:2]
+            if index == 0:
+                stream.height, stream.width = image.shape[:2]
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             if times is not None:
                 frame.pts, frame.time_base = times[index], Fraction(1, 1000)
