@@ -114,3 +114,21 @@ def encode_text(
     with progress("encoding", None, "sentences") as advance:
         new = run(settings, advance)
     typer.echo(f"{new} sentences encoded, those before kept: {settings.text_cache}")
+
+
+@app.command()
+def show(
+    config: Annotated[Path, typer.Argument(help="YAML file of a training run.")],
+    out: Annotated[Path, typer.Option("--out", help="The HTML file to write.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Entries to change.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="How many steps to show the clips of.", min=1)] = 8,
+) -> None:
+    """Show what a run trains on, after augmentation: clips with their masks and sentences, as one page."""
+    from refsam.training.samples import write_page
+    from refsam.training.settings import TrainingSettings
+
+    settings = TrainingSettings.from_yaml(config, overrides or ())
+    count = write_page(settings, out, min(steps, sum(stage.steps for stage in settings.stages)))
+    typer.echo(f"{count} clips: {out}")

@@ -1,0 +1,83 @@
+"""What a run trains on, as a page to look at: clips, masks and sentences after augmentation."""
+
+import base64
+import io
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from refsam.checkpoint import read_checkpoint, resolve_directory
+from refsam.data.colour import adjust_colour
+from refsam.runtime.files import replace_file
+from refsam.training.batches import (
+    DatasetStream,
+    GeneratedStream,
+    TrainingBatch,
+    batches,
+    open_datasets,
+    open_photographs,
+)
+from refsam.training.settings import TrainingSettings
+from refsam.video.overlay import draw_overlay
+
+_HEAD = (
+    "<!doctype html><meta charset=utf-8><title>training clips</title>"
+    "<style>body{font:15px sans-serif;margin:2em}img{max-width:100%}li{margin:.2em}</style>"
+)
+
+
+def write_page(settings: TrainingSettings, path: Path, steps: int) -> int:
+    """Draw the clips of a run's first steps into one HTML file, which needs no network; returns their number.
+
+    Each clip is its frames side by side with the masks of all of its sentences. Raises DataError as training does.
+    """
+    datasets = open_datasets(settings)
+    size = _image_size(settings)
+    stream = (
+        DatasetStream(settings, datasets)
+        if datasets
+        else GeneratedStream(settings, size, 1, open_photographs(settings.data.photographs))
+    )
+    parts, count = [_HEAD], 0
+    for step, batch in enumerate(batches(stream, 0, steps, workers=0)):
+        for index in range(len(batch.clips.names)):
+            parts.append(_section(batch, index, step))
+            count += 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, "\n".join(parts).encode())
+    return count
+
+
+def _image_size(settings: TrainingSettings) -> int:
+    """The size that the model sees frames at, in pixels."""
+    if settings.init_from is None:
+        return settings.architecture.image_encoder.image_size
+    stored = read_checkpoint(resolve_directory(settings.init_from))
+    return settings.changed_architecture(stored.config).image_encoder.image_size
+
+
+def _section(batch: TrainingBatch, index: int, step: int) -> str:
+    clips = batch.clips
+    height, width = clips.sizes[index]
+    frames = clips.frames[index : index + 1, :, :height, :width]
+    if clips.colour is not None:
+        frames = adjust_colour(frames, clips.colour[index : index + 1], ((height, width),))
+    pixels = frames[0].numpy()
+    masks = clips.masks[index, :, :, :height, :width].numpy() == 1
+    texts = clips.texts[index]
+    shown = [draw_overlay(pixels[t], masks[:, t], texts) for t in range(len(pixels))]
+    lines = "".join(
+        f"<li>{escape(text)}: {100 * mask.mean():.2f} % of the pixels</li>"
+        for text, mask in zip(texts, masks, strict=True)
+    )
+    name = escape(clips.names[index])
+    return f"<h3>step {step}: {name}</h3><img src='{_picture(shown)}'><ul>{lines}</ul>"
+
+
+def _picture(frames: list[NDArray[np.uint8]]) -> str:
+    content = io.BytesIO()
+    Image.fromarray(np.concatenate(frames, axis=1)).save(content, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
