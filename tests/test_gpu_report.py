@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_report import __main__ as command
-from benchmarks.gpu_report import rows, wheels
+from benchmarks.gpu_report import parcel, rehearsed, rows, wheels
 from benchmarks.gpu_report.runner import Runner, interpreter
 from benchmarks.gpu_report.stages import FIRST, STAGES, Stage, Task
 from benchmarks.gpu_report.stand_in import rehearsal_environment, shortened
@@ -238,3 +238,50 @@ def test_a_planted_failure_comes_after_the_first_row(
         PlantedRows(tmp_path / "rows.jsonl", "stage", "task").write(value=1)
     assert json.loads((tmp_path / "rows.jsonl").read_text())["value"] == 1
     assert os.environ["REFSAM_REPORT_PLANT"] == "fail"
+
+
+def test_the_parcel_holds_wheels_and_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(parcel.subprocess, "run", lambda command, check: commands.append(command))
+
+    def build_all(target: Path) -> None:
+        assert os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0"
+        (target / "_C_cuda.so").write_bytes(b"library")
+
+    monkeypatch.setattr(parcel.build, "build_all", build_all)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
+    monkeypatch.setenv("REFSAM_BUILD_CUDA", "")
+    assert parcel.main([str(tmp_path / "parcel")]) == 0
+    assert commands[0][1:4] == ["-m", "pip", "download"]
+    assert "pydantic-core" in commands[0]
+    printed = capsys.readouterr().out
+    assert "libraries/_C_cuda.so" in printed
+    assert "make gpu-report REFSAM_PYTHON=python3" in printed
+
+
+def rehearsed_rows(folder: Path, *outcomes_of: str) -> None:
+    folder.mkdir(parents=True)
+    for name in rehearsed.FILES:
+        (folder / name).touch()
+    for name in outcomes_of:
+        rows.Rows(folder / "rows.jsonl", "stage", "task").write(value=1)
+        rows.Rows(folder / "rows.jsonl", "stage", "task").write(outcome=name)
+
+
+def test_a_rehearsal_is_judged_by_its_files_and_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rehearsed_rows(tmp_path / "out", "done")
+    rehearsed_rows(tmp_path / "out" / "fail", "failed: exit code 1: planted failure")
+    rehearsed_rows(tmp_path / "out" / "hang", "killed at its limit of 45 s")
+    assert rehearsed.main(tmp_path / "out") == 0
+    rows.Rows(tmp_path / "out" / "rows.jsonl", "stage", "task").write(wrong="off")
+    rows.Rows(tmp_path / "out" / "fail" / "rows.jsonl", "stage", "other").write(outcome="done")
+    (tmp_path / "out" / "hang" / "summary.txt").unlink()
+    assert rehearsed.main(tmp_path / "out") == 1
+    printed = capsys.readouterr().out
+    assert "stage/task: off" in printed
+    assert "stage/other: done, no row" in printed
+    assert "no summary.txt" in printed
