@@ -3,7 +3,6 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is one of `_TABLES`.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -11,10 +10,13 @@ from typing import Any
 
 import yaml
 
+from benchmarks.report.results import machine_of, read_result, read_rows
+from benchmarks.report.speed_tables import evf_cpu, speed_cpu
+
 ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parents[1] / "results"
 PAGES = (
     "README.md",
+    "docs/evf_sam.md",
     "docs/status.md",
     "docs/performance.md",
     "docs/training.md",
@@ -33,50 +35,35 @@ def _table(name: str) -> str:
     return _TABLES[name]()
 
 
-def _result(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def _rows(name: str) -> list[dict[str, Any]]:
-    lines = (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def _machine(origin: dict[str, Any], unit: str) -> str:
-    """Processor, how many `unit` ("cores", "threads") a run used, and its torch."""
-    count = origin["hardware"]["cores"] if unit == "cores" else origin["threads"]
-    return f"{origin['hardware']['processor']}, {count} {unit}, torch {origin['versions']['torch']}"
-
-
 def _nano_generated() -> str:
     from refsam.evaluation.runners.generated import table
 
-    return table(_result("nano_generated")["summary"])
+    return table(read_result("nano_generated")["summary"])
 
 
 def _nano_real_clips() -> str:
     from benchmarks.end_to_end.real_clips import table
 
-    result = _result("nano_real_clips")
+    result = read_result("nano_real_clips")
     lines = [table(result["before"], result["now"]), ""]
     lines.append(f"Before: commit {result['base'][:7]}; now: {result['commit'][:7]}.")
     return "\n".join(lines)
 
 
 def _segment_nano_cpu() -> str:
-    speed = _result("segment_nano_cpu")
+    speed = read_result("segment_nano_cpu")
     medians = speed["medians"]
     rows = [
         ("`refsam segment`, 720p, frames/s", medians["frames_per_second"]),
         ("first mask after the command, s", medians["first_mask_seconds"]),
     ]
     lines = ["| | measured |", "|---|--:|", *(f"| {what} | {got:.3g} |" for what, got in rows)]
-    conditions = f"{_machine(speed, 'cores')}, one expression, default settings, medians of {len(speed['runs'])} runs."
+    conditions = f"{machine_of(speed, 'cores')}, one expression, default settings, medians of {len(speed['runs'])} runs."
     return "\n".join([*lines, "", conditions])
 
 
 def _encoder_cpu() -> str:
-    rows = _rows("encoder_cpu")
+    rows = read_rows("encoder_cpu")
     baseline = {row["dtype"]: row for row in rows if row["name"] == "segment-anything"}
     lines = [
         "| | | median (p20 to p80), s | against segment-anything | memory, MiB | against it | error |",
@@ -84,7 +71,7 @@ def _encoder_cpu() -> str:
         *(_encoder_line(row, baseline[row["dtype"]]) for row in rows),
     ]
     origin = rows[0]["provenance"]
-    machine = _machine(origin, "threads")
+    machine = machine_of(origin, "threads")
     what = (
         f"{origin['model']}, {origin['image_size']} pixels, one image, {rows[0]['rounds']} rounds"
     )
@@ -105,7 +92,7 @@ def _encoder_line(row: dict[str, Any], baseline: dict[str, Any]) -> str:
 
 def _integrations_cpu() -> str:
     """Each library's encoder before and after `optimize()`, by the best backend."""
-    rows = {(row["name"], row["dtype"]): row for row in _rows("integrations_cpu")}
+    rows = {(row["name"], row["dtype"]): row for row in read_rows("integrations_cpu")}
     lines = [
         "| image encoder of | dtype | before, s | after, s | as fast | memory, MiB | after |",
         "|---|---|--:|--:|--:|--:|--:|",
@@ -116,7 +103,7 @@ def _integrations_cpu() -> str:
             lines.append(f"| {name} | {dtype} | {_before_and_after(before, after)} |")
     origin = next(iter(rows.values()))["provenance"]
     what = f"{origin['model']}, {origin['image_size']} pixels, one image"
-    machine = f"{_machine(origin, 'threads')}, commit {origin['commit'][:7]}"
+    machine = f"{machine_of(origin, 'threads')}, commit {origin['commit'][:7]}"
     return "\n".join([*lines, "", f"{what}, {machine}. Memory is that above the weights."])
 
 
@@ -131,7 +118,7 @@ def _before_and_after(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def _operators_cpu() -> str:
-    rows = _rows("rel_pos_attention_cpu") + _rows("masks_cpu")
+    rows = read_rows("rel_pos_attention_cpu") + read_rows("masks_cpu")
     lines = [
         "| | | median (p20 to p80), ms | against the first | memory, MiB |",
         "|---|---|--:|--:|--:|",
@@ -142,7 +129,7 @@ def _operators_cpu() -> str:
         ),
     ]
     origin = rows[0]["provenance"]
-    machine = _machine(origin, "threads")
+    machine = machine_of(origin, "threads")
     return "\n".join(
         [
             *lines,
@@ -153,7 +140,7 @@ def _operators_cpu() -> str:
 
 
 def _ui_cpu() -> str:
-    result = _result("ui_cpu")
+    result = read_result("ui_cpu")
     medians = result["medians"]
     lines = [
         "| | measured |",
@@ -162,35 +149,35 @@ def _ui_cpu() -> str:
         f"| first overlay of a 720p clip after the button, s | {medians['first_overlay_seconds']:.2f} |",
         f"| model loaded after `refsam ui`, s | {medians['model_seconds']:.2f} |",
         "",
-        f"{_machine(result, 'cores')}, the browser on the same machine, medians of {len(result['runs'])} runs.",
+        f"{machine_of(result, 'cores')}, the browser on the same machine, medians of {len(result['runs'])} runs.",
     ]
     return "\n".join(lines)
 
 
 def _frame_cpu() -> str:
-    result = _result("frame_cpu")
+    result = read_result("frame_cpu")
     before, after = result["medians"]["before"], result["medians"]["after"]
     lines = ["| core-milliseconds of a frame | before | after |", "|---|--:|--:|"]
     lines += [f"| {name} | {before[name]:.1f} | {after[name]:.1f} |" for name in before]
     what = f"nano, one expression, 720p, medians of {len(result['rounds']['after'])} rounds"
     commits = f"commits {result['base'][:7]} and {result['commit'][:7]}"
-    return "\n".join([*lines, "", f"{what}, {_machine(result, 'cores')}, {commits}."])
+    return "\n".join([*lines, "", f"{what}, {machine_of(result, 'cores')}, {commits}."])
 
 
 def _memory_cpu() -> str:
-    result = _result("memory_cpu")
+    result = read_result("memory_cpu")
     rows, growth = result["rows"], result["growth"]["host_mib_for_each_thousand_frames"]
     first, last = rows[min(9, len(rows) - 1)], rows[-1]
     return (
         f"Resident memory after {first['frames']} frames: {first['host_mib']:.0f} MiB; after {last['frames']}: "
         f"{last['host_mib']:.0f} MiB; by least squares {growth:+.2f} MiB for each thousand frames.\n\n"
-        f"nano, two expressions, everything written, {_machine(result, 'cores')}.\n\n"
+        f"nano, two expressions, everything written, {machine_of(result, 'cores')}.\n\n"
         "![Resident memory over the frames](images/memory.svg)"
     )
 
 
 def _loop_cpu() -> str:
-    rows = _rows("loop_cpu")
+    rows = read_rows("loop_cpu")
     lines = [
         "| | dtype | a frame (p20 to p80), s | frames/s | against the loop | encoder, s | decoder, s | rest, % |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
@@ -199,9 +186,7 @@ def _loop_cpu() -> str:
     origin = rows[0]["provenance"]
     height, width = rows[0]["frame_size"]
     what = f"{origin['model']} at {origin['image_size']} pixels, {rows[0]['expressions']} expressions, {width} x {height}"
-    machine = (
-        f"{rows[0]['rounds']} rounds, {_machine(origin, 'threads')}, commit {origin['commit'][:7]}"
-    )
+    machine = f"{rows[0]['rounds']} rounds, {machine_of(origin, 'threads')}, commit {origin['commit'][:7]}"
     return "\n".join([*lines, "", f"{what}, {machine}."])
 
 
@@ -218,7 +203,7 @@ def _loop_line(row: dict[str, Any]) -> str:
 
 
 def _expressions_cpu() -> str:
-    rows = _rows("expressions_cpu")
+    rows = read_rows("expressions_cpu")
     lines = [
         "| encoder's products | expressions | a frame (p20 to p80), s | times one |",
         "|---|--:|--:|--:|",
@@ -233,19 +218,21 @@ def _expressions_cpu() -> str:
     origin = rows[0]["provenance"]
     what = f"{origin['model']} at {origin['image_size']} pixels, a 720p frame to masks of its size"
     return "\n".join(
-        [*lines, "", f"{what}, {_machine(origin, 'threads')}, commit {origin['commit'][:7]}."]
+        [*lines, "", f"{what}, {machine_of(origin, 'threads')}, commit {origin['commit'][:7]}."]
     )
 
 
 def _bench_cpu() -> str:
-    rows = _rows("bench/cpu")
+    rows = read_rows("bench/cpu")
     lines = [
         "| | | median (p20 to p80), ms | against the first | of the limit | memory, MiB |",
         "|---|---|--:|--:|--:|--:|",
         *(_bench_line(row) for row in rows),
     ]
     origin = rows[0]["provenance"]
-    return "\n".join([*lines, "", f"{_machine(origin, 'threads')}, commit {origin['commit'][:7]}."])
+    return "\n".join(
+        [*lines, "", f"{machine_of(origin, 'threads')}, commit {origin['commit'][:7]}."]
+    )
 
 
 def _bench_line(row: dict[str, Any]) -> str:
@@ -277,7 +264,7 @@ def _errors() -> str:
 
 
 def _cuda_resources() -> str:
-    result = _result("cuda_resources")
+    result = read_result("cuda_resources")
     kernels: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         name = row["kernel"].partition("<")[0]
@@ -301,7 +288,7 @@ def _resources_line(source: str, kernel: str, rows: list[dict[str, Any]]) -> str
 
 
 def _training_cpu() -> str:
-    result = _result("training_cpu")
+    result = read_result("training_cpu")
     baseline = result["rows"][0]
     lines = [
         "| a training step on | median (p20 to p80), s | steps/s | as fast | step, MiB | process, MiB | against the first |",
@@ -309,7 +296,7 @@ def _training_cpu() -> str:
         *(_training_line(row, baseline) for row in result["rows"]),
     ]
     what = f"{result['model']}, {result['image_size']} pixels, one clip of {result['frames']} frames, one sentence, float32"
-    machine = _machine(result, "threads")
+    machine = machine_of(result, "threads")
     return "\n".join([*lines, "", f"{what}, {machine}, commit {result['commit'][:7]}."])
 
 
@@ -331,6 +318,8 @@ def _training_line(row: dict[str, Any], baseline: dict[str, Any]) -> str:
 
 _TABLES = {
     "ui_cpu": _ui_cpu,
+    "speed_cpu": speed_cpu,
+    "evf_cpu": evf_cpu,
     "frame_cpu": _frame_cpu,
     "memory_cpu": _memory_cpu,
     "loop_cpu": _loop_cpu,
