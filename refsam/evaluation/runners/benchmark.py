@@ -33,7 +33,7 @@ from refsam.evaluation.scoring.results import as_json, write_whole
 from refsam.model import PromptedSAM
 from refsam.session import Shard
 from refsam.video import prefetch
-from refsam.video.writer import encode_mask
+from refsam.video.mask_formats import encode_mask
 
 _COMPUTED_TOGETHER = 16
 _Record = Mapping[str, Any]
