@@ -24,6 +24,9 @@ from refsam.runtime.device import check_names
 from refsam.runtime.signals import defer_interrupts, termination_interrupts
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from refsam.data.generated import GeneratedClip
     from refsam.video import Frame
 
@@ -35,6 +38,12 @@ _FPS = Fraction(12)
 def demo(
     out: OutOption = Path("refsam-demo"),
     seed: Annotated[int, typer.Option(help="Another seed draws another clip.")] = 0,
+    photo: Annotated[
+        bool,
+        typer.Option(
+            "--photo", help="A camera over real photographs instead: a cat, a cup, a woman."
+        ),
+    ] = False,
     frames: Annotated[int, typer.Option(min=1, help="Length of the clip.")] = 24,
     checkpoint: CheckpointOption = "nano",
     device: DeviceOption = "auto",
@@ -42,6 +51,8 @@ def demo(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Segment a generated clip with known truth; print J&F, write masks and an overlay.
+
+    With `--photo` a clip of photographs that scikit-image ships, of which no truth is known and nothing is scored.
 
     J is the overlap of mask and truth (intersection over union), F the agreement of their contours, both
     0 to 1, as DAVIS 2017 defines them.
@@ -54,31 +65,38 @@ def demo(
     check_output(out, overwrite=overwrite)
     session, precision = load_session(ModelChoice(checkpoint), [], device, dtype)
     from refsam.data.generated import generate_clip
+    from refsam.data.photographs import sample
     from refsam.session import prefetch_frames
 
-    clip = generate_clip(seed=seed, frames=frames)
-    for expression in clip.expressions:
+    clip = None if photo else generate_clip(seed=seed, frames=frames)
+    if clip is None:
+        images, expressions = sample.sample_clip(frames), list(sample.EXPRESSIONS)
+    else:
+        images, expressions = clip.frames.numpy(), clip.expressions
+    for expression in expressions:
         session.add(expression)
-    writer = ResultWriter(out, clip.expressions, fps=_FPS, time_base=1 / _FPS, overwrite=overwrite)
+    writer = ResultWriter(out, expressions, fps=_FPS, time_base=1 / _FPS, overwrite=overwrite)
     with termination_interrupts(), writer:
         with (
             progress("segmenting", frames) as advance,
             defer_interrupts() as heed,
-            closing(prefetch_frames(session, _frames(clip), heed=heed)) as prepared,
+            closing(prefetch_frames(session, _frames(images), heed=heed)) as prepared,
         ):
             run = segment_frames(
                 session, prepared, writer, precision, started=started, advance=advance, heed=heed
             )
         facts = run.facts() | session_facts(session, precision)
-        writer.finish(model=checkpoint, source=f"generated, seed {seed}", **facts)
+        source = f"generated, seed {seed}" if clip else "photographs of scikit-image"
+        writer.finish(model=checkpoint, source=source, **facts)
     run.report(out, typer.echo)
-    _print_scores(clip, out)
+    if clip:
+        _print_scores(clip, out)
 
 
-def _frames(clip: "GeneratedClip") -> Iterator["Frame"]:
+def _frames(images: "NDArray[np.uint8]") -> Iterator["Frame"]:
     from refsam.video import Frame
 
-    for index, image in enumerate(clip.frames.numpy()):
+    for index, image in enumerate(images):
         yield Frame(index, float(index / _FPS), image)
 
 

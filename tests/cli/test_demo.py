@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from refsam.cli import main
+from refsam.data.photographs.sample import EXPRESSIONS
 from tests.tiny_model import tiny_model
 
 
@@ -31,3 +32,14 @@ def test_prints_scores_and_writes_results(checkpoint: Path, tmp_path: Path) -> N
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 2
     assert "--overwrite" in again.stderr
+
+
+def test_photographs_are_segmented_without_a_score(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("skimage", reason="needs refsam[train]")
+    out = tmp_path / "demo"
+    arguments = ["demo", "--photo", "--out", str(out), "--frames", "2", "--device", "cpu"]
+    result = CliRunner().invoke(main, [*arguments, "--checkpoint", str(checkpoint)])
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "result.json").read_text())
+    assert [row["text"] for row in report["expressions"]] == list(EXPRESSIONS)
+    assert "J&F" not in result.stdout and len(list((out / "masks" / "00").iterdir())) == 2

@@ -14,6 +14,7 @@ from refsam.data.photographs.colours import NAMES, colour_of, name_pixels
 from refsam.data.photographs.folder import PhotoFolder, open_folder
 from refsam.data.photographs.layers import Layer, PhotoClip, draw
 from refsam.data.photographs.pictures import Picture, Thing, cut_out, read_picture
+from refsam.data.photographs.sample import sample_clip
 from refsam.data.photographs.scenes import SceneDrawer
 from refsam.data.photographs.sentences import PhotoGrammar, PhotoSentence
 from tests.data.photograph_fixtures import (
@@ -407,3 +408,20 @@ def test_mixture_has_no_colour() -> None:
     half = np.concatenate([np.tile(RED, (100, 1)), np.tile(BLUE, (100, 1))]).astype(np.uint8)
     assert colour_of(half) is None
     assert colour_of(half[:120]) == "red"
+
+
+# The sample
+
+
+def test_sample_goes_from_the_cat_past_the_cup_to_the_astronaut() -> None:
+    skimage = pytest.importorskip("skimage.data")
+    clip = sample_clip(frames=9, size=(90, 160))
+    assert clip.shape == (9, 90, 160, 3) and clip.dtype == np.uint8
+    assert np.array_equal(clip, sample_clip(frames=9, size=(90, 160)))
+    assert (np.abs(np.diff(clip.astype(int), axis=0)).mean((1, 2, 3)) > 2).all()  # it moves
+    for frame, image in ((clip[0], skimage.chelsea()), (clip[-1], skimage.astronaut())):
+        # The photograph's middle is seen somewhere in the frame.
+        mean = image[::8, ::8].mean((0, 1))
+        columns = [frame[:, x : x + 60].mean((0, 1)) for x in range(0, 101, 10)]
+        assert min(np.abs(column - mean).max() for column in columns) < 25
+    assert not (clip == 127).all(axis=(1, 3)).any()  # no column of a frame is left empty
