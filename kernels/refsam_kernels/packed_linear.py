@@ -1,4 +1,4 @@
-"""Linear layers whose weights lie in oneDNN's own layout: for inference on a CPU.
+"""Linear layers with weights in oneDNN's own layout, for inference on a CPU.
 
 torch has public functions for that layout only as modules that copy their input; so this calls the operators that torch.compile
 calls (`torch.ops.mkldnn`), if they are there.
@@ -40,7 +40,7 @@ class PackedLinear:
 
 
 class PackedCopy:
-    """A packed copy of a linear module's weights, made when it is first used and anew when `Fingerprint` sees them changed."""
+    """A packed copy of a linear module's weights, made at first use and again when `Fingerprint` sees a change."""
 
     def __init__(self, *, gelu: bool = False) -> None:
         self.gelu = gelu

@@ -41,7 +41,7 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
     """x and its layer norm; for the backward, the norm's statistics and the values that each MLP keeps.
 
-    Tensors that are not asked for (no norm, no `keep`, no adapter) have no elements.
+    Unused tensors (no norm, no `keep`, no adapter) have no elements.
     """
 
     x: Tensor

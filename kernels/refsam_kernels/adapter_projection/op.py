@@ -75,7 +75,7 @@ def adapter_projection(
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or device.
-        BackendError: the backend that was asked for cannot run.
+        BackendError: the requested backend cannot run.
 
     Follows the RefSAM paper, section 3.2, and segment-anything `modeling/image_encoder.py`,
     `Block`.

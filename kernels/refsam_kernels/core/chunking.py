@@ -12,7 +12,7 @@ ELEMENTS_ELSEWHERE = 2**23
 
 
 def chunks(count: int, elements_each: int, device: torch.device) -> Iterator[slice]:
-    """Slices of `count` things of so many elements each; a slice has about as many elements as suit the device."""
+    """Slices of `count` items of `elements_each` elements; a slice has about as many elements as suit the device."""
     elements = ELEMENTS_ON_CPU if device.type == "cpu" else ELEMENTS_ELSEWHERE
     size = max(1, elements // elements_each)
     return (slice(start, min(start + size, count)) for start in range(0, count, size))

@@ -13,8 +13,8 @@ module that cannot work on this machine (a library that was not built) raises `I
 reason when it is imported.
 
 The first of these decides: the argument `backend=`, the context manager `use_backend`,
-the environment variable `REFSAM_BACKEND`, the static order of `BACKENDS`. A backend asked for by
-name that cannot run is a `BackendError` with every reason; an automatic choice takes the next one
+the environment variable `REFSAM_BACKEND`, the static order of `BACKENDS`. A requested backend
+that cannot run is a `BackendError` with every reason; an automatic choice takes the next one
 and logs that once. On a GPU the rules of `order` go before the static order. `reference` is never chosen automatically.
 """
 
@@ -42,7 +42,7 @@ NO_BACKWARD = "has no backward"  # not an error: other backends run it
 
 
 class BackendError(ValueError):
-    """A backend that was asked for is unknown, or cannot run the operator on these arguments."""
+    """A requested backend is unknown, or cannot run the operator on these arguments."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def use_backend(request: str) -> Iterator[None]:
     """Asks for backends within a `with` block of this thread: "fallback", or
     "rel_pos_attention=triton,mask_loss=reference".
 
-    An inner block goes before an outer one for the operators that it names. The backward of what
+    An inner block overrides an outer one for the operators that it names. The backward of what
     ran inside keeps to it, also when it runs after the block. Raises `BackendError` for an unknown
     backend or operator.
     """
@@ -238,7 +238,7 @@ def use_backend(request: str) -> Iterator[None]:
 
 
 def requested_backend(operator: str, argument: str = "") -> str:
-    """The backend that was asked for by name, or "": argument, then `use_backend`, then environment."""
+    """The requested backend, or "": argument, then `use_backend`, then environment."""
     if argument:
         check_backend(argument, "backend")
         return argument

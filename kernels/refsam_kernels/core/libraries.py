@@ -1,6 +1,6 @@
 """Loads the compiled libraries, each when a backend first needs it.
 
-They lie in the package; `REFSAM_LIBRARIES` names another folder, such as that of a build with sanitizers.
+They are in the package's folder; `REFSAM_LIBRARIES` names another folder, such as that of a build with sanitizers.
 """
 
 import json

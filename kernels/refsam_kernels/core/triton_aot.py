@@ -21,7 +21,7 @@ from torch import Tensor
 from refsam_kernels.core.order import allows_tf32
 
 ARCHITECTURES = (80, 90, 100, 120)
-# Of a CTA, in bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+# Bytes per CTA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 POINTER_TYPES = {
     torch.float32: "fp32",

@@ -30,7 +30,7 @@ def normal_cdf(x):
 
 @triton.jit
 def row_statistics(x, inside, width, eps):
-    """Mean and inverse deviation (R,) of rows x (R, C), of which `width` columns count: those `inside`, the others are zero."""
+    """Mean and inverse deviation (R,) of rows x (R, C) over the `width` columns `inside`; the others are zero."""
     mean = tl.sum(x, 1) / width
     centred = tl.where(inside, x - mean[:, None], 0.0)
     variance = tl.sum(centred * centred, 1) / width

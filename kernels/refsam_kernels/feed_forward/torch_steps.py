@@ -54,8 +54,8 @@ class Normed(NamedTuple):
 class SumGradients(NamedTuple):
     """Gradients of `add_and_norm`, None where not needed.
 
-    Of the sum: `total` (rows, D) in x's dtype and `operand` (rows, D) in that of the products, maybe the same tensor, and
-    `column_sum` (D,), the gradient of a bias within the sum. Of the layer norm: its parameters'.
+    For the sum: `total` (rows, D) in x's dtype, `operand` (rows, D) in the products' dtype, possibly the same tensor, and
+    `column_sum` (D,), the gradient of a bias within the sum. For the layer norm: the gradients of its parameters.
     """
 
     total: Tensor

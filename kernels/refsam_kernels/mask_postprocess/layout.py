@@ -1,6 +1,6 @@
 """The memory layout of packed masks, and the statistics of each mask.
 
-Masks follow one another in one list of words. Of a mask (H, W) every column has ceil(H / 32) words; bit k of word j, the
+Masks are concatenated in one list of words. Every column of a mask (H, W) has ceil(H / 32) words; bit k of word j, the
 lowest being k = 0, is the pixel of row 32 j + k; bits below the last row are 0. So the words give the pixels in the order of
 COCO's run lengths, column by column.
 """

@@ -22,7 +22,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Taps:
-    """Output position i of an axis is sum_k weights[k, i] * input[start[i] + k]; several outputs may stand in a row.
+    """Output position i of an axis is sum_k weights[k, i] * input[start[i] + k]; several outputs may be concatenated.
 
     start (n,) int32, weights (K, n) float32. Input j takes part in the outputs first[j] to behind[j] - 1 (low,) int32, of the
     first output only; both grow with j.

@@ -53,7 +53,7 @@ def backward(
 
 
 def instruction_set() -> str:
-    """The instruction set that is asked for by name, or ""."""
+    """The instruction set that is requested by name, or ""."""
     return os.environ.get(ENVIRONMENT_VARIABLE, "")
 
 

@@ -59,7 +59,7 @@ def rel_pos_attention(
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value.
-        BackendError: the backend that was asked for cannot run.
+        BackendError: the requested backend cannot run.
 
     Follows segment-anything `modeling/image_encoder.py`, `Attention` and `window_partition`.
     """

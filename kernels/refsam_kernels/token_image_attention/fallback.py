@@ -257,7 +257,7 @@ def without_padding(inputs: Inputs) -> Inputs:
 
 
 def _slices(queries: Tensor, keys: Tensor, width: int, num_heads: int) -> list[slice]:
-    """Some expressions at a time, by the largest that lies in a CPU's cache: their tokens in the heads, or their logits."""
+    """Slices of expressions whose largest intermediate fits a CPU's cache: tokens in the heads, or logits."""
     counts = queries.shape[1], keys.shape[1]
     logits = num_heads * counts[0] * counts[1] if queries.device.type == "cpu" else 0
     elements = max(max(counts) * width, logits)

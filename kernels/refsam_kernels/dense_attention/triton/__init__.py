@@ -93,7 +93,7 @@ def _tile(tensors: dict[str, Tensor]) -> tuple[int, dict[str, int]]:
     )
     blocks = {"WORDS": max(16, triton.next_power_of_2(words))}
     blocks["CHANNELS"] = max(16, triton.next_power_of_2(channels))
-    # Single precision has no tensor cores to multiply on: its operands lie in registers, which hold less.
+    # Float32 products have no tensor cores: their operands are held in registers, so tiles are smaller.
     is_single = tensors["features"].element_size() == 4
     crowded = blocks["CHANNELS"] > 256 or blocks["WORDS"] > 64
     blocks["PIXELS"] = 16 if is_single or crowded else 32

@@ -166,7 +166,7 @@ def _write_launch(words: Tensor, behind: Tensor, ends: Tensor, places: Places) -
 
 
 def compile_cases() -> list[CompileCase]:
-    """SAM's resizes, which have three taps, to the size of a film; and a reduction, which has the most."""
+    """SAM's resizes with three taps to 1080p, and a reduction, which has the most taps."""
     logits = torch.empty(8, 256, 256, device="meta")
     masks = torch.empty(8, 1080, 1920, dtype=torch.bool, device="meta")
     words = torch.empty(8 * words_of(1080, 1920), dtype=torch.int32, device="meta")

@@ -162,7 +162,7 @@ def _statistics_kernel(
 
 @triton.jit
 def changes_of(words, height, i, count):
-    """Of the words i (n,) of a mask that has `count`: the bits that differ from the pixel before, (n,) uint32."""
+    """Bits that differ from the previous pixel, (n,) uint32, for the words i (n,) of a mask of `count` words."""
     words_y = tl.cdiv(height, 32)
     word = tl.load(words + i, mask=i < count, other=0).to(tl.uint32, bitcast=True)
     before = tl.load(words + i - 1, mask=(i < count) & (i > 0), other=0)

@@ -29,7 +29,7 @@ def sizes_of(inputs: Inputs) -> dict[str, Any]:
         inputs.num_heads,
     )
     (_, query_count, channels), head_width = queries.shape, len(q_weight) // num_heads
-    # Single precision has no tensor cores to multiply on: its operands lie in registers, which hold less.
+    # Float32 products have no tensor cores: their operands are held in registers, so tiles are smaller.
     tile = 16 if q_weight.element_size() == 4 or channels > 256 else 32
     few_queries, few_keys = (_block(count) for count in (query_count, keys.shape[1]))
     return {
@@ -48,7 +48,7 @@ def sizes_of(inputs: Inputs) -> dict[str, Any]:
 
 
 def _block(count: int) -> int:
-    """The smallest block that holds so many; a product takes at least 16."""
+    """The smallest power of two that holds `count`, at least 16 as products need."""
     return max(16, triton.next_power_of_2(count))
 
 

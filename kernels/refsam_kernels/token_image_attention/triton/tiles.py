@@ -68,7 +68,7 @@ def _finish(
     M: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """The residual and the LayerNorm of M rows from `first_row` on, of which `row_count` exist."""
+    """Residual and LayerNorm of M rows from `first_row` on; the first `row_count` are in range."""
     row, channel = tl.arange(0, M), tl.arange(0, CHANNELS)
     is_row, is_channel = row < row_count, channel < channels
     inside = is_row[:, None] & is_channel[None, :]
