@@ -1,6 +1,5 @@
 """Where a number comes from: hardware, versions, commit, command."""
 
-import importlib.metadata
 import os
 import platform
 import shlex
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from refsam.runtime.provenance import installed
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,12 +52,7 @@ def processor() -> str:
 def versions() -> dict[str, str | None]:
     """Versions of Python, CUDA and the libraries that compute."""
     found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for package in ("refsam", "torch", "triton", "numpy"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    return found | {name: installed(name) for name in ("refsam", "torch", "triton", "numpy")}
 
 
 def run(*command: str) -> str | None:

@@ -2,11 +2,11 @@
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
 from refsam.runtime.device import choose_device, choose_dtype
+from refsam.runtime.provenance import installed
 
 app = typer.Typer(rich_markup_mode="markdown")
 _PACKAGES = "numpy av pillow safetensors tokenizers transformers".split()
@@ -28,13 +28,6 @@ def info() -> None:
     if place.type == "cpu" and has_bfloat16():
         precision += ", bfloat16 in the image encoder"
     typer.echo(f"refsam {__version__}, {os.cpu_count()} CPU cores, {platform.platform()}")
-    typer.echo(", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
+    typer.echo(", ".join(f"{name} {installed(name) or 'not installed'}" for name in _PACKAGES))
     typer.echo(f"--device auto is {place}, --dtype auto is {precision}")
     typer.echo(describe())
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from refsam_kernels import packs
+from refsam_kernels import can_prepack
 
 # Output channels at width 1, stride and dilation of each inverted residual; all but the first expand sixfold.
 _RESIDUALS = (
@@ -157,7 +157,7 @@ def channels(width: float) -> TrunkMaps:
 def pack_convolutions(trunk: Trunk) -> None:
     """From now on compute each convolution and its limits as one, for inference; where torch cannot, nothing changes."""
     weight = trunk.features[0].conv.weight
-    can = packs(weight) and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    can = can_prepack(weight) and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
     for module in trunk.modules():
         if isinstance(module, Conv):
             module.is_packed = can

@@ -77,12 +77,12 @@ def masks(
         provenance_section,
     )
     from refsam.evaluation.reports.plots import check_plots, write_plots
-    from refsam.evaluation.reports.provenance import provenance
     from refsam.evaluation.reports.report import write_report
     from refsam.evaluation.scoring.clips import find_clips, read_names
     from refsam.evaluation.scoring.masks import score_layout
     from refsam.evaluation.scoring.protocols import find_protocol
     from refsam.evaluation.scoring.results import as_json, check_writable, write_whole
+    from refsam.runtime.provenance import provenance
 
     keep_freed_memory()
     rules = find_protocol(protocol)

@@ -18,7 +18,6 @@ from PIL import Image
 from refsam.checkpoint import tensors_sha256
 from refsam.data import Expression, ReferringDataset, VideoRecord
 from refsam.evaluation.reports.masks import provenance_section
-from refsam.evaluation.reports.provenance import installed, provenance
 from refsam.evaluation.reports.report import Section, Text, write_report
 from refsam.evaluation.runners.inference import (
     FrameLogits,
@@ -31,6 +30,7 @@ from refsam.evaluation.runners.speed import STAGES, StageClock, speed_summary, s
 from refsam.evaluation.scoring.problems import MaskProblemsError, Problem, describe
 from refsam.evaluation.scoring.results import as_json, write_whole
 from refsam.model import PromptedSAM
+from refsam.runtime.provenance import installed, provenance
 from refsam.session import Shard
 from refsam.video import prefetch
 from refsam.video.mask_formats import encode_mask

@@ -1,4 +1,4 @@
-"""Provenance of an evaluation: command, versions, system."""
+"""Provenance of a result: command, time, versions, system."""
 
 import platform
 import shlex
