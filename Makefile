@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 VENV_OLDEST ?= .venv-oldest
 PYTHON_OLDEST ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3) python3.12)
 
-.PHONY: demo test test-oldest test-slow test-gpu sanitize compute-sanitizer bench gpu-report gpu-rehearsal gpu-parcel docs lint format libraries venv venv-oldest clean
+.PHONY: demo test test-oldest test-slow test-gpu sanitize compute-sanitizer bench gpu-report gpu-rehearsal gpu-parcel docs lint format libraries install-matrix venv venv-oldest clean
 
 demo: libraries
 	$(BIN)/refsam demo --out $(OUT)/demo --overwrite
@@ -21,7 +21,7 @@ demo: libraries
 test: libraries
 	$(PYTEST) -n $(WORKERS) --maxprocesses 8 -p no:benchmark $(TESTS)
 
-# The kernels' tests with the oldest versions that are supported; the libraries are those that the newest torch built.
+# The kernels' tests with an older torch, OPTIONS for pytest; the libraries are those that the newest torch built.
 test-oldest: libraries venv-oldest
 	PYTHONPATH=kernels OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 -p no:benchmark \
 	  $(or $(TESTS),tests/kernels)
@@ -111,6 +111,11 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/metrics/*)
 	# Without torchvision, which it needs but not for SAM, and which would bring another torch.
 	$(BIN)/python -m pip install --constraint constraints.txt --no-deps timm
 	touch $(STAMP)
+
+# Installs in Pythons, torches and places by the dozen, each in an environment of its own; hours and gigabytes. ROWS="NAME..." runs a
+# part. Results: benchmarks/results/install_matrix.jsonl, and the table in docs/platforms.md.
+install-matrix:
+	$(or $(REFSAM_PYTHON),python3) -m benchmarks.gates.install_matrix $(ROWS)
 
 venv-oldest: $(VENV_OLDEST)/.refsam-installed
 

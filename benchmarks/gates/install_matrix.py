@@ -1,0 +1,293 @@
+"""Installs refsam in many environments and writes what came of it: `make install-matrix`, needs no package but pip.
+
+    python -m benchmarks.gates.install_matrix [--list] [ROW...]    # rows by name, all if none
+
+Each row is a fresh environment in a folder of its own with a copy of the checkout, one Python, one torch or none, and one thing
+that is different from the plain case. A row that cannot be run here says why. Rows of other names stay in the results.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "install_matrix.jsonl"
+PAGE = ROOT / "docs" / "platforms.md"
+MARK = "<!-- table: install-matrix -->"
+LIMIT = 3600  # seconds for one command
+NOBODY = "nobody"
+# Imports, says which libraries there are, and computes: against the formula, and compiled in one graph.
+PROBE = """
+import json, torch
+from refsam_kernels import build, rel_pos_attention
+report = json.loads((build.PACKAGE / build.REPORT).read_text())["_C_cpu"]
+tensors = [torch.randn(shape) for shape in ((1, 5, 7, 96), (5, 16), (5, 16), (96,))]
+names = ("qkv", "rel_pos_h", "rel_pos_w", "qkv_bias")
+def attend(backend=None):
+    inputs = dict(zip(names, tensors))
+    return rel_pos_attention(**inputs, num_heads=2, window_size=3, backend=backend)
+wanted = attend("reference")
+torch.testing.assert_close(attend("cpu" if report["built"] else "fallback"), wanted)
+torch.testing.assert_close(torch.compile(attend, fullgraph=True, backend="aot_eager")(), wanted)
+print(torch.__version__, "|", "built" if report["built"] else report["reason"])
+"""
+# Without torch there is nothing to import; the report stands beside where the library would be.
+PROBE_WITHOUT_TORCH = """
+import importlib.util, json, pathlib
+package = pathlib.Path(importlib.util.find_spec("refsam_kernels").origin).parent
+print("none |", json.loads((package / "_build.json").read_text())["_C_cpu"]["reason"])
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One environment; `condition` is what is different in it."""
+
+    python: str
+    torch: str  # "" for none
+    condition: str = "plain"
+
+    @property
+    def name(self) -> str:
+        """As the command line takes it: py3.12-torch2.11-plain."""
+        torch = f"torch{self.torch}" if self.torch else "none"
+        return f"py{self.python}-{torch}-{self.condition.replace(' ', '-')}"
+
+
+CONDITIONS = (
+    "no compiler",
+    "no isolation",
+    "no isolation no setuptools",
+    "user site",
+    "system packages",
+    "spaces",
+    "not root",
+    "editable",
+)
+ROWS = (
+    *(
+        Row(python, torch)
+        for python in ("3.11", "3.12", "3.13")
+        for torch in ("2.10", "2.11", "2.13")
+    ),
+    *(Row(python, "", "no compiler") for python in ("3.11", "3.12", "3.13")),
+    Row("3.12", ""),
+    *(Row("3.12", "2.13", condition) for condition in CONDITIONS),
+)
+
+
+class Unavailable(Exception):
+    """Why a row cannot be run on this machine."""
+
+
+class Environment:
+    """A row's folder, environment variables and Python."""
+
+    def __init__(self, row: Row, folder: Path) -> None:
+        self.row = row
+        self.folder = folder / ("with two spaces" if row.condition == "spaces" else "plain")
+        self.source, self.home = self.folder / "source", self.folder / "home"
+        self.variables = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PYTHON", "VIRTUAL_ENV", "REFSAM", "CXX"))
+        }
+        # Only torch's own CUDA is looked at: an nvcc of this machine would make every row an hour longer.
+        self.variables |= {"HOME": str(self.home), "REFSAM_BUILD_CUDA": "0"}
+        self.python = self.folder / "venv" / "bin" / "python"
+
+    def run(self, *command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Runs a command in the row's home, as its user."""
+        words = [str(word) for word in command]
+        if self.row.condition == "not root":
+            names = [f"{name}={value}" for name, value in self.variables.items()]
+            words = ["runuser", "-u", NOBODY, "--", "env", *names, *words]
+        return subprocess.run(
+            words,
+            cwd=self.home,
+            env=self.variables,
+            capture_output=True,
+            text=True,
+            check=check,
+            timeout=LIMIT,
+        )
+
+    def pip(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Runs pip of the row's Python."""
+        return self.run(
+            self.python, "-m", "pip", "--disable-pip-version-check", *arguments, check=check
+        )
+
+    def prepare(self) -> None:
+        """The copy of the checkout and the virtual environment, with torch in it or beside it."""
+        interpreter = find_python(self.row.python)
+        self.home.mkdir(parents=True)
+        ignored = shutil.ignore_patterns(
+            ".git", ".venv*", "build", "out", "*.so", "_build.json", "__pycache__", "*.egg-info"
+        )
+        shutil.copytree(ROOT, self.source, ignore=ignored)
+        if self.row.condition == "no compiler":
+            self.variables["CXX"] = "no-such-compiler"
+        if self.row.condition == "not root":
+            if os.geteuid() != 0 or not shutil.which("runuser"):
+                raise Unavailable("needs root, to become another user")
+            for path in (self.folder.parent, self.folder):
+                path.chmod(0o755)
+            subprocess.run(["chown", "-R", NOBODY, str(self.folder)], check=True)
+        outside = self.row.condition in ("user site", "system packages")
+        if outside:
+            self.base(interpreter)
+        options = ["--system-site-packages"] if outside else []
+        self.run(
+            self.base_python if outside else interpreter,
+            "-m",
+            "venv",
+            *options,
+            self.python.parents[1],
+        )
+        if self.row.torch and not outside:
+            self.install_torch(self.python)
+
+    def base(self, interpreter: Path) -> None:
+        """Torch in the user site of this row's home, or in a Python of its own below the virtual environment."""
+        if self.row.condition == "user site":
+            self.base_python = interpreter
+            self.install_torch(interpreter, "--user")
+            return
+        # A relocated copy of the interpreter's installation: packages go into its own site-packages.
+        prefix = interpreter.resolve().parents[1]
+        if not (
+            prefix / "lib" / f"python{self.row.python}" / "ensurepip"
+        ).is_dir() or prefix == Path("/usr"):
+            raise Unavailable("needs a Python that stands in a folder of its own")
+        shutil.copytree(prefix, self.folder / "python", symlinks=True)
+        self.base_python = self.folder / "python" / "bin" / f"python{self.row.python}"
+        self.install_torch(self.base_python)
+
+    def install_torch(self, python: Path, *options: str) -> None:
+        """The row's torch, in the newest patch release, with what it needs to be imported."""
+        wanted = [f"torch=={self.row.torch}.*", "numpy"]
+        self.run(python, "-m", "pip", "install", "--quiet", *options, *wanted)
+
+    def install(self) -> subprocess.CompletedProcess[str]:
+        """This project, without its other dependencies."""
+        options = ["--no-deps", "--verbose"]
+        if self.row.condition.startswith("no isolation"):
+            options.append("--no-build-isolation")
+            if self.row.condition == "no isolation":
+                self.pip("install", "--quiet", "setuptools>=77", "wheel", "pybind11")
+            else:
+                self.pip("uninstall", "--quiet", "--yes", "setuptools", check=False)
+        if self.row.condition == "editable":
+            options.append("--editable")
+        return self.pip("install", *options, self.source, check=False)
+
+
+def find_python(version: str) -> Path:
+    """The interpreter of a version: pyenv's, or one of the search path. Raises `Unavailable` if there is none."""
+    candidates = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}"))
+    if found := shutil.which(f"python{version}"):
+        candidates.append(Path(found))
+    for path in candidates:
+        if subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0:
+            return path
+    raise Unavailable(f"no Python {version} here")
+
+
+def outcome(row: Row) -> tuple[str, str]:
+    """ "passed", "failed", "refused in words" or "not run", and in a line what came of it."""
+    with tempfile.TemporaryDirectory(prefix="refsam-install-") as name:
+        environment = Environment(row, Path(name))
+        try:
+            environment.prepare()
+        except Unavailable as reason:
+            return "not run", str(reason)
+        result = environment.install()
+        if result.returncode:
+            said = [line.strip() for line in (result.stdout + result.stderr).splitlines()]
+            words = next((line for line in said if line.startswith("refsam: ")), None)
+            return ("refused in words", words) if words else ("failed", said[-1])
+        probe = PROBE if row.torch else PROBE_WITHOUT_TORCH
+        found = environment.run(environment.python, "-c", probe, check=False)
+        lines = (found.stdout if found.returncode == 0 else found.stderr).strip().splitlines()
+        return ("failed" if found.returncode else "passed"), lines[-1] if lines else ""
+
+
+def run(rows: list[Row]) -> Iterator[dict[str, object]]:
+    """What came of each row, as the results have it."""
+    for row in rows:
+        start = time.monotonic()
+        try:
+            state, detail = outcome(row)
+        except subprocess.TimeoutExpired:
+            state, detail = "failed", f"longer than {LIMIT} s"
+        except subprocess.CalledProcessError as error:
+            lines = (error.stderr or error.stdout or str(error)).strip().splitlines()
+            state, detail = "failed", f"before the installation: {lines[-1] if lines else error}"
+        yield {
+            "row": row.name,
+            "python": row.python,
+            "torch": row.torch or "none",
+            "condition": row.condition,
+            "state": state,
+            "detail": detail.replace(str(Path.home()), "~"),
+            "commit": commit(),
+            "seconds": round(time.monotonic() - start),
+        }
+
+
+def commit() -> str:
+    """The commit of the checkout, with a sign if there are changes."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+
+
+def write(found: dict[str, dict[str, object]]) -> None:
+    """The results, and the table of all rows in the docs: those that were not run too."""
+    RESULTS.write_text("".join(json.dumps(entry) + "\n" for entry in found.values()))
+    lines = ["| Python | torch | condition | result | what it said |", "|---|---|---|---|---|"]
+    for row in ROWS:
+        entry = found.get(row.name, {"state": "not run", "detail": ""})
+        detail = str(entry["detail"]).replace("|", ";")
+        lines.append(
+            f"| {row.python} | {row.torch or 'none'} | {row.condition} | {entry['state']} | {detail} |"
+        )
+    before, _, rest = PAGE.read_text().partition(MARK)
+    after = rest.split("\n\n", 2)[-1]  # the table ends at the next empty line
+    PAGE.write_text(before + MARK + "\n\n" + "\n".join(lines) + "\n\n" + after)
+
+
+def main() -> None:
+    """Runs the rows that are named, one after the other, and writes each as soon as it is known."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="print the names of all rows")
+    parser.add_argument("rows", nargs="*", metavar="ROW")
+    arguments = parser.parse_args()
+    by_name = {row.name: row for row in ROWS}
+    if arguments.list:
+        print("\n".join(by_name))
+        return
+    if unknown := set(arguments.rows) - set(by_name):
+        sys.exit(f"rows: got {', '.join(sorted(unknown))}, wanted some of --list")
+    found: dict[str, dict[str, object]] = {}
+    if RESULTS.is_file():
+        entries = map(json.loads, RESULTS.read_text().splitlines())
+        found = {entry["row"]: entry for entry in entries if entry["row"] in by_name}
+    for entry in run([by_name[name] for name in arguments.rows or by_name]):
+        found[str(entry["row"])] = entry
+        write(found)
+        print(f"{entry['row']}: {entry['state']}, {entry['detail']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
