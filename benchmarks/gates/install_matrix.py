@@ -65,7 +65,6 @@ class Row:
 CONDITIONS = (
     "no compiler",
     "no isolation",
-    "no isolation no setuptools",
     "user site",
     "system packages",
     "spaces",
@@ -80,6 +79,8 @@ ROWS = (
     ),
     *(Row(python, "", "no compiler") for python in ("3.11", "3.12", "3.13")),
     Row("3.12", ""),
+    Row("3.12", "", "no isolation no setuptools"),
+    Row("3.12", "2.10", "no compiler"),
     *(Row("3.12", "2.13", condition) for condition in CONDITIONS),
 )
 
@@ -252,19 +253,29 @@ def commit() -> str:
     ).stdout.strip()
 
 
-def write(found: dict[str, dict[str, object]]) -> None:
-    """The results, and the table of all rows in the docs: those that were not run too."""
-    RESULTS.write_text("".join(json.dumps(entry) + "\n" for entry in found.values()))
+def table(found: dict[str, dict[str, object]]) -> str:
+    """All rows as a table in Markdown: those that were not run too."""
     lines = ["| Python | torch | condition | result | what it said |", "|---|---|---|---|---|"]
     for row in ROWS:
         entry = found.get(row.name, {"state": "not run", "detail": ""})
-        detail = str(entry["detail"]).replace("|", ";")
-        lines.append(
-            f"| {row.python} | {row.torch or 'none'} | {row.condition} | {entry['state']} | {detail} |"
-        )
+        cells = (row.python, row.torch or "none", row.condition, entry["state"], entry["detail"])
+        lines.append(f"| {' | '.join(str(cell).replace('|', ';') for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def read() -> dict[str, dict[str, object]]:
+    """The results that are there, by the names of rows."""
+    entries = map(json.loads, RESULTS.read_text().splitlines()) if RESULTS.is_file() else ()
+    names = {row.name for row in ROWS}
+    return {entry["row"]: entry for entry in entries if entry["row"] in names}
+
+
+def write(found: dict[str, dict[str, object]]) -> None:
+    """The results, and the table in the docs."""
+    RESULTS.write_text("".join(json.dumps(entry) + "\n" for entry in found.values()))
     before, _, rest = PAGE.read_text().partition(MARK)
     after = rest.split("\n\n", 2)[-1]  # the table ends at the next empty line
-    PAGE.write_text(before + MARK + "\n\n" + "\n".join(lines) + "\n\n" + after)
+    PAGE.write_text(f"{before}{MARK}\n\n{table(found)}\n\n{after}")
 
 
 def main() -> None:
@@ -279,10 +290,7 @@ def main() -> None:
         return
     if unknown := set(arguments.rows) - set(by_name):
         sys.exit(f"rows: got {', '.join(sorted(unknown))}, wanted some of --list")
-    found: dict[str, dict[str, object]] = {}
-    if RESULTS.is_file():
-        entries = map(json.loads, RESULTS.read_text().splitlines())
-        found = {entry["row"]: entry for entry in entries if entry["row"] in by_name}
+    found = read()
     for entry in run([by_name[name] for name in arguments.rows or by_name]):
         found[str(entry["row"])] = entry
         write(found)

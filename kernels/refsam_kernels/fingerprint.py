@@ -24,7 +24,7 @@ class Fingerprint:
     """
 
     def __init__(self) -> None:
-        self._seen: tuple[Hashable, list[Any]] | None = None
+        self._seen: _Samples | None = None
 
     def __call__(self, tensors: Iterable[Tensor]) -> Hashable:
         """Something that changes whenever one of the tensors does: by another one, its dtype or device, in place.
@@ -36,28 +36,56 @@ class Fingerprint:
         tensors = list(tensors)
         places = tuple([(t.data_ptr(), t.dtype, t.device) for t in tensors])
         seen = self._seen
-        if seen is None or seen[0] != places:
-            self._seen = seen = places, [x for x in map(sampled, tensors) if x is not None]
+        if seen is None or seen.places != places or not seen.are_there():
+            self._seen = seen = _Samples(tensors, places)
         # Inference tensors count no versions.
         versions = tuple([0 if t.is_inference() else t._version for t in tensors])
-        return places, versions, hash(b"".join([values.tobytes() for values in seen[1]]))
+        return places, versions, seen.digest()
 
     def __reduce__(self) -> Any:
         return Fingerprint, ()
 
 
-def sampled(tensor: Tensor) -> Any:
-    """A view (n,), as numpy has it, of the bits of values in every row and column; None where they cannot be looked at."""
+class _Samples:
+    """Views of some values of tensors that lie at these places, and memory that they are gathered in."""
+
+    def __init__(self, tensors: list[Tensor], places: tuple[Any, ...]) -> None:
+        self.places = places
+        # Copied, not shared with numpy: that would forbid FSDP to free a storage.
+        with torch.inference_mode(False), torch.no_grad():
+            self._views = [view for tensor in tensors if (view := sampled(tensor)) is not None]
+            sizes = [-(-view.numel() * view.element_size() // 8) * 8 for view in self._views]
+            self._bytes = torch.zeros(sum(sizes), dtype=torch.uint8)
+            parts = zip(self._bytes.split(sizes), self._views, strict=True)
+            self._copies = [
+                part.view(view.dtype)[: view.numel()].view(view.shape) for part, view in parts
+            ]
+        self._starts = [view.data_ptr() for view in self._views]
+
+    def are_there(self) -> bool:
+        """Whether no storage was freed since."""
+        return self._starts == [view.data_ptr() for view in self._views]
+
+    def digest(self) -> int:
+        """A hash of the values as they are now."""
+        with torch.no_grad():
+            if self._copies:
+                torch._foreach_copy_(self._copies, self._views)
+        return hash(self._bytes.numpy().tobytes())
+
+
+def sampled(tensor: Tensor) -> Tensor | None:
+    """A view of the bits of values in every row and column; None where they cannot be looked at."""
     is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     bits = BITS.get(tensor.element_size())
-    if not is_plain or tensor.device.type != "cpu" or bits is None or tensor.numel() == 0:
-        return None
-    values = tensor.detach().view(bits).numpy()
-    values = values.transpose(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
-    if not values.flags.c_contiguous:
-        return values  # all of them: there are no rows with one step between their values
-    rows = len(values) if values.ndim > 1 else 1
-    return values.reshape(-1)[:: step_of(rows, values.size // rows)]
+    if not is_plain or tensor.device.type != "cpu" or bits is None or tensor.data_ptr() == 0:
+        return None  # FSDP has parameters without memory
+    values = tensor.detach().view(bits)
+    values = values.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    if not values.is_contiguous():
+        return values  # all of them: between a slice's rows there is no one step
+    rows = len(values) if values.dim() > 1 else 1
+    return values.view(-1)[:: step_of(rows, values.numel() // rows)]
 
 
 def step_of(rows: int, columns: int) -> int:

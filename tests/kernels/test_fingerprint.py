@@ -91,8 +91,13 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize(
+    "strategy", [ShardingStrategy.NO_SHARD, ShardingStrategy.FULL_SHARD], ids=str
+)
 @pytest.mark.parametrize("use_orig_params", [True, False])
-def test_training_with_fsdp_flat_parameters(process_group: None, use_orig_params: bool) -> None:
+def test_training_with_fsdp_flat_parameters(
+    process_group: None, use_orig_params: bool, strategy: ShardingStrategy
+) -> None:
     original, pixels = sam_encoder(), pixels_of()
 
     def trained(optimized: bool) -> Tensor:
@@ -101,7 +106,7 @@ def test_training_with_fsdp_flat_parameters(process_group: None, use_orig_params
             optimize(model)
         model = FullyShardedDataParallel(
             model,
-            sharding_strategy=ShardingStrategy.NO_SHARD,
+            sharding_strategy=strategy,
             use_orig_params=use_orig_params,
             device_id=torch.device("cpu"),
         )
@@ -140,6 +145,20 @@ def test_a_row_or_a_column_is_enough(data: st.DataObject) -> None:
     dim = data.draw(st.integers(0, 1))
     weight.data.select(dim, data.draw(st.integers(0, weight.shape[dim] - 1))).fill_(1e-30)
     assert fingerprint([weight]) != key
+
+
+def test_a_storage_may_be_freed_and_come_back() -> None:
+    """As FSDP does with parameters between two forwards; a new tensor may even lie where the freed one did."""
+    weight, fingerprint = torch.ones(64, 64), Fingerprint()
+    key = fingerprint([weight])
+    storage = weight.untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    assert fingerprint([weight]) != key
+    storage.resize_(size)
+    weight.data.fill_(2)
+    assert fingerprint([weight]) != key
+    assert fingerprint([weight]) == fingerprint([weight])
 
 
 @pytest.mark.parametrize("change", ["dtype", "place", "version"])
