@@ -87,15 +87,38 @@ def check_configuration(
     return [f"allowed changes: {'; '.join(changes)}"] if changes else []
 
 
-def accumulation_for(
-    progress: Progress, before: Mapping[str, Any], settings: TrainingSettings, count: int
-) -> int | None:
-    """How many batches each of `count` processes must add up for the steps of the state's run; None where none will do.
+def keep_batches(
+    progress: Progress,
+    now: Progress,
+    before: Mapping[str, Any],
+    settings: TrainingSettings,
+    allow_changes: bool,
+) -> tuple[int, list[str]]:
+    """How many batches each process adds up so that a step keeps its batches and their order, and in words what is new.
 
-    So a step keeps its batches and their order, unless the settings ask for another number.
+    `progress` is the state's, `now` this run's, whose threads and processes it takes over. Another number that the settings ask
+    for is taken. Raises UserError where the processes cannot share the batches evenly, unless changes are allowed.
     """
-    given = settings.optimiser.gradient_accumulation_steps
-    total = progress.batches or progress.processes * given
-    if given != before.get(_ACCUMULATION, given):
-        return given
-    return total // count if total % count == 0 else None
+    accumulation = settings.optimiser.gradient_accumulation_steps
+    total = progress.batches or progress.processes * accumulation
+    if accumulation == before.get(_ACCUMULATION, accumulation):
+        if total % now.processes == 0:
+            accumulation = total // now.processes
+        elif not allow_changes:
+            raise UserError(
+                f"{settings.output}: a step was {total} batches on {progress.processes} processes, which {now.processes} cannot "
+                "share evenly: take a number of processes that divides it, or go on with --allow-changes"
+            )
+    said = []
+    if progress.threads != now.threads:
+        said.append(
+            f"{progress.threads} threads before, now {now.threads}: losses will differ slightly"
+        )
+    together = accumulation * now.processes
+    if progress.processes != now.processes:
+        said.append(
+            f"{progress.processes} processes before, now {now.processes}: a step is {together} batches, "
+            f"{accumulation} on each; losses will differ slightly"
+        )
+    progress.threads, progress.processes, progress.batches = now.threads, now.processes, together
+    return accumulation, said

@@ -2,10 +2,9 @@
 
 import math
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +26,7 @@ from refsam.training.batches import (
     with_steps,
 )
 from refsam.training.checkpointing import Weights
-from refsam.training.configuration import accumulation_for, check_configuration, learnt
+from refsam.training.configuration import check_configuration, keep_batches, learnt
 from refsam.training.curve import draw_curve
 from refsam.training.distributed import Processes, SharedModule
 from refsam.training.flops import StepFlops
@@ -380,33 +379,12 @@ class Trainer:
             )
         self.weights.load(self.processes.tensors_from_first(tensors), self.output)
         problems += check_configuration(before, self.settings, self.allow_changes)
-        problems += self._adapt(progress, before)
+        self.accumulation, said = keep_batches(
+            progress, self.progress, before, self.settings, self.allow_changes
+        )
+        problems += said
         self.progress, self.saved_step = progress, progress.step
         return problems
-
-    def _adapt(self, progress: Progress, before: Mapping[str, Any]) -> list[str]:
-        """Keep the batches of a step where the number of processes is another; in words, what is new. Raises UserError."""
-        count, threads = self.processes.count, self.progress.threads
-        accumulation = accumulation_for(progress, before, self.settings, count)
-        if accumulation is None and not self.allow_changes:
-            raise UserError(
-                f"{self.output}: a step was {progress.batches} batches on {progress.processes} processes, which {count} cannot "
-                "share evenly: take a number of processes that divides it, or go on with --allow-changes"
-            )
-        self.accumulation = accumulation or self.accumulation
-        said = []
-        if progress.threads != threads:
-            said.append(
-                f"{progress.threads} threads before, now {threads}: losses will differ slightly"
-            )
-        if progress.processes != count:
-            said.append(
-                f"{progress.processes} processes before, now {count}: a step is {self.accumulation * count} batches, "
-                f"{self.accumulation} on each; losses will differ slightly"
-            )
-        progress.threads, progress.processes = threads, count
-        progress.batches = self.accumulation * count
-        return said
 
     def _note(self, kind: str, texts: Sequence[str]) -> None:
         """Say and log what is no number."""

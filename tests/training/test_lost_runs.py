@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +20,10 @@ from refsam.config import config_to_dict
 from refsam.errors import ConfigError, UserError
 from refsam.runtime.files import only_writer
 from refsam.training.batches import DatasetStream, batches
+from refsam.training.configuration import keep_batches
 from refsam.training.distributed import Processes
 from refsam.training.loop import Trainer
+from refsam.training.state import Progress
 from tests.data import fixtures
 from tests.test_checkpoint import SAM_SIZES
 from tests.training.runs import losses_of, run_settings
@@ -105,11 +106,11 @@ def test_a_state_of_four_batches_goes_on_with_the_same_batches(folder: Path) -> 
 
 
 def test_a_number_of_processes_that_cannot_share_the_batches(folder: Path) -> None:
-    trainer = Trainer(run_settings(folder, "run"))
-    progress = SimpleNamespace(processes=2, batches=3, threads=1)
-    trainer.processes = Processes(0, 2, torch.device("cpu"))
+    settings = run_settings(folder, "run")
+    before, now = Progress(processes=3, batches=3), Progress(processes=2)
     with pytest.raises(UserError, match="which 2 cannot share evenly"):
-        trainer._adapt(progress, {})
+        keep_batches(before, now, {}, settings, allow_changes=False)
+    assert keep_batches(before, now, {}, settings, allow_changes=True)[0] == 1
 
 
 def test_two_runs_do_not_write_one_folder(folder: Path) -> None:
