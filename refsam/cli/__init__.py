@@ -125,7 +125,7 @@ def _root(
 ) -> None:
     """Say what you want segmented in a video; get its masks, frame by frame.
 
-    Try `refsam demo`, then `refsam segment clip.mp4 --text "the red backpack" --out out`.
+    Try `refsam demo`, then `refsam segment clip.mp4 --text "the red car" --out out`.
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -47,7 +47,7 @@ def segment(
     ],
     text: Annotated[
         list[str],
-        typer.Option(help="Object to segment, such as 'the red backpack'; repeat it for more."),
+        typer.Option(help="Object to segment, such as 'the red car'; repeat it for more."),
     ],
     out: OutOption,
     model: ModelChoice,
@@ -77,7 +77,7 @@ def segment(
     - `result.json`, a score and an area for each frame and expression, and what was run
 
     Ctrl-C keeps what is finished. Example:
-    `refsam segment clip.mp4 --text "the red backpack" --text "the dog" --out out`
+    `refsam segment clip.mp4 --text "the red car" --text "the dog" --out out`
     """
     started = time.perf_counter()
     check_names(compute.device, compute.dtype)
@@ -221,9 +221,7 @@ def check_expressions(expressions: list[str]) -> None:
     """
     for expression in expressions:
         if not expression.strip():
-            raise UserError(
-                "--text is empty: say what to segment, such as --text 'the red backpack'"
-            )
+            raise UserError("--text is empty: say what to segment, such as --text 'the red car'")
         try:
             expression.encode()
         except UnicodeEncodeError:

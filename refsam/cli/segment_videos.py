@@ -200,7 +200,7 @@ def _all_sources(
         raise UserError("no source: give videos, or a list of them with --list")
     for source, texts in entries:
         if not texts:
-            raise UserError(f"{source}: nothing to segment; give --text 'the red backpack'")
+            raise UserError(f"{source}: nothing to segment; give --text 'the red car'")
         check_expressions(texts)
     videos, expressions = zip(*entries, strict=True)
     return list(videos), list(expressions)

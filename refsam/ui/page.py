@@ -42,7 +42,7 @@ def build_page(visitors: Visitors) -> gr.Blocks:
                 upload, webcam, sample = _clip_choices(visitors.limits)
                 text = gr.Textbox(
                     label="What to segment, one object per line",
-                    placeholder="the red backpack\nthe blue thing on the left",
+                    placeholder="the red car\nthe blue thing on the left",
                     lines=3,
                     max_lines=visitors.limits.expressions,
                     elem_id="expressions",

@@ -72,7 +72,7 @@ def read_expressions(text: str, limits: Limits) -> list[str]:
     """
     expressions = [line.strip() for line in text.splitlines() if line.strip()]
     if not expressions:
-        raise UserError("Say what to segment, one object per line, such as: the red backpack")
+        raise UserError("Say what to segment, one object per line, such as: the red car")
     if len(expressions) > limits.expressions:
         raise UserError(
             f"{len(expressions)} expressions: at most {limits.expressions} are taken at a time"
