@@ -73,6 +73,7 @@ def _launch(
 
 
 def few_keys_launch(to_q: Projection, tensors: dict[str, Any], sizes: dict[str, Any]) -> Launch:
+    """The launch from pixels to tokens; `tensors` by the kernel's names, `sizes` those of `sizes_of`."""
     tensors = tensors | {"tokens": to_q.tokens.contiguous(), "q_weight": to_q.weight.contiguous()}
     sizes = sizes | _added(to_q, sizes["queries"], "q_added")
     tiles = triton.cdiv(sizes["queries"], sizes["QUERIES"])
@@ -82,6 +83,7 @@ def few_keys_launch(to_q: Projection, tensors: dict[str, Any], sizes: dict[str, 
 def many_keys_launches(
     to_k: Projection, to_v: Projection, tensors: dict[str, Any], sizes: dict[str, Any]
 ) -> list[Launch]:
+    """The launches from tokens to pixels: the tiles of keys, then their join."""
     expressions, tiles = len(to_k.tokens), triton.cdiv(sizes["keys"], sizes["KEYS"])
     new = partial(to_k.tokens.new_empty, dtype=torch.float32)
     sums = (expressions, sizes["heads"], tiles, sizes["queries"])
