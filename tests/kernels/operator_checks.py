@@ -93,15 +93,22 @@ def check_layout(
     frozen: tuple[str, ...] = (),
 ) -> None:
     """All inputs as such views give what their values give in compact memory: outputs and gradients."""
+    if backend in ("reference", "fallback"):  # in float64, where rounding hides no stride
+        inputs = cast(inputs, torch.float64)
     inputs = {name: x.detach().clone().contiguous() for name, x in inputs.items()}
     compact = {name: layout(x).contiguous() if x.dim() else x for name, x in inputs.items()}
     views = {name: layout(x) if x.dim() else x for name, x in inputs.items()}
     outputs, gradients = run(operator, compact, backend, frozen)
     found, found_gradients = run(operator, views, backend, frozen, clone=False)
-    pairs = [*enumerate(zip(found, outputs, strict=True))]
-    pairs += [(name, (found_gradients[name], x)) for name, x in gradients.items()]
-    for name, (value, wanted) in pairs:
-        assert_close(str(name), value, wanted.double(), 1e-5)
+    for index, pair in enumerate(zip(found, outputs, strict=True)):
+        assert_close(f"output {index}", pair[0], pair[1].double(), 1e-5)
+    # Repeated values make some gradients zero but for rounding: the largest gradient is their measure.
+    largest = max(gradient.abs().max().item() for gradient in gradients.values())
+    for name, wanted in gradients.items():
+        assert found_gradients[name].shape == wanted.shape
+        error = (found_gradients[name].double() - wanted).abs().max().item()
+        bound = 1e-5 * max(wanted.abs().max().item(), 1e-2 * largest)
+        assert error <= bound, f"gradient of {name}: error {error:.2e}, wanted at most {bound:.2e}"
 
 
 def run(
