@@ -34,6 +34,7 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for parameter in module.parameters():
             noise = torch.randn(parameter.shape, generator=generator, device=device)
+            noise = noise.to(parameter.device)  # a module without storage stays without
             is_matrix = parameter.ndim > 1
             scale = parameter[0].numel() ** -0.5 if is_matrix else 0.1
             parameter.copy_(scale * noise if is_matrix else parameter + scale * noise)
