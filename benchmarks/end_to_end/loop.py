@@ -124,7 +124,11 @@ def segment_once(task: Task) -> dict[str, float]:
     ):
         options = ["--checkpoint", task.checkpoint, "--device", "cpu", "--dtype", task.dtype]
         texts = [word for text in task.expressions for word in ("--text", text)]
-        main(["segment", task.clip, *texts, "--out", task.out, *options], standalone_mode=False)
+        try:
+            main(["segment", task.clip, *texts, "--out", task.out, *options])
+        except SystemExit as end_of_command:
+            if end_of_command.code:
+                raise
     end, both = time.perf_counter(), calls["encoder"] + calls["decoder"]
     seconds = {stage: covered(intervals) for stage, intervals in calls.items()}
     return seconds | {"either": covered(both), "all": end - min(both)[0]}
