@@ -50,7 +50,9 @@ def libraries(folder: Path = PACKAGE) -> Iterator[str]:
         yield "no library was built: run python -m refsam_kernels.build"
     for name, entry in sorted(entries.items()):
         if entry.get("built"):
-            facts = (f"{key} {value}" for key, value in entry.items() if key != "built")
+            facts = (
+                f"{key} {value}" for key, value in entry.items() if key not in ("built", "sources")
+            )
             yield f"{name}: built ({', '.join(facts)})"
         else:
             yield f"{name}: left out, {entry.get('reason', 'no reason given')}"
