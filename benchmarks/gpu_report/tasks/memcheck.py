@@ -37,5 +37,5 @@ def run(rows: Rows, operator: str) -> None:
         result = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False
         )
-        found = [line for line in result.stdout.splitlines() if line.startswith("=========")]
-        rows.write(operator=operator, backend=backend, memcheck=found[:LINES])
+        said = [line for line in result.stdout.splitlines() if line.startswith("=========")]
+        rows.write(operator=operator, backend=backend, memcheck=said[:LINES])
