@@ -326,13 +326,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vit_h": _vit(1280, 32, 16, (7, 15, 23, 31)),
     "nano": {
         "image_encoder": {
-            "image_size": 192,
-            "patch_size": 8,
+            "image_size": 384,
+            "patch_size": 16,
             "embed_dim": 128,
             "depth": 7,
             "num_heads": 4,
             "window_size": 8,
             "global_blocks": (2, 5, 6),
+            "padding": "none",
+            "trunk_width": 1.0,
         },
         "text_encoder": {"kind": "small"},
         # Trained from scratch, the paper's nearly uniform attention would hardly move.

@@ -50,6 +50,24 @@ def _nano_real_clips() -> str:
     return "\n".join(lines)
 
 
+def _nano_davis() -> str:
+    from benchmarks.end_to_end.davis import table
+
+    return table(_result("nano_davis")["rows"])
+
+
+def _nano_photographs() -> str:
+    from benchmarks.end_to_end.photographs import table
+
+    return table(_result("nano_photographs")["summary"])
+
+
+def _nano_composites() -> str:
+    from benchmarks.end_to_end.composites import table
+
+    return table(_result("nano_composites"))
+
+
 def _segment_nano_cpu() -> str:
     speed = read_result("segment_nano_cpu")
     medians = speed["medians"]
@@ -328,6 +346,9 @@ _TABLES = {
     "errors": _errors,
     "nano_generated": _nano_generated,
     "nano_real_clips": _nano_real_clips,
+    "nano_davis": _nano_davis,
+    "nano_photographs": _nano_photographs,
+    "nano_composites": _nano_composites,
     "segment_nano_cpu": _segment_nano_cpu,
     "encoder_cpu": _encoder_cpu,
     "integrations_cpu": _integrations_cpu,
