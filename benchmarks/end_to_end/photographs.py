@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from benchmarks.provenance import collect
 from refsam.data.photographs.folder import UNSURE, PhotoFolder, Photograph, open_folder
 from refsam.model import RefSAM
+from refsam.model.vocabulary import mark_untaught
 from refsam.session import VideoSession
 
 SMALLEST = 0.01  # of the photograph
@@ -105,6 +106,7 @@ def main() -> None:
     arguments = parser.parse_args()
     origin = collect("cpu")
     model = RefSAM.from_pretrained(arguments.checkpoint)
+    mark_untaught(model, ())  # what it refuses is decided by what is measured here
     rows = score(model, open_folder(arguments.folder, "val"))
     result = summary(rows)
     print(table(result))
