@@ -53,19 +53,19 @@ def _nano_real_clips() -> str:
 def _nano_davis() -> str:
     from benchmarks.end_to_end.davis import table
 
-    return table(_result("nano_davis")["rows"])
+    return table(read_result("nano_davis")["rows"])
 
 
 def _nano_photographs() -> str:
     from benchmarks.end_to_end.photographs import table
 
-    return table(_result("nano_photographs")["summary"])
+    return table(read_result("nano_photographs")["summary"])
 
 
 def _nano_composites() -> str:
     from benchmarks.end_to_end.composites import table
 
-    return table(_result("nano_composites"))
+    return table(read_result("nano_composites"))
 
 
 def _segment_nano_cpu() -> str:
