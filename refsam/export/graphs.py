@@ -34,11 +34,11 @@ class ImageEncoderGraph(nn.Module):
         super().__init__()
         self.model = _with_parts(model, "image_encoder", "trunk", "dense_attention")
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, pixels: Tensor) -> Tensor | tuple[Tensor, ...]:
         """See `RefSAM.encode_image`; the embedding is the first level."""
         image = self.model.encode_image(pixels)
         if image.fine is None or image.names is None:
-            return (image.levels,)
+            return image.levels
         return image.levels, image.fine, image.names
 
 
