@@ -38,7 +38,7 @@ _HUES = {
     "blue": ((205, 235), 0.5, 0.35, False),
 }
 # What each sentence means, None: nothing in the clip.
-_SENTENCES: dict[str, dict[str, str | None]] = {
+SENTENCES: dict[str, dict[str, str | None]] = {
     "dog": {
         "the blue trousers": "blue trousers",
         "the blue jeans": "blue trousers",
@@ -104,7 +104,7 @@ def _hsv(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def score(model: RefSAM, folder: Path) -> list[dict[str, Any]]:
     """A row per sentence: J, or the share of the frame marked where it means nothing; means over the frames."""
     rows = []
-    for clip, meanings in _SENTENCES.items():
+    for clip, meanings in SENTENCES.items():
         session = VideoSession(model, list(meanings))
         found: dict[str, list[float]] = {sentence: [] for sentence in meanings}
         for frame in _frames(folder / f"{clip}.mp4"):
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     origin = collect("cpu")
-    clips = {name: arguments.folder / f"{name}.mp4" for name in _SENTENCES}
+    clips = {name: arguments.folder / f"{name}.mp4" for name in SENTENCES}
     if missing := [str(path) for path in clips.values() if not path.is_file()]:
         parser.error(f"folder: missing {', '.join(missing)}")
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in clips.items()}
