@@ -19,7 +19,7 @@ operator = Operator("dense_attention", Inputs)
 
 @operator.forward
 def _forward(inputs: Inputs) -> Tensor:
-    return inputs.features.new_empty(len(inputs.text), *inputs.features.shape[2:])
+    return inputs.features.new_empty(inputs.text.shape[0], *inputs.features.shape[2:])
 
 
 operator.differentiate({"grad": "out"}, frozen=["lengths", "image_index"], as_tuple=True)

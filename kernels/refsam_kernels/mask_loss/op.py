@@ -14,7 +14,7 @@ operator = Operator("mask_loss", Inputs, Outputs)
 
 @operator.forward
 def _forward(inputs: Inputs) -> Outputs:
-    logits, masks = inputs.logits, len(inputs.logits)
+    logits, masks = inputs.logits, inputs.logits.shape[0]
     return Outputs(logits.new_empty(masks), logits.new_empty(masks), logits.new_empty(4, masks))
 
 

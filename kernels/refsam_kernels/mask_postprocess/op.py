@@ -15,7 +15,7 @@ operator = Operator("mask_postprocess", Inputs)
 
 @operator.forward
 def _forward(inputs: Inputs) -> Tensor:
-    shape = (len(inputs.logits), *inputs.output_size)
+    shape = (inputs.logits.shape[0], *inputs.output_size)
     return inputs.logits.new_empty(shape, dtype=torch.bool)
 
 
