@@ -50,7 +50,7 @@ class Option(NamedTuple):
 
 
 _INFERENCE = Option("--protocol", "--inference", ("default", "paper"))
-OPTIONS = {
+OPTIONS: dict[tuple[str, ...], tuple[Option, ...]] = {
     ("evaluate", "ref-davis17"): (
         _INFERENCE,
         Option("--joint", "--merge"),

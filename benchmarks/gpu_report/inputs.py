@@ -145,9 +145,7 @@ def adapter_projections(source: Source) -> list[Problem]:
 
     def call(backend: str | None, **x: Any) -> tuple[Tensor, ...]:
         adapter = AdapterWeights(*(x.pop(f"adapter_{name}") for name in MLP))
-        names = ("attention", "residual", "weight", "bias")
-        norm = x["norm_weight"], x["norm_bias"]
-        return adapter_projection(*(x[n] for n in names), adapter, *norm, backend=backend)  # type: ignore[return-value]
+        return adapter_projection(**x, adapter=adapter, backend=backend)
 
     return [Problem("adapter_projection", "ViT-B", call, tensors, tuple(tensors))]
 

@@ -71,8 +71,8 @@ def workload(device: str, *, shape: tuple[int, ...], dtype: torch.dtype, trains:
     expressions, height, width, channels = shape
     logits_shape = (expressions, 1, 4 * height, 4 * width)
     seeded = torch.Generator(device).manual_seed(1)
-    grad = torch.randn(logits_shape, generator=seeded, device=device).to(dtype)
-    grad = grad if trains else None
+    drawn = torch.randn(logits_shape, generator=seeded, device=device).to(dtype)
+    grad = drawn if trains else None
     ways: dict[str, Upscale] = {"eager": eager}
     if device == "cuda":
         ways["compiled eager"] = torch.compile(eager)

@@ -5,6 +5,7 @@ calls (`torch.ops.mkldnn`), if they are there.
 """
 
 from collections.abc import Hashable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class PackedCopy:
         return {"gelu": self.gelu, "_fingerprint": Fingerprint(), "_made": None}
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is `weight x + bias` and no more: no sub-class, no hooks, no quantised tensor."""
     if type(module) is not nn.Linear or not is_unhooked(module):
         return False

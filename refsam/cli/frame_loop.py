@@ -155,7 +155,7 @@ class JsonLines:
         Raises:
             LostReaderError: the other end of the pipe was closed.
         """
-        line = {"frame": frame.index, "time": round(frame.time, 6)}
+        line: dict[str, object] = {"frame": frame.index, "time": round(frame.time, 6)}
         if self._files is not None:
             line["file"] = self._files[frame.index]
         found = zip(self._texts, masks, scores, strict=True)

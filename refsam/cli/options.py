@@ -188,10 +188,10 @@ def _seconds(option: str, text: str) -> float:
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Let typer see the fields of parameters that are dataclasses as options of their own."""
-    groups = {
+    groups: dict[str, type] = {
         name: parameter.annotation
         for name, parameter in inspect.signature(command).parameters.items()
-        if dataclasses.is_dataclass(parameter.annotation)
+        if isinstance(parameter.annotation, type) and dataclasses.is_dataclass(parameter.annotation)
     }
     parameters = []
     for name, parameter in inspect.signature(command).parameters.items():

@@ -81,9 +81,9 @@ def prefetch_frames(
             return
         # Threads have modes of their own.
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        encode = partial(_encode, session, dtype)
+        encoder = partial(_encode, session, dtype)
         with ThreadPoolExecutor(_ENCODERS, "refsam-encoder") as pool:
-            begun = ((frame, pool.submit(encode, ready)) for frame, ready in prepared)
+            begun = ((frame, pool.submit(encoder, ready)) for frame, ready in prepared)
             encoded = prefetch(begun, depth=_ENCODERS, heed=heed, patience=60)
             # Closed from the last to the first: wake, then wait.
             with closing(encoded), closing(prepared):

@@ -272,10 +272,10 @@ def _step_asked(
         raise ValueError("turns: got encoded frames among others, want one kind")
     results: dict[int, FrameLogits] = {}
     alike = _alike(frames)
-    images = [_features(sessions[0]._runner, [frames[turn] for turn in turns]) for turns in alike]
-    for turns in _rounds(sessions):
+    images = [_features(sessions[0]._runner, [frames[turn] for turn in places]) for places in alike]
+    for places in _rounds(sessions):
         for image, encoded in zip(images, alike, strict=True):
-            part = [turn for turn in turns if turn in encoded]
+            part = [turn for turn in places if turn in encoded]
             if not part:
                 continue
             at = [sessions[turn] for turn in part], [frames[turn].size for turn in part]
@@ -288,8 +288,8 @@ def _alike(frames: Sequence[PreparedFrame | EncodedFrame]) -> list[list[int]]:
     """The places of frames that the image encoder takes together: those of one shape, which `padding: none` tells apart."""
     places: dict[tuple[int, ...], list[int]] = {}
     for place, frame in enumerate(frames):
-        is_encoded = isinstance(frame, EncodedFrame)
-        places.setdefault(frame.image.grid if is_encoded else frame.pixels.shape, []).append(place)
+        shape = frame.image.grid if isinstance(frame, EncodedFrame) else tuple(frame.pixels.shape)
+        places.setdefault(shape, []).append(place)
     return list(places.values())
 
 

@@ -65,7 +65,7 @@ class OverlayVideo:
             as_encoded = BitStreamFilterContext("h264_mp4toannexb", stream)
             for packet in old.demux(stream):
                 for copy in as_encoded.filter(packet) if packet.size else ():
-                    self._last = round(copy.pts * copy.time_base / self._time_base)
+                    self._last = round(_time_of(copy) / self._time_base)
                     copy.stream = self._stream
                     self._mux(copy)
 
@@ -138,10 +138,16 @@ class OverlayVideo:
 
     def _mux(self, packet: av.Packet) -> None:
         assert self._container is not None
-        time = float(packet.pts * packet.time_base)
+        time = float(_time_of(packet))
         self._container.mux(packet)
         if self._sound is not None:
             self._sound.copy_until(time)
+
+
+def _time_of(packet: av.Packet) -> Fraction:
+    """When an encoded frame is shown, in seconds."""
+    assert packet.pts is not None
+    return packet.pts * packet.time_base
 
 
 def _even(height: int, width: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.buffer import Buffer
 
 from refsam.images import on_white
 
@@ -23,7 +24,7 @@ def to_rgb(frame: av.VideoFrame) -> tuple[np.ndarray, bool]:
     else:
         image = frame.to_ndarray(format="rgb24")
     matrix = frame.side_data.get("DISPLAYMATRIX")
-    return (image, False) if matrix is None else _displayed(image, bytes(matrix))
+    return _displayed(image, bytes(matrix)) if isinstance(matrix, Buffer) else (image, False)
 
 
 def _displayed(image: np.ndarray, matrix: bytes) -> tuple[np.ndarray, bool]:

@@ -72,6 +72,7 @@ def compile_item(item: Item, architecture: int) -> None:
     if item[0] == "tuning":
         from benchmarks.gpu_report.tasks.tuning import compile_tile
 
-        compile_tile(*item[1:3], int(item[3]), architecture)
+        _, setting, kernel, number = item
+        compile_tile(setting, kernel, int(number), architecture)
     else:
         precompile(cases_of(item[0])[int(item[1])], architecture)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.end_to_end.training import OURS, RECOMPUTED, Step, make_batch, make_module
 from benchmarks.gpu_report.machine import (
@@ -38,7 +39,7 @@ def run(rows: Rows, model: str) -> None:
 def measure(step: Step, dtype: torch.dtype) -> dict[str, Any]:
     """One step's time and what it needs above the weights."""
 
-    def call() -> float:
+    def call() -> Tensor:
         with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
             return step()
 

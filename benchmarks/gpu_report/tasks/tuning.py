@@ -108,11 +108,11 @@ class Inputs:
         self.problem = problem
         draw = partial(torch.randn, device=DEVICE, dtype=problem.dtype)
         grid, width = (problem.images, problem.h, problem.w), problem.heads * problem.head_dim
-        tables = (
+        table_h, table_w = (
             0.3 * draw(2 * side - 1, problem.head_dim)
             for side in (problem.window_h, problem.window_w)
         )
-        self.operands = Operands(draw(*grid, 3 * width), *tables, draw(3 * width))
+        self.operands = Operands(draw(*grid, 3 * width), table_h, table_w, draw(3 * width))
         self.out = draw(*grid, width)
         self.log_sum_exp = torch.empty(problem.images, problem.heads, *grid[1:], device=DEVICE)
         self.forward().run()

@@ -14,6 +14,8 @@ from refsam_kernels.rel_pos_attention.op import rel_pos_attention
 
 # Tokens that an MLP computes at a time on a CPU, so that intermediate results stay in the cache.
 ROWS = 1024
+# What nn.DataParallel copies a module with.
+_REPLICATE = "_replicate_for_data_parallel"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Optimization:
             setattr(item.module, item.method, substitute)
             self._applied.append((item, substitute))
             if isinstance(item.module, nn.Module):
-                item.module._replicate_for_data_parallel = partial(_replicate, item.module)
+                setattr(item.module, _REPLICATE, partial(_replicate, item.module))
 
     def __repr__(self) -> str:
         return f"Optimization({len(self._applied)} methods replaced)"
@@ -82,7 +84,7 @@ class Optimization:
         )
         for item, _ in self._applied:
             delattr(item.module, item.method)
-            vars(item.module).pop("_replicate_for_data_parallel", None)
+            vars(item.module).pop(_REPLICATE, None)
         self._applied.clear()
 
     def __enter__(self) -> "Optimization":

@@ -58,9 +58,8 @@ def problem_of(
     sizes: tuple[int, int, int, int], head_dim: int, dtype: torch.dtype, architecture: int
 ) -> Problem:
     """One image's grid in windows with SAM's padding; `sizes` as in `shipped`."""
-    h, w, *window = sizes
-    fixed = (1, h, w, HEADS, head_dim, *window)
-    return Problem(*fixed, pad_mode="bias", dtype=dtype, architecture=architecture)
+    h, w, window_h, window_w = sizes
+    return Problem(1, h, w, HEADS, head_dim, window_h, window_w, "bias", dtype, architecture)
 
 
 def launches_of(problem: Problem) -> Iterator[tuple[str, Launch]]:
