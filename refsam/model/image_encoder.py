@@ -114,7 +114,8 @@ class ImageEncoder(nn.Module):
 
     def position_table(self, height: int, width: int) -> Tensor:
         """The absolute positions (1, height, width, D): the upper left part of a square's, bicubic where its grid differs."""
-        table, side = self.pos_embed, max(height, width)
+        table: Tensor = self.pos_embed
+        side = max(height, width)
         if side != table.shape[1]:
             channels_first = table.permute(0, 3, 1, 2).float()
             resized = F.interpolate(channels_first, size=(side, side), mode="bicubic")

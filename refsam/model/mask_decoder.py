@@ -81,6 +81,13 @@ class HeadMLP(nn.Module):
             nn.Linear(width, next_width) for width, next_width in pairwise(widths)
         )
 
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that gives the output."""
+        layer = self.layers[-1]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., output_dim)."""
         for layer in self.layers[:-1]:

@@ -19,8 +19,8 @@ class OutlineHead(nn.Module):
         self.condition = HeadMLP(dim, dim, 3 * fine_channels + 1, num_layers=2)
         self.logit = nn.Parameter(torch.full((fine_channels,), 0.05))
         self.match = nn.Parameter(torch.full((fine_channels,), 0.05))
-        nn.init.zeros_(self.condition.layers[-1].weight)
-        nn.init.zeros_(self.condition.layers[-1].bias)
+        nn.init.zeros_(self.condition.last.weight)
+        nn.init.zeros_(self.condition.last.bias)
 
     def forward(
         self,

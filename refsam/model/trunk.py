@@ -38,6 +38,16 @@ class TrunkMaps(NamedTuple):
     context: Tensor
 
 
+class TrunkChannels(NamedTuple):
+    """How many channels each of `TrunkMaps` has."""
+
+    stride_4: int
+    stride_8: int
+    stride_16: int
+    last: int
+    context: int
+
+
 class Conv(nn.Conv2d):
     """A convolution with bias that keeps the grid, and ReLU6, ReLU or nothing behind it: `ceiling` 6, infinity or None."""
 
@@ -67,7 +77,10 @@ class Conv(nn.Conv2d):
 
     def _convolve_at_once(self, x: Tensor) -> Tensor:
         """The same with the limits inside oneDNN's convolution, by the operator that torch.compile calls."""
-        limits = {None: ("none", []), math.inf: ("relu", [])}
+        limits: dict[float | None, tuple[str, list[float | None]]] = {
+            None: ("none", []),
+            math.inf: ("relu", []),
+        }
         activation, values = limits.get(self.ceiling, ("hardtanh", [0.0, self.ceiling]))
         sizes = (self.padding, self.stride, self.dilation, self.groups)
         return torch.ops.mkldnn._convolution_pointwise(
@@ -148,15 +161,16 @@ class Trunk(nn.Module):
         return TrunkMaps(taken[_STRIDE_4], taken[_STRIDE_8], taken[_STRIDE_16], x, self.aspp(x))
 
 
-def channels(width: float) -> TrunkMaps:
+def channels(width: float) -> TrunkChannels:
     """How many channels each of the maps has."""
-    counts = [_RESIDUALS[behind - 1][0] for behind in (_STRIDE_4, _STRIDE_8, _STRIDE_16, 17)]
-    return TrunkMaps(*(int(count * width) for count in counts), _CONTEXT_CHANNELS)
+    layers = (_STRIDE_4, _STRIDE_8, _STRIDE_16, len(_RESIDUALS))
+    counts = (int(_RESIDUALS[behind - 1][0] * width) for behind in layers)
+    return TrunkChannels(*[*counts, _CONTEXT_CHANNELS])
 
 
 def pack_convolutions(trunk: Trunk) -> None:
     """From now on compute each convolution and its limits as one, for inference; where torch cannot, nothing changes."""
-    weight = trunk.features[0].conv.weight
+    weight = trunk.aspp.conv.weight
     can = can_prepack(weight) and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
     for module in trunk.modules():
         if isinstance(module, Conv):

@@ -112,6 +112,7 @@ class TrunkFeatures(nn.Module):
 def _arrange(module: TrunkFeatures, dtype: torch.dtype) -> Callable[[Tensor], TrunkOutput]:
     """What computes the module in this dtype, with the channels of a place side by side as convolutions like them."""
     arranged = copy.deepcopy(module).deoptimize()
-    arranged.to(dtype=dtype, memory_format=torch.channels_last)
+    # torch's types leave the memory format out.
+    arranged.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     pack_convolutions(arranged.network)
     return arranged._compute

@@ -65,4 +65,4 @@ def load_trunk(model: RefSAM, path: str | Path) -> None:
     names.weight[:count] = 0
     names.weight[:count, -context:] = SCORE_SCALE * weight.flatten(1)
     names.bias[:count] = SCORE_SCALE * bias
-    model.outlines.condition.layers[-1].bias[-1] = _GAIN
+    model.outlines.condition.last.bias[-1] = _GAIN

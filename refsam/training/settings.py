@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 from refsam import renamed
 from refsam.config import (
     PRESETS,
+    EVFConfig,
     RefSAMConfig,
     apply_overrides,
     config_from_dict,
@@ -277,8 +278,10 @@ class TrainingSettings:
         """The configuration that `model` means without `init_from`."""
         return _architecture(self.model)
 
-    def changed_architecture(self, config: RefSAMConfig) -> RefSAMConfig:
+    def changed_architecture(self, config: RefSAMConfig | EVFConfig) -> RefSAMConfig:
         """The configuration of what `init_from` names with the entries of `model` put over it; raises ConfigError."""
+        if not isinstance(config, RefSAMConfig):
+            raise ConfigError(f"init_from: got {self.init_from}, which is EVF-SAM, wanted RefSAM")
         values = dict(self.model)
         preset = values.pop("preset", None)
         if preset is not None:

@@ -56,6 +56,7 @@ def build_model(
 def _changed(stored: Checkpoint, settings: TrainingSettings, known: Sequence[str]) -> Checkpoint:
     """The checkpoint with the entries of `model` put over its configuration."""
     config = settings.changed_architecture(stored.config)
+    assert isinstance(stored.config, RefSAMConfig)
     if stored.kind == "sam":
         is_small = config.text_encoder.kind == "small"
         tokenizer = word_tokenizer(known).to_str() if is_small else None
