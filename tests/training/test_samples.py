@@ -5,10 +5,12 @@ from pathlib import Path
 import yaml
 from typer.testing import CliRunner
 
+from refsam.checkpoint import Checkpoint, write_checkpoint
 from refsam.cli import main
 from refsam.config import config_to_dict
 from refsam.training.batches import DatasetStream, batches, open_datasets
 from tests.data import fixtures
+from tests.evf_folder import tiny_evf_config
 from tests.training.runs import run_settings
 
 
@@ -37,8 +39,21 @@ def test_generated_clips_are_shown_too(tmp_path: Path) -> None:
         "show",
         str(root / "configs/nano.yaml"),
         stages,
+        "data.photographs=null",
         "--out",
         str(tmp_path / "page.html"),
     ]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0 and "2 clips" in result.output, result.output
+
+
+def test_training_does_not_start_from_evf_sam(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "evf", Checkpoint(tiny_evf_config(), {}, "evf", "{}"))
+    stages = [{"steps": 1, "clips": 1, "expressions": 1, "image_size": 64}]
+    values = {"model": {}, "stages": stages, "output": "x", "init_from": str(tmp_path / "evf")}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    result = CliRunner().invoke(
+        main, ["data", "show", str(config), "--out", str(tmp_path / "page.html")]
+    )
+    assert result.exit_code == 2 and "EVF-SAM, wanted RefSAM" in result.output, result.output
