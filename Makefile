@@ -24,7 +24,7 @@ test: libraries
 # The kernels' tests with an older torch, OPTIONS for pytest; the libraries are those that the newest torch built.
 test-oldest: libraries venv-oldest
 	PYTHONPATH=kernels OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 -p no:benchmark \
-	  $(or $(TESTS),tests/kernels)
+	  $(OPTIONS) $(or $(TESTS),tests/kernels)
 
 # What the default run leaves out for its length: full-size parity, the CUDA build.
 test-slow: libraries
