@@ -17,7 +17,8 @@ ADAPTER_SCALE = 0.5
 class BlockWeights(NamedTuple):
     """One block's tensors as the operators of refsam_kernels take them.
 
-    `mlp` has the fields of an adapter's weights; window_size 0 attends globally.
+    `mlp` has the fields of an adapter's weights; window_size 0 attends globally. crops: distances in a
+    rectangle are those of its square, not SAM's tables interpolated to each side.
     """
 
     qkv_weight: Tensor
@@ -33,6 +34,7 @@ class BlockWeights(NamedTuple):
     mlp_adapter: AdapterWeights | None
     num_heads: int
     window_size: int
+    crops: bool = False
 
 
 class AttentionWeights(nn.Module):
@@ -71,8 +73,10 @@ class Block(nn.Module):
         window_size: int,
         grid_size: int,
         adapter_dim: int = 0,
+        crops: bool = False,
     ) -> None:
         super().__init__()
+        self.crops = crops
         self.window_size = window_size
         self.norm1 = nn.LayerNorm(dim, eps=VIT_EPS)
         self.attn = AttentionWeights(dim, num_heads, window_size or grid_size)
@@ -98,6 +102,7 @@ class Block(nn.Module):
             self.MLP_Adapter.weights if self.MLP_Adapter is not None else None,
             attn.num_heads,
             self.window_size,
+            self.crops,
         )
 
     def forward(
@@ -142,7 +147,7 @@ def attend(weights: BlockWeights, qkv: Tensor) -> Tensor:
     """The block's attention on its qkv product (B, h, w, 3*D)."""
     height, width = qkv.shape[1:3]
     rel_pos_h, rel_pos_w = weights.rel_pos_h, weights.rel_pos_w
-    if height != width and not weights.window_size:
+    if weights.crops and height != width and not weights.window_size:
         square = max(height, width)
         rel_pos_h = _distances_below(height, resize_table(rel_pos_h, square))
         rel_pos_w = _distances_below(width, resize_table(rel_pos_w, square))

@@ -37,6 +37,7 @@ def build_image_encoder(config: RefSAMConfig | EVFConfig) -> ImageEncoder:
         global_blocks=sizes.global_blocks,
         adapter_dim=int(sizes.embed_dim * sizes.adapter_ratio),
         output_dim=config.prompt_dim,
+        crops=sizes.padding == "none",
     )
 
 
@@ -62,7 +63,8 @@ def build_prompt_encoder(
     config: RefSAMConfig | EVFConfig, with_dense: bool = False
 ) -> PromptEncoder:
     """SAM's image positional encoding and, with_dense, its dense prompt for the absence of a mask."""
-    return PromptEncoder(config.prompt_dim, with_dense)
+    crops = config.image_encoder.padding == "none"
+    return PromptEncoder(config.prompt_dim, with_dense, crops)
 
 
 def read_tokenizer(text: str | None) -> Tokenizer | None:

@@ -52,8 +52,10 @@ class ImageEncoder(nn.Module):
         global_blocks: tuple[int, ...],
         adapter_dim: int,
         output_dim: int,
+        crops: bool = False,
     ) -> None:
         super().__init__()
+        self.crops = crops
         grid_size = image_size // patch_size
         self.patch_size = patch_size
         self.intermediate_blocks = tuple(global_blocks[:-1])
@@ -67,6 +69,7 @@ class ImageEncoder(nn.Module):
                 window_size=0 if index in global_blocks else window_size,
                 grid_size=grid_size,
                 adapter_dim=adapter_dim if index >= depth // 2 else 0,
+                crops=crops,
             )
             for index in range(depth)
         )
@@ -84,9 +87,9 @@ class ImageEncoder(nn.Module):
         added (B, h, w, D) is put to the patches' tokens, None adds nothing.
 
         Returns (B, h, w, C) and, for each global block but the last, its output (B, h, w, D).
-        H and W must be multiples of the patch size. Positions are those in the square of the longer
-        side, of which a rectangle is the upper left part; the tables are interpolated where that
-        square's grid is not the one they were made for. Raises ValueError for other shapes.
+        H and W must be multiples of the patch size; the position tables are interpolated where the grid
+        is not the one they were made for. An encoder that crops takes a rectangle's positions from the
+        square of its longer side, as its upper left part. Raises ValueError for other shapes.
         """
         if (
             pixels.ndim != 4
@@ -113,14 +116,16 @@ class ImageEncoder(nn.Module):
         return features.permute(0, 2, 3, 1), intermediates
 
     def position_table(self, height: int, width: int) -> Tensor:
-        """The absolute positions (1, height, width, D): the upper left part of a square's, bicubic where its grid differs."""
+        """The absolute positions (1, height, width, D), bicubic where the grid, or the square that is cropped, differs."""
         table: Tensor = self.pos_embed
-        side = max(height, width)
-        if side != table.shape[1]:
+        size = height, width
+        if self.crops:
+            size = max(size), max(size)
+        if table.shape[1:3] != size:
             channels_first = table.permute(0, 3, 1, 2).float()
-            resized = F.interpolate(channels_first, size=(side, side), mode="bicubic")
+            resized = F.interpolate(channels_first, size=size, mode="bicubic")
             table = resized.permute(0, 2, 3, 1).to(table.dtype)
-        return table if height == width else table[:, :height, :width]
+        return table if size == (height, width) else table[:, :height, :width]
 
     def optimize(self, dtype: torch.dtype | None = None) -> Self:
         """Compute with packed weights from now on, wherever autograd is off; returns the encoder.

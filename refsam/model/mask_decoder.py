@@ -21,19 +21,20 @@ class RandomPositionEncoding(nn.Module):
     """Sines and cosines of random frequencies (segment-anything, modeling/prompt_encoder.py).
 
     The last grid's encoding is kept, and given out again as the same tensor: `token_image_attention` remembers the
-    products of positions that it has seen before.
+    products of positions that it has seen before. crops: a rectangle's places are those of its square's upper left part.
     """
 
     positional_encoding_gaussian_matrix: Tensor
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, crops: bool = False) -> None:
         super().__init__()
+        self.crops = crops
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, dim // 2))
         self._fingerprint = Fingerprint()
         self._made: tuple[Hashable, Tensor] | None = None
 
     def forward(self, height: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The encoding (1, height * width, dim) of a grid, computed in float32 or wider: the upper left part of its square's."""
+        """The encoding (1, height * width, dim) of a grid, computed in float32 or wider."""
         matrix = self.positional_encoding_gaussian_matrix
         # A CUDA graph's own memory must not be kept, and its replays follow the matrix.
         if is_capturing(matrix) or torch.compiler.is_compiling():
@@ -50,9 +51,9 @@ class RandomPositionEncoding(nn.Module):
     def _encode(self, height: int, width: int) -> Tensor:
         matrix = self.positional_encoding_gaussian_matrix
         matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        square = max(height, width)
-        y = (torch.arange(height, device=matrix.device, dtype=matrix.dtype) + 0.5) / square
-        x = (torch.arange(width, device=matrix.device, dtype=matrix.dtype) + 0.5) / square
+        rows, columns = (max(height, width),) * 2 if self.crops else (height, width)
+        y = (torch.arange(height, device=matrix.device, dtype=matrix.dtype) + 0.5) / rows
+        x = (torch.arange(width, device=matrix.device, dtype=matrix.dtype) + 0.5) / columns
         grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
         angles = 2 * math.pi * ((2 * grid - 1) @ matrix)
         return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(0, 1)[None]
@@ -64,9 +65,9 @@ class PromptEncoder(nn.Module):
     with_dense: keep `no_mask_embed`, the dense prompt for the absence of a mask, which RefSAM does not use.
     """
 
-    def __init__(self, dim: int, with_dense: bool = False) -> None:
+    def __init__(self, dim: int, with_dense: bool = False, crops: bool = False) -> None:
         super().__init__()
-        self.pe_layer = RandomPositionEncoding(dim)
+        self.pe_layer = RandomPositionEncoding(dim, crops)
         if with_dense:
             self.no_mask_embed = nn.Embedding(1, dim)
 
