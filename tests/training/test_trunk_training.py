@@ -67,7 +67,7 @@ def test_a_missing_file_and_a_model_without_trunk_are_told(tmp_path: Path) -> No
 def test_nouns_are_learnt_without_pictures() -> None:
     model = tiny_trunk_model().train()
     extend_vocabulary(model.text_encoder, load_words().vocabulary())
-    loss = NounLoss()
+    loss = NounLoss(model.text_encoder)
     swan = loss.texts.index("the swan")
     assert loss.wanted[swan].nonzero().flatten().tolist() == [0, TRUNK_CLASSES.index("bird")]
     assert not loss.wanted[loss.texts.index("the toothbrush")].any()
@@ -78,6 +78,11 @@ def test_nouns_are_learnt_without_pictures() -> None:
         loss(model).backward()
         optimiser.step()
     assert loss(model) < 0.8 * first
+
+
+def test_nouns_of_unknown_words_are_left_out() -> None:
+    texts = NounLoss(tiny_trunk_model().text_encoder).texts
+    assert "the dog" in texts and "the toothbrush" not in texts
 
 
 def test_the_narrowest_learning_rate_counts() -> None:
