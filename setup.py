@@ -1,6 +1,6 @@
 """Compiles the kernel libraries during installation. Everything else is in pyproject.toml.
 
-torch is never imported here: `refsam_kernels.build` finds its headers by path, so that the libraries are built
+torch is never imported here: `refsam_kernels.prerequisites` finds its headers by path, so that the libraries are built
 under build isolation too, and an installation without torch, a compiler or nvcc succeeds all the same.
 """
 
@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = ROOT / "kernels" / "refsam_kernels"
 
 
-def load_build_module() -> ModuleType:
-    """`refsam_kernels.build` by its path: importing the package would import torch."""
-    spec = importlib.util.spec_from_file_location("refsam_kernels_build", PACKAGE / "build.py")
+def load_by_path(name: str) -> ModuleType:
+    """A module of `refsam_kernels` by its path: importing the package would import torch."""
+    path = PACKAGE / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"refsam_kernels_{name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -35,7 +36,7 @@ def metrics_extension() -> list[Extension]:
         import pybind11
 
         folders.append(Path(pybind11.get_include()))
-    torch = load_build_module().find_torch()
+    torch = load_by_path("prerequisites").find_torch()
     if torch is not None:
         folders.append(torch.root / "include")
     include = [str(folder) for folder in folders if (folder / "pybind11" / "numpy.h").is_file()]
@@ -67,7 +68,7 @@ class BuildLibraries(build_ext):
     def run(self) -> None:
         in_place = self.inplace or self.editable_mode
         target = PACKAGE if in_place else Path(self.build_lib) / "refsam_kernels"
-        self.built = [str(path) for path in load_build_module().build_all(target)]
+        self.built = [str(path) for path in load_by_path("build").build_all(target)]
         if not self.extensions:
             print(
                 "refsam.metrics: native J and F left out: no headers of pybind11 found", flush=True

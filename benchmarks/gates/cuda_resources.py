@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import provenance
-from refsam_kernels import build
+from refsam_kernels import build, prerequisites
 
 SPILL_LIMIT = 64  # bytes per thread, stored and loaded together
 
@@ -81,5 +81,5 @@ def write(rows: list[dict[str, Any]], toolchain: dict[str, str], path: Path) -> 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (build.BuildSkipped, build.BuildError) as reason:
+    except (prerequisites.BuildSkipped, prerequisites.BuildError) as reason:
         sys.exit(f"cuda_resources: {reason}")

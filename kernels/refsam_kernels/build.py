@@ -16,7 +16,6 @@ import platform
 import re
 import shlex
 import shutil
-import site
 import subprocess
 import sys
 import sysconfig
@@ -24,12 +23,20 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING or __package__:
+    from refsam_kernels import prerequisites
+else:  # loaded or run by its path: importing the package would import torch
+    _spec = importlib.util.spec_from_file_location(
+        "refsam_kernels_prerequisites", Path(__file__).with_name("prerequisites.py")
+    )
+    prerequisites = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(prerequisites)
 
 PACKAGE = Path(__file__).resolve().parent
 REPORT = "_build.json"
-OLDEST_TORCH = (2, 10)
 TARGET_VERSION = "0x020a000000000000"  # torch 2.10, as torch/csrc/stable/version.h spells it
-DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
 AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split()
 # Of sources in csrc/cpu whose name ends so, on x86-64: the library asks the processor before it calls them.
 INSTRUCTION_SETS = {
@@ -37,28 +44,6 @@ INSTRUCTION_SETS = {
     "_avx512": AVX512,
     "_avx512bf16": [*AVX512, "-mavx512bf16"],
 }
-
-
-# Put before a compiler in CXX; nvcc wants the compiler itself.
-LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
-
-
-class BuildError(RuntimeError):
-    """A library that was asked for by name could not be built."""
-
-
-class BuildSkipped(Exception):
-    """Why a library is not built here, in one line."""
-
-
-@dataclass(frozen=True)
-class Torch:
-    """The torch of the target environment, found without importing it."""
-
-    root: Path
-    version: str
-    has_cuda: bool
-    cuda_version: str = ""  # "13.0", or "" without CUDA
 
 
 @dataclass(frozen=True)
@@ -103,44 +88,6 @@ class KernelResources:
     spill_loads: int
 
 
-def find_torch() -> Torch | None:
-    """The torch of the target environment, or None; pip's build isolation hides it from imports, not from the disk."""
-    spec = importlib.util.find_spec("torch")
-    roots = [Path(spec.origin).parent] if spec and spec.origin else []
-    roots += [folder / "torch" for folder in package_folders()]
-    for root in roots:
-        if (root / "version.py").is_file() and (root / "include").is_dir():
-            text = (root / "version.py").read_text()
-            version = re.search(r"__version__ = '([^']+)'", text)
-            cuda = re.search(r"^cuda\b[^=]*= '([^']+)'", text, re.MULTILINE)
-            has_cuda = any((root / "lib").glob("libtorch_cuda.*"))
-            return Torch(root, version[1] if version else "0", has_cuda, cuda[1] if cuda else "")
-    return None
-
-
-def package_folders() -> list[Path]:
-    """Where the target environment has its packages, in the order of its search path, whatever build isolation hides."""
-    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    settings = Path(sys.prefix, "pyvenv.cfg")
-    text = settings.read_text() if settings.is_file() else ""
-    if not text or re.search(r"include-system-site-packages\s*=\s*true", text, re.IGNORECASE):
-        folders += [site.getusersitepackages(), *site.getsitepackages([sys.base_prefix])]
-    return [Path(folder) for folder in folders]
-
-
-def supported_torch() -> Torch:
-    """The installed torch if a library can be built against it; raises `BuildSkipped` otherwise."""
-    torch = find_torch()
-    if torch is None:
-        raise BuildSkipped(
-            "torch is not installed in this environment: install it, then run python -m refsam_kernels.build"
-        )
-    release = tuple(int(part) for part in re.findall(r"\d+", torch.version)[:2])
-    if release < OLDEST_TORCH:
-        raise BuildSkipped(f"torch is {torch.version}, the stable ABI needs 2.10 or newer")
-    return torch
-
-
 def source_root() -> Path:
     """The folder csrc: inside an installed package, or beside `kernels/` in a checkout."""
     installed = PACKAGE / "csrc"
@@ -155,119 +102,37 @@ def build_root() -> Path:
     return Path(cache) / "refsam_kernels"
 
 
-def find_compiler() -> tuple[str, ...]:
-    """The C++ compiler's command; `CXX` may have a launcher before it and arguments behind it, as "ccache g++ -m64".
-
-    Raises `BuildSkipped` if there is none or the platform is not built for.
-    """
-    if not sys.platform.startswith("linux"):
-        raise BuildSkipped(f"libraries are built on Linux only, this is {sys.platform}")
-    wanted = os.environ.get("CXX", "").strip()
-    for name in [wanted] if wanted else ["c++", "g++", "clang++"]:
-        path = shutil.which(name)  # also one whose path has spaces
-        if path and not is_launcher(path):
-            return (path,)
-    words = shlex.split(wanted)
-    paths = [word if word.startswith("-") else shutil.which(word) for word in words]
-    if not words or None in paths or is_launcher(words[-1]):
-        raise BuildSkipped(f"no C++ compiler found (looked for {wanted or 'c++, g++, clang++'})")
-    return tuple(path for path in paths if path)
-
-
-def is_launcher(word: str) -> bool:
-    """Whether a word of a command runs a compiler and is none."""
-    return Path(word).name in LAUNCHERS
-
-
-def find_nvcc() -> str:
-    """nvcc of `CUDA_HOME`, of the search path or of /usr/local/cuda; raises `BuildSkipped` if there is none."""
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    candidates = [
-        *(str(Path(home, "bin", "nvcc")) for home in homes),
-        "nvcc",
-        "/usr/local/cuda/bin/nvcc",
-    ]
-    for candidate in candidates:
-        if path := shutil.which(candidate):
-            return path
-    raise BuildSkipped("no nvcc found (looked in CUDA_HOME, the search path and /usr/local/cuda)")
-
-
-def first_line(command: list[str]) -> str:
-    """The first line that a command prints, for the build report."""
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = (result.stdout or result.stderr).splitlines()
-    return lines[0] if lines else ""
-
-
-def architectures(nvcc: str) -> list[str]:
-    """Compute capabilities to compile for, such as "9.0" or "12.0+PTX".
-
-    `TORCH_CUDA_ARCH_LIST` is taken as it is; the default list loses what this nvcc does not know.
-    """
-    if wanted := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        chosen = re.split(r"[\s;,]+", wanted.strip())
-        for name in chosen:
-            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
-                raise BuildError(
-                    f"TORCH_CUDA_ARCH_LIST: got {name!r}, wanted entries such as 9.0, 9.0a or 12.0+PTX"
-                )
-        return chosen
-    listed = subprocess.run(
-        [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
-    ).stdout.split()
-    known = [name for name in DEFAULT_ARCHITECTURES if f"sm_{digits(name)}" in listed]
-    if not known:
-        raise BuildSkipped(
-            f"nvcc knows none of the architectures {', '.join(DEFAULT_ARCHITECTURES)}"
-        )
-    if not known[-1].endswith("+PTX"):
-        known[-1] += "+PTX"
-    return known
-
-
-def digits(architecture: str) -> str:
-    """ "12.0+PTX" -> "120", as nvcc writes it."""
-    return architecture.removesuffix("+PTX").replace(".", "")
-
-
-def gencode(names: Iterable[str]) -> list[str]:
-    """nvcc's arguments for a list of compute capabilities."""
-    arguments = []
-    for name in names:
-        number = digits(name)
-        arguments.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if name.endswith("+PTX"):
-            arguments.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return arguments
-
-
 def cpu_plan(sanitize: bool = False) -> Plan:
     """How `_C_cpu.so` is built here; raises `BuildSkipped` with the reason if it cannot be.
 
     With `sanitize` it stops the process at the first bad address or undefined operation.
     """
-    torch, compiler = supported_torch(), find_compiler()
+    torch, compiler = prerequisites.supported_torch(), prerequisites.find_compiler()
     flags = "-O3 -fPIC -fvisibility=hidden -Wall -Wextra".split()
     objects = build_root() / "_C_cpu"
     if sanitize:
         flags += "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all".split()
         objects = build_root() / "_C_cpu_sanitized"
-    toolchain = {"compiler": first_line([*compiler, "--version"]), "torch": torch.version}
+    toolchain = {
+        "compiler": prerequisites.first_line([*compiler, "--version"]),
+        "torch": torch.version,
+    }
     return make_plan("_C_cpu", compiler, flags, objects, sources_of("cpu"), toolchain)
 
 
 def cuda_plan() -> Plan:
     """How `_C_cuda.so` is built here; raises `BuildSkipped` with the reason if it cannot be."""
-    torch, nvcc = supported_torch(), find_nvcc()
-    compiler, *options = (word for word in find_compiler() if not is_launcher(word))
+    torch, nvcc = prerequisites.supported_torch(), prerequisites.find_nvcc()
+    compiler, *options = (
+        word for word in prerequisites.find_compiler() if not prerequisites.is_launcher(word)
+    )
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    refuse_other_cuda(version, torch)
-    names = architectures(nvcc)
+    prerequisites.refuse_other_cuda(version, torch)
+    names = prerequisites.architectures(nvcc)
     # USE_CUDA: without it torch's headers hide the current stream when torch itself has no CUDA.
     flags = "-O3 -lineinfo -DUSE_CUDA -Xptxas=-v -Xcompiler=-fPIC,-fvisibility=hidden,-Wall".split()
     flags += [f"-ccbin={compiler}", *(f"-Xcompiler={option}" for option in options)]
-    flags += gencode(names)
+    flags += prerequisites.gencode(names)
     toolchain = {
         "compiler": version.splitlines()[-1],
         "torch": torch.version,
@@ -275,18 +140,6 @@ def cuda_plan() -> Plan:
     }
     objects = build_root() / "_C_cuda"
     return make_plan("_C_cuda", (nvcc,), flags, objects, sources_of("cuda"), toolchain)
-
-
-def refuse_other_cuda(nvcc_version: str, torch: Torch) -> None:
-    """Raises `BuildSkipped` if nvcc is of another major release than torch's CUDA: its programs want another driver."""
-    release = re.search(r"release (\d+\.\d+)", nvcc_version)
-    if not release or not torch.cuda_version:
-        return
-    if release[1].split(".")[0] != torch.cuda_version.split(".")[0]:
-        raise BuildSkipped(
-            f"nvcc is of CUDA {release[1]}, torch {torch.version} of CUDA {torch.cuda_version}: "
-            "install its toolkit, and name it by CUDA_HOME"
-        )
 
 
 def sources_of(folder: str) -> list[Path]:
@@ -317,8 +170,8 @@ def make_plan(
 
     `own_flags` gives a source's arguments beside `flags`; `instruction_set` if not given.
     """
-    torch, own_flags = supported_torch(), own_flags or instruction_set
-    ccache = None if is_launcher(compiler[0]) else shutil.which("ccache")
+    torch, own_flags = prerequisites.supported_torch(), own_flags or instruction_set
+    ccache = None if prerequisites.is_launcher(compiler[0]) else shutil.which("ccache")
     prefix = [ccache, *compiler] if ccache else [*compiler]
     prefix += ["-std=c++20", "-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
     prefix += [*flags, "-isystem", str(torch.root / "include"), f"-I{source_root()}"]
@@ -374,7 +227,7 @@ def run_shell(line: str) -> None:
         line, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     if result.returncode:
-        raise BuildError(f"compiling failed:\n{result.stdout}")
+        raise prerequisites.BuildError(f"compiling failed:\n{result.stdout}")
 
 
 def ninja_file(plan: Plan) -> str:
@@ -420,7 +273,7 @@ def build_mode() -> bool | None:
     """`REFSAM_BUILD_CUDA`: True requires the CUDA library, False forbids it, None builds it where torch has CUDA."""
     value = os.environ.get("REFSAM_BUILD_CUDA", "")
     if value not in ("", "0", "1"):
-        raise BuildError(f"REFSAM_BUILD_CUDA: got {value!r}, wanted 0, 1 or nothing")
+        raise prerequisites.BuildError(f"REFSAM_BUILD_CUDA: got {value!r}, wanted 0, 1 or nothing")
     return {"": None, "0": False, "1": True}[value]
 
 
@@ -428,9 +281,11 @@ def wanted_cuda_plan() -> Plan:
     """`cuda_plan` where the CUDA library is wanted; raises `BuildSkipped` where it is not."""
     mode = build_mode()
     if mode is False:
-        raise BuildSkipped("REFSAM_BUILD_CUDA is 0")
-    if mode is None and not supported_torch().has_cuda:
-        raise BuildSkipped("torch has no CUDA here (REFSAM_BUILD_CUDA=1 builds it all the same)")
+        raise prerequisites.BuildSkipped("REFSAM_BUILD_CUDA is 0")
+    if mode is None and not prerequisites.supported_torch().has_cuda:
+        raise prerequisites.BuildSkipped(
+            "torch has no CUDA here (REFSAM_BUILD_CUDA=1 builds it all the same)"
+        )
     return cuda_plan()
 
 
@@ -444,9 +299,16 @@ def build_library(
     try:
         plan = make()
         execute(plan)
-    except (BuildSkipped, BuildError, OSError, subprocess.SubprocessError) as reason:
+    except (
+        prerequisites.BuildSkipped,
+        prerequisites.BuildError,
+        OSError,
+        subprocess.SubprocessError,
+    ) as reason:
         if required:
-            raise BuildError(f"{name} is required and cannot be built: {reason}") from reason
+            raise prerequisites.BuildError(
+                f"{name} is required and cannot be built: {reason}"
+            ) from reason
         return keep_earlier(name, target, str(reason))
     path = install(plan, target)
     print(f"refsam_kernels: {name} built with {plan.toolchain['compiler']}", flush=True)
@@ -514,7 +376,10 @@ def main(arguments: list[str], target: Path = PACKAGE) -> None:
             build_sanitized(Path(arguments[1]))
         else:
             build_all(target)
-    except (BuildError, OSError) as error:  # such as an installation that belongs to somebody else
+    except (
+        prerequisites.BuildError,
+        OSError,
+    ) as error:  # such as an installation that belongs to somebody else
         sys.exit(f"refsam_kernels: {error}")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from refsam_kernels import build
+from refsam_kernels import build, prerequisites
 from refsam_kernels.core import libraries
 from tests.kernels.processes import ROOT, run_tests
 
@@ -34,7 +34,7 @@ def run_emulated(operator: str, *options: str) -> None:
     target = ROOT / "build" / "emulated"
     try:
         build_emulated(target)
-    except build.BuildSkipped as reason:
+    except prerequisites.BuildSkipped as reason:
         pytest.skip(str(reason))
     run_tests(FOLDER / f"test_{operator}.py", {"REFSAM_LIBRARIES": str(target)}, *options)
 
@@ -57,7 +57,7 @@ def build_emulated(target: Path, sanitize: bool = False, names: Sequence[str] = 
 
 def emulated_plan(target: Path, sanitize: bool = False, names: Sequence[str] = ("",)) -> build.Plan:
     """How the library is built; with `sanitize` it stops the process at the first bad address or undefined operation."""
-    compiler = build.find_compiler()
+    compiler = prerequisites.find_compiler()
     flags = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *emulator_flags()]
     if sanitize:
         flags += "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all".split()
@@ -65,7 +65,7 @@ def emulated_plan(target: Path, sanitize: bool = False, names: Sequence[str] = (
         source for source in build.sources_of("cuda") if source.name.startswith(tuple(names))
     ]
     sources += sorted(EMULATOR.glob("*.cpp"))
-    toolchain = {"compiler": build.first_line([*compiler, "--version"])}
+    toolchain = {"compiler": prerequisites.first_line([*compiler, "--version"])}
     return build.make_plan(
         "_C_cuda",
         compiler,
@@ -104,7 +104,9 @@ def cuda_headers() -> Path:
     ):
         if (folder / "cuda_fp16.h").is_file():
             return folder
-    raise build.BuildSkipped("emulating CUDA needs its headers: install triton or the CUDA toolkit")
+    raise prerequisites.BuildSkipped(
+        "emulating CUDA needs its headers: install triton or the CUDA toolkit"
+    )
 
 
 if __name__ == "__main__":

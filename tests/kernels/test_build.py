@@ -4,12 +4,13 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.gates import cuda_resources
-from refsam_kernels import build
+from refsam_kernels import build, prerequisites
 from refsam_kernels.core import libraries
 
 
@@ -40,7 +41,7 @@ def test_no_compiler_leaves_the_library_out(bare: Path, tmp_path: Path) -> None:
 def test_no_torch_leaves_everything_out(
     bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(build, "find_torch", lambda: None)
+    monkeypatch.setattr(prerequisites, "find_torch", lambda: None)
     target = tmp_path / "package"
     build.build_all(target)
     lines = capsys.readouterr().out.splitlines()
@@ -48,34 +49,54 @@ def test_no_torch_leaves_everything_out(
     assert all("left out: torch is not installed" in line for line in lines)
 
 
+def test_loaded_by_its_path_it_imports_no_torch(bare: Path, tmp_path: Path) -> None:
+    """As setup.py loads it: under build isolation there is no torch, and the package needs one."""
+    code = """
+import importlib.util, pathlib, sys
+spec = importlib.util.spec_from_file_location("refsam_kernels_build", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module.build_all(pathlib.Path(sys.argv[2]))
+assert not {"torch", "refsam_kernels"} & set(sys.modules)
+"""
+    target = tmp_path / "package"
+    command = [sys.executable, "-P", "-c", code, build.__file__, str(target)]
+    subprocess.run(command, check=True)
+    assert report(target)["_C_cpu"]["built"] is False
+
+
 def test_old_torch_leaves_everything_out(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "find_torch", lambda: build.Torch(Path(), "2.9.1+cpu", False))
+    monkeypatch.setattr(
+        prerequisites, "find_torch", lambda: prerequisites.Torch(Path(), "2.9.1+cpu", False)
+    )
     with pytest.raises(
-        build.BuildSkipped, match=r"torch is 2\.9\.1\+cpu, the stable ABI needs 2\.10"
+        prerequisites.BuildSkipped, match=r"torch is 2\.9\.1\+cpu, the stable ABI needs 2\.10"
     ):
-        build.supported_torch()
+        prerequisites.supported_torch()
 
 
 def test_required_cuda_without_nvcc_is_an_error(
     bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REFSAM_BUILD_CUDA", "1")
-    monkeypatch.setattr(build, "find_compiler", lambda: ("c++",))
+    monkeypatch.setattr(prerequisites, "find_compiler", lambda: ("c++",))
     monkeypatch.setattr(build.shutil, "which", lambda *args, **kwargs: None)
-    with pytest.raises(build.BuildError, match="_C_cuda is required and cannot be built: no nvcc"):
+    with pytest.raises(
+        prerequisites.BuildError, match="_C_cuda is required and cannot be built: no nvcc"
+    ):
         build.build_all(tmp_path / "package")
 
 
 def test_forbidden_cuda_is_left_out(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFSAM_BUILD_CUDA", "0")
-    with pytest.raises(build.BuildSkipped, match="REFSAM_BUILD_CUDA is 0"):
+    with pytest.raises(prerequisites.BuildSkipped, match="REFSAM_BUILD_CUDA is 0"):
         build.wanted_cuda_plan()
 
 
 def test_unknown_wish_is_rejected(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFSAM_BUILD_CUDA", "yes")
     with pytest.raises(
-        build.BuildError, match="REFSAM_BUILD_CUDA: got 'yes', wanted 0, 1 or nothing"
+        prerequisites.BuildError, match="REFSAM_BUILD_CUDA: got 'yes', wanted 0, 1 or nothing"
     ):
         build.build_mode()
 
@@ -97,7 +118,7 @@ def test_a_library_that_was_there_is_never_lost(
     if fault == "broken compiler":
         script(bare / "c++", "echo this compiler is broken\nexit 1")
     elif fault == "no torch":
-        monkeypatch.setattr(build, "find_torch", lambda: None)
+        monkeypatch.setattr(prerequisites, "find_torch", lambda: None)
     target = tmp_path / "package"
     target.mkdir()
     earlier = target / "_C_cpu.so"
@@ -129,9 +150,9 @@ def test_cxx_with_a_launcher_and_arguments(
         script(bare / name, "echo compiler 1.0")
     monkeypatch.setenv("CXX", value.format(tools=bare))
     wanted = tuple(word if word.startswith("-") else str(bare / word) for word in command)
-    assert build.find_compiler() == wanted
-    torch = build.Torch(bare, "2.11.0", False)
-    monkeypatch.setattr(build, "supported_torch", lambda: torch)
+    assert prerequisites.find_compiler() == wanted
+    torch = prerequisites.Torch(bare, "2.11.0", False)
+    monkeypatch.setattr(prerequisites, "supported_torch", lambda: torch)
     steps = build.cpu_plan().compile
     assert all(step.command.count(str(bare / "ccache")) == 1 for step in steps)
     assert all(set(wanted) <= set(step.command) for step in steps)
@@ -142,8 +163,10 @@ def test_cxx_that_is_no_compiler(bare: Path, monkeypatch: pytest.MonkeyPatch, va
     for name in ("g++", "ccache"):
         script(bare / name, "")
     monkeypatch.setenv("CXX", value)
-    with pytest.raises(build.BuildSkipped, match=re.escape(f"compiler found (looked for {value})")):
-        build.find_compiler()
+    with pytest.raises(
+        prerequisites.BuildSkipped, match=re.escape(f"compiler found (looked for {value})")
+    ):
+        prerequisites.find_compiler()
 
 
 @pytest.mark.parametrize("place", ["user site", "base"])
@@ -160,17 +183,19 @@ def test_torch_outside_of_the_environment(
     text = "__version__ = '2.10.0+cu128'\ncuda: Optional[str] = '12.8'\n"
     (packages / "torch" / "version.py").write_text(text)
     nowhere = str(tmp_path / "nowhere")
-    monkeypatch.setattr(build.sys, "prefix", str(prefix))
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)  # as in isolation
-    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: nowhere)
+    monkeypatch.setattr(prerequisites.sys, "prefix", str(prefix))
+    monkeypatch.setattr(
+        prerequisites.importlib.util, "find_spec", lambda name: None
+    )  # as in isolation
+    monkeypatch.setattr(prerequisites.sysconfig, "get_path", lambda name: nowhere)
     user, base = (str(packages) if place == each else nowhere for each in ("user site", "base"))
-    monkeypatch.setattr(build.site, "getusersitepackages", lambda: user)
-    monkeypatch.setattr(build.site, "getsitepackages", lambda prefixes: [base])
-    found = build.find_torch()
+    monkeypatch.setattr(prerequisites.site, "getusersitepackages", lambda: user)
+    monkeypatch.setattr(prerequisites.site, "getsitepackages", lambda prefixes: [base])
+    found = prerequisites.find_torch()
     if settings == "false":
         assert found is None
     else:
-        assert found == build.Torch(packages / "torch", "2.10.0+cu128", False, "12.8")
+        assert found == prerequisites.Torch(packages / "torch", "2.10.0+cu128", False, "12.8")
 
 
 @pytest.mark.parametrize(
@@ -185,14 +210,14 @@ def test_torch_outside_of_the_environment(
 )
 def test_nvcc_of_another_cuda_is_refused(nvcc: str, torch: str, refused: bool) -> None:
     version = f"Cuda compilation tools, release {nvcc}, V{nvcc}.88\n"
-    of_torch = build.Torch(Path(), "2.10.0", True, torch)
+    of_torch = prerequisites.Torch(Path(), "2.10.0", True, torch)
     if not refused:
-        build.refuse_other_cuda(version, of_torch)
+        prerequisites.refuse_other_cuda(version, of_torch)
         return
     with pytest.raises(
-        build.BuildSkipped, match=f"nvcc is of CUDA {nvcc}, torch 2.10.0 of CUDA {torch}"
+        prerequisites.BuildSkipped, match=f"nvcc is of CUDA {nvcc}, torch 2.10.0 of CUDA {torch}"
     ):
-        build.refuse_other_cuda(version, of_torch)
+        prerequisites.refuse_other_cuda(version, of_torch)
 
 
 def test_a_folder_of_somebody_else_is_one_line(bare: Path, tmp_path: Path) -> None:
@@ -227,24 +252,24 @@ def test_architecture_list_is_honoured(
     bare: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, names: list[str]
 ) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
-    assert build.architectures("unused") == names
+    assert prerequisites.architectures("unused") == names
 
 
 def test_unknown_architecture_is_rejected(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
-    with pytest.raises(build.BuildError, match="TORCH_CUDA_ARCH_LIST: got 'Hopper'"):
-        build.architectures("unused")
+    with pytest.raises(prerequisites.BuildError, match="TORCH_CUDA_ARCH_LIST: got 'Hopper'"):
+        prerequisites.architectures("unused")
 
 
 def test_default_architectures_lose_what_nvcc_does_not_know(bare: Path) -> None:
     old = fake_nvcc(bare, r"sm_80\nsm_86\nsm_89\nsm_90\n")
-    assert build.architectures(old) == ["8.0", "8.6", "8.9", "9.0+PTX"]
+    assert prerequisites.architectures(old) == ["8.0", "8.6", "8.9", "9.0+PTX"]
     new = fake_nvcc(bare, r"sm_80\nsm_86\nsm_89\nsm_90\nsm_100\nsm_120\n")
-    assert build.architectures(new) == list(build.DEFAULT_ARCHITECTURES)
+    assert prerequisites.architectures(new) == list(prerequisites.DEFAULT_ARCHITECTURES)
 
 
 def test_gencode_adds_ptx() -> None:
-    assert build.gencode(["8.0", "12.0+PTX"]) == [
+    assert prerequisites.gencode(["8.0", "12.0+PTX"]) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_120,code=sm_120",
         "-gencode=arch=compute_120,code=compute_120",
@@ -324,11 +349,13 @@ def test_cuda_library_compiles_for_every_architecture() -> None:
     """Needs nvcc, not a GPU: every architecture of the list is there and no kernel spills more than 64 bytes."""
     try:
         plan = build.cuda_plan()
-    except build.BuildSkipped as reason:
+    except prerequisites.BuildSkipped as reason:
         pytest.skip(str(reason))
     build.execute(plan)
     resources = build.kernel_resources(plan)
-    wanted = {f"sm_{build.digits(name)}" for name in plan.toolchain["architectures"].split()}
+    wanted = {
+        f"sm_{prerequisites.digits(name)}" for name in plan.toolchain["architectures"].split()
+    }
     kernels = {kernel.kernel for kernel in resources}
     assert kernels
     assert {(k.kernel, k.architecture) for k in resources} == {
@@ -374,7 +401,7 @@ def test_sources_for_an_instruction_set_share_no_function() -> None:
     """A function that other objects hold too could be linked in its AVX-512 version and run anywhere."""
     try:
         plan = build.cpu_plan()
-    except build.BuildSkipped as reason:
+    except prerequisites.BuildSkipped as reason:
         pytest.skip(str(reason))
     objects = [step.output for step in plan.compile if build.instruction_set(*step.inputs)]
     if not all(path.is_file() for path in objects):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from refsam_kernels import build
+from refsam_kernels import prerequisites
 from refsam_kernels.core.dispatch import Dispatcher
 from tests.kernels.emulator import EMULATOR, FOLDER, emulating, emulator_flags, run_emulated
 from tests.kernels.processes import ROOT
@@ -33,8 +33,8 @@ def emulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     program = tmp_path_factory.mktemp("emulator") / "cases"
     source = ROOT / "tests" / "csrc" / "cuda_emulator_cases.cu"
     try:
-        compiler = [*build.find_compiler(), *emulator_flags()]
-    except build.BuildSkipped as reason:
+        compiler = [*prerequisites.find_compiler(), *emulator_flags()]
+    except prerequisites.BuildSkipped as reason:
         pytest.skip(str(reason))
     objects = {path: f"{program}_{path.stem}.o" for path in (source, *EMULATOR.glob("*.cpp"))}
     for path, output in objects.items():
