@@ -26,7 +26,7 @@ from refsam_kernels.mask_postprocess.packed import (
 )
 from refsam_kernels.mask_upscale.op import mask_upscale
 from refsam_kernels.packed_linear import PackedLinear, can_prepack
-from refsam_kernels.rel_pos_attention.op import rel_pos_attention
+from refsam_kernels.rel_pos_attention.op import rel_pos_attention, resize_table
 from refsam_kernels.token_image_attention.op import AttentionWeights, token_image_attention
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "mask_postprocess_rle",
     "mask_upscale",
     "rel_pos_attention",
+    "resize_table",
     "settle",
     "token_image_attention",
     "use_backend",

@@ -7,8 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refsam.model.adapter import Adapter
-from refsam_kernels import AdapterWeights, adapter_mlp, adapter_projection, rel_pos_attention
-from refsam_kernels.rel_pos_attention.op import resize_table
+from refsam_kernels import (
+    AdapterWeights,
+    adapter_mlp,
+    adapter_projection,
+    rel_pos_attention,
+    resize_table,
+)
 
 VIT_EPS = 1e-6
 ADAPTER_SCALE = 0.5

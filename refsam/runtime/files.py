@@ -35,17 +35,17 @@ class BusyError(UserError):
 
 
 @contextmanager
-def only_writer(path: Path, *, wait: bool) -> Iterator[None]:
+def only_writer(path: Path, *, wait: bool, again: bool = False) -> Iterator[None]:
     """Hold the lock file `<path>.lock` within; it is let go of when the process ends, however that ends.
 
-    One thread may hold it several times. With `wait`, wait for another holder; without, raise UserError if there is one.
-    Raises UserError where it cannot be made.
+    With `again` one thread may hold it several times. With `wait`, wait for another holder; without, raise UserError if
+    there is one. Raises UserError where it cannot be made.
     """
     from filelock import FileLock, Timeout
 
     name = path.with_name(f".{path.name}.lock")
     # A lock that its maker alone may open would lock colleagues out for ever.
-    lock = FileLock(name, timeout=-1 if wait else 0, mode=0o666, is_singleton=True)
+    lock = FileLock(name, timeout=-1 if wait else 0, mode=0o666, is_singleton=again)
     try:
         lock.acquire()
     except Timeout:

@@ -129,7 +129,7 @@ class Trainer:
         Raises UserError, too, while another process trains into the same folder, and for what `resume` refuses.
         """
         with (
-            only_writer(self.output / "run", wait=False)
+            only_writer(self.output / "run", wait=False, again=True)
             if self.processes.is_first
             else nullcontext()
         ):

@@ -86,7 +86,7 @@ def test_masks_of_segment_videos_are_scored(tmp_path: Path) -> None:
     arguments = ["evaluate", "masks", "--pred", tmp_path / "out", "--gt", tmp_path / "mine/train"]
     run(*arguments, "--json", tmp_path / "scores.json", "--processes", 1)
     content = json.loads((tmp_path / "scores.json").read_text())
-    assert content["overall"]["J&F"]["mean"] == pytest.approx(1.0)
+    assert content["overall"]["J&F-Mean"] == pytest.approx(1.0)
     (tmp_path / "out/clip0/masks/00/00001.png").unlink()
     result = CliRunner().invoke(main, [str(a) for a in (*arguments, "--processes", 1)])
     assert result.exit_code == 2 and "frame missing" in result.output

@@ -375,7 +375,8 @@ def test_the_command_waits_passively_and_allows_changes(folder: Path) -> None:
 
 
 def test_a_lock_is_let_go_of(tmp_path: Path) -> None:
-    with only_writer(tmp_path / "a", wait=False), only_writer(tmp_path / "a", wait=False):
+    again = {"wait": False, "again": True}
+    with only_writer(tmp_path / "a", **again), only_writer(tmp_path / "a", **again):
         pass
     with only_writer(tmp_path / "a", wait=False):
         pass
