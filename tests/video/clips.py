@@ -46,7 +46,7 @@ def encode_video(
 ) -> Path:
     """Write images (H, W, 3) uint8 RGB; `times` are milliseconds, `rotation` degrees counter-clockwise."""
     with av.open(str(path), "w", options=options or {}) as container:
-        stream = container.add_stream(codec, rate=rate)
+        stream: Any = container.add_stream(codec, rate=rate)
         stream.pix_fmt = pixel_format
         if preset is not None:
             stream.options = {"preset": preset}
