@@ -17,9 +17,15 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a process canno
 @pytest.fixture(autouse=True)
 def heeded() -> Iterator[None]:
     """Ctrl-C is heeded as usual: nohup and a shell's background jobs ignore it, and so would what they start."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    usual = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def interrupt() -> None:
