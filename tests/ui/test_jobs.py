@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco
 
-from refsam import VideoSession
+from refsam import VideoSession, load_model
 from refsam.ui.jobs import Engine, Job, first_frame
 from refsam.ui.uploads import Limits
 from refsam.video import open_source
+from tests.evf_folder import write_evf
 from tests.tiny_model import tiny_model
 from tests.video.clips import write_video
 
@@ -50,7 +51,11 @@ def masks_in(path: Path) -> np.ndarray:
     return masks.reshape(len(EXPRESSIONS), -1, *masks.shape[1:])
 
 
-def test_downloads_hold_what_a_session_finds(engine: Engine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["refsam", "evf"])
+def test_downloads_hold_what_a_session_finds(kind: str, engine: Engine, tmp_path: Path) -> None:
+    if kind == "evf":
+        model = load_model(write_evf(tmp_path / "evf"))
+        engine = Engine("evf", model, torch.float32)
     clip = write_video(tmp_path / "clip.mp4", frames=5)
     job = finish(make_job(engine, clip))
     assert job.error is None and job.stopped_by is None
