@@ -188,25 +188,19 @@ def _seconds(option: str, text: str) -> float:
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Let typer see the fields of parameters that are dataclasses as options of their own."""
-    groups: dict[str, type] = {
-        name: parameter.annotation
-        for name, parameter in inspect.signature(command).parameters.items()
-        if isinstance(parameter.annotation, type) and dataclasses.is_dataclass(parameter.annotation)
-    }
+    only_keyword, empty = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
+    groups: dict[str, type] = {}
     parameters = []
     for name, parameter in inspect.signature(command).parameters.items():
-        if name not in groups:
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+        group = parameter.annotation
+        if not isinstance(group, type) or not dataclasses.is_dataclass(group):
+            parameters.append(parameter.replace(kind=only_keyword))
             continue
-        parameters += [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=field.default,
-                annotation=field.type,
-            )
-            for field in dataclasses.fields(groups[name])
-        ]
+        groups[name] = group
+        for field in dataclasses.fields(group):
+            default = empty if field.default is dataclasses.MISSING else field.default
+            option = inspect.Parameter(field.name, only_keyword, default=default)
+            parameters.append(option.replace(annotation=field.type))
 
     @wraps(command)
     def call(**given: Any) -> None:

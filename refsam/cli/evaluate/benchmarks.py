@@ -1,7 +1,7 @@
 """``refsam evaluate ref-davis17``, ``ref-youtube-vos``, ``mevis``, ``refcoco``: run a model on a benchmark and score it."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,85 +18,90 @@ if TYPE_CHECKING:
     from refsam.evaluation.runners.benchmark import Benchmark
     from refsam.evaluation.runners.inference import InferenceRules
 
-RootOption = Annotated[Path, typer.Option(help="Folder of the dataset, laid out as docs/data.md says.")]  # fmt: skip
-RunFolderOption = Annotated[
-    Path,
-    typer.Option(
-        help="Folder for predictions, scores and report; give that of an interrupted run to continue it."
-    ),
-]
-InferenceOption = Annotated[
-    str,
-    typer.Option(
-        help="How the model is run: default, or paper, the authors' known choices (360-pixel short side, thresholds)."
-    ),
-]
 VideosOption = Annotated[
     Path | None, typer.Option(help="Text file of the videos to run, one a line; all by default.")
 ]
-TruthOption = Annotated[
-    Path | None,
-    typer.Option(help="Truth that lies elsewhere: <video>/<frame>.png, <video>/<expression>/<frame>.png, mask_dict.json."),
-]  # fmt: skip
-TruthExpressionsOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="meta_expressions.json that says which objects of that truth each expression means."
-    ),
-]
-MissingOption = Annotated[
-    str,
-    typer.Option(help="error: stop where the model cannot take an expression; zero: score it as empty, and list it."),
-]  # fmt: skip
-ProcessesOption = Annotated[
-    int, typer.Option(help="Processes that share the scoring; 0 is one per core.")
-]
+ProcessesOption = Annotated[int, typer.Option(help="Processes that share the scoring; 0 is one per core.")]  # fmt: skip
 
 
-@grouped
+@dataclass(frozen=True)
+class RunOptions:
+    """The dataset, where the results go, and how the model is run."""
+
+    root: Annotated[Path, typer.Option(help="Folder of the dataset, laid out as docs/data.md says.")]  # fmt: skip
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for predictions, scores and report; that of an interrupted run continues it."),
+    ]  # fmt: skip
+    inference: Annotated[
+        str,
+        typer.Option(help="How the model is run: default, or paper, as the authors do (360-pixel short side, thresholds)."),
+    ] = "default"  # fmt: skip
+    missing: Annotated[
+        str,
+        typer.Option(help="error: stop where the model cannot take an expression; zero: score it as empty, and list it."),
+    ] = "error"  # fmt: skip
+    device: DeviceOption = "auto"
+    dtype: DtypeOption = "auto"
+
+    @property
+    def rules(self) -> "InferenceRules":
+        """The rules of inference; raises UserError for an unknown name."""
+        from refsam.evaluation.runners.inference import find_rules
+
+        return find_rules(self.inference)
+
+    def open(self, name: str, split: str, videos: Path | None) -> "ReferringDataset":
+        """A split of the dataset, with the listed videos only."""
+        from refsam.data import open_dataset
+        from refsam.evaluation.scoring.clips import read_names
+
+        dataset = open_dataset(name, self.root, split)
+        if videos is None:
+            return dataset
+        names = set(read_names(videos))
+        if unknown := sorted(names - {video.name for video in dataset.videos}):
+            raise UserError(f"videos: not in {dataset.name} {dataset.split}: {', '.join(unknown)}")
+        chosen = tuple(video for video in dataset.videos if video.name in names)
+        return replace(dataset, videos=chosen)
+
+
+_SHARED = "Started by torchrun, processes and machines share the {}; --out must be a folder that all of them see."
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """A command, whose help says how processes share its work."""
+    items = "images" if function.__name__ == "refcoco" else "videos"
+    function.__doc__ = f"{function.__doc__}\n\n    {_SHARED.format(items)}"
+    return grouped(function)
+
+
+@_command
 def ref_davis17(
-    root: RootOption,
-    out: RunFolderOption,
+    run: RunOptions,
     model: ModelChoice,
     split: str = "valid",
-    inference: InferenceOption = "default",
     merge: Annotated[
         str | None,
-        typer.Option(
-            help="How objects share pixels: probabilities, or logits, the authors' rule; by default that of --inference."
-        ),
+        typer.Option(help="How objects share pixels: probabilities, or logits as the authors do; as --inference by default."),
     ] = None,
     protocol: Annotated[
         list[str] | None,
-        typer.Option(
-            help="How it is scored: davis-unsupervised (default), davis-semi-supervised, per-expression; repeat it for several."
-        ),
+        typer.Option(help="How it is scored: davis-unsupervised (default), davis-semi-supervised, per-expression; repeatable."),
     ] = None,
     videos: VideosOption = None,
-    missing: MissingOption = "error",
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
     processes: ProcessesOption = 0,
-) -> None:
-    """Run a model on Ref-DAVIS17: each of the four annotators by itself, objects joined into maps, the mean of four scores.
-
-    Started by torchrun, processes and machines share the videos; --out must be a folder that all of them see.
-    """
-    from refsam.data import open_dataset
-    from refsam.evaluation.runners.inference import MERGE_NOTES, find_rules
+) -> None:  # fmt: skip
+    """Run a model on Ref-DAVIS17: each of the four annotators by itself, objects joined into maps, the mean of four scores."""
+    from refsam.evaluation.runners.inference import MERGE_NOTES
     from refsam.evaluation.runners.ref_davis17 import RefDavis17
 
-    rules = find_rules(inference)
-    if merge is not None and merge not in MERGE_NOTES:
+    wanted = run.rules.merge if merge is None else merge
+    if wanted not in MERGE_NOTES:
         raise UserError(f"merge: got {merge!r}, want {' or '.join(MERGE_NOTES)}")
-    dataset = _chosen(open_dataset("ref-davis17", root, split), videos)
-    chosen = next(rule for rule in MERGE_NOTES if rule == (merge or rules.merge))
+    rule = next(rule for rule in MERGE_NOTES if rule == wanted)
     names = tuple(dict.fromkeys(protocol or ["davis-unsupervised"]))
-    benchmark = RefDavis17(dataset, chosen, names)
-    _run(benchmark, rules, out, model, device, dtype, missing, processes)
-
-
-_SHARED = "Started by torchrun, processes and machines share the videos; --out must be a folder that all of them see."
+    _run(RefDavis17(run.open("ref-davis17", split, videos), rule, names), run, model, processes)
 
 
 def _per_expression(
@@ -104,33 +109,29 @@ def _per_expression(
 ) -> Callable[..., None]:
     """The command of a dataset whose expressions are scored one by one; `folder` is where its server wants the masks."""
 
-    @grouped
     def command(
-        root: RootOption,
-        out: RunFolderOption,
+        run: RunOptions,
         model: ModelChoice,
         split: str = usual_split,
-        inference: InferenceOption = "default",
-        truth: TruthOption = None,
-        truth_expressions: TruthExpressionsOption = None,
+        truth: Annotated[
+            Path | None,
+            typer.Option(help="Truth elsewhere: <video>/<frame>.png, <video>/<expression>/<frame>.png or mask_dict.json."),
+        ] = None,
+        truth_expressions: Annotated[
+            Path | None,
+            typer.Option(help="meta_expressions.json that says which objects of that truth each expression means."),
+        ] = None,
         videos: VideosOption = None,
-        missing: MissingOption = "error",
-        device: DeviceOption = "auto",
-        dtype: DtypeOption = "auto",
         processes: ProcessesOption = 0,
-    ) -> None:
-        from refsam.data import open_dataset
-        from refsam.evaluation.runners.inference import find_rules
+    ) -> None:  # fmt: skip
         from refsam.evaluation.runners.per_expression import PerExpression
 
-        dataset = _chosen(open_dataset(name, root, split), videos)
+        dataset = run.open(name, split, videos)
         places = _truth(dataset, truth, truth_expressions)
-        benchmark = PerExpression(f"{title} {split}", dataset, folder, *places)
-        _run(benchmark, find_rules(inference), out, model, device, dtype, missing, processes)
+        _run(PerExpression(f"{title} {split}", dataset, folder, *places), run, model, processes)
 
-    command.__name__ = name.replace("-", "_")
-    command.__doc__ = f"{help_text}\n\n    {_SHARED}"
-    return command
+    command.__name__, command.__doc__ = name.replace("-", "_"), help_text
+    return _command(command)
 
 
 ref_youtube_vos = _per_expression(
@@ -149,10 +150,9 @@ mevis = _per_expression(
 )
 
 
-@grouped
+@_command
 def refcoco(
-    root: RootOption,
-    out: RunFolderOption,
+    run: RunOptions,
     model: ModelChoice,
     dataset: Annotated[str, typer.Option(help="refcoco, refcoco+ or refcocog.")] = "refcoco",
     split_by: Annotated[
@@ -164,87 +164,54 @@ def refcoco(
     ] = None,
     protocol: Annotated[
         list[str] | None,
-        typer.Option(
-            help="How scores are made of IoUs: referformer (default), sa2va or lavt; repeat it for several."
-        ),
+        typer.Option(help="How scores are made of IoUs: referformer (default), sa2va or lavt; repeat it for several."),
     ] = None,
-    inference: InferenceOption = "default",
-    missing: MissingOption = "error",
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-) -> None:
-    """Run a model on RefCOCO, RefCOCO+ or RefCOCOg: oIoU, mIoU and P@0.5 to 0.9 of each split.
-
-    Started by torchrun, processes and machines share the images; --out must be a folder that all of them see.
-    """
+) -> None:  # fmt: skip
+    """Run a model on RefCOCO, RefCOCO+ or RefCOCOg: oIoU, mIoU and P@0.5 to 0.9 of each split."""
     from refsam.data import open_dataset
     from refsam.data.refcoco import SPLITS_BY
-    from refsam.evaluation.runners.inference import find_rules
     from refsam.evaluation.runners.refcoco import RefCoco
 
-    rules = find_rules(inference)
     if dataset not in SPLITS_BY:
         raise UserError(f"dataset: got {dataset!r}, want one of {', '.join(SPLITS_BY)}")
     by = SPLITS_BY[dataset]
     usual = by.get(split_by or next(iter(by)), ("train",))[1:]  # open_dataset refuses a wrong one
     opened = [
-        open_dataset(dataset, root, name, split_by=split_by)
+        open_dataset(dataset, run.root, name, split_by=split_by)
         for name in dict.fromkeys(split or usual or ("val",))
     ]
-    benchmark = RefCoco(tuple(opened), tuple(dict.fromkeys(protocol or ["referformer"])))
-    _run(benchmark, rules, out, model, device, dtype, missing, 1)
+    names = tuple(dict.fromkeys(protocol or ["referformer"]))
+    _run(RefCoco(tuple(opened), names), run, model, 1)
 
 
-@grouped
+@_command
 def long_rvos(
-    root: RootOption,
-    out: RunFolderOption,
-    model: ModelChoice,
-    split: str = "valid",
-    inference: InferenceOption = "default",
-    videos: VideosOption = None,
-    missing: MissingOption = "error",
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    run: RunOptions, model: ModelChoice, split: str = "valid", videos: VideosOption = None
 ) -> None:
-    """Run a model on Long-RVOS, videos of a minute: J, F, tIoU and vIoU of all sentences and of each type.
+    """Run a model on Long-RVOS, videos of a minute: J, F, tIoU and vIoU of all expressions and of each type.
 
-    Memory does not grow with a video's length. Started by torchrun, processes and machines share the videos; --out must be a
-    folder that all of them see.
+    Memory does not grow with a video's length.
     """
-    from refsam.data import open_dataset
-    from refsam.evaluation.runners.inference import find_rules
     from refsam.evaluation.runners.long_rvos import LongRvos
 
-    dataset = _chosen(open_dataset("long-rvos", root, split), videos)
-    benchmark = LongRvos(f"Long-RVOS {split}", dataset, None, dataset.truth)
-    _run(benchmark, find_rules(inference), out, model, device, dtype, missing, 1)
+    dataset = run.open("long-rvos", split, videos)
+    _run(LongRvos(f"Long-RVOS {split}", dataset, None, dataset.truth), run, model, 1)
 
 
-@grouped
+@_command
 def folder(
-    root: RootOption,
-    out: RunFolderOption,
+    run: RunOptions,
     model: ModelChoice,
     split: str = "validation",
-    inference: InferenceOption = "default",
     videos: VideosOption = None,
-    missing: MissingOption = "error",
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
     processes: ProcessesOption = 0,
 ) -> None:
-    """Run a model on your own videos and score it, each expression by itself, in the frames that have a mask.
-
-    Started by torchrun, processes and machines share the videos; --out must be a folder that all of them see.
-    """
-    from refsam.data import open_dataset
-    from refsam.evaluation.runners.inference import find_rules
+    """Run a model on your own videos and score it, each expression by itself, in the frames that have a mask."""
     from refsam.evaluation.runners.per_expression import PerExpression
 
-    dataset = _chosen(open_dataset("folder", root, split), videos)
-    benchmark = PerExpression(f"{root} {split}", dataset, None, dataset.truth)
-    _run(benchmark, find_rules(inference), out, model, device, dtype, missing, processes)
+    dataset = run.open("folder", split, videos)
+    name = f"{run.root} {split}"
+    _run(PerExpression(name, dataset, None, dataset.truth), run, model, processes)
 
 
 def _truth(
@@ -264,57 +231,27 @@ def _truth(
     return truth, expressions
 
 
-def _chosen(dataset: "ReferringDataset", videos: Path | None) -> "ReferringDataset":
-    """The dataset with the listed videos only."""
-    from refsam.evaluation.scoring.clips import read_names
-
-    if videos is None:
-        return dataset
-    names = read_names(videos)
-    known = {video.name for video in dataset.videos}
-    if unknown := sorted(set(names) - known):
-        raise UserError(f"videos: not in {dataset.name} {dataset.split}: {', '.join(unknown)}")
-    chosen = tuple(video for video in dataset.videos if video.name in set(names))
-    return replace(dataset, videos=chosen)
-
-
-def _run(
-    benchmark: "Benchmark",
-    rules: "InferenceRules",
-    out: Path,
-    choice: ModelChoice,
-    device: str,
-    dtype: str,
-    missing: str,
-    processes: int,
-) -> None:
+def _run(benchmark: "Benchmark", run: RunOptions, choice: ModelChoice, processes: int) -> None:
     """Load the model, predict and score; print what was found."""
     from refsam.evaluation.runners.benchmark import Runner, evaluate, shard_of
     from refsam.runtime.threads import available_cores
     from refsam.session import Shard
 
-    check_names(device, dtype)
-    if missing not in ("error", "zero"):
-        raise UserError(f"missing: got {missing!r}, want error or zero")
-    shard = Shard.from_environment()
-    place = choose_device(device)
+    check_names(run.device, run.dtype)
+    if run.missing not in ("error", "zero"):
+        raise UserError(f"missing: got {run.missing!r}, want error or zero")
+    rules, shard, place = run.rules, Shard.from_environment(), choose_device(run.device)
     model = choice.load().to(place)
-    model.optimize(choose_encoder_dtype(dtype))
-    runner = Runner(model, choice.checkpoint, rules, choose_dtype(dtype, place), missing)
-    with (
-        listing_problems(),
-        progress("evaluating", len(shard_of(benchmark, shard)), "videos") as advance,
-    ):
+    model.optimize(choose_encoder_dtype(run.dtype))
+    precision = choose_dtype(run.dtype, place)
+    runner = Runner(model, choice.checkpoint, rules, precision, run.missing)
+    count, cores = len(shard_of(benchmark, shard)), processes or available_cores()
+    with listing_problems(), progress("evaluating", count, "videos") as advance:
         outcome = evaluate(
-            benchmark,
-            runner,
-            out,
-            shard=shard,
-            processes=processes or available_cores(),
-            advance=advance,
+            benchmark, runner, run.out, shard=shard, processes=cores, advance=advance
         )
     if outcome is None:
         typer.echo(f"process {shard.rank} of {shard.world_size}: done; others are still at work")
         return
     typer.echo(outcome.text)
-    typer.echo(f"\nreport: {out / 'report.html'}")
+    typer.echo(f"\nreport: {run.out / 'report.html'}")

@@ -19,16 +19,14 @@ if TYPE_CHECKING:
 def masks(
     pred: Annotated[
         Path,
-        typer.Option(
-            help="Folder of predicted PNGs: <video>/<frame>.png, per expression <video>/<expression>/<frame>.png."
-        ),
+        typer.Option(help="Folder of predicted PNGs: <video>/<frame>.png, per expression <video>/<expression>/<frame>.png."),
     ],
     gt: Annotated[
         Path,
         typer.Option(
-            help="Folder of true PNGs, laid out likewise; with --expressions, maps of objects <video>/<frame>.png, "
-            "the file mask_dict.json of MeViS, or a split of your own videos (with expressions.csv), for which --pred may be "
-            "what refsam segment-videos wrote."
+            help="Folder of true PNGs, laid out alike; with --expressions, maps of objects <video>/<frame>.png, the file "
+            "mask_dict.json of MeViS, or a split of your own videos (with expressions.csv), for which --pred may be what refsam "
+            "segment-videos wrote."
         ),
     ],
     protocol: Annotated[
@@ -42,33 +40,24 @@ def masks(
         Path | None,
         typer.Option(help="Text file of the videos to score, one a line, such as DAVIS' val.txt."),
     ] = None,
-    json: Annotated[
-        Path | None, typer.Option(help="Write everything, scores of each frame included.")
-    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything, scores of each frame included.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write one row per object.")] = None,
     plots: Annotated[
         Path | None, typer.Option(help="Folder for curves of J and F over time, one PNG per video.")
     ] = None,
     report: Annotated[
-        Path | None,
-        typer.Option(help="Folder for report.html (one file, no network) and report.md."),
+        Path | None, typer.Option(help="Folder for report.html (one file, no network) and report.md.")
     ] = None,
     frames: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder of pictures <video>/<frame>.jpg or .png for the report to draw on."
-        ),
+        typer.Option(help="Folder of pictures <video>/<frame>.jpg or .png for the report to draw on."),
     ] = None,
     missing: Annotated[
         str,
-        typer.Option(
-            help="error: stop and list every problem; zero: score unusable masks as empty and list them."
-        ),
+        typer.Option(help="error: stop and list every problem; zero: score unusable masks as empty and list them."),
     ] = "error",
-    processes: Annotated[
-        int, typer.Option(help="Processes that share the videos; 0 is one per core.")
-    ] = 0,
-) -> None:
+    processes: Annotated[int, typer.Option(help="Processes that share the videos; 0 is one per core.")] = 0,
+) -> None:  # fmt: skip
     """Score any model's masks: J, F and J&F with mean, recall and decay, per object and overall."""
     from refsam.evaluation.reports.masks import (
         Scored,
