@@ -147,7 +147,7 @@ class Trainer:
             finally:
                 self.log.close()
             if self.processes.is_first:
-                draw_curve(self.log.path, self.output / "curve.png")
+                self._note("curve", draw_curve(self.log.path, self.output / "curve.png"))
             if not self.stopped_by:
                 self.weights.save_model(self.output / "model", self.settings.delta)
                 self.processes.wait()

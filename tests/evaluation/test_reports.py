@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -13,7 +14,8 @@ from PIL import Image
 from refsam.cli import main
 from refsam.errors import UserError
 from refsam.evaluation.reports.masks import Scored, folder_frames, mask_sections, overall_table
-from refsam.evaluation.reports.pictures import Curve, chart, comparison
+from refsam.evaluation.reports.pictures import comparison
+from refsam.evaluation.reports.plots import Curve, chart
 from refsam.evaluation.reports.report import (
     Code,
     Picture,
@@ -98,14 +100,33 @@ def test_the_page_is_well_formed_self_contained_and_escaped():
 def test_charts_are_valid_svg_with_every_value_in_its_place():
     curves = [Curve("J", np.array([0, 0.5, 1.0]), "#123456"), Curve("F", np.ones(3), "#654321", True)]  # fmt: skip
     root = ElementTree.fromstring(chart(curves, ["00000", "00001", "00002"]))
-    lines = [e for e in root.iter() if e.tag.endswith("polyline")]
-    points = [tuple(map(float, p.split(","))) for p in lines[0].get("points").split()]
+    first, second = (line_of(root, colour) for colour in ("#123456", "#654321"))
+    points = [
+        tuple(map(float, p.split()[1:]))
+        for p in re.findall(r"[ML] [-.\d]+ [-.\d]+", first.get("d"))
+    ]
     assert [x for x, _ in points] == sorted(x for x, _ in points)
     assert points[0][1] - points[1][1] == pytest.approx(points[1][1] - points[2][1])
     assert points[0][1] > points[2][1]  # 1 is on top
-    assert lines[1].get("stroke-dasharray")
+    assert "stroke-dasharray" in second.get("style")
+    assert "00002" in "".join(root.itertext())
     single = chart([Curve("J", np.array([0.5]), "#123456")], ["00000"])
-    assert any(e.tag.endswith("circle") for e in ElementTree.fromstring(single).iter())
+    assert any(
+        e.tag.endswith("}use") and "#123456" in e.get("style", "")
+        for e in ElementTree.fromstring(single).iter()
+    )
+
+
+def line_of(root, colour):
+    return next(e for e in root.iter() if colour in e.get("style", "") and e.tag.endswith("}path"))
+
+
+def test_reports_without_matplotlib_say_what_draws_curves(folders, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    sections = {section.title: section for section in mask_sections([scored(folders)])}
+    assert all(
+        "pip install 'refsam[eval]'" in block.lines[0] for block in sections["Over time"].blocks
+    )
 
 
 def test_comparisons_tell_right_missed_and_wrong_apart():

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from refsam.errors import UserError
-from refsam.evaluation.reports.pictures import COLOURS, LEGEND, Curve, chart, comparison, strip
+from refsam.evaluation.reports.pictures import COLOURS, LEGEND, comparison, strip
+from refsam.evaluation.reports.plots import Curve, both_curves, picture
 from refsam.evaluation.reports.report import Code, Picture, Section, Table, Text
 from refsam.evaluation.scoring.clips import Clip
 from refsam.evaluation.scoring.masks import read_maps
@@ -116,7 +117,7 @@ def _video_tables(scored: Sequence[Scored]) -> Iterable[Table]:
         yield Table((unit, *MEASURES), objects, f"Every {unit}{of}", folded=True)
 
 
-def _charts(scored: Sequence[Scored], pictures: str) -> Iterable[Picture]:
+def _charts(scored: Sequence[Scored], pictures: str) -> Iterable[Picture | Text]:
     for scores in scored:
         ordered = sorted(scores.result.scores, key=lambda score: score.video)
         for video, group in groupby(ordered, key=lambda score: score.video):
@@ -126,19 +127,15 @@ def _charts(scored: Sequence[Scored], pictures: str) -> Iterable[Picture]:
             name = " ".join(filter(None, (scores.name, video)))
             drawn = "J (solid) and F (dashed)" if both else "J&F"
             caption = f"{name}: {drawn} of each frame"
-            content = chart(curves, objects[0].frames)
-            yield Picture(f"{pictures} curves {name}".strip(), "image/svg+xml", content, caption)
+            title = f"{pictures} curves {name}".strip()
+            yield picture(title, curves, objects[0].frames, caption)
 
 
 def _curves(index: int, score: ObjectScores, both: bool) -> list[Curve]:
-    colour, measures = COLOURS[index % len(COLOURS)], score.measures
-    label = f"{score.name}: J&F {measures['J&F-Mean']:.3f}"
-    if not both:
-        return [Curve(label, (score.region + score.contour) / 2, colour)]
-    return [
-        Curve(f"{score.name}: J {measures['J-Mean']:.3f}", score.region, colour),
-        Curve(f"{score.name}: F {measures['F-Mean']:.3f}", score.contour, colour, dashed=True),
-    ]
+    if both:
+        return both_curves(index, score)
+    label = f"{score.name}: J&F {score.measures['J&F-Mean']:.3f}"
+    return [Curve(label, (score.region + score.contour) / 2, COLOURS[index % len(COLOURS)])]
 
 
 def _clip_pictures(

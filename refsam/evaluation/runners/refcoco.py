@@ -13,7 +13,8 @@ from PIL import Image
 
 from refsam.data import Expression, ReferringDataset
 from refsam.errors import UserError
-from refsam.evaluation.reports.pictures import COLOURS, LEGEND, Curve, chart, comparison, strip
+from refsam.evaluation.reports.pictures import COLOURS, LEGEND, comparison, strip
+from refsam.evaluation.reports.plots import Curve, picture
 from refsam.evaluation.reports.report import Picture, Section, Table, Text
 from refsam.evaluation.runners.benchmark import Outcome, Unit, in_groups
 from refsam.evaluation.runners.inference import FrameLogits, InferenceRules
@@ -185,16 +186,15 @@ def _table(convention: str, scores: Mapping[str, Mapping[str, Any]]) -> Table:
     return Table(header, rows, f"Convention {convention}: {CONVENTIONS[convention].rules}")
 
 
-def _precision_chart(samples: Sequence[Sample]) -> Picture:
+def _precision_chart(samples: Sequence[Sample]) -> Picture | Text:
     levels = np.linspace(0, 1, 101)
     curves = []
     for index, split in enumerate(dict.fromkeys(sample.split for sample in samples)):
         ious = np.array([sample.iou for sample in samples if sample.split == split])
         shares = (ious[:, None] > levels).mean(axis=0)
         curves.append(Curve(split, shares, COLOURS[index % len(COLOURS)]))
-    content = chart(curves, ("IoU 0", "IoU 1"))
-    caption = "Share of samples with an IoU above each level"
-    return Picture("precision", "image/svg+xml", content, caption)
+    names = tuple(f"IoU {level:.2f}" for level in levels)
+    return picture("precision", curves, names, "Share of samples with an IoU above each level")
 
 
 def _csv(samples: Iterable[Sample]) -> str:
