@@ -105,15 +105,15 @@ def encode_text(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Entries to change.")
     ] = None,
 ) -> None:
-    """Encode all sentences of a run once, into its text_cache, so that no training process loads the text encoder."""
+    """Encode all expressions of a run once, into its text_cache, so that no training process loads the text encoder."""
     from refsam.cli.progress import progress
     from refsam.training.settings import TrainingSettings
     from refsam.training.start import encode_text as run
 
     settings = TrainingSettings.from_yaml(config, overrides or ())
-    with progress("encoding", None, "sentences") as advance:
+    with progress("encoding", None, "expressions") as advance:
         new = run(settings, advance)
-    typer.echo(f"{new} sentences encoded, those before kept: {settings.text_cache}")
+    typer.echo(f"{new} expressions encoded, those before kept: {settings.text_cache}")
 
 
 @app.command()
@@ -125,7 +125,7 @@ def show(
     ] = None,
     steps: Annotated[int, typer.Option(help="How many steps to show the clips of.", min=1)] = 8,
 ) -> None:
-    """Show what a run trains on, after augmentation: clips with their masks and sentences, as one page."""
+    """Show what a run trains on, after augmentation: clips with their masks and expressions, as one page."""
     from refsam.training.samples import write_page
     from refsam.training.settings import TrainingSettings
 

@@ -19,7 +19,7 @@ _FILL = (124, 116, 104)
 class Augmentation:
     """Ranges that each clip's augmentation is drawn from; defaults are the authors' for training on Ref-YouTube-VOS.
 
-    `flip` is the probability of a clip flipped left to right, its sentences mirrored. With probability `crop` a clip is scaled to
+    `flip` is the probability of a clip flipped left to right, expressions too. With probability `crop` a clip is scaled to
     a short side out of `crop_from` and cut to sides of `crop_sides` (least and most); all sizes are pixels. Then, or instead,
     its short side becomes one of `short_sides`, its long side at most `long_side`. `colour` is the probability of each of the
     changes of brightness, contrast, saturation and hue. Single images are moved by up to `rotation` degrees and `shift` and

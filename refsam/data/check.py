@@ -15,7 +15,7 @@ from refsam.data.photographs.check import check_folder
 
 State = Literal["ok", "missing", "broken", "not there"]
 Contents = tuple[str, list[str]]  # what was counted, and every problem
-# The name of a folder of photographs with class masks, which no split of sentences belongs to.
+# The name of a folder of photographs with class masks, which no split of expressions belongs to.
 PHOTOGRAPHS = "photographs"
 # How many wrong files are named.
 _NAMED = 3

@@ -1,4 +1,4 @@
-"""Training clips from datasets: which frames, cut and moved how, and what their sentences mean in them."""
+"""Training clips from datasets: which frames, cut and moved how, and what their expressions mean in them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ _REACH = 3
 
 @dataclass(frozen=True)
 class Clip:
-    """T frames and what E sentences mean in them.
+    """T frames and what E expressions mean in them.
 
     `frames (T, H, W, 3)` uint8 RGB, `masks (E, T, H, W)` bool, `colour (4,)` float32 for `adjust_colour`; `name` says what it is
     of, `skipped` what could not be read on the way to it.
@@ -71,12 +71,12 @@ class ClipBatch:
 
     @staticmethod
     def of(clips: Sequence[Clip]) -> "ClipBatch":
-        """Clips of the same numbers of frames and sentences, side by side."""
+        """Clips of the same numbers of frames and expressions, side by side."""
         sizes = tuple((clip.frames.shape[1], clip.frames.shape[2]) for clip in clips)
         height, width = (max(sides) for sides in zip(*sizes, strict=True))
-        lengths, sentences = clips[0].frames.shape[0], clips[0].masks.shape[0]
+        lengths, expressions = clips[0].frames.shape[0], clips[0].masks.shape[0]
         frames = torch.zeros(len(clips), lengths, height, width, 3, dtype=torch.uint8)
-        masks = torch.zeros(len(clips), sentences, lengths, height, width, dtype=torch.bool)
+        masks = torch.zeros(len(clips), expressions, lengths, height, width, dtype=torch.bool)
         for index, (clip, (h, w)) in enumerate(zip(clips, sizes, strict=True)):
             frames[index, :, :h, :w] = torch.from_numpy(clip.frames)
             masks[index, :, :, :h, :w] = torch.from_numpy(clip.masks)
@@ -146,8 +146,8 @@ class ClipSampler:
     def clip(self, seed: int, epoch: int, index: int) -> Clip:
         """Sample `index` of an epoch, drawn from (seed, epoch, index) alone.
 
-        A clip that shows nothing of what the first sentence means is drawn again, at last from another sample, unless the
-        sentence means nothing. Raises UnreadableError as asked for, DataError where no draw shows anything.
+        A clip that shows nothing of what the first expression means is drawn again, at last from another sample, unless the
+        expression means nothing. Raises UnreadableError as asked for, DataError where no draw shows anything.
         """
         skipped: list[str] = []
         for attempt in range(_DRAWS):

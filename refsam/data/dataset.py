@@ -37,7 +37,7 @@ class VideoRecord:
 
 @dataclass(frozen=True)
 class Expression:
-    """A sentence about a video.
+    """A referring expression about a video.
 
     `expression_id` is unique within the video, as the dataset spells it; `object_ids` says which of the truth's objects are meant
     (none: nothing in the video; None: the dataset does not tell); `annotator` counts the persons of Ref-DAVIS17, 0 to 3.
@@ -67,7 +67,7 @@ class MaskSource(Protocol):
 class ReferringDataset:
     """One split of a dataset. It holds the lists and the names of the files; pixels are read when they are asked for.
 
-    `videos` in the order of the dataset's protocol, `sentences` by name of the video, in file order. `frame_file(video, frame)`
+    `videos` in the order of the dataset's protocol, `expressions_by_video` in file order. `frame_file(video, frame)`
     and `mask_source` are the two things in which the datasets differ; `mask_source` is None where the truth is not there.
     `truth` is the file or folder that `refsam.evaluation.scoring.masks` reads, `listing` the file of the expressions.
     `notes` say what a reader of results must know: what was left out, and why; `faults` what was left out as it is wrong.
@@ -78,7 +78,7 @@ class ReferringDataset:
     split: str
     root: Path
     videos: tuple[VideoRecord, ...]
-    sentences: Mapping[str, tuple[Expression, ...]]
+    expressions_by_video: Mapping[str, tuple[Expression, ...]]
     frame_file: Callable[[str, str], Path]
     mask_source: MaskSource | None
     truth: Path | None = None
@@ -96,7 +96,7 @@ class ReferringDataset:
 
     def expressions(self, video: str) -> tuple[Expression, ...]:
         """All that is said about a video, in file order."""
-        return self.sentences[video]
+        return self.expressions_by_video[video]
 
     def frame(self, video: str, frame: str) -> NDArray[np.uint8]:
         """A frame (H, W, 3) uint8 RGB, grey images included; raises UnreadableError."""

@@ -1,4 +1,4 @@
-"""Your own videos: folders of frames and masks, and a table of sentences."""
+"""Your own videos: folders of frames and masks, and a table of expressions."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ class ListedFiles:
 
 
 def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
-    """The arguments that `open_dataset` takes for each split: every folder below `root` that holds a table of sentences."""
+    """The arguments that `open_dataset` takes for each split: every folder below `root` that holds a table of expressions."""
     return tuple({"split": path.parent.name} for path in sorted(root.glob("*/expressions.csv")))
 
 
@@ -50,9 +50,9 @@ def open_split(name: str, root: Path, split: str) -> ReferringDataset:
     there are masks and none of them belongs to a frame.
     """
     places = demand_parts(name, parts(name, root, split))
-    sentences = _read_table(places["expressions"])
-    frames = {video: _frames(places["frames"], video) for video in sentences}
-    masks = {video: _masks(places["masks"] / video) for video in sentences}
+    by_video = _read_table(places["expressions"])
+    frames = {video: _frames(places["frames"], video) for video in by_video}
+    masks = {video: _masks(places["masks"] / video) for video in by_video}
     videos = tuple(
         VideoRecord(video, tuple(names), tuple(frame for frame in names if frame in masks[video]))
         for video, names in frames.items()
@@ -67,12 +67,12 @@ def open_split(name: str, root: Path, split: str) -> ReferringDataset:
         split,
         root,
         videos,
-        sentences,
+        by_video,
         ListedFiles(frames),
         NumberedMasks(ListedFiles(masks)) if has_masks else None,
         truth=places["masks"] if has_masks else None,
         faults=faults,
-        notes=tuple(_unlisted(places["frames"], sentences)),
+        notes=tuple(_unlisted(places["frames"], by_video)),
     )
 
 
@@ -121,22 +121,22 @@ def _read_table(path: Path) -> dict[str, tuple[Expression, ...]]:
     except csv.Error as error:
         raise DataError(f"{path}, line {table.line_num}: {error}") from error
     if not found:
-        raise DataError(f"{path}: no sentence in it")
+        raise DataError(f"{path}: no expression in it")
     return {video: tuple(expressions) for video, expressions in found.items()}
 
 
 def _expression(row: list[str], place: str, found: Mapping[str, list[Expression]]) -> Expression:
     if len(row) != len(_COLUMNS):
         raise DataError(
-            f'{place}: got {len(row)} columns, want VIDEO,"1 2",SENTENCE (quoted if it has commas)'
+            f'{place}: got {len(row)} columns, want VIDEO,"1 2",EXPRESSION (quoted if it has commas)'
         )
     video, numbers, text = (cell.strip() for cell in row)
     try:
         objects = tuple(int(number) for number in numbers.split())
     except ValueError as error:
-        raise DataError(f'{place}: {error}; want VIDEO,"1 2",SENTENCE') from error
+        raise DataError(f'{place}: {error}; want VIDEO,"1 2",EXPRESSION') from error
     if not video or not text:
-        raise DataError(f"{place}: want a video, numbers of objects and a sentence")
+        raise DataError(f"{place}: want a video, numbers of objects and an expression")
     if video in (".", "..") or "/" in video or "\\" in video:
         raise DataError(f"{place}: got the video {video!r}, want the name of a folder below frames")
     return Expression(video, str(len(found.get(video, ()))), " ".join(text.split()), objects)
@@ -188,8 +188,8 @@ def _mismatches(
             yield f"{video} has no masks{_nearest(video, unlisted)}: want {folder / video}"
 
 
-def _unlisted(folder: Path, sentences: Mapping[str, object]) -> Iterable[str]:
-    names = [name for name in _folders(folder) if name not in sentences]
+def _unlisted(folder: Path, by_video: Mapping[str, object]) -> Iterable[str]:
+    names = [name for name in _folders(folder) if name not in by_video]
     if names:
         yield f"videos in {folder} about which nothing is said: {named(names)}"
 

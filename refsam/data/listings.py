@@ -82,11 +82,11 @@ def records(
 
     `objects` reads the objects out of an expression's entry. Raises DataError for an entry that does not follow the format.
     """
-    found, sentences = [], {}
+    found, by_video = [], {}
     for name in names:
         try:
             frames = tuple(sorted(videos[name]["frames"]))
-            sentences[name] = tuple(
+            by_video[name] = tuple(
                 Expression(name, number, " ".join(entry["exp"].split()), objects(entry))
                 for number, entry in videos[name]["expressions"].items()
             )
@@ -95,13 +95,13 @@ def records(
                 f"{path}: the entry of {name} is not in the format: {error!r}"
             ) from error
         found.append(VideoRecord(name, frames, frames if annotated else ()))
-    every = [expression for rows in sentences.values() for expression in rows]
+    every = [expression for rows in by_video.values() for expression in rows]
     untold = [f"{e.video}/{e.expression_id}" for e in every if e.object_ids is None]
     if annotated and 0 < len(untold) < len(every):
         raise DataError(
             f"{path}: {len(untold)} of {len(every)} expressions do not tell their objects: {named(untold)}"
         )
-    return tuple(found), sentences
+    return tuple(found), by_video
 
 
 def named(names: Sequence[str], limit: int = 5) -> str:

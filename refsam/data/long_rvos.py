@@ -67,14 +67,14 @@ def open_split(name: str, root: Path, split: str) -> ReferringDataset:
     places = demand_parts(name, parts(name, root, split))
     listed = read_videos(places["expressions"])
     has_truth = places["masks"].is_dir()
-    videos, sentences = records(places["expressions"], listed, list(listed), has_truth, _objects)
+    videos, by_video = records(places["expressions"], listed, list(listed), has_truth, _objects)
     notes = () if has_truth else (f"{split}: no truth in {places['masks']}; see {_SITE}",)
     return ReferringDataset(
         name,
         split,
         root,
         videos,
-        sentences,
+        by_video,
         FrameFolder(places["frames"]),
         ObjectFolders(places["masks"]) if has_truth else None,
         truth=places["masks"] if has_truth else None,
@@ -83,7 +83,7 @@ def open_split(name: str, root: Path, split: str) -> ReferringDataset:
     )
 
 
-def sentence_types(dataset: ReferringDataset) -> dict[tuple[str, str], str]:
+def expression_types(dataset: ReferringDataset) -> dict[tuple[str, str], str]:
     """static, dynamic or hybrid by (video, expression), of those that tell."""
     assert dataset.listing is not None  # open_split names it
     return {

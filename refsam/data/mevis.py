@@ -47,12 +47,12 @@ def parts(name: str, root: Path, split: str) -> dict[str, Part]:
 
 
 def open_split(name: str, root: Path, split: str) -> ReferringDataset:
-    """One split. An expression's `object_ids` are its `anno_id`s, any number of them, none in sentences about nothing."""
+    """One split. An expression's `object_ids` are its `anno_id`s, any number of them, none in expressions about nothing."""
     check_split(name, split, SPLITS)
     places = demand_parts(name, parts(name, root, split))
     listed = read_videos(places["expressions"])
     has_truth = places["masks"].is_file()
-    videos, sentences = records(places["expressions"], listed, list(listed), has_truth, _objects)
+    videos, by_video = records(places["expressions"], listed, list(listed), has_truth, _objects)
     source = None
     notes: tuple[str, ...] = (f"{split}: no truth in {places['masks']}; see {_SITE}",)
     if has_truth:
@@ -67,7 +67,7 @@ def open_split(name: str, root: Path, split: str) -> ReferringDataset:
         split,
         root,
         videos,
-        sentences,
+        by_video,
         FrameFolder(places["frames"]),
         source,
         truth=places["masks"] if has_truth else None,

@@ -1,4 +1,4 @@
-"""Sentences about a mirrored picture."""
+"""Expressions about a mirrored picture."""
 
 import re
 
@@ -24,10 +24,10 @@ _AMBIGUOUS = re.compile(
 
 
 def mirrored(text: str) -> str | None:
-    """The sentence that is true of the picture flipped left to right; None where that cannot be told.
+    """The expression that is true of the picture flipped left to right; None where that cannot be told.
 
     Left and right, leftmost, left-hand, leftward and their like change places, whole words only and with their case kept.
-    Phrases such as "right now" and "left behind" stay as they are. Mirroring twice gives the sentence back.
+    Phrases such as "right now" and "left behind" stay as they are. Mirroring twice gives the expression back.
     """
     swapped = _swap(text)
     told = not _AMBIGUOUS.search(text) and not _AMBIGUOUS.search(swapped)

@@ -40,11 +40,11 @@ def open_split(name: str, root: Path, split: str) -> ReferringDataset:
     """One split; each expression knows its annotator, and those of one object follow each other."""
     check_split(name, split, SPLITS)
     dataset = ref_youtube_vos.open_layout(name, root, split, parts(name, root, split))
-    sentences = {
+    by_video = {
         video: tuple(_with_annotators(video, expressions))
-        for video, expressions in dataset.sentences.items()
+        for video, expressions in dataset.expressions_by_video.items()
     }
-    return replace(dataset, sentences=sentences)
+    return replace(dataset, expressions_by_video=by_video)
 
 
 def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
@@ -60,7 +60,7 @@ def parts(name: str, root: Path, split: str) -> dict[str, Part]:
 
 
 def _with_annotators(video: str, expressions: tuple[Expression, ...]) -> Iterable[Expression]:
-    """Expression 4 * object + annotator is annotator's sentence about that object."""
+    """Expression 4 * object + annotator is annotator's expression about that object."""
     ordered = sorted(expressions, key=lambda expression: int(expression.expression_id))
     for index, expression in enumerate(ordered):
         first = ordered[index - index % ANNOTATORS]
@@ -116,7 +116,7 @@ Texts = dict[str, list[tuple[str, str]]]
 
 
 def _read_texts(path: Path) -> Texts:
-    """(object number, sentence) by video, sorted by number as text, which is how the official conversion numbers them."""
+    """(object number, expression) by video, sorted by number as text, which is how the official conversion numbers them."""
     found: Texts = {}
     # The second person's files are not UTF-8.
     text = read_text(demand("ref-davis17", path, _TEXTS), "latin-1")
@@ -126,31 +126,31 @@ def _read_texts(path: Path) -> Texts:
         if not words:
             continue
         if len(words) < 3 or not words[1].isdigit():
-            raise DataError(f'{path}, line {number}: got {line!r}, want VIDEO NUMBER "SENTENCE"')
+            raise DataError(f'{path}, line {number}: got {line!r}, want VIDEO NUMBER "EXPRESSION"')
         video = _NAMES.get(words[0], words[0])
         found.setdefault(video, []).append((words[1], _unquoted(" ".join(words[2:]))))
     return {video: sorted(rows, key=lambda row: row[0]) for video, rows in found.items()}
 
 
-def _unquoted(sentence: str) -> str:
-    """The sentence without the quotes around it, straight or typographic, where it has them."""
-    return re.sub(r'^["\u201c\u201d]|["\u201c\u201d]$', "", sentence).strip()
+def _unquoted(expression: str) -> str:
+    """The expression without the quotes around it, straight or typographic, where it has them."""
+    return re.sub(r'^["\u201c\u201d]|["\u201c\u201d]$', "", expression).strip()
 
 
 def _video(davis: Path, video: str, annotations: list[Texts]) -> dict[str, Any]:
-    """The entry of `meta_expressions.json`: frames, and for each object the sentences of the four annotators."""
+    """The entry of `meta_expressions.json`: frames, and for each object the expressions of the four annotators."""
     rows = [texts.get(video, []) for texts in annotations]
     numbers = [[number for number, _ in row] for row in rows]
     if not numbers[0] or any(other != numbers[0] for other in numbers):
         raise DataError(
             f"ref-davis17: the four text files name other objects for {video}: {numbers}"
         )
-    sentences = [(number, text) for group in zip(*rows, strict=True) for number, text in group]
+    every = [(number, text) for group in zip(*rows, strict=True) for number, text in group]
     folder = demand("DAVIS 2017", davis / "JPEGImages/480p" / video, _DAVIS)
     return {
         "expressions": {
             str(index): {"exp": text, "obj_id": number}
-            for index, (number, text) in enumerate(sentences)
+            for index, (number, text) in enumerate(every)
         },
         "frames": sorted(path.stem for path in folder.glob("*.jpg")),
     }

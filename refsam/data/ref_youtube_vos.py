@@ -61,13 +61,13 @@ def open_layout(name: str, root: Path, split: str, parts: Mapping[str, Part]) ->
     source = _mask_source(places["masks"], listed, names)
     if source is None:
         notes += (f"{split}: no truth in {places['masks']}; it comes from {parts['masks'].source}",)
-    videos, sentences = records(places["expressions"], listed, names, source is not None, _objects)
+    videos, by_video = records(places["expressions"], listed, names, source is not None, _objects)
     return ReferringDataset(
         name,
         split,
         root,
         videos,
-        sentences,
+        by_video,
         FrameFolder(places["frames"]),
         source,
         truth=None if source is None else places["masks"],

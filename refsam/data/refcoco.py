@@ -1,4 +1,4 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg: sentences about objects of COCO's train2014 images."""
+"""RefCOCO, RefCOCO+ and RefCOCOg: expressions about objects of COCO's train2014 images."""
 
 import pickle
 from collections.abc import Iterable, Mapping
@@ -82,7 +82,7 @@ def open_split(
     split_by: str | None = None,
     exclude_shared: bool = True,
 ) -> ReferringDataset:
-    """One split: each image is a video of one frame, each sentence an expression whose number is its `sent_id`.
+    """One split: each image is a video of one frame, whose expressions have their `sent_id` as number.
 
     `split_by` is who made the split: unc for RefCOCO and RefCOCO+, umd for RefCOCOg unless given. With `exclude_shared` the
     images that any of the three has in a usual evaluation split are left out of train: they share COCO's images.
@@ -100,14 +100,14 @@ def open_split(
     elif split == "train":
         notes = (f"{name} train: images of evaluation splits are not excluded",)
     instances = _Instances.of_file(places["masks"])
-    sentences, faults = _sentences(refs, instances, places["masks"])
-    videos = tuple(VideoRecord(image, (image,), (image,)) for image in sentences)
+    by_video, faults = _expressions(refs, instances, places["masks"])
+    videos = tuple(VideoRecord(image, (image,), (image,)) for image in by_video)
     return ReferringDataset(
         name,
         split,
         root,
         videos,
-        {image: tuple(expressions) for image, expressions in sentences.items()},
+        {image: tuple(expressions) for image, expressions in by_video.items()},
         partial(_image_file, places["frames"]),
         RunLengthMasks(instances.masks, _only_frame),
         truth=places["masks"],
@@ -254,7 +254,7 @@ def _only_frame(video: str, frame: str) -> int:
     return 0
 
 
-def _sentences(
+def _expressions(
     refs: Iterable[Mapping[str, Any]], instances: _Instances, path: Path
 ) -> tuple[dict[str, list[Expression]], tuple[str, ...]]:
     """Expressions by image, and the objects that were left out for want of an outline.
@@ -271,9 +271,9 @@ def _sentences(
         if instances.masks.code(number, 0) is None:
             without[f"object {number} of {image}"] = None
             continue
-        for sentence in ref["sentences"]:
+        for entry in ref["sentences"]:
             found.setdefault(image, []).append(
-                Expression(image, str(sentence["sent_id"]), sentence["sent"], (number,))
+                Expression(image, str(entry["sent_id"]), entry["sent"], (number,))
             )
     if not without:
         return found, ()

@@ -1,4 +1,4 @@
-"""What an encoder that starts from nothing is taught about every object of a generated frame, named in a sentence or not."""
+"""What an encoder that starts from nothing is taught about every object of a generated frame, named in an expression or not."""
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ _SOFTNESS = {"place": 0.02, "size": 0.1}  # below these differences an object co
 class ObjectHead(nn.Module):
     """Linear readers of colour, shape, place, outline and order of objects from image tokens; thrown away after training.
 
-    A mask loss alone teaches the encoder little about the objects that no sentence of the batch means, and nothing about
+    A mask loss alone teaches the encoder little about the objects that no expression of the batch means, and nothing about
     shape for thousands of steps. `channels` is the width of the image embedding, `stride` the pixels per token.
     """
 

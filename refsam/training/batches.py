@@ -98,7 +98,7 @@ class GeneratedStream(Dataset[TrainingBatch | DataError]):
             batch.frames,
             batch.masks,
             (size,) * stage.clips,
-            tuple(tuple(sentence.text for sentence in row) for row in batch.sentences),
+            tuple(tuple(each.text for each in row) for row in batch.expressions),
             colour=None,
             names=tuple(f"generated clip {clip} of batch {index}" for clip in range(stage.clips)),
         )

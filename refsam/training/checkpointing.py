@@ -137,7 +137,9 @@ def _check_shapes(tensors: dict[str, Tensor], expected: dict[str, Tensor], place
         return
     hint = ""
     if any("text_encoder.words" in name for name in wrong):
-        hint = "the sentences have other words than when the run was begun: put the data back, or "
+        hint = (
+            "the expressions have other words than when the run was begun: put the data back, or "
+        )
     raise UserError(
         f"{place}: its state is of another model ({shorten(wrong, 2)}): {hint}begin anew in another output, with "
         f"init_from={place}/best to keep what was learnt"

@@ -39,7 +39,7 @@ from refsam.training.optim import (
     update_average,
 )
 from refsam.training.settings import TrainingSettings
-from refsam.training.start import build_model, check_sentences, every_sentence, validated_on
+from refsam.training.start import build_model, check_expressions, every_expression, validated_on
 from refsam.training.state import Progress, read_state, write_state
 from refsam.training.validation import open_clips
 from refsam.training.validator import Validator
@@ -83,14 +83,14 @@ class Trainer:
         self.settings = settings = with_steps(settings, self.datasets, self.processes.count)
         self.drawer = open_photographs(settings.data.photographs)
         self.model = build_model(settings, self.datasets, self.drawer).to(self.processes.device)
-        check_sentences(self.model.text_encoder, self.datasets)
+        check_expressions(self.model.text_encoder, self.datasets)
         self.model.image_encoder.activation_checkpointing = settings.activation_checkpointing
         clips = open_clips(settings.validation, self.model.image_size)
         self.module = TrainingModule(self.model, settings).to(self.processes.device)
         self.module.train()
         if self.module.features is not None:
-            sentences = every_sentence([*self.datasets, *validated_on(settings)])
-            self.module.features.encode_all(sentences)
+            every = every_expression([*self.datasets, *validated_on(settings)])
+            self.module.features.encode_all(every)
         self.head = self.module.head
         frozen = {n: p for n, p in self.model.named_parameters() if not p.requires_grad}
         self.accumulation = settings.optimiser.gradient_accumulation_steps

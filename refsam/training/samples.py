@@ -1,4 +1,4 @@
-"""What a run trains on, as a page to look at: clips, masks and sentences after augmentation."""
+"""What a run trains on, as a page to look at: clips, masks and expressions after augmentation."""
 
 import base64
 import io
@@ -32,7 +32,7 @@ _HEAD = (
 def write_page(settings: TrainingSettings, path: Path, steps: int) -> int:
     """Draw the clips of a run's first steps into one HTML file, which needs no network; returns their number.
 
-    Each clip is its frames side by side with the masks of all of its sentences. Raises DataError as training does.
+    Each clip is its frames side by side with the masks of all of its expressions. Raises DataError as training does.
     """
     datasets = open_datasets(settings)
     size = _image_size(settings)

@@ -249,7 +249,7 @@ class TrainingSettings:
             "data.photographs: a stage takes photographs, want the folder's root": (
                 self.data.photographs is None and any(stage.photographs for stage in self.stages)
             ),
-            "stages: photographs need sentences, want expressions over 0": any(
+            "stages: photographs need expressions, want expressions over 0": any(
                 stage.photographs and not stage.expressions for stage in self.stages
             ),
             "optimiser.muon: needs whole matrices, want parallel: ddp": (

@@ -1,4 +1,4 @@
-"""What a run begins with: its model, and sentences that this model can take."""
+"""What a run begins with: its model, and expressions that this model can take."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -106,8 +106,10 @@ def _leaves(config: RefSAMConfig) -> dict[str, object]:
 
 
 def _words(datasets: Sequence[ReferringDataset]) -> list[str]:
-    """Every word of the datasets' sentences."""
-    texts = (e.text for dataset in datasets for row in dataset.sentences.values() for e in row)
+    """Every word of the datasets' expressions."""
+    texts = (
+        e.text for dataset in datasets for row in dataset.expressions_by_video.values() for e in row
+    )
     return sorted({word for text in texts for word in re.findall(r"\w+", text.lower())})
 
 
@@ -116,8 +118,8 @@ def _unknown(encoder: SmallTextEncoder, words: Iterable[str]) -> list[str]:
     return [word for word in words if word not in known]
 
 
-def check_sentences(encoder: CachedTextEncoder, datasets: Sequence[ReferringDataset]) -> None:
-    """Raise UserError with every sentence that the text encoder cannot take, before one of them ends the run."""
+def check_expressions(encoder: CachedTextEncoder, datasets: Sequence[ReferringDataset]) -> None:
+    """Raise UserError with every expression that the text encoder cannot take, before one of them ends the run."""
     refused = []
     for dataset in datasets:
         for video in dataset.videos:
@@ -129,7 +131,7 @@ def check_sentences(encoder: CachedTextEncoder, datasets: Sequence[ReferringData
                     refused.append(f"{place} {expression.text!r} ({reason})")
     if refused:
         raise UserError(
-            f"data: {len(refused)} sentences cannot be trained on: {named(refused, _NAMED)}; put them right or leave them out"
+            f"data: {len(refused)} expressions cannot be trained on: {named(refused, _NAMED)}; put them right or leave them out"
         )
 
 
@@ -145,10 +147,10 @@ def _refusal(encoder: CachedTextEncoder, text: str) -> str | None:
     return None
 
 
-def every_sentence(datasets: Iterable[ReferringDataset]) -> list[str]:
+def every_expression(datasets: Iterable[ReferringDataset]) -> list[str]:
     """What training and validation say about videos, mirrored as well where that can be."""
     texts = dict.fromkeys(
-        e.text for dataset in datasets for row in dataset.sentences.values() for e in row
+        e.text for dataset in datasets for row in dataset.expressions_by_video.values() for e in row
     )
     other = (mirrored(text) for text in texts)
     return [
@@ -158,7 +160,7 @@ def every_sentence(datasets: Iterable[ReferringDataset]) -> list[str]:
 
 
 def encode_text(settings: TrainingSettings, advance: Callable[[], None] = lambda: None) -> int:
-    """Put what the frozen text encoder of a run says about every sentence into `text_cache`; returns how many were new.
+    """Put what the frozen text encoder of a run says about every expression into `text_cache`; returns how many were new.
 
     Raises UserError where the run has no such encoder or folder.
     """
@@ -171,7 +173,7 @@ def encode_text(settings: TrainingSettings, advance: Callable[[], None] = lambda
         raise UserError(
             "text_cache: the text encoder of this configuration is trained, so that nothing can be kept"
         )
-    return features.encode_all(every_sentence([*datasets, *validated_on(settings)]), advance)
+    return features.encode_all(every_expression([*datasets, *validated_on(settings)]), advance)
 
 
 def validated_on(settings: TrainingSettings) -> list[ReferringDataset]:

@@ -41,7 +41,7 @@ class ValidationClips(Protocol):
 
 
 class GeneratedClips:
-    """Clips of colours, shapes and sentences that training never draws."""
+    """Clips of colours, shapes and expressions that training never draws."""
 
     def __init__(self, settings: ValidationSettings, image_size: int) -> None:
         self.settings = settings

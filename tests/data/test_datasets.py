@@ -222,7 +222,7 @@ def test_refcoco_as_json(tmp_path: Path) -> None:
     before = open_dataset("refcoco", root, "val")
     path.with_suffix(".json").write_text(json.dumps(read_refs(path)))
     path.unlink()
-    assert open_dataset("refcoco", root, "val").sentences == before.sentences
+    assert open_dataset("refcoco", root, "val").expressions_by_video == before.expressions_by_video
 
 
 class _Harmful:

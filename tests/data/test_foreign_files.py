@@ -159,9 +159,9 @@ def test_mevis_codes_of_another_size(tmp_path: Path) -> None:
 def test_lists_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
     root = fixtures.write_ref_youtube_vos(tmp_path)
     path = root / "meta_expressions/train/meta_expressions.json"
-    before = open_dataset("ref-youtube-vos", root, "train").sentences
+    before = open_dataset("ref-youtube-vos", root, "train").expressions_by_video
     path.write_bytes(path.read_text().encode(encoding))
-    assert open_dataset("ref-youtube-vos", root, "train").sentences == before
+    assert open_dataset("ref-youtube-vos", root, "train").expressions_by_video == before
 
 
 @pytest.mark.parametrize(

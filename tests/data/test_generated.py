@@ -41,7 +41,7 @@ def test_same_arguments_give_the_same_batch():
     arguments = {"clips": 2, "frames": 2, "expressions": 3, "size": SIZE}
     first, second = (generate_batch(3, 5, **arguments) for _ in range(2))
     assert torch.equal(first.frames, second.frames) and torch.equal(first.masks, second.masks)
-    assert first.sentences == second.sentences
+    assert first.expressions == second.expressions
     other = generate_batch(3, 6, **arguments)
     assert not torch.equal(first.frames, other.frames)
 
@@ -51,7 +51,7 @@ def test_batch_shapes_and_types(held_out):
     batch = generate_batch(0, 0, clips=2, frames=3, expressions=4, size=SIZE, held_out=held_out)
     assert batch.frames.shape == (2, 3, *SIZE, 3) and batch.frames.dtype == torch.uint8
     assert batch.masks.shape == (2, 4, 3, *SIZE) and batch.masks.dtype == torch.bool
-    assert [len(row) for row in batch.sentences] == [4, 4]
+    assert [len(row) for row in batch.expressions] == [4, 4]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_attributes_are_those_of_the_object_that_is_seen():
     batch = generate_batch(0, 1, clips=8, frames=2, expressions=6, size=SIZE)
     assert batch.attributes.shape == (8, 2, *SIZE, 2)
     checked = 0
-    for clip, sentences in enumerate(batch.sentences):
+    for clip, sentences in enumerate(batch.expressions):
         for sentence, mask in zip(sentences, batch.masks[clip], strict=True):
             words = set(sentence.text.split())
             names = [name for name, synonyms in COLOUR_WORDS.items() if words & set(synonyms)]
@@ -171,7 +171,7 @@ def test_sentences_of_colour_and_shape_single_their_target_out():
     for index, scene in enumerate(scenes(60)):
         grammar = Grammar(np.random.default_rng(index), held_out=False)
         for kind in ("colour", "shape", "colour and shape"):
-            sentence = grammar.sentence(scene, kind)
+            sentence = grammar.expression(scene, kind)
             if sentence is None:
                 continue
             found += 1
@@ -198,7 +198,9 @@ def test_sentences_of_colour_and_shape_single_their_target_out():
 def test_positions_hold_in_every_frame(side, axis, sign):
     found = 0
     for index, scene in enumerate(scenes(300, frames=6)):
-        sentence = Grammar(np.random.default_rng(index), held_out=False).sentence(scene, "position")
+        sentence = Grammar(np.random.default_rng(index), held_out=False).expression(
+            scene, "position"
+        )
         if sentence is None or not set(SIDE_WORDS[side]) & set(sentence.text.split()):
             continue
         found += 1
@@ -227,7 +229,7 @@ def test_positions_hold_in_every_frame(side, axis, sign):
 
 def test_absent_sentences_mean_nothing_that_is_there():
     for index, scene in enumerate(scenes(60)):
-        sentence = Grammar(np.random.default_rng(index), held_out=False).sentence(scene, "absent")
+        sentence = Grammar(np.random.default_rng(index), held_out=False).expression(scene, "absent")
         assert sentence is not None and sentence.targets == ()
         words = set(sentence.text.split())
         for item in scene.objects:
@@ -248,7 +250,7 @@ def test_vocabulary_holds_every_word_but_the_made_up_one():
         for index, scene in enumerate(scenes(80, held_out)):
             grammar = Grammar(np.random.default_rng(index), held_out)
             for kind in (*KINDS, *([] if held_out else ["plural"])):
-                sentence = grammar.sentence(scene, kind)
+                sentence = grammar.expression(scene, kind)
                 assert sentence is None or set(sentence.text.split()) <= known, sentence
 
 

@@ -11,12 +11,12 @@ from refsam.data.generated.grammar import COLOUR_WORDS
 from refsam.data.generated.palette import COLOURS, sample
 from refsam.data.photographs.clips import draw_times, photograph_batch
 from refsam.data.photographs.colours import NAMES, colour_of, name_pixels
+from refsam.data.photographs.expressions import PhotoExpression, PhotoGrammar
 from refsam.data.photographs.folder import PhotoFolder, open_folder
 from refsam.data.photographs.layers import Layer, PhotoClip, draw
 from refsam.data.photographs.pictures import Picture, Thing, cut_out, read_picture
 from refsam.data.photographs.sample import sample_clip
 from refsam.data.photographs.scenes import SceneDrawer
-from refsam.data.photographs.sentences import PhotoGrammar, PhotoSentence
 from tests.data.photograph_fixtures import (
     BLUE,
     DRESS,
@@ -30,7 +30,7 @@ from tests.data.photograph_fixtures import (
 )
 
 SIZE = (60, 96)
-Drawn = list[tuple[PhotoClip, list[PhotoSentence]]]
+Drawn = list[tuple[PhotoClip, list[PhotoExpression]]]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def drawn(folder: PhotoFolder) -> Drawn:
     for seed in range(60):
         random = np.random.default_rng(seed)
         clip = drawer.clip(random, draw_times(random, 1 + 2 * (seed % 2)), SIZE)
-        clips.append((clip, PhotoGrammar(random, folder, clip).sentences(6)))
+        clips.append((clip, PhotoGrammar(random, folder, clip).draw(6)))
     return clips
 
 
@@ -144,7 +144,7 @@ def test_piece_that_stands_out_is_an_object_of_its_own(tmp_path: Path) -> None:
     assert (picture.image[picture.owner == 1] == WHITE).all() and (picture.owner == 2).sum() == 256
     clip = draw([Layer(picture, np.array([[0.5, 0.5, 1.0, 0.0]]), False)], (72, 96))
     for seed in range(12):
-        for s in PhotoGrammar(np.random.default_rng(seed), folder, clip).sentences(4):
+        for s in PhotoGrammar(np.random.default_rng(seed), folder, clip).draw(4):
             if s.kind == "class" and not s.mask[clip.owner == 2].any():
                 assert s.ignore[clip.owner == 2].all()  # it may belong to the dog
 
@@ -371,7 +371,7 @@ def test_garments_are_the_pixels_worn_and_wearers_the_person(folder: PhotoFolder
     clip = draw([Layer(picture, path, False)], (72, 96))
     texts = {}
     for seed in range(40):
-        for sentence in PhotoGrammar(np.random.default_rng(seed), folder, clip).sentences(6):
+        for sentence in PhotoGrammar(np.random.default_rng(seed), folder, clip).draw(6):
             texts.setdefault(sentence.kind, []).append(sentence)
     top, left, bottom, right = DRESS
     dress = np.zeros((72, 96), bool)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from refsam.cli import main
 from refsam.data import open_dataset
-from refsam.evaluation.runners.long_rvos import _of_sentence
+from refsam.evaluation.runners.long_rvos import _of_expression
 from tests.data import fixtures
 from tests.data.fixtures import numbers_at
 
@@ -33,7 +33,7 @@ def test_times_and_volumes_against_their_definition(seed: int) -> None:
         {"J": j, "F": j, "marked": bool(m), "shown": bool(s)}
         for j, m, s in zip(region, marked, shown, strict=True)
     ]
-    scores = _of_sentence(rows)
+    scores = _of_expression(rows)
     either = [t for t in range(9) if marked[t] or shown[t]]
     both = [t for t in range(9) if marked[t] and shown[t]]
     assert scores["tIoU"] == pytest.approx(len(both) / len(either) if either else 1.0)

@@ -223,7 +223,7 @@ def test_refcoco_refuses_unknown_conventions_and_empty_splits(coco):
     val = open_dataset("refcoco", coco, "val")
     with pytest.raises(UserError, match="convention: got 'coco', want one of referformer"):
         RefCoco((val,), ("coco",))
-    with pytest.raises(UserError, match="no sentences in testB"):
+    with pytest.raises(UserError, match="no expressions in testB"):
         RefCoco((open_dataset("refcoco", coco, "testB"),))
 
 

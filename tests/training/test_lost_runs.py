@@ -283,7 +283,7 @@ def test_sentences_that_cannot_be_trained_on_are_named_at_the_start(folder: Path
     content["videos"]["0062f687f1"]["expressions"]["1"]["exp"] = " "
     content["videos"]["00a23ccf53"]["expressions"]["0"]["exp"] = "the ..."
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="2 sentences cannot be trained on") as error:
+    with pytest.raises(UserError, match="2 expressions cannot be trained on") as error:
         Trainer(run_settings(folder, "run"))
     assert "0062f687f1/1" in str(error.value) and "00a23ccf53/0" in str(error.value)
 
@@ -294,7 +294,7 @@ def test_a_new_word_on_resume_is_told_in_words(folder: Path) -> None:
     path = folder / "videos/meta_expressions/train/meta_expressions.json"
     path.write_text(path.read_text().replace("a blue box", "a blue zeppelin"))
     with pytest.raises(
-        UserError, match="the sentences have other words than when the run was begun"
+        UserError, match="the expressions have other words than when the run was begun"
     ):
         next(Trainer(run_settings(folder, "run")).run())
 

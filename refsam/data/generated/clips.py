@@ -1,4 +1,4 @@
-"""Batches and single clips: frames, sentences and the masks that they mean."""
+"""Batches and single clips: frames, expressions and the masks that they mean."""
 
 from dataclasses import dataclass
 from itertools import islice
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from refsam.data.generated.backgrounds import photographs
-from refsam.data.generated.grammar import Grammar, Sentence
+from refsam.data.generated.grammar import GeneratedExpression, Grammar
 from refsam.data.generated.palette import COLOURS
 from refsam.data.generated.render import render
 from refsam.data.generated.scene import STYLES, Scene, sample_scene
@@ -17,7 +17,7 @@ from refsam.data.generated.shapes import NAMED_SHAPES
 COLOUR_CLASSES = ("background", "no name", *(colour.name for colour in COLOURS))
 SHAPE_CLASSES = ("background", "no name", *(shape.name for shape in NAMED_SHAPES))
 
-# How often a training sentence is of each kind.
+# How often a training expression is of each kind.
 _TRAINED_KINDS = {
     "colour": 0.06,
     "shape": 0.13,
@@ -33,16 +33,16 @@ _TRAINED_KINDS = {
 
 @dataclass(frozen=True)
 class GeneratedBatch:
-    """B clips of T frames with E sentences each.
+    """B clips of T frames with E expressions each.
 
-    `frames (B, T, H, W, 3)` uint8 RGB; `masks (B, E, T, H, W)` bool, the visible part; `sentences` B lists of E;
+    `frames (B, T, H, W, 3)` uint8 RGB; `masks (B, E, T, H, W)` bool, the visible part; `expressions` B lists of E;
     `attributes (B, T, H, W, 2)` uint8, what is seen at each pixel: colour and shape, numbered as in `COLOUR_CLASSES` and
     `SHAPE_CLASSES`; `owner (B, T, H, W)` int8, which object, -1 for none.
     """
 
     frames: Tensor
     masks: Tensor
-    sentences: list[list[Sentence]]
+    expressions: list[list[GeneratedExpression]]
     attributes: Tensor
     owner: Tensor
 
@@ -75,20 +75,20 @@ def generate_batch(
     colour and shape that training never sees.
     """
     images = photographs(held_out)
-    scenes, sentences = [], []
+    scenes, drawn = [], []
     for clip in range(clips):
         random = np.random.default_rng([seed, index, clip])
         times = _times(random, frames)
         scene = sample_scene(random, times, size, len(images), held_out, STYLES[style])
         scenes.append(scene)
-        sentences.append(_sample_sentences(random, scene, expressions, held_out))
+        drawn.append(_sample_expressions(random, scene, expressions, held_out))
     generator = torch.Generator(device).manual_seed(
         int(np.random.default_rng([seed, index]).integers(2**62))
     )
     pixels, owner = render(scenes, images, generator)
-    masks = torch.stack([_masks(owner[b], sentences[b]) for b in range(clips)])
+    masks = torch.stack([_masks(owner[b], drawn[b]) for b in range(clips)])
     attributes = torch.stack([_attributes(owner[b], scenes[b]) for b in range(clips)])
-    return GeneratedBatch(pixels, masks, sentences, attributes, owner)
+    return GeneratedBatch(pixels, masks, drawn, attributes, owner)
 
 
 def generate_clip(
@@ -100,16 +100,18 @@ def generate_clip(
     with_photographs: bool = False,
     held_out: bool = False,
 ) -> GeneratedClip:
-    """Draw one clip with a sentence of each kind, each about another object; without photographs no file is needed.
+    """Draw one clip with an expression of each kind, each about another object; without photographs no file is needed.
 
     `size` is (height, width) in pixels, `kinds` out of `grammar.KINDS`; `held_out` as for `generate_batch`. Raises
     ValueError where no scene allows all the kinds.
     """
     images = photographs(held_out) if with_photographs else ()
-    scene, sentences = sample_clip(seed, frames, size, kinds, len(images), held_out)
+    scene, expressions = sample_clip(seed, frames, size, kinds, len(images), held_out)
     pixels, owner = render([scene], images, torch.Generator().manual_seed(seed))
-    masks = _masks(owner[0], sentences)
-    return GeneratedClip(pixels[0], masks, [s.text for s in sentences], [s.kind for s in sentences])
+    masks = _masks(owner[0], expressions)
+    return GeneratedClip(
+        pixels[0], masks, [e.text for e in expressions], [e.kind for e in expressions]
+    )
 
 
 def sample_clip(
@@ -119,17 +121,17 @@ def sample_clip(
     kinds: tuple[str, ...],
     photographs: int,
     held_out: bool,
-) -> tuple[Scene, list[Sentence]]:
+) -> tuple[Scene, list[GeneratedExpression]]:
     """What `generate_clip` draws, before any pixel; `photographs` is how many backgrounds there are to choose from."""
     for attempt in range(1000):
         random = np.random.default_rng([seed, attempt])
         scene = sample_scene(random, np.arange(frames), size, photographs, held_out)
         grammar = Grammar(random, held_out)
-        sentences = [grammar.sentence(scene, kind) for kind in kinds]
-        found = [sentence for sentence in sentences if sentence is not None]
-        if len(found) == len(kinds) and len({s.targets for s in found}) == len(kinds):
+        expressions = [grammar.expression(scene, kind) for kind in kinds]
+        found = [expression for expression in expressions if expression is not None]
+        if len(found) == len(kinds) and len({e.targets for e in found}) == len(kinds):
             return scene, found
-    raise ValueError(f"kinds: no scene with seed {seed} allows sentences of all of {kinds}")
+    raise ValueError(f"kinds: no scene with seed {seed} allows expressions of all of {kinds}")
 
 
 def _times(random: np.random.Generator, frames: int) -> np.ndarray:
@@ -140,25 +142,25 @@ def _times(random: np.random.Generator, frames: int) -> np.ndarray:
     return random.integers(0, 24 - frames) + stride * np.arange(frames)
 
 
-def _sample_sentences(
+def _sample_expressions(
     random: np.random.Generator, scene: Scene, count: int, held_out: bool
-) -> list[Sentence]:
+) -> list[GeneratedExpression]:
     grammar = Grammar(random, held_out)
     names, weights = list(_TRAINED_KINDS), np.array(list(_TRAINED_KINDS.values()))
-    sentences: list[Sentence] = []
-    while len(sentences) < count:
+    expressions: list[GeneratedExpression] = []
+    while len(expressions) < count:
         # Most scenes do not allow every kind: ask for several, so that absent objects stay as rare as they should be.
         kinds = random.choice(names, size=5, p=weights / weights.sum())
-        found = (grammar.sentence(scene, str(kind)) for kind in (*kinds, "absent"))
-        sentences += islice((sentence for sentence in found if sentence is not None), 1)
-    return sentences
+        found = (grammar.expression(scene, str(kind)) for kind in (*kinds, "absent"))
+        expressions += islice((expression for expression in found if expression is not None), 1)
+    return expressions
 
 
-def _masks(owner: Tensor, sentences: list[Sentence]) -> Tensor:
+def _masks(owner: Tensor, expressions: list[GeneratedExpression]) -> Tensor:
     """(E, T, H, W) bool from owner (T, H, W)."""
-    masks = torch.zeros(len(sentences), *owner.shape, dtype=torch.bool, device=owner.device)
-    for mask, sentence in zip(masks, sentences, strict=True):
-        for target in sentence.targets:
+    masks = torch.zeros(len(expressions), *owner.shape, dtype=torch.bool, device=owner.device)
+    for mask, expression in zip(masks, expressions, strict=True):
+        for target in expression.targets:
             mask |= owner == target
     return masks
 

@@ -1,4 +1,4 @@
-"""Sentences about a scene: nouns, synonyms, templates, and what each sentence means."""
+"""Expressions about a scene: nouns, synonyms, templates, and what each expression means."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ _PLURALS = {
 _PLURALS |= {"bench": "benches", "person": "people", "man": "men", "woman": "women", "fish": "fish"}
 _PLURALS |= {"shorts": "shorts", "trousers": "trousers"}
 
-# Sentence templates: {np} is a noun phrase such as "red cup"; {c}, {n} its colour and noun. The second tuple of each pair
+# Templates: {np} is a noun phrase such as "red cup"; {c}, {n} its colour and noun. The second tuple of each pair
 # is kept for the benchmark and never trained on.
 TEMPLATES = {
     "plain": (
@@ -111,8 +111,8 @@ TEMPLATES = {
 
 
 @dataclass(frozen=True)
-class Sentence:
-    """A sentence, its kind, and the indices of the scene's objects that it means (none: absent)."""
+class GeneratedExpression:
+    """An expression, its kind, and the indices of the scene's objects that it means (none: absent)."""
 
     text: str
     kind: str
@@ -120,7 +120,7 @@ class Sentence:
 
 
 def vocabulary() -> list[str]:
-    """Every word that a generated sentence can hold, sorted."""
+    """Every word that a generated expression can hold, sorted."""
     words: set[str] = set()
     for group in (COLOUR_WORDS, SHAPE_WORDS, SIZE_WORDS, SIDE_WORDS, RELATION_WORDS):
         words.update(
@@ -141,14 +141,14 @@ def everyday_words() -> list[str]:
 
 
 class Grammar:
-    """Draws sentences about a scene; `held_out` takes the templates, and as targets the pairs, never trained on."""
+    """Draws expressions about a scene; `held_out` takes the templates, and as targets the pairs, never trained on."""
 
     def __init__(self, random: np.random.Generator, held_out: bool) -> None:
         self.random = random
         self.held_out = held_out
 
-    def sentence(self, scene: Scene, kind: str) -> Sentence | None:
-        """One sentence of this kind that is true of exactly its targets in every frame; None where the scene allows none."""
+    def expression(self, scene: Scene, kind: str) -> GeneratedExpression | None:
+        """One expression of this kind that is true of exactly its targets in every frame; None where the scene allows none."""
         if kind == "absent":
             return self._absent(scene)
         if kind == "plural":  # not a kind of the benchmark
@@ -157,7 +157,7 @@ class Grammar:
         if not candidates:
             return None
         text, target = candidates[self.random.integers(len(candidates))]
-        return Sentence(text, kind, (target,))
+        return GeneratedExpression(text, kind, (target,))
 
     def _candidates(self, scene: Scene, kind: str) -> Iterator[tuple[str, int]]:
         for target, item in enumerate(scene.objects):
@@ -168,7 +168,7 @@ class Grammar:
                 yield text, target
 
     def _describe(self, scene: Scene, target: int, kind: str) -> str | None:
-        """A sentence of this kind that singles the target out, or None."""
+        """An expression of this kind that singles the target out, or None."""
         if kind in ("colour", "shape", "colour and shape"):
             use = {"colour": (True, False), "shape": (False, True)}.get(kind, (True, True))
             return self._direct(scene, target, *use)
@@ -240,7 +240,7 @@ class Grammar:
                     return {"relation": relation, "anchor": f"{colour} {noun}"}
         return None
 
-    def _plural(self, scene: Scene) -> Sentence | None:
+    def _plural(self, scene: Scene) -> GeneratedExpression | None:
         item = scene.objects[self.random.integers(len(scene.objects))]
         use_colour, use_shape = ((True, False), (False, True), (True, True))[
             self.random.integers(3)
@@ -250,10 +250,12 @@ class Grammar:
             return None
         colour, noun = self._words(item, use_colour, use_shape)
         slots = {"nps": f"{colour} {_plural(noun)}".strip(), "np": f"{colour} {noun}".strip()}
-        return Sentence(self._template("plural").format(**slots), "plural", tuple(rivals))
+        return GeneratedExpression(
+            self._template("plural").format(**slots), "plural", tuple(rivals)
+        )
 
-    def _absent(self, scene: Scene) -> Sentence | None:
-        """A sentence true of nothing here; most often one whose colour or shape some other object has."""
+    def _absent(self, scene: Scene) -> GeneratedExpression | None:
+        """An expression true of nothing here; most often one whose colour or shape some other object has."""
         named = [item for item in scene.objects if item.colour_index is not None]
         for _ in range(10):
             colour_index = int(self.random.integers(len(COLOURS)))
@@ -279,7 +281,7 @@ class Grammar:
                 if use_shape
                 else self._noun()
             )
-            return Sentence(
+            return GeneratedExpression(
                 self._template("plain").format(np=f"{colour} {noun}".strip()), "absent", ()
             )
         return None

@@ -51,7 +51,7 @@ STYLES = {
 class SceneObject:
     """One object of a scene over T frames.
 
-    `shape_index` and `colour_index` are None where no sentence may name the shape or the colour (clutter has no colour).
+    `shape_index` and `colour_index` are None where no expression may name the shape or the colour (clutter has no colour).
     `area` is its share of the frame. `centre (T, 2)` is (x, y) as shares of width and height, `rotation (T,)` radians,
     `stretch` the ratio of its axes. `rgb` and `decal_rgb (3,)` are in 0..1.
     """
@@ -121,7 +121,7 @@ def sample_scene(
     """Draw a scene whose objects move over `times (T,)`, in frames; `held_out` makes one object a pair never trained on."""
     background = _sample_background(random, photographs)
     clutter = int(random.choice(len(style.clutter), p=style.clutter))
-    # Where photographs, clutter or wood are seen, something of every muted colour is: a sentence with one would be unclear.
+    # Where photographs, clutter or wood are seen, something of every muted colour is: an expression with one would be unclear.
     plain = not clutter and background.photograph is None and not style.blocks
     colours = _ALL if plain else _VIVID
     if style.alike and not held_out and random.random() < style.alike:

@@ -10,7 +10,7 @@ _THETA = np.linspace(-np.pi, np.pi, ANGLES, endpoint=False)
 
 @dataclass(frozen=True)
 class Shape:
-    """An outline that a sentence may name, or (name None) one that it may not.
+    """An outline that an expression may name, or (name None) one that it may not.
 
     `profile (ANGLES,)` is the radius at each angle from -pi, scaled to unit area; `hole` is (x, y, radius) of a disc cut out,
     in the same units (radius 0: none); `tilt` the largest rotation in radians under which the name stays true; `stretch` the
@@ -143,7 +143,7 @@ UNNAMED_SHAPES = (
 
 
 def blob(random: np.random.Generator) -> Shape:
-    """A smooth random outline that no sentence names."""
+    """A smooth random outline that no expression names."""
     profile = np.ones(ANGLES)
     for order in range(2, 7):
         amplitude = random.normal() * 0.28 / order**0.8

@@ -1,11 +1,11 @@
-"""Training batches of photographs: clips, sentences, masks, and the pixels that do not count."""
+"""Training batches of photographs: clips, expressions, masks, and the pixels that do not count."""
 
 import numpy as np
 import torch
 
 from refsam.data.clips import ClipBatch
+from refsam.data.photographs.expressions import PhotoGrammar
 from refsam.data.photographs.scenes import SceneDrawer
-from refsam.data.photographs.sentences import PhotoGrammar
 
 
 def photograph_batch(
@@ -28,12 +28,12 @@ def photograph_batch(
         random = np.random.default_rng([seed, index, clip])
         drawn = drawer.clip(random, draw_times(random, frames), size)
         pixels[clip] = torch.from_numpy(drawn.frames)
-        sentences = PhotoGrammar(random, drawer.folder, drawn).sentences(expressions)
-        for place, sentence in enumerate(sentences):
-            masks[clip, place] = torch.from_numpy(sentence.mask)
-            ignore[clip, place] = torch.from_numpy(sentence.ignore)
-        texts.append(tuple(sentence.text for sentence in sentences))
-        # Brightness, contrast and saturation; a turn of hue would belie the sentences.
+        found = PhotoGrammar(random, drawer.folder, drawn).draw(expressions)
+        for place, expression in enumerate(found):
+            masks[clip, place] = torch.from_numpy(expression.mask)
+            ignore[clip, place] = torch.from_numpy(expression.ignore)
+        texts.append(tuple(expression.text for expression in found))
+        # Brightness, contrast and saturation; a turn of hue would belie the expressions.
         colour[clip, :3] = torch.from_numpy(random.uniform(0.8, 1.25, 3))
         colour[clip, 3] = 0
     names = tuple(f"photograph clip {clip} of batch {index}" for clip in range(clips))

@@ -88,7 +88,7 @@ class PhotoFolder:
         return {n: meant[0] for n, name in named if len(meant := self.words.meaning(name)) == 1}
 
     def vocabulary(self) -> list[str]:
-        """Every single word that a sentence about these photographs can hold beside those of generated clips."""
+        """Every single word that an expression about these photographs can hold beside those of generated clips."""
         return sorted({*self.words.vocabulary(), *split_words(" ".join(self.names.values()))})
 
     def image(self, name: str) -> NDArray[np.uint8]:

@@ -93,7 +93,7 @@ class Words:
 
 
 def untaught_words(taught: Collection[str]) -> tuple[str, ...]:
-    """The single words that name things, in generated sentences or about photographs, but none of the classes `taught`.
+    """The single words that name things, in generated expressions or about photographs, but none of the classes `taught`.
 
     Words that mean something else as well, such as "orange" or "ring", are not among them.
     """

@@ -139,7 +139,7 @@ class Runner:
         }
 
     def refused(self, units: Sequence[Unit]) -> dict[str, str]:
-        """Sentences that get no mask, with the reason; raises MaskProblemsError for them unless `missing` is "zero"."""
+        """Expressions that get no mask, with the reason; raises MaskProblemsError for them unless `missing` is "zero"."""
         texts = [(unit.name, e.text) for unit in units for e in unit.expressions]
         refused = refused_expressions(self.model, [self.rules.text(text) for _, text in texts])
         problems = [
@@ -252,7 +252,7 @@ def palette() -> bytes:
 
 
 def _data_sha256(units: Sequence[Unit]) -> str:
-    """SHA-256 over everything that is asked: units, frames and sentences."""
+    """SHA-256 over everything that is asked: units, frames and expressions."""
     digest = hashlib.sha256()
     for unit in units:
         asked = [(e.expression_id, e.text) for e in unit.expressions]

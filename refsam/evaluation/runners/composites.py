@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refsam.data.dataset import DataError
+from refsam.data.photographs.expressions import PhotoGrammar
 from refsam.data.photographs.folder import UNSURE, open_folder
 from refsam.data.photographs.layers import PhotoClip
 from refsam.data.photographs.scenes import SceneDrawer
-from refsam.data.photographs.sentences import PhotoGrammar
 from refsam.model import RefSAM
 from refsam.session import VideoSession
 
@@ -38,7 +38,7 @@ _LEAST = 4  # val photographs of a class, so that three of a kind are rarely the
 
 @dataclass(frozen=True)
 class CompositeClip:
-    """T frames (T, H, W, 3) uint8 RGB, a sentence, what it means and which pixels do not count, (T, H, W) bool each."""
+    """T frames (T, H, W, 3) uint8 RGB, an expression, what it means and which pixels do not count, (T, H, W) bool each."""
 
     frames: NDArray[np.uint8]
     text: str
@@ -112,7 +112,7 @@ def _clip(clip: PhotoClip, text: str, number: int) -> CompositeClip:
 def evaluate_composites(
     model: RefSAM, root: str | Path, clips: int = 40, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Score the model on `clips` clips of each kind: means by kind, every sentence's score, and a digest of what was drawn."""
+    """Score the model on `clips` clips of each kind: means by kind, every expression's score, and a digest of what was drawn."""
     drawer = val_drawer(root)
     scores: list[CompositeScore] = []
     digest = hashlib.sha256()

@@ -1,8 +1,8 @@
 """The frozen benchmark of generated clips: what the bundled model is measured by.
 
-Version 1 has 240 clips of 24 frames, each with a sentence about an object that is there and one about an object that is
-not. Pairs of colour and shape, sentence templates and background photographs are never trained on. The benchmark is drawn
-anew from its seeds; `generated_v1.json` holds every sentence and the area of every mask, so that a generator which would draw
+Version 1 has 240 clips of 24 frames, each with an expression about an object that is there and one about an object that is
+not. Pairs of colour and shape, expression templates and background photographs are never trained on. The benchmark is drawn
+anew from its seeds; `generated_v1.json` holds every expression and the area of every mask, so that a generator which would draw
 anything else is refused.
 """
 
@@ -31,8 +31,8 @@ _MANIFEST = "generated_v1.json"
 
 
 @dataclass(frozen=True)
-class SentenceScore:
-    """How one sentence of the benchmark was answered.
+class ExpressionScore:
+    """How one expression of the benchmark was answered.
 
     `region` and `contour` are J and F averaged over the frames that show the object (None where none does), `false_area` the
     share of the frame marked, averaged over the frames that do not (None where all do).
@@ -47,12 +47,12 @@ class SentenceScore:
 
 
 def benchmark_clip(index: int) -> GeneratedClip:
-    """Clip `index` of the benchmark, its sentence about a present object first, the one about an absent object second."""
+    """Clip `index` of the benchmark, its expression about a present object first, the one about an absent object second."""
     return generate_clip(**benchmark_arguments(index), with_photographs=True)
 
 
 def benchmark_arguments(index: int) -> dict[str, Any]:
-    """The recipe of clip `index`: seed, frames, size, kinds of sentence, held out from training."""
+    """The recipe of clip `index`: seed, frames, size, kinds of expression, held out from training."""
     return {
         "seed": _SEED + index,
         "frames": FRAMES,
@@ -63,7 +63,7 @@ def benchmark_arguments(index: int) -> dict[str, Any]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary as a Markdown table: a row per kind of sentence, then what is marked where nothing should be."""
+    """The summary as a Markdown table: a row per kind of expression, then what is marked where nothing should be."""
     lines = ["| sentences that name | number | J | F | J&F |", "|---|--:|--:|--:|--:|"]
     for name, row in summary["accuracy"].items():
         if row["sentences"]:
@@ -79,21 +79,21 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def manifest(clips: int = CLIPS) -> dict[str, Any]:
-    """The manifest that freezes the benchmark: size, sentences and mask areas of each clip."""
+    """The manifest that freezes the benchmark: size, expressions and mask areas of each clip."""
     return {"version": 1, "clips": [_describe(benchmark_clip(index)) for index in range(clips)]}
 
 
 def evaluate_generated(
     model: PromptedSAM, clips: int = CLIPS, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Score the model on the first `clips` clips: a summary by kind of sentence, and every sentence's score.
+    """Score the model on the first `clips` clips: a summary by kind of expression, and every expression's score.
 
     Raises UserError where the generator does not draw the benchmark as it was frozen.
     """
     frozen = json.loads(
         files("refsam.evaluation.runners").joinpath(_MANIFEST).read_text(encoding="utf-8")
     )
-    scores: list[SentenceScore] = []
+    scores: list[ExpressionScore] = []
     for index in range(clips):
         clip = benchmark_clip(index)
         _check_frozen(index, _describe(clip), frozen["clips"][index])
@@ -102,7 +102,7 @@ def evaluate_generated(
     return {"version": 1, "summary": summarise(scores), "sentences": [asdict(s) for s in scores]}
 
 
-def summarise(scores: list[SentenceScore]) -> dict[str, Any]:
+def summarise(scores: list[ExpressionScore]) -> dict[str, Any]:
     """J, F, J&F per kind, over the kinds that name colour or shape, and over everything; the mean false area."""
     named = [s for s in scores if s.kind in ("colour", "shape", "colour and shape")]
     groups = {kind: [s for s in scores if s.kind == kind] for kind in KINDS if kind != "absent"}
@@ -115,7 +115,7 @@ def summarise(scores: list[SentenceScore]) -> dict[str, Any]:
     }
 
 
-def _mean(scores: list[SentenceScore]) -> dict[str, float | int]:
+def _mean(scores: list[ExpressionScore]) -> dict[str, float | int]:
     shown = [s for s in scores if s.region is not None and s.contour is not None]
     if not shown:
         return {"sentences": 0}
@@ -124,14 +124,14 @@ def _mean(scores: list[SentenceScore]) -> dict[str, float | int]:
     return {"sentences": len(shown), "J": region, "F": contour, "J&F": (region + contour) / 2}
 
 
-def _score_clip(index: int, clip: GeneratedClip, model: PromptedSAM) -> Iterator[SentenceScore]:
+def _score_clip(index: int, clip: GeneratedClip, model: PromptedSAM) -> Iterator[ExpressionScore]:
     session = VideoSession(model, clip.expressions)
     predicted = np.stack([np.asarray(session.step(frame).masks) for frame in clip.frames], axis=1)
     for e, (text, kind) in enumerate(zip(clip.expressions, clip.kinds, strict=True)):
         truth = clip.masks[e].numpy()
         shown = truth.any(axis=(1, 2))
         marked = predicted[e][~shown]
-        yield SentenceScore(
+        yield ExpressionScore(
             clip=index,
             kind=kind,
             text=text,

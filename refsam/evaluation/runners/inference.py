@@ -28,7 +28,7 @@ _NOWHERE = -1e4  # the logit of an expression that the model refuses: outside by
 class InferenceRules:
     """Choices between a frame and its masks that change scores, and `notes` that say them in words.
 
-    `short_side`: frames are shrunk or enlarged to it first, None leaves them. `lower_case`: sentences are. `threshold`: a pixel
+    `short_side`: frames are shrunk or enlarged to it first, None leaves them. `lower_case`: expressions are. `threshold`: a pixel
     belongs if its logit is above. `merge`: how several objects share the pixels of one map.
     """
 
@@ -40,7 +40,7 @@ class InferenceRules:
     merge: MergeRule = "probabilities"
 
     def text(self, expression: str) -> str:
-        """The sentence as the model is given it."""
+        """The expression as the model is given it."""
         return expression.lower() if self.lower_case else expression
 
 
@@ -66,7 +66,7 @@ RULES: Mapping[str, InferenceRules] = MappingProxyType(
             "paper",
             (
                 "Frames: short side to 360 pixels first (bilinear, aspect kept), as the authors do; detail is lost by it.",
-                "Sentences: lower case, single blanks, as the authors do.",
+                "Expressions: lower case, single blanks, as the authors do.",
                 "Masks: logits resized to the 360-pixel frame, then to the frame's own size, above 0.01, as the authors do.",
                 "State: one track token for each video and expression (and annotator). The authors' Ref-DAVIS17 script lets "
                 "the four annotators share tokens; that fault is not reproduced.",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refsam.data.long_rvos import sentence_types
+from refsam.data.long_rvos import expression_types
 from refsam.evaluation.reports.report import Section, Table, Text
 from refsam.evaluation.runners.benchmark import Outcome, Unit
 from refsam.evaluation.runners.per_expression import PerExpression
@@ -17,7 +17,7 @@ from refsam.evaluation.runners.run_folder import RunFolder
 from refsam.metrics import contour_accuracy, region_similarity
 
 RULES = (
-    "J and F: mean over the frames of a sentence, then over sentences; 1 in frames where both masks are empty.",
+    "J and F: mean over the frames of a expression, then over expressions; 1 in frames where both masks are empty.",
     "tIoU: frames in which both masks are there, over frames in which either is; 1 where no frame shows anything.",
     "vIoU: the sum of J over frames in which both are there, over frames in which either is; 1 where no frame shows anything.",
 )
@@ -31,7 +31,7 @@ class LongRvos(PerExpression):
     def rows(
         self, unit: Unit, frame: str, rendered: Mapping[str, NDArray[np.bool_]]
     ) -> list[Mapping[str, Any]]:
-        """J, F and whether anything is marked and shown, of each sentence; nothing without truth."""
+        """J, F and whether anything is marked and shown, of each expression; nothing without truth."""
         rows: list[Mapping[str, Any]] = []
         for expression in unit.expressions:
             mask = rendered[f"{unit.video.name}/{expression.expression_id}"]
@@ -52,9 +52,9 @@ class LongRvos(PerExpression):
     def outcome(
         self, run: RunFolder, records: Mapping[str, Mapping[str, Any]], processes: int
     ) -> Outcome:
-        """The means over all sentences, and over those of each type."""
+        """The means over all expressions, and over those of each type."""
         scores = {
-            (unit.video.name, name): _of_sentence([r for r in rows if r["expression"] == name])
+            (unit.video.name, name): _of_expression([r for r in rows if r["expression"] == name])
             for unit in self.units
             if (rows := records[unit.name]["rows"])
             for name in (e.expression_id for e in unit.expressions)
@@ -62,20 +62,20 @@ class LongRvos(PerExpression):
         if not scores:
             text = f"not scored: no truth for {self.dataset.name} {self.dataset.split}"
             return Outcome(text, {}, (Section("Scores", (Text((text,)),)),))
-        types = sentence_types(self.dataset)
+        types = expression_types(self.dataset)
         kinds = ["all", *sorted(set(types.values()))]
         means = {
             kind: _mean(s for key, s in scores.items() if kind in ("all", types.get(key)))
             for kind in kinds
         }
         rows = tuple((k, *(f"{100 * m[name]:.2f}" for name in _NAMES)) for k, m in means.items())
-        table = Table(("sentences", *_NAMES), rows, " ".join(RULES))
+        table = Table(("expressions", *_NAMES), rows, " ".join(RULES))
         sections = (Section("Scores", (table,)), Section("Rules", (Text(RULES, listed=True),)))
         text = "\n".join([*RULES, "", table.markdown()])
         return Outcome(text, {"scores": means}, sections, {"scores.csv": _csv(scores)})
 
 
-def _of_sentence(rows: list[Mapping[str, Any]]) -> dict[str, float]:
+def _of_expression(rows: list[Mapping[str, Any]]) -> dict[str, float]:
     region, contour = (np.array([row[name] for row in rows]) for name in "JF")
     marked, shown = (np.array([row[name] for row in rows], bool) for name in ("marked", "shown"))
     both, either = marked & shown, int((marked | shown).sum())

@@ -29,7 +29,7 @@ class RefDavis17:
 
     `scoring` names protocols of `refsam.evaluation.scoring.protocols`; with per-expression among them there are also binary masks
     `expressions/<video>/<expression>/<frame>.png`. `merge` says how objects share pixels.
-    Raises UserError for a dataset without truth, or without one sentence per annotator and object.
+    Raises UserError for a dataset without truth, or without one expression per annotator and object.
     """
 
     dataset: ReferringDataset
@@ -49,7 +49,7 @@ class RefDavis17:
             asked = [[e.object_ids for e in group] for group in self.groups(unit)]
             if len(asked) != len(ANNOTATORS) or any(objects != asked[0] for objects in asked):
                 raise UserError(
-                    f"ref-davis17: {unit.name} does not have one sentence per annotator and object"
+                    f"ref-davis17: {unit.name} does not have one expression per annotator and object"
                 )
 
     @cached_property
@@ -67,7 +67,7 @@ class RefDavis17:
         }
 
     def groups(self, unit: Unit) -> list[list[Expression]]:
-        """The sentences of each annotator, by object."""
+        """The expressions of each annotator, by object."""
         return [
             sorted((e for e in unit.expressions if e.annotator == annotator), key=_number)
             for annotator in range(len(ANNOTATORS))

@@ -31,7 +31,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Sample:
-    """One sentence about one image, and the pixels in intersection and union of its masks."""
+    """One expression about one image, and the pixels in intersection and union of its masks."""
 
     split: str
     image: str
@@ -50,7 +50,7 @@ class RefCoco:
     """Predictions `<split>/<image>/<expression>/<image>.png` of one or more splits, binary masks.
 
     `conventions` are names of `refsam.metrics.referring_image.CONVENTIONS`, all of which the JSON holds; these are printed.
-    Raises UserError for an unknown one and for a split without sentences.
+    Raises UserError for an unknown one and for a split without expressions.
     """
 
     datasets: tuple[ReferringDataset, ...]
@@ -62,7 +62,7 @@ class RefCoco:
                 raise UserError(f"convention: got {name!r}, want one of {', '.join(CONVENTIONS)}")
         for dataset in self.datasets:
             if not any(dataset.expressions(video.name) for video in dataset.videos):
-                raise UserError(f"{dataset.name}: no sentences in {dataset.split}")
+                raise UserError(f"{dataset.name}: no expressions in {dataset.split}")
 
     @property
     def title(self) -> str:
@@ -87,7 +87,7 @@ class RefCoco:
         }
 
     def groups(self, unit: Unit) -> list[list[Expression]]:
-        """Sentences in file order."""
+        """Expressions in file order."""
         return in_groups(unit.expressions)
 
     def folders(self, unit: Unit) -> list[str]:
@@ -97,7 +97,7 @@ class RefCoco:
     def render(
         self, unit: Unit, logits: Sequence[FrameLogits], rules: InferenceRules
     ) -> dict[str, NDArray[Any]]:
-        """A mask for each sentence."""
+        """A mask for each expression."""
         masks = [mask for group in logits for mask in group.masks(rules.threshold)]
         pairs = zip(unit.expressions, masks, strict=True)
         return {f"{unit.name}/{e.expression_id}": mask for e, mask in pairs}
@@ -105,7 +105,7 @@ class RefCoco:
     def rows(
         self, unit: Unit, frame: str, rendered: Mapping[str, NDArray[np.bool_]]
     ) -> list[Mapping[str, Any]]:
-        """Intersection and union of each sentence."""
+        """Intersection and union of each expression."""
         rows: list[Mapping[str, Any]] = []
         for expression in unit.expressions:
             mask = rendered[f"{unit.name}/{expression.expression_id}"]

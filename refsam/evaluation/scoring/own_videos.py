@@ -14,7 +14,7 @@ from refsam.evaluation.scoring.problems import Problem
 def find_own_clips(predictions: Path, dataset: ReferringDataset) -> Layout:
     """Pair the masks of own videos with `<video>/<expression>/<frame>.png`, the expression being its number in the table from 0.
 
-    A video may instead be as `refsam segment` and `segment-videos` write it: `result.json` says the sentences, and masks are
+    A video may instead be as `refsam segment` and `segment-videos` write it: `result.json` says the expressions, and masks are
     `masks/<number>/<number of the frame>.png`. Frames without a true mask are not scored. Raises UserError without predictions or
     truth.
     """
@@ -55,7 +55,7 @@ def find_own_clips(predictions: Path, dataset: ReferringDataset) -> Layout:
 
 
 def _segmented(folder: Path) -> list[str] | None:
-    """The sentences of a video in the order of their masks, None where it is not as `refsam segment` writes it."""
+    """The expressions of a video in the order of their masks, None where it is not as `refsam segment` writes it."""
     file = folder / "result.json"
     if not file.is_file():
         return None

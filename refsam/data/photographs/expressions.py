@@ -1,4 +1,4 @@
-"""Sentences about a clip of photographs, and what each of them means in it."""
+"""Expressions about a clip of photographs, and what each of them means in it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from refsam.data.photographs.layers import PhotoClip
 from refsam.data.photographs.words import Noun
 
 Item = TypeVar("Item")
-_ABSENT = 1 / 3  # of all sentences
+_ABSENT = 1 / 3  # of all expressions
 _SEEN_PIXELS = 40  # fewer of an object show nothing
 _RANKED_SHARE = 0.002  # of the frame, that an object covers at least if its place or size counts
 _GAP = 0.07  # of the frame, between the middles of objects whose order counts
@@ -28,8 +28,8 @@ _NOTICED = ("animal", "vehicle", "fruit")
 
 
 @dataclass(frozen=True)
-class PhotoSentence:
-    """A sentence, its kind, what it means and where that is not known: `mask` and `ignore (T, H, W)` bool."""
+class PhotoExpression:
+    """An expression, its kind, what it means and where that is not known: `mask` and `ignore (T, H, W)` bool."""
 
     text: str
     kind: str
@@ -38,7 +38,7 @@ class PhotoSentence:
 
 
 class PhotoGrammar:
-    """Draws sentences about one clip."""
+    """Draws expressions about one clip."""
 
     def __init__(self, random: np.random.Generator, folder: PhotoFolder, clip: PhotoClip) -> None:
         self.random = random
@@ -54,7 +54,7 @@ class PhotoGrammar:
         ]
         self.present = {clip.things[n - 1].name for n in range(1, len(clip.things) + 1)}
         self._colours: dict[int, str | None] = {}
-        kinds: dict[str, tuple[float, Callable[[], PhotoSentence | None]]] = {
+        kinds: dict[str, tuple[float, Callable[[], PhotoExpression | None]]] = {
             "class": (0.34, self._class),
             "group": (0.08, self._group),
             "colour": (0.14, self._colour),
@@ -68,31 +68,31 @@ class PhotoGrammar:
         shares = np.array([share for share, _ in kinds.values()])
         self._shares = shares / shares.sum()
 
-    def sentences(self, count: int) -> list[PhotoSentence]:
-        """So many sentences, a third of them about what is not there."""
-        found: list[PhotoSentence] = []
+    def draw(self, count: int) -> list[PhotoExpression]:
+        """So many expressions, a third of them about what is not there."""
+        found: list[PhotoExpression] = []
         while len(found) < count:
             is_absent = self.random.random() < _ABSENT
-            sentence = self._absent() if is_absent else self._true()
-            found.append(sentence or self._absent())
+            expression = self._absent() if is_absent else self._true()
+            found.append(expression or self._absent())
         return found
 
-    def _true(self) -> PhotoSentence | None:
+    def _true(self) -> PhotoExpression | None:
         if not self.seen:
             return None
         for which in self.random.choice(len(self._draws), 4, p=self._shares):
-            sentence = self._draws[which]()
-            if sentence is not None:
-                return sentence
+            expression = self._draws[which]()
+            if expression is not None:
+                return expression
         return self._class()
 
     # What is there
 
-    def _class(self) -> PhotoSentence | None:
+    def _class(self) -> PhotoExpression | None:
         name = self.clip.things[self._pick(self.seen) - 1].name
         return self._named(self._noun(name), "class", self._members((name,)))
 
-    def _group(self) -> PhotoSentence | None:
+    def _group(self) -> PhotoExpression | None:
         name = self.clip.things[self._pick(self.seen) - 1].name
         groups = [noun for noun in self.words.about(name) if noun.role == "group"]
         if not groups:
@@ -102,7 +102,7 @@ class PhotoGrammar:
             return None
         return self._named(noun, "group", self._members(noun.classes))
 
-    def _named(self, noun: Noun, kind: str, members: list[int]) -> PhotoSentence:
+    def _named(self, noun: Noun, kind: str, members: list[int]) -> PhotoExpression:
         """ "The dog" of the only one or of the one that stands out, "the dogs" of all."""
         if len(members) == 1 and self.clip.things[members[0] - 1].single:
             meant, others = members, list[int]()
@@ -110,9 +110,9 @@ class PhotoGrammar:
             meant, others = self._standing_out(members)
         if not meant or (len(members) > 1 and self.random.random() < 0.5):
             text = self._pick(TEMPLATES["plural"][0]).format(nps=noun.plural, np=noun.word)
-            return self._sentence(text, kind, members)
+            return self._expression(text, kind, members)
         text = self._pick(TEMPLATES["plain"][0]).format(np=noun.word)
-        return self._sentence(text, kind, meant, others)
+        return self._expression(text, kind, meant, others)
 
     def _standing_out(self, members: list[int]) -> tuple[list[int], list[int]]:
         """The one thing that is by far the largest in every frame, if there is one; and pieces that may belong to it."""
@@ -126,7 +126,7 @@ class PhotoGrammar:
                 return [n], pieces
         return [], []
 
-    def _colour(self) -> PhotoSentence | None:
+    def _colour(self) -> PhotoExpression | None:
         number = self._pick(self.seen)
         name = self.clip.things[number - 1].name
         colour = self.colour_of(number)
@@ -148,9 +148,9 @@ class PhotoGrammar:
             text = self._pick(TEMPLATES["coloured"][0]).format(c=c, n=noun.word)
         else:
             text = self._pick(TEMPLATES["plain"][0]).format(np=phrase)
-        return self._sentence(text, "colour", alike, others)
+        return self._expression(text, "colour", alike, others)
 
-    def _position(self) -> PhotoSentence | None:
+    def _position(self) -> PhotoExpression | None:
         target, rivals, noun = self._rivals(2)
         if target is None:
             return None
@@ -158,10 +158,10 @@ class PhotoGrammar:
             if self.rank(target, rivals, side) == 0:
                 slots = {"side": str(side), "sidemost": self._pick(SIDE_WORDS[side])}
                 text = self._pick(TEMPLATES["position"][0]).format(np=noun.word, **slots)
-                return self._sentence(text, "position", [target])
+                return self._expression(text, "position", [target])
         return None
 
-    def _order(self) -> PhotoSentence | None:
+    def _order(self) -> PhotoExpression | None:
         target, rivals, noun = self._rivals(2)
         if target is None:
             return None
@@ -170,10 +170,10 @@ class PhotoGrammar:
             if rank is not None and rank < len(ORDINALS) and (rank or self.random.random() < 0.3):
                 slots = {"side": str(side), "ordinal": ORDINALS[rank]}
                 text = self._pick(TEMPLATES["order"][0]).format(np=noun.word, **slots)
-                return self._sentence(text, "order", [target])
+                return self._expression(text, "order", [target])
         return None
 
-    def _size(self) -> PhotoSentence | None:
+    def _size(self) -> PhotoExpression | None:
         target, rivals, noun = self._rivals(2)
         if target is None:
             return None
@@ -182,9 +182,9 @@ class PhotoGrammar:
             return None
         word = self._pick(SIZE_WORDS[extreme])
         text = self._pick(TEMPLATES["size"][0]).format(np=noun.word, size=word)
-        return self._sentence(text, "size", [target])
+        return self._expression(text, "size", [target])
 
-    def _garment(self) -> PhotoSentence | None:
+    def _garment(self) -> PhotoExpression | None:
         found = self._garments()
         if not found:
             return None
@@ -196,9 +196,9 @@ class PhotoGrammar:
         if colour is not None and self.random.random() < 0.6:
             phrase = f"{self._pick(COLOUR_WORDS[colour])} {phrase}"
         text = self._pick(TEMPLATES["plain"][0]).format(np=phrase)
-        return PhotoSentence(text, "garment", mask, self._doubt(mask))
+        return PhotoExpression(text, "garment", mask, self._doubt(mask))
 
-    def _wearer(self) -> PhotoSentence | None:
+    def _wearer(self) -> PhotoExpression | None:
         """ "The woman in the red dress": the person who wears it, where only one person is seen."""
         persons = self._members(("person",))
         found = {
@@ -217,16 +217,16 @@ class PhotoGrammar:
             worn = f"the {worn}"
         link = self._pick(("in", "in a", "wearing", "wearing a", "with the", "in the", "with a"))
         worn = worn.removeprefix("the ") if link.endswith((" a", " the")) else worn
-        return self._sentence(f"the {self._noun('person').word} {link} {worn}", "wearer", persons)
+        return self._expression(f"the {self._noun('person').word} {link} {worn}", "wearer", persons)
 
     # What is not there
 
-    def _absent(self) -> PhotoSentence:
+    def _absent(self) -> PhotoExpression:
         """Mostly a noun close to one that is there, or mistaken for it; else an object in a colour that it has not."""
         if self.seen and self.random.random() < 0.2:
-            sentence = self._wrong_colour()
-            if sentence is not None:
-                return sentence
+            expression = self._wrong_colour()
+            if expression is not None:
+                return expression
         names = self.words.classes if self.clip.complete else self._noticed
         absent = [name for name in names if name not in self.present]
         absent = absent or [name for name in self.words.classes if name not in self.present]
@@ -253,9 +253,9 @@ class PhotoGrammar:
             np=phrase, nps=noun.plural, side=side, sidemost=self._pick(SIDE_WORDS[side]),
             size=self._pick(SIZE_WORDS[self._pick(list(SIZE_WORDS))]),
         )  # fmt: skip
-        return PhotoSentence(text, "absent", np.zeros_like(self.unsure), self.unsure)
+        return PhotoExpression(text, "absent", np.zeros_like(self.unsure), self.unsure)
 
-    def _wrong_colour(self) -> PhotoSentence | None:
+    def _wrong_colour(self) -> PhotoExpression | None:
         name = self.clip.things[self._pick(self.seen) - 1].name
         members = self._members((name,))
         if name == "person" or not all(self.clip.things[n - 1].single for n in members):
@@ -266,7 +266,7 @@ class PhotoGrammar:
             return None
         colour, noun = self._pick(COLOUR_WORDS[self._pick(colours)]), self._noun(name)
         text = self._pick(TEMPLATES["plain"][0]).format(np=f"{colour} {noun.word}")
-        return PhotoSentence(text, "absent", np.zeros_like(mask), self.unsure)
+        return PhotoExpression(text, "absent", np.zeros_like(mask), self.unsure)
 
     @cached_property
     def _frequent(self) -> tuple[str, ...]:
@@ -366,13 +366,13 @@ class PhotoGrammar:
             return nouns[0]
         return nouns[int(len(nouns) * self.random.random() ** 2)]
 
-    def _sentence(
+    def _expression(
         self, text: str, kind: str, members: Sequence[int], others: Sequence[int] = ()
-    ) -> PhotoSentence:
+    ) -> PhotoExpression:
         """What members show is meant, what others show does not count."""
         mask = self._shown(members)
         ignore = self.unsure | self._shown(others) if others else self.unsure
-        return PhotoSentence(text, kind, mask, ignore)
+        return PhotoExpression(text, kind, mask, ignore)
 
     def _pick(self, choices: Sequence[Item]) -> Item:
         return choices[int(self.random.integers(len(choices)))]
