@@ -4,6 +4,9 @@
 
 Each row is a fresh environment in a folder of its own with a copy of the checkout, one Python, one torch or none, and one thing
 that is different from the plain case. A row that cannot be run here says why. Rows of other names stay in the results.
+
+refsam is installed by pip. torch before it comes by uv where the search path has one: its cache loads and unpacks each release
+once, not gigabytes for each row.
 """
 
 import argparse
@@ -24,6 +27,7 @@ PAGE = ROOT / "docs" / "platforms.md"
 MARK = "<!-- table: install-matrix -->"
 LIMIT = 3600  # seconds for one command
 NOBODY = "nobody"
+USER_SITE = "import site; print(site.getusersitepackages())"
 # Imports, says which libraries there are, and computes: against the formula, and compiled in one graph.
 PROBE = """
 import json, torch
@@ -138,45 +142,42 @@ class Environment:
         if self.row.condition == "no compiler":
             self.variables["CXX"] = "no-such-compiler"
         if self.row.condition == "not root":
-            if os.geteuid() != 0 or not shutil.which("runuser"):
-                raise Unavailable("needs root, to become another user")
-            for path in (self.folder.parent, self.folder):
-                path.chmod(0o755)
-            subprocess.run(["chown", "-R", NOBODY, str(self.folder)], check=True)
+            self.give_to_nobody()
         outside = self.row.condition in ("user site", "system packages")
-        if outside:
-            self.base(interpreter)
+        if self.row.condition in ("system packages", "not root"):
+            interpreter = self.copy_python(interpreter)
         options = ["--system-site-packages"] if outside else []
-        self.run(
-            self.base_python if outside else interpreter,
-            "-m",
-            "venv",
-            *options,
-            self.python.parents[1],
-        )
-        if self.row.torch and not outside:
-            self.install_torch(self.python)
+        self.run(interpreter, "-m", "venv", *options, self.python.parents[1])
+        if self.row.torch:
+            self.install_torch(interpreter if outside else self.python)
 
-    def base(self, interpreter: Path) -> None:
-        """Torch in the user site of this row's home, or in a Python of its own below the virtual environment."""
-        if self.row.condition == "user site":
-            self.base_python = interpreter
-            self.install_torch(interpreter, "--user")
-            return
-        # A relocated copy of the interpreter's installation: packages go into its own site-packages.
+    def give_to_nobody(self) -> None:
+        """Makes the row's folder that of the user who runs its commands."""
+        if os.geteuid() != 0 or not shutil.which("runuser"):
+            raise Unavailable("needs root, to become another user")
+        for path in (self.folder.parent, self.folder):
+            path.chmod(0o755)
+        subprocess.run(["chown", "-R", NOBODY, str(self.folder)], check=True)
+
+    def copy_python(self, interpreter: Path) -> Path:
+        """The interpreter of a relocated copy of its installation: with site-packages of its own, for every user."""
         prefix = interpreter.resolve().parents[1]
-        if not (
-            prefix / "lib" / f"python{self.row.python}" / "ensurepip"
-        ).is_dir() or prefix == Path("/usr"):
+        library = prefix / "lib" / f"python{self.row.python}"
+        if not (library / "ensurepip").is_dir() or prefix == Path("/usr"):
             raise Unavailable("needs a Python that stands in a folder of its own")
         shutil.copytree(prefix, self.folder / "python", symlinks=True)
-        self.base_python = self.folder / "python" / "bin" / f"python{self.row.python}"
-        self.install_torch(self.base_python)
+        return self.folder / "python" / "bin" / f"python{self.row.python}"
 
-    def install_torch(self, python: Path, *options: str) -> None:
+    def install_torch(self, python: Path) -> None:
         """The row's torch, in the newest patch release, with what it needs to be imported."""
         wanted = [f"torch=={self.row.torch}.*", "numpy"]
-        self.run(python, "-m", "pip", "install", "--quiet", *options, *wanted)
+        if self.row.condition == "user site":
+            wanted += ["--target", self.run(python, "-c", USER_SITE).stdout.strip()]
+        if uv := shutil.which("uv"):
+            command = [uv, "pip", "install", "--quiet", "--python", python, *wanted]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT)
+        else:
+            self.run(python, "-m", "pip", "install", "--quiet", *wanted)
 
     def install(self) -> subprocess.CompletedProcess[str]:
         """This project, without its other dependencies."""
@@ -246,11 +247,16 @@ def run(rows: list[Row]) -> Iterator[dict[str, object]]:
 
 
 def commit() -> str:
-    """The commit of the checkout, with a sign if there are changes."""
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    """The commit of the checkout, with a sign if there are changes to other files than those written here."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return result.stdout.strip()
+
+    own = [f":!{path.relative_to(ROOT)}" for path in (RESULTS, PAGE)]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *own)
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def table(found: dict[str, dict[str, object]]) -> str:
