@@ -9,6 +9,7 @@ from typing import Any
 from refsam_kernels.core.checks import require
 from refsam_kernels.integrations import (
     segment_anything,
+    segment_anything_generator,
     segment_anything_masks,
     timm,
     transformers,
@@ -23,6 +24,7 @@ MODELS: dict[str, Callable[[Any], list[Replacement]]] = {
     "ImageEncoderViT": segment_anything.replacements,
     "MaskDecoder": segment_anything_masks.of_decoder,
     "SamPredictor": segment_anything_masks.of_predictor,
+    "SamAutomaticMaskGenerator": segment_anything_generator.of_generator,
     "SamModel": transformers_masks.of_model,
     "SamVisionModel": transformers.replacements,
     "SamVisionEncoder": transformers.replacements,
@@ -38,7 +40,6 @@ _ADVICE = {
     "TinyViT": "MobileSAM has SAM's mask decoder: give model.mask_decoder to optimize() instead",
     "MaskDecoderHQ": "SAM-HQ has SAM's image encoder: give model.image_encoder to optimize() instead",
     "SamHQModel": "SAM-HQ is served only in its own library: give its image_encoder to optimize()",
-    "SamAutomaticMaskGenerator": "give its predictor to optimize() instead",
     "SAM2Base": _NEWER,
     "SAM2ImagePredictor": _NEWER,
     "Sam2Model": _NEWER,
@@ -69,7 +70,8 @@ def optimize(model: Any) -> Optimization:
     largest; in bfloat16, features have at most twice the original's error.
 
     Args:
-        model: segment-anything's `Sam`, `SamPredictor`, `ImageEncoderViT` or `MaskDecoder`; transformers'
+        model: segment-anything's `Sam`, `SamPredictor`, `SamAutomaticMaskGenerator` (which then refuses
+            logits that are not finite), `ImageEncoderViT` or `MaskDecoder`; transformers'
             `SamModel`, `SamVisionModel`, `SamVisionEncoder` or `SamMaskDecoder` (attention eager or SDPA),
             and `SamProcessor` or `SamImageProcessor`, whose `post_process_masks` refuses logits that are not
             finite; timm's `VisionTransformerSAM`; or a sub-class. Any dtype, device and size.

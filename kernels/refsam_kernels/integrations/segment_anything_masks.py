@@ -25,16 +25,24 @@ PROMPTS = (
 def of_sam(sam: Any) -> list[Replacement]:
     """The replacements for a `Sam`: encoder, decoder, and the way from logits to masks."""
     found = segment_anything.replacements(sam) + of_decoder(sam.mask_decoder, "model.mask_decoder")
-    if _inherits(sam, "forward", "Sam") and _inherits(sam, "postprocess_masks", "Sam"):
+    if inherits(sam, "forward", "Sam") and inherits(sam, "postprocess_masks", "Sam"):
         wanted = ("batched_input", "multimask_output")
         found.append(Replacement("model", sam, _sam, parameters=wanted))
     return found
 
 
 def of_predictor(predictor: Any) -> list[Replacement]:
-    """The replacements for a `SamPredictor` and its `Sam`."""
-    predict = Replacement("model", predictor, _predict_torch, "predict_torch", PROMPTS)
-    return [*of_sam(predictor.model), predict]
+    """The replacements for a `SamPredictor` and its `Sam`; a sub-class's own ways to masks stay."""
+    found = of_sam(predictor.model)
+    if makes_masks(predictor):
+        found.append(Replacement("model", predictor, _predict_torch, "predict_torch", PROMPTS))
+    return found
+
+
+def makes_masks(predictor: Any) -> bool:
+    """Whether a `SamPredictor` makes masks as its class does: with its own methods and those of `Sam`."""
+    has_own_masks = inherits(predictor.model, "postprocess_masks", "Sam")
+    return has_own_masks and inherits(predictor, "predict_torch", "SamPredictor")
 
 
 def of_decoder(decoder: Any, path: str = "model") -> list[Replacement]:
@@ -43,7 +51,7 @@ def of_decoder(decoder: Any, path: str = "model") -> list[Replacement]:
     return [Replacement(path, decoder, _predict_masks, "predict_masks", EMBEDDINGS)]
 
 
-def _inherits(instance: object, method: str, class_name: str) -> bool:
+def inherits(instance: object, method: str, class_name: str) -> bool:
     """Whether the method is that of the class of this name, and no sub-class's own."""
     definer = next(kind for kind in type(instance).__mro__ if method in vars(kind))
     return definer.__name__ == class_name
@@ -96,7 +104,7 @@ def _sam(
     for record, features in zip(batched_input, sam.image_encoder(images), strict=True):
         has_points = "point_coords" in record
         points = (record["point_coords"], record["point_labels"]) if has_points else None
-        logits, iou = _decode(
+        logits, iou = decode(
             sam, features[None], points, record.get("boxes"), record.get("mask_inputs"), multimask_output
         )  # fmt: skip
         masks = _masks(sam, logits, record["image"].shape[-2:], record["original_size"])
@@ -120,11 +128,11 @@ def _predict_torch(
         return type(predictor).predict_torch(predictor, *prompts)
     points = None if point_coords is None else (point_coords, point_labels)
     sam = predictor.model
-    logits, iou = _decode(sam, predictor.features, points, boxes, mask_input, multimask_output)
+    logits, iou = decode(sam, predictor.features, points, boxes, mask_input, multimask_output)
     return _masks(sam, logits, predictor.input_size, predictor.original_size), iou, logits
 
 
-def _decode(
+def decode(
     sam: Any, features: Tensor, points: Any, boxes: Any, masks: Any, multimask_output: bool
 ) -> tuple[Tensor, Tensor]:
     """Logits (P, M, 4h, 4w) and predicted IoUs (P, M) of one image's prompts."""

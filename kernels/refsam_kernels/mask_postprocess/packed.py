@@ -91,7 +91,7 @@ def mask_postprocess_bits(
     sizes = _check(logits, image_size, input_size, output_size, stability_offset)
     settings = (image_size, *sizes, float(threshold), float(stability_offset))
     words, statistics = _bits(*BitsInputs(logits.detach().float(), *settings), backend or "")
-    return PackedMasks(words, tuple(pairs(sizes[1])), _named(statistics))
+    return PackedMasks(words, tuple(pairs(sizes[1])), _named(statistics[:, :-1]))
 
 
 def mask_postprocess_rle(
@@ -118,6 +118,28 @@ def mask_postprocess_rle(
         ValueError: a shape, dtype, size or value does not fit, a resized logit is NaN (on every device, here the result is
             looked at anyway); `BackendError` if the backend cannot run.
     """
+    ends, sizes, statistics = mask_runs(
+        logits, image_size, input_size, output_size, threshold, stability_offset, backend
+    )
+    lengths = [encode(part, size) for part, size in zip(ends, sizes, strict=True)]
+    return lengths, _named(statistics)
+
+
+def mask_runs(
+    logits: Tensor,
+    image_size: int,
+    input_size: Size | Sequence[Size],
+    output_size: Size | Sequence[Size],
+    threshold: float,
+    stability_offset: float,
+    backend: str | None = None,
+) -> tuple[Sequence[Tensor], list[Size], Tensor]:
+    """What `mask_postprocess_rle` encodes, on the CPU.
+
+    Returns:
+        Where each mask's runs but the last end, (n,) int32 ascending in column-major order; the masks' sizes; statistics (P, 7)
+        int64, the first columns of `STATISTICS`.
+    """
     sizes = _check(logits, image_size, input_size, output_size, stability_offset)
     settings = (image_size, *sizes, float(threshold), float(stability_offset))
     words, statistics = _bits(*BitsInputs(logits.detach().float(), *settings), backend or "")
@@ -130,9 +152,7 @@ def mask_postprocess_rle(
     total = int(counts.sum())
     if total > capacity:
         ends, _ = _fetch(words, statistics, sizes[1], total, backend or "")
-    parts = ends[:total].split(counts.tolist())
-    lengths = [encode(part, size) for part, size in zip(parts, pairs(sizes[1]), strict=True)]
-    return lengths, _named(statistics)
+    return ends[:total].split(counts.tolist()), pairs(sizes[1]), statistics[:, :-1]
 
 
 def _fetch(
@@ -151,8 +171,8 @@ def _fetch(
 
 
 def _named(statistics: Tensor) -> MaskStatistics:
-    """The operator's columns as the public statistics."""
-    area, certain, possible, *box, _ = statistics.unbind(dim=1)
+    """The operator's columns but the last as the public statistics."""
+    area, certain, possible, *box = statistics.unbind(dim=1)
     stability = certain.float() / possible.clamp(min=1).float()
     return MaskStatistics(area, torch.stack(box, dim=1), stability)
 
