@@ -2,7 +2,9 @@
 
 import argparse
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -11,6 +13,8 @@ from benchmarks.gpu_report.runner import Runner, interpreter
 from benchmarks.gpu_report.stages import FIRST, STAGES
 from benchmarks.gpu_report.stand_in import rehearsal_environment, shortened
 
+GPU_LIMIT = 90.0  # seconds for the first work on the GPU
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Writes rows.jsonl, report.log, summary.txt and, where tiles were tuned, tuned.json.
@@ -18,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns 0 if every stage ran to its end, wrong results included; 1 if a task failed, was killed or had no time; 2 for
     arguments that cannot be, or without a GPU.
     """
+    began = time.monotonic()
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_report", description="Runs the stages of the GPU report."
     )
@@ -47,24 +52,31 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     with wheels.unpacked(options.wheels) as site:
-        runner = Runner(options.out, options.deadline, environment, site)
-        signal.signal(signal.SIGTERM, stop)
+        runner = Runner(options.out, options.deadline, environment, site, began)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, stop)
         return runner.run(wanted)
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    """The whole report was told to end: it sums up what there is."""
+    """The whole report was told to end: it sums up what there is, told once more or not."""
+    signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def no_gpu() -> str | None:
     """Why no CUDA device can be used, by a process of its own; None if one can."""
-    import subprocess
-
     code = "import torch; torch.zeros(1, device='cuda'); print(torch.cuda.get_device_name())"
-    result = subprocess.run(
-        [*interpreter(), "-c", code], capture_output=True, text=True, check=False
-    )
+    try:
+        result = subprocess.run(
+            [*interpreter(), "-c", code],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=GPU_LIMIT,
+        )
+    except subprocess.TimeoutExpired:
+        return f"it did not answer in {GPU_LIMIT:.0f} s"
     return None if result.returncode == 0 else (result.stderr.strip() or "?").splitlines()[-1]
 
 

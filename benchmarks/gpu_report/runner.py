@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GRACE = 2.0  # seconds between the request to end and the kill
 LEAST = 2.0  # seconds below which nothing is started any more
 POLL = 0.05
+MOST_LOG = 8 * 2**20  # bytes of the log, which must come back from the machine
 
 
 def interpreter() -> list[str]:
@@ -44,16 +46,23 @@ class Runner:
     """One run of the report into a folder."""
 
     def __init__(
-        self, out: Path, deadline: float, environment: Mapping[str, str], site: Path | None = None
+        self,
+        out: Path,
+        deadline: float,
+        environment: Mapping[str, str],
+        site: Path | None = None,
+        began: float | None = None,
     ) -> None:
+        """`deadline` seconds after `began`, a time of `time.monotonic`, or else after now."""
         self.out, self.environment = out, environment
-        self.began = time.monotonic()
+        self.began = time.monotonic() if began is None else began
         self.ends = self.began + deadline
         paths = [str(ROOT), str(ROOT / "kernels"), *([str(site)] if site else [])]
         self.paths = [*paths, *filter(None, [os.environ.get("PYTHONPATH")])]
         self.rows = out / "rows.jsonl"
-        self.log = (out / "report.log").open("a", buffering=1)
+        self.log = (out / "report.log").open("w", buffering=1)
         self.lock = threading.Lock()
+        self.logged = 0
         self.background: list[Running] = []
         self.outcomes: list[dict[str, Any]] = []
 
@@ -63,12 +72,12 @@ class Runner:
         try:
             for stage in stages:
                 self.run_stage(stage)
+                self.write_summary(stages)
             self.wait_for_background()
         except KeyboardInterrupt:
             self.say("told to end: what runs is killed, and this is the summary")
         finally:
-            for running in self.background:
-                self.end(running, "killed: the report ended")
+            self.end(self.background, "killed: the report ended")
             self.sum_up(stages)
         return int(any(outcome["outcome"] != "done" for outcome in self.outcomes))
 
@@ -86,15 +95,16 @@ class Runner:
                     if ends - time.monotonic() < LEAST:
                         self.note(stage, task, "left out: no time was left", 0.0)
                     else:
-                        running.append(self.start(stage, task, ends))
+                        until = share(stage, ends, len(left))
+                        running.append(self.start(stage, task, until))
                 if stage.is_background:
                     self.background += running
                     return
-                running = [one for one in running if not self.finished(one)]
+                running = self.unfinished(running)
+                self.background = self.unfinished(self.background)
                 time.sleep(POLL)
         except KeyboardInterrupt:
-            for one in running:
-                self.end(one, "killed: the report ended")
+            self.end(running, "killed: the report ended")
             raise
         self.sum_up_stage(stage)
 
@@ -137,21 +147,18 @@ class Runner:
         name = f"{running.stage.name}/{running.task.name}"
         for line in running.process.stdout:
             running.last_lines.append(line.rstrip())
-            with self.lock:
-                self.log.write(f"[{time.monotonic() - self.began:6.1f} {name}] {line.rstrip()}\n")
+            self.write_log(f"[{time.monotonic() - self.began:6.1f} {name}] {line.rstrip()}")
 
-    def finished(self, running: Running) -> bool:
-        """Whether a task has ended, by itself or, at its limit, by force."""
-        code = running.process.poll()
+    def unfinished(self, running: Sequence[Running]) -> list[Running]:
+        """The tasks that have not ended, neither by themselves nor, at their limit, by force."""
         now = time.monotonic()
-        if code is None and now < running.ends:
-            return False
-        if code is None:
-            limit = running.ends - running.started
-            self.end(running, f"killed at its limit of {limit:.0f} s")
-            return True
-        self.end(running, "done" if code == 0 else self.why(running, code))
-        return True
+        for one in running:
+            if (code := one.process.poll()) is not None:
+                self.end([one], "done" if code == 0 else self.why(one, code))
+        left = [one for one in running if one.process.returncode is None]
+        late = [one for one in left if now >= one.ends]
+        self.end(late, "killed at its limit of {limit:.0f} s")
+        return [one for one in left if one not in late]
 
     def why(self, running: Running, code: int) -> str:
         """In one line why a task failed: the signal, or the last line that it printed."""
@@ -162,20 +169,19 @@ class Runner:
         said = next((line for line in reversed(running.last_lines) if line.strip()), "")
         return f"failed: exit code {code}: {said.strip()[:300]}"
 
-    def end(self, running: Running, outcome: str) -> None:
-        """Ends what is left of a task's process group and notes the outcome."""
-        for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
-            try:
-                os.killpg(running.process.pid, number)
-            except ProcessLookupError:
-                break
-            try:
-                running.process.wait(patience)
-            except subprocess.TimeoutExpired:
-                continue
-        if running.reader:
-            running.reader.join(1)
-        self.note(running.stage, running.task, outcome, time.monotonic() - running.started)
+    def end(self, running: Sequence[Running], outcome: str) -> None:
+        """Ends what is left of the tasks' process groups, all at once, and notes the outcome of each."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            there = [one for one in running if signalled(one, number)]
+            patience = time.monotonic() + GRACE
+            for one in there:
+                with suppress(subprocess.TimeoutExpired):
+                    one.process.wait(max(0.0, patience - time.monotonic()))
+        for one in running:
+            if one.reader:
+                one.reader.join(1)
+            said = outcome.format(limit=one.ends - one.started)
+            self.note(one.stage, one.task, said, time.monotonic() - one.started)
 
     def note(self, stage: Stage, task: Task, outcome: str, seconds: float) -> None:
         """Writes the outcome of a task as a row, and says it if it is not a good one."""
@@ -188,14 +194,20 @@ class Runner:
     def wait_for_background(self) -> None:
         """Nothing is timed while other work runs."""
         while self.background:
-            self.background = [one for one in self.background if not self.finished(one)]
+            self.background = self.unfinished(self.background)
             time.sleep(POLL)
 
     def say(self, text: str) -> None:
         """Prints to the screen and to the log."""
         print(text, flush=True)
+        self.write_log(text)
+
+    def write_log(self, line: str) -> None:
+        """Appends to the log until it is as long as it may be."""
         with self.lock:
-            self.log.write(text + "\n")
+            self.logged += len(line) + 1
+            if self.logged <= MOST_LOG:
+                self.log.write(line + "\n")
 
     def sum_up_stage(self, stage: Stage) -> None:
         """The stage's rows as a short table, and how its tasks ended."""
@@ -214,7 +226,11 @@ class Runner:
         return f"{stage.name:12} {done} of {len(stage.tasks)} tasks done; rows: {counts or 'none'}"
 
     def sum_up(self, stages: Sequence[Stage]) -> None:
-        """Prints and writes the summary: every stage, what went wrong, and the figures."""
+        """Writes the summary, and prints how the stages ended."""
+        self.say("\n".join(self.write_summary(stages)))
+
+    def write_summary(self, stages: Sequence[Stage]) -> list[str]:
+        """Writes how every stage ended, what went wrong, and the figures; returns it without the figures."""
         found = rows.read(self.rows)
         lines = [f"summary after {time.monotonic() - self.began:.0f} s"]
         lines += [
@@ -227,7 +243,23 @@ class Runner:
         timed = {stage.name for stage in stages if stage.is_timed}
         figures = [line_of(row) for row in found if row["stage"] in timed and "outcome" not in row]
         (self.out / "summary.txt").write_text("\n".join([*lines, *figures]) + "\n")
-        self.say("\n".join(lines))
+        return lines
+
+
+def share(stage: Stage, ends: float, behind: int) -> float:
+    """Until when a task may run: of tasks one after the other, none may take more than twice its share of what is left."""
+    if stage.parallel > 1 or not behind:
+        return ends
+    now = time.monotonic()
+    return now + (ends - now) * 2 / (behind + 2)
+
+
+def signalled(running: Running, number: signal.Signals) -> bool:
+    """Sends a signal to a task's process group; whether there was one."""
+    with suppress(ProcessLookupError):
+        os.killpg(running.process.pid, number)
+        return True
+    return False
 
 
 def result_of(row: Mapping[str, Any]) -> str:

@@ -16,18 +16,24 @@ from benchmarks.gpu_report.machine import DEVICE, attempt, first_line
 from benchmarks.gpu_report.rows import Rows
 from benchmarks.measure import exact_products
 from benchmarks.registry import backends_of
+from refsam_kernels.core.dispatch import Dispatcher
 
 # As in the tests: three times the error of the plain formula in the same dtype, and some roundings of the largest value.
 FACTOR = 3
 ROUNDINGS = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2}
 DTYPES = (torch.float32, torch.bfloat16)
+AUTOMATIC = "automatic"  # the backend that a call without `backend=` gets
 
 
 def run(rows: Rows, operator: str, *only: str) -> None:
-    """A row for each problem, dtype and backend; `only` some backends."""
+    """A row for each problem, dtype and backend; `only` some backends, "automatic" among them."""
     exact_products()
     # PyTorch then fills the memory that it gives out, libraries' too.
     torch.use_deterministic_algorithms(True, warn_only=True)
+    there = [*backends_of(operator, DEVICE), AUTOMATIC]
+    for name in (name for name in only if name not in there):
+        reasons = Dispatcher.known[operator].environment_reasons(name, DEVICE)
+        rows.write(operator=operator, backend=name, skipped="; ".join(reasons))
     for problem in problems_of(operator, DEVICE):
         for dtype in problem.dtypes or DTYPES:
             exact = run_problem(problem, torch.float64, dtype, "reference")
@@ -37,12 +43,13 @@ def run(rows: Rows, operator: str, *only: str) -> None:
             except Exception as error:
                 plain = exact
                 print(f"{problem.name}, {dtype}: the formula itself: {first_line(error)}")
-            for backend in (*backends_of(operator, DEVICE), ""):
-                if backend == "reference" or (only and backend not in only):
+            for name in there:
+                if name == "reference" or (only and name not in only):
                     continue
                 facts = {"operator": operator, "problem": problem.name, "dtype": name_of(dtype)}
+                backend = "" if name == AUTOMATIC else name
                 measure = partial(compare, problem, dtype, backend, exact, plain)
-                attempt(rows, measure, **facts, backend=backend or "automatic")
+                attempt(rows, measure, **facts, backend=name)
 
 
 def wholly_in_one_dtype() -> Any:
