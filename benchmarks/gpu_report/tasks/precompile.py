@@ -58,10 +58,10 @@ def shipped(architecture: int) -> Iterator[Item]:
 
 def tiles(architecture: int) -> Iterator[Item]:
     """Setting, kernel and number of each tile that tuning tries."""
-    from benchmarks.gpu_report.tasks.tuning import SETTINGS, tiles_of
+    from benchmarks.gpu_report.tasks.tuning import SETTINGS, problem_of, tiles_of
 
     for name in SETTINGS:
-        for kernel, candidates in tiles_of(name, architecture).items():
+        for kernel, candidates in tiles_of(problem_of(name, architecture)).items():
             for number in range(len(candidates)):
                 yield "tuning", name, kernel, str(number)
 

@@ -1,7 +1,8 @@
 """Finds the fastest tiles of `rel_pos_attention` on this GPU: forward, query gradient and key gradient, each timed alone.
 
 A candidate's results are compared with the default tile's, which the smoke stage compares with float64, before it is timed.
-The best ones go to tuned.json, which belongs to kernels/refsam_kernels/rel_pos_attention/triton/tuned.json.
+The best ones go to tuned.json, under the GPU's name and under its architecture; it belongs to
+kernels/refsam_kernels/rel_pos_attention/triton/tuned.json.
 """
 
 import json
@@ -43,9 +44,9 @@ SECONDS = 0.15  # for each candidate
 
 def run(rows: Rows, name: str) -> None:
     """A row for each kernel and tile; the best tiles are written when a kernel is done."""
-    problem = problem_of(name, launches.architecture_of(torch.device(DEVICE)))
+    problem = problem_of(name, *launches.gpu_of(torch.device(DEVICE)))
     inputs = Inputs(problem)
-    for kernel, candidates in tiles_of(name, problem.architecture).items():
+    for kernel, candidates in tiles_of(problem).items():
         inputs.use(kernel, None)
         wanted = inputs.results(kernel)
         times: dict[Tile, float] = {}
@@ -59,23 +60,22 @@ def run(rows: Rows, name: str) -> None:
             keep(problem, kernel, best)
 
 
-def problem_of(name: str, architecture: int) -> Problem:
+def problem_of(name: str, architecture: int, device_name: str = "") -> Problem:
     """Four images' attention in bfloat16; in a rehearsal one small image in float32, as Triton's interpreter wants it."""
     heads, head_dim, window = (1, 16, min(2, SETTINGS[name][2])) if IS_REHEARSAL else SETTINGS[name]
     images, dtype = (1, torch.float32) if IS_REHEARSAL else (4, torch.bfloat16)
     side = window or GRID
     sizes = (images, GRID, GRID, heads, head_dim, side, side)
-    return Problem(*sizes, pad_mode="bias", dtype=dtype, architecture=architecture)
+    return Problem(*sizes, "bias", dtype, architecture, device_name)
 
 
-def tiles_of(name: str, architecture: int) -> dict[str, list[Tile]]:
-    """The tiles that are tried, the default first."""
-    problem = problem_of(name, architecture)
+def tiles_of(problem: Problem) -> dict[str, list[Tile]]:
+    """The tiles that are tried, the one in use first."""
     return {kernel: list(dict.fromkeys(candidates(kernel, problem))) for kernel in KERNELS}
 
 
 def candidates(kernel: str, problem: Problem) -> Iterator[Tile]:
-    """The default tile, then others that fit the problem."""
+    """The tile in use, then others that fit the problem."""
     yield problem.tile(kernel)
     for block, num_warps in ((64, 4), (128, 8), (64, 8), (128, 4)):
         for keys in (64, 32, 128):
@@ -87,7 +87,7 @@ def candidates(kernel: str, problem: Problem) -> Iterator[Tile]:
 def compile_tile(name: str, kernel: str, number: int, architecture: int) -> None:
     """Compiles one candidate into Triton's cache."""
     problem = problem_of(name, architecture)
-    use(problem, kernel, tiles_of(name, architecture)[kernel][number])
+    use(problem, kernel, tiles_of(problem)[kernel][number])
     wanted = kernel.replace("_", " ")
     launch = next(launch for found, launch in launches_of(problem) if found == wanted)
     precompile(launch.compile_case(kernel), architecture)
@@ -95,7 +95,7 @@ def compile_tile(name: str, kernel: str, number: int, architecture: int) -> None
 
 def use(problem: Problem, kernel: str, tile: Tile | None) -> None:
     """Lets the kernel run with the tile on this problem from now on, in this process; None: the default."""
-    entries = launches.tuned().setdefault(f"sm_{problem.architecture}", {})
+    entries = launches.tuned().setdefault(problem.tuned_keys[0], {})
     entries.pop(problem.tuned_name(kernel), None)
     if tile is not None:
         entries[problem.tuned_name(kernel)] = asdict(tile)
@@ -181,6 +181,6 @@ def keep(problem: Problem, kernel: str, tile: Tile) -> None:
     """Adds a tile to the report's tuned.json."""
     path = Path(os.environ["REFSAM_REPORT_OUT"]) / "tuned.json"
     known = json.loads((path if path.is_file() else launches.TUNED).read_text())
-    entries = known.setdefault(f"sm_{problem.architecture}", {})
-    entries[problem.tuned_name(kernel)] = asdict(tile)
+    for key in problem.tuned_keys:
+        known.setdefault(key, {})[problem.tuned_name(kernel)] = asdict(tile)
     path.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")

@@ -58,6 +58,7 @@ class Problem:
     pad_mode: str
     dtype: torch.dtype
     architecture: int
+    device_name: str = ""  # of the GPU, as CUDA has it: "NVIDIA H200"
 
     @classmethod
     def of(cls, qkv: Tensor, num_heads: int, window_size: int, pad_mode: str) -> "Problem":
@@ -65,9 +66,8 @@ class Problem:
         images, h, w, width = qkv.shape
         window = (window_size or h, window_size or w)
         head_dim = width // (3 * num_heads)
-        architecture = architecture_of(qkv.device)
         sizes = (images, h, w, num_heads, head_dim, *window)
-        return cls(*sizes, pad_mode, qkv.dtype, architecture)
+        return cls(*sizes, pad_mode, qkv.dtype, *gpu_of(qkv.device))
 
     @property
     def windows(self) -> int:
@@ -95,23 +95,30 @@ class Problem:
         bits = 8 * self.dtype.itemsize
         return f"{kernel} {self.head_dim} {bits}-bit {self.window_h}x{self.window_w}"
 
+    @property
+    def tuned_keys(self) -> tuple[str, ...]:
+        """Where this GPU's tuned tiles stand: under its name, else under its architecture."""
+        return tuple(filter(None, (self.device_name, f"sm_{self.architecture}")))
+
     def tile(self, kernel: str) -> Tile:
         """The tile of a kernel: the tuned one if there is one, else the default."""
-        entry = tuned().get(f"sm_{self.architecture}", {}).get(self.tuned_name(kernel))
+        name = self.tuned_name(kernel)
+        entries = (tuned().get(key, {}).get(name) for key in self.tuned_keys)
+        entry = next(filter(None, entries), None)
         return Tile(**entry) if entry else default_tile(kernel, self)
 
 
-def architecture_of(device: torch.device) -> int:
-    """90 for sm_90; 80, the oldest, where there is no GPU."""
+def gpu_of(device: torch.device) -> tuple[int, str]:
+    """Architecture, 90 for sm_90, and name; where there is no GPU 80, the oldest, and none."""
     if device.type != "cuda":
-        return 80
+        return 80, ""
     major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return 10 * major + minor, torch.cuda.get_device_name(device)
 
 
 @cache
 def tuned() -> dict[str, dict[str, dict[str, int]]]:
-    """The tiles that `python -m benchmarks.tune` found: by architecture, then kernel and sizes; fields of `Tile`."""
+    """The tiles that the GPU report's tuning found: by GPU or architecture, then kernel and sizes; fields of `Tile`."""
     return json.loads(TUNED.read_text())
 
 
