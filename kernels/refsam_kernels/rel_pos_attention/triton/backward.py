@@ -108,7 +108,7 @@ def _query_gradient_kernel(
     for column in range(0, key_width, COLUMNS):
         tl.debug_barrier()  # other threads of this program read what was stored
         columns = column + tl.arange(0, COLUMNS)
-        term_w = _terms_of_columns(rel_w, query, column, WINDOW_W, COLUMNS) * LOG2E
+        term_w = _terms_of_columns(rel_w, query, column, WINDOW_W, COLUMNS)
         d_term_w = tl.zeros([BLOCK, COLUMNS], tl.float32)
         for row in range(0, key_height, ROWS):
             key_y, key_x, is_real = _key_tile(row, column, window, KEYS)
@@ -305,15 +305,16 @@ def _key_gradient_kernel(
         term_h = _terms_of_rows(rel_h, query, tokens, row, WINDOW_H, ROWS)
         terms = tl.trans(_terms_of_columns(rel_w, query, column, WINDOW_W, COLUMNS))
         # Out-of-range queries get zero probability.
-        lse = tl.load(log_sum_exp + plane * tokens + token, mask=exists, other=float("inf"))
+        lse = tl.load(log_sum_exp + plane * tokens + token, mask=exists, other=float("inf")) * LOG2E
         if ROWS == 1:  # the row term of a query is one number
-            lse -= tl.sum(term_h, 1)
+            shift = (lse - tl.sum(term_h, 1))[None, :]
         else:
-            terms = tl.trans(term_h)[:, None, :] + terms[None, :, :]
+            terms = (tl.trans(term_h) - lse[None, :])[:, None, :] + terms[None, :, :]
             terms = tl.reshape(terms, [ROWS * COLUMNS, BLOCK])
-        scores = _scores((k0, k1), (q0, q1), terms, scale, D1)
+            shift = 0.0
+        scores = _scores((k0, k1), (q0, q1), terms, scale * LOG2E, D1)
         delta_i = tl.load(delta + plane * tokens + token, mask=exists, other=0.0)
-        p = tl.exp2(scores * LOG2E - (lse * LOG2E)[None, :])  # one multiply-add
+        p = tl.exp2(scores - shift)
         ds = (p * (dp - delta_i[None, :])).to(q0.dtype)
         p = p.to(do0.dtype)
         dv0 = tl.dot(p, do0, dv0)

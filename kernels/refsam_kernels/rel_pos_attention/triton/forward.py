@@ -95,7 +95,7 @@ def _forward_kernel(
     l_i = tl.zeros([BLOCK], tl.float32)
     acc0, acc1 = _zeros(BLOCK, HEAD)
     for column in range(0, key_width, COLUMNS):
-        term_w = _terms_of_columns(rel_w, query, column, WINDOW_W, COLUMNS) * LOG2E
+        term_w = _terms_of_columns(rel_w, query, column, WINDOW_W, COLUMNS)
         for row in range(0, key_height, ROWS):
             key_y, key_x, is_real = _key_tile(row, column, window, KEYS)
             key_offsets = _offsets(window, key_y, key_x, stride_y, stride_x)

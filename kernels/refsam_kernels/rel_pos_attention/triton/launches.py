@@ -148,15 +148,18 @@ def default_tile(kernel: str, problem: Problem) -> Tile:
 
 
 def hopper_tile(kernel: str, problem: Problem, block: int, keys: int) -> Tile:
-    """The tile for sm_90: a third stage where registers and shared memory allow it, larger blocks where attention is global."""
-    columns = columns_for(problem.window_w, keys)
+    """The tile for sm_90: a third stage, so that two copies are under way; larger ones where attention is global.
+
+    There the tiles that others read again, keys by blocks of queries and queries by tiles of keys, are most of what goes
+    through the L2 cache.
+    """
     is_global = problem.window_h * problem.window_w >= LARGE_WINDOW
-    num_warps, num_stages = 4, 3
-    if kernel == "forward" and is_global:
-        block, num_warps = 128, 8
-    elif kernel == "key_gradient":
-        block, num_stages = (64 if is_global else block), 2
-    return Tile(block, keys // columns, columns, num_warps, num_stages)
+    columns = columns_for(problem.window_w, 64 if is_global else keys)
+    if not is_global:
+        return Tile(block, keys // columns, columns, num_warps=4, num_stages=3)
+    if kernel == "key_gradient":
+        return Tile(64, 128 // columns, columns, num_warps=8, num_stages=3)
+    return Tile(128, 64 // columns, columns, num_warps=8, num_stages=3)
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 A tile of keys is ROWS x COLUMNS positions of a window, so the terms of both axes are small tiles that
 are broadcast over it. Relative terms pass through scratch memory: `rel_h` (image, head, key row,
-token) and `rel_w` (image, head, token, key column), float32. A head's channels
+token) and `rel_w` (image, head, token, key column), float32, in units of log2(e). A head's channels
 are split into D0 and D1, both powers of two (80 = 64 + 16), so that nothing is padded to 128.
 
 Values that travel together are tuples:
@@ -186,7 +186,7 @@ def _store_relative_axis(
     HEAD: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Stores one axis' relative terms of the queries with all SIZE keys of the axis."""
+    """Stores one axis' relative terms of the queries with all SIZE keys of the axis, in units of log2(e)."""
     _, _, token, exists = query
     for first in tl.range(0, 2 * SIZE - 1, CHUNK, num_stages=1):
         row = first + tl.arange(0, CHUNK)
@@ -200,7 +200,7 @@ def _store_relative_axis(
         pointers, mask = _skewed(
             position, exists, first, rel, token, key_stride, token_stride, SIZE, CHUNK
         )
-        tl.store(pointers, product, mask=mask)
+        tl.store(pointers, product * LOG2E, mask=mask)
 
 
 @triton.jit
@@ -295,10 +295,10 @@ def _query_scores(
 ):
     """Logits (queries, keys) of a tile of keys from `row` on, and a number for each query to be added to its logits.
 
-    They are in units of log2(e), as `scale` and `term_w` are: `exp2` follows. A tile of one row leaves its row term to
+    They are in units of log2(e), as `scale` and the terms are: `exp2` follows. A tile of one row leaves its row term to
     that number, which saves an addition for every logit.
     """
-    term_h = _terms_of_rows(rel_h, query, tokens, row, WINDOW_H, KEYS[0]) * LOG2E
+    term_h = _terms_of_rows(rel_h, query, tokens, row, WINDOW_H, KEYS[0])
     if KEYS[0] == 1:
         terms = term_w
         shift = tl.sum(term_h, 1)
