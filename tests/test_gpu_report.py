@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks.gpu_report import __main__ as command
 from benchmarks.gpu_report import parcel, rehearsed, rows, wheels
-from benchmarks.gpu_report.runner import Runner, interpreter
+from benchmarks.gpu_report import runner as runner_module
+from benchmarks.gpu_report.runner import Runner, interpreter, share
 from benchmarks.gpu_report.stages import FIRST, STAGES, Stage, Task
 from benchmarks.gpu_report.stand_in import rehearsal_environment, shortened
 from benchmarks.gpu_report.tasks import libraries as libraries_task
@@ -95,6 +96,64 @@ def test_the_deadline_ends_everything_and_says_so(tmp_path: Path) -> None:
     assert time.monotonic() - began < 12
     assert code == 1
     assert outcomes(found)["late"] == "left out: no time was left"
+
+
+def test_time_spent_before_the_first_stage_counts(tmp_path: Path) -> None:
+    runner = Runner(tmp_path, 5, {}, began=time.monotonic() - 60)
+    assert runner.run([stage("first", task("late", ROW))]) == 1
+    assert runner.outcomes[0]["outcome"] == "left out: no time was left"
+
+
+def test_tasks_at_their_limit_are_ended_together(tmp_path: Path) -> None:
+    ignores = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)"
+    tasks = [task(f"stubborn {number}", ignores, limit_s=3) for number in range(8)]
+    began = time.monotonic()
+    _, found = run(tmp_path, stage("bad", *tasks, parallel=8))
+    assert (
+        time.monotonic() - began < 12  # in turn each would take two seconds more
+    )  # one after the other they would take two seconds each, and more
+    assert set(outcomes(found).values()) == {"killed at its limit of 3 s"}
+
+
+def test_no_task_takes_the_time_of_those_behind_it() -> None:
+    tasks = tuple(task(name, ROW) for name in ("first", "second", "third"))
+    now = time.monotonic()
+    one_by_one = stage("timed", *tasks)
+    ends = [share(one_by_one, now + 120, behind) - now for behind in (2, 1, 0)]
+    assert ends == pytest.approx([60, 80, 120], abs=1)
+    together = stage("smoke", *tasks, parallel=3)
+    assert share(together, now + 120, 2) == now + 120
+
+
+def test_the_log_stays_small_enough_to_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "MOST_LOG", 2000)
+    run(tmp_path, stage("loud", task("loud", "for _ in range(99): print('x' * 100)")))
+    assert (tmp_path / "report.log").stat().st_size <= 2000
+    assert "loud" in (tmp_path / "summary.txt").read_text()
+
+
+def test_the_summary_is_there_after_every_stage(tmp_path: Path) -> None:
+    reads = "import os\nfrom pathlib import Path\n"
+    reads += "print(Path(os.environ['REFSAM_REPORT_OUT'], 'summary.txt').read_text())"
+    run(tmp_path, stage("first", task("works", ROW)), stage("second", task("reads", reads)))
+    assert "reads] first        1 of 1 tasks done" in (tmp_path / "report.log").read_text()
+
+
+def test_an_operators_backends_are_smoked_apart() -> None:
+    (smoke,) = (stage for stage in STAGES if stage.name == "smoke")
+    names = [task.name for task in smoke.tasks]
+    assert names[0] == "rel_pos_attention, triton"
+    assert "mask_postprocess, cuda" in names
+    assert "mask_loss, cuda" not in names  # there is none
+    assert len(names) == len(set(names)) == 8 * 3 + 6
+
+
+def test_a_gpu_that_does_not_answer_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "GPU_LIMIT", 1.0)
+    monkeypatch.setenv("REFSAM_PYTHON", f"{sys.executable} -c 'import time; time.sleep(60)'")
+    assert command.no_gpu() == "it did not answer in 1 s"
 
 
 def test_a_stages_limit_leaves_time_to_the_next(tmp_path: Path) -> None:
