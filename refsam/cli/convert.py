@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from refsam.errors import UserError
+from refsam.runtime.device import check_dtype
 
 if TYPE_CHECKING:
     from refsam.checkpoint import Checkpoint, KeyReport
 
-_DTYPES = ("float32", "bfloat16", "float16")
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -93,8 +93,7 @@ def evf(
     from refsam.model import EVFSAM
 
     _check_out(out, overwrite)
-    if dtype not in _DTYPES:
-        raise UserError(f"--dtype {dtype}: want {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}")
+    check_dtype(dtype, ("float32", "bfloat16", "float16"))
     import torch
 
     _write(*read_evf(folder, EVFSAM.expected_tensors, getattr(torch, dtype)), out)

@@ -1,10 +1,11 @@
 """The device and the precision that names such as ``auto`` stand for."""
 
-import os
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from refsam.errors import UserError
+from refsam.runtime.shard import local_rank
 from refsam.runtime.threads import wait_passively
 
 if TYPE_CHECKING:
@@ -21,8 +22,13 @@ def check_names(device: str, dtype: str) -> None:
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UserError(f"--device {device}: want auto, cpu, cuda or cuda:N")
-    if dtype not in _DTYPES:
-        raise UserError(f"--dtype {dtype}: want {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}")
+    check_dtype(dtype, _DTYPES)
+
+
+def check_dtype(name: str, offered: Sequence[str]) -> None:
+    """Refuse a dtype that is not offered, with a UserError."""
+    if name not in offered:
+        raise UserError(f"--dtype {name}: want {', '.join(offered[:-1])} or {offered[-1]}")
 
 
 def choose_device(name: str) -> "torch.device":
@@ -36,9 +42,7 @@ def choose_device(name: str) -> "torch.device":
 
     count = torch.cuda.device_count()
     if name == "auto":
-        rank = os.environ.get("LOCAL_RANK", "")
-        number = int(rank) if rank.isdigit() else 0
-        return torch.device("cuda", number % count) if count else torch.device("cpu")
+        return torch.device("cuda", local_rank() % count) if count else torch.device("cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= count:
         found = f"{count} GPU{'s' if count != 1 else ''}" if count else "no CUDA GPU"

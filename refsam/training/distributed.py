@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from refsam.errors import UserError
+from refsam.runtime.shard import LAUNCHERS, Launched
 
 Value = TypeVar("Value")
 
@@ -113,46 +114,22 @@ class Processes:
         return received
 
 
-@dataclass(frozen=True)
-class _Started:
-    """What a launcher says of this process: its number, how many there are, and its number on this machine."""
-
-    rank: int
-    count: int
-    local_rank: int
-
-
-# Variables of rank, count and rank on the machine, by launcher; those of Slurm are a step's (srun), not a whole job's.
-_LAUNCHERS = {
-    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-}
-
-
-def _started() -> _Started | None:
+def _started() -> Launched | None:
     """Who this process is among several, None if it was started alone; raises UserError where they cannot find each other."""
-    for launcher, (rank, count, local) in _LAUNCHERS.items():
-        if rank not in os.environ or count not in os.environ:
-            continue
-        numbers = [os.environ[rank], os.environ[count], os.environ.get(local, os.environ[rank])]
-        if not all(number.isdigit() for number in numbers):
-            raise UserError(f"{rank}, {count}: got {', '.join(numbers)}, want whole numbers")
-        found = _Started(*(int(number) for number in numbers))
+    for found in filter(None, map(Launched.by, LAUNCHERS)):
         if found.count == 1 and not dist.is_torchelastic_launched():
             continue
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
         if missing:
             raise UserError(
-                f"{found.count} processes were started by {launcher} and cannot find each other, as {' and '.join(missing)} "
-                "are not set: set them to the first machine and a free port, or start with torchrun"
+                f"{found.count} processes were started by {found.launcher} and cannot find each other, as "
+                f"{' and '.join(missing)} are not set: set them to the first machine and a free port, or start with torchrun"
             )
         return found
     return None
 
 
-def _place(device: str, started: _Started | None) -> torch.device:
+def _place(device: str, started: Launched | None) -> torch.device:
     """The device of that name for this process; raises UserError where the machine lacks it."""
     try:
         place = torch.device(device)
