@@ -1,4 +1,4 @@
-"""Where a number comes from: hardware, versions, commit, command."""
+"""Provenance of a measurement: hardware, versions, commit, command."""
 
 import os
 import platform

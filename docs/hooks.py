@@ -1,4 +1,4 @@
-"""What mkdocs does besides: pages that stand elsewhere in the repository, links between its files, the kernels' pictures."""
+"""Hooks of mkdocs: pages from elsewhere in the repository, links between its files, the kernels' pictures."""
 
 import re
 from pathlib import Path

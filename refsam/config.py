@@ -72,7 +72,7 @@ class ImageEncoderConfig:
 
     @property
     def multiplications(self) -> int:
-        """How many multiplications with SAM's weights one image takes, a measure of the encoder's size."""
+        """Number of multiplications with SAM's weights per image, a measure of the encoder's size."""
         tokens = (self.image_size // self.patch_size) ** 2
         return 12 * tokens * self.depth * self.embed_dim**2
 

@@ -25,7 +25,7 @@ SENTENCES = {
     "car-roundabout": ("the car", "the vehicle", "the automobile"),
     "dance-twirl": ("the woman", "the person", "the dancer"),
 }
-"""What means the sequence's object; the first counts in the mean."""
+"""Expressions for the sequence's object; the first counts in the mean."""
 WRONG = ("the cat", "the horse", "the sheep", "the airplane", "the bus", "the pizza")
 """Nouns of which none is in any of the sequences."""
 

@@ -62,11 +62,11 @@ class Truth:
         return None
 
     def decided(self, logits: Tensor, dtype: str) -> Tensor:
-        """Where the logits are further from the threshold than they may be off."""
+        """Pixels whose logits are further from the threshold than their allowed error."""
         return logits.abs() > self.limits[dtype] * logits.abs().max()
 
     def decided_share(self, dtype: str) -> float:
-        """How much of all masks is checked."""
+        """Share of all masks that is checked."""
         return float(torch.stack([self.decided(x, dtype).float() for x in self.logits]).mean())
 
 

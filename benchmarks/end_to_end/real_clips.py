@@ -37,7 +37,7 @@ _HUES = {
     "green": ((95, 160), 0.4, 0.3, False),
     "blue": ((205, 235), 0.5, 0.35, False),
 }
-# What each sentence means, None: nothing in the clip.
+# Meaning of each expression; None: nothing in the clip.
 SENTENCES: dict[str, dict[str, str | None]] = {
     "dog": {
         "the blue trousers": "blue trousers",

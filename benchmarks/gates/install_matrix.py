@@ -224,7 +224,7 @@ def outcome(row: Row) -> tuple[str, str]:
 
 
 def run(rows: list[Row]) -> Iterator[dict[str, object]]:
-    """What came of each row, as the results have it."""
+    """The outcome of each row, as the results have it."""
     for row in rows:
         start = time.monotonic()
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from refsam_kernels import build
 
 ROOT = Path(__file__).resolve().parents[2]
-# What the report's stages import and such a machine does not have.
+# Packages that the report's stages import and such a machine lacks.
 PACKAGES = (
     "pydantic",
     "pydantic-core",

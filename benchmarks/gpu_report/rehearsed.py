@@ -22,7 +22,7 @@ def main(folder: Path) -> int:
 
 
 def faults_of(folder: Path) -> Iterator[str]:
-    """What an undisturbed report lacks: files, tasks that ended well, right results."""
+    """Problems of an undisturbed report: missing files, failed tasks, wrong results."""
     files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
     yield from (f"{folder}: no {name}" for name in FILES if not (folder / name).is_file())
     if len(files) > MOST_FILES:

@@ -22,7 +22,7 @@ TESTS = {  # of all files one of each kind, in its quickest part
 
 
 def rehearsal_environment(out: Path) -> dict[str, str]:
-    """What tells the tasks that this is a rehearsal; kernels are compiled into a cache of its own."""
+    """Environment variables of a rehearsal; kernels are compiled into a cache of its own."""
     return {"REFSAM_REPORT_REHEARSAL": "1", "TRITON_CACHE_DIR": str(out.resolve() / ".triton")}
 
 

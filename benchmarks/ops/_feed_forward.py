@@ -136,7 +136,7 @@ def exactly(tensor: Tensor) -> Tensor:
 
 
 def bound(found: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
-    """How far a result may be from the exact one."""
+    """Largest allowed error of a result."""
     error = float((found.double() - exact).abs().max())
     return FACTOR * error + ROUNDINGS[dtype] * float(exact.abs().max())
 

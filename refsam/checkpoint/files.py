@@ -211,7 +211,7 @@ def is_sam(name: str) -> bool:
 
 
 def find_sam(source: Source | None, argument: str | Path | None = None) -> Path:
-    """Where the SAM file that a delta stands on is: the argument, else in REFSAM_SAM_DIR.
+    """Find the SAM file that a delta is built on: the argument, else in REFSAM_SAM_DIR.
 
     Raises CheckpointError that names file, SHA-256 and where to get it.
     """

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """How a run went: seconds, frames, and what ended it early."""
+    """Outcome of a run: seconds, frames, and the error that ended it early."""
 
     frames: int = 0
     seconds_to_first_mask: float | None = None
@@ -43,7 +43,7 @@ class Run:
         return self.frames / self.seconds_of_frames
 
     def facts(self) -> dict[str, Any]:
-        """What ``result.json`` says of it."""
+        """The run's entries in ``result.json``."""
         words = None if self.stopped_by is None else str(self.stopped_by) or "interrupted"
         return {
             "complete": self.stopped_by is None,

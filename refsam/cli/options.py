@@ -75,7 +75,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="Print nothing but wh
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model a command loads: a checkpoint, and where what it stands on lies."""
+    """The model that a command loads: a checkpoint, and the files that it is built on."""
 
     checkpoint: CheckpointOption = "nano"
     sam: SamOption = None
@@ -96,7 +96,7 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """Where and in which precision a model computes."""
+    """Device and precision of the model."""
 
     device: DeviceOption = "auto"
     dtype: DtypeOption = "auto"
@@ -105,7 +105,7 @@ class ComputeOptions:
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """What belongs to a mask, and how masks are kept."""
+    """Threshold and file formats of masks."""
 
     formats: Annotated[
         list[str] | None,
@@ -138,7 +138,7 @@ class MaskOptions:
 
 @dataclass(frozen=True)
 class ReadingOptions:
-    """Which frames are read, and how patiently."""
+    """Range of frames to read, and time limits."""
 
     start: Annotated[
         str, typer.Option(help="Where to begin: seconds or [hh:]mm:ss.", metavar="TIME")
@@ -161,7 +161,7 @@ class ReadingOptions:
     ] = False
 
     def to_read(self, after: int = -1) -> "ReadOptions":
-        """What `open_source` takes; raises UserError for times that are none."""
+        """The options for `open_source`; raises UserError for invalid times."""
         from refsam.video import ReadOptions
 
         start = _seconds("--start", self.start)

@@ -157,7 +157,7 @@ def segment(
 
 
 def session_facts(session: "VideoSession", precision: "torch.dtype") -> dict[str, Any]:
-    """What ``result.json`` says of the model and what it ran on."""
+    """Entries of ``result.json`` about the model and the device."""
     from refsam import __version__
 
     return {
@@ -201,7 +201,7 @@ def _earlier(out: Path, text: list[str], wanted: dict[str, Any]) -> dict[str, An
 
 
 def _state(out: Path) -> Any:
-    """What the last frame of the run in that folder left for the next."""
+    """The state after the last frame of the run in that folder."""
     from refsam.session import TrackState
     from refsam.video.run_folder import RESUME
 

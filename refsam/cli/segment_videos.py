@@ -207,7 +207,7 @@ def _all_sources(
 
 
 def _expanded(source: str) -> list[str]:
-    """What a pattern means that no shell has expanded; raises UserError for one that means nothing."""
+    """Files that match a pattern the shell has not expanded; raises UserError if there are none."""
     from refsam.video.reader import is_pattern, matching
 
     if not source.strip():

@@ -1,4 +1,4 @@
-"""How a clip is cut, scaled, flipped and moved, drawn once for all of its frames."""
+"""Random crop, scale, flip and motion of a clip, the same for all of its frames."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -40,14 +40,14 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a clip is cut (left, top, right, bottom, as shares of the frame), its new (height, width), whether it is flipped."""
+    """A clip's crop (left, top, right, bottom, as shares of the frame), its new (height, width), whether it is flipped."""
 
     box: tuple[float, float, float, float]
     size: tuple[int, int]
     flipped: bool
 
     def decoded_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """How large a frame of `size` must be decoded at least, so that the cut has as many pixels as the result."""
+        """Smallest (height, width) to decode a frame of `size` at, so that the crop has as many pixels as the result."""
         left, top, right, bottom = self.box
         height, width = self.size[0] / (bottom - top), self.size[1] / (right - left)
         return min(size[0], int(np.ceil(height))), min(size[1], int(np.ceil(width)))
@@ -135,7 +135,7 @@ class Motion:
 
 
 def draw_motion(random: np.random.Generator, settings: Augmentation, frames: int) -> Motion:
-    """Where a still image is at the first and at the last frame."""
+    """Positions of a still image in the first and in the last frame."""
     most = np.array([np.radians(settings.rotation), settings.zoom, settings.shift, settings.shift])
     ends = random.uniform(-most, most, size=(2, 4))
     ends[:, 1] += 1

@@ -17,7 +17,7 @@ State = Literal["ok", "missing", "broken", "not there"]
 Contents = tuple[str, list[str]]  # what was counted, and every problem
 # The name of a folder of photographs with class masks, which no split of expressions belongs to.
 PHOTOGRAPHS = "photographs"
-# How many wrong files are named.
+# Most wrong files that are named.
 _NAMED = 3
 
 

@@ -32,7 +32,7 @@ from refsam.data.mirroring import mirrored
 # Draws of one sample that may show nothing of its object before another sample is taken, and draws in all.
 _DRAWS_OF_SAMPLE = 4
 _DRAWS = 40
-# How far the two frames beside the first lie from it at most (ReferFormer's sampler, which RefSAM uses).
+# Largest distance of the two other frames from the first (ReferFormer's sampler, which RefSAM uses).
 _REACH = 3
 
 

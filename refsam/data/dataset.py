@@ -54,7 +54,7 @@ Mask = NDArray[np.bool_]
 
 
 class MaskSource(Protocol):
-    """Where the masks of a dataset come from: see `refsam.data.masks`."""
+    """Reads the masks of a dataset; see `refsam.data.masks`."""
 
     def __call__(self, expression: Expression, frame: str, size: tuple[int, int]) -> Mask | None:
         """The mask (H, W) bool of an expression in a frame of `size` (height, width)."""

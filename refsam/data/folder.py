@@ -169,7 +169,7 @@ def _mismatches(
     frames: Mapping[str, Mapping[str, Path]],
     masks: Mapping[str, Mapping[str, Path]],
 ) -> Iterable[str]:
-    """What is wrong with the masks' folders and names, each with the nearest fix."""
+    """Problems of the masks' folders and names, each with the nearest fix."""
     folder = places["masks"]
     unlisted = [name for name in _folders(folder) if name not in frames]
     for name in unlisted:

@@ -43,7 +43,7 @@ class ObjectFolders:
         return all((self.folder / expression.video / str(n)).is_dir() for n in numbers)
 
     def file(self, video: str, number: int, frame: str) -> Path:
-        """Where an object's mask is, if it is to be seen."""
+        """File of an object's mask; it exists only if the object is visible."""
         return self.folder / video / str(number) / f"{frame}.png"
 
 
@@ -53,7 +53,7 @@ def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
 
 
 def parts(name: str, root: Path, split: str) -> dict[str, Part]:
-    """What a split is made of."""
+    """The files of a split."""
     return {
         "expressions": Part(root / split / "meta_expressions.json", _SITE),
         "frames": Part(root / split / "JPEGImages", _SITE),

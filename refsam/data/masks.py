@@ -1,4 +1,4 @@
-"""Where true masks come from: maps of object numbers and binary images; run lengths are in `refsam.data.run_lengths`."""
+"""Readers of true masks: maps of object numbers and binary images; for run lengths see `refsam.data.run_lengths`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class NumberedMasks:
     file: Callable[[str, str], Path]
 
     def __call__(self, expression: Expression, frame: str, size: tuple[int, int]) -> Mask | None:
-        """Where a pixel's number is one of the expression's; None if the dataset does not tell these."""
+        """Pixels whose number is one of the expression's; None if the dataset does not give them."""
         if expression.object_ids is None:
             return None
         is_meant = np.zeros(256, bool)
@@ -39,7 +39,7 @@ class BinaryMasks:
     folder: Path
 
     def __call__(self, expression: Expression, frame: str, size: tuple[int, int]) -> Mask | None:
-        """Where the image is not 0."""
+        """Pixels of the image that are not 0."""
         return read_numbers(self._file(expression, frame)) != 0
 
     def has(self, expression: Expression, frame: str) -> bool:

@@ -82,7 +82,7 @@ def _objects(entry: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 @dataclass(frozen=True)
 class ListedPositions:
-    """Where a frame stands in the list of its video: the codes are in that order, not by name."""
+    """Index of a frame in its video's list; run lengths are in that order, not by name."""
 
     positions: Mapping[str, Mapping[str, int]]
 

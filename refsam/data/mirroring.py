@@ -4,14 +4,14 @@ import re
 
 # Whole words only: bright, upright and copyright stay as they are.
 _SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?|hand|side)?\b)", re.IGNORECASE)
-# Where the words do not mean a side; they stay as they are.
+# Phrases in which the words do not mean a side; they stay as they are.
 _NO_SIDE = re.compile(
     r"""\b(?: right\ (?:now|away|then|angles?|side\ up) | all\ right
       | left\ (?:over|behind|alone|open|out)
       | (?:is|are|being|has|have|was|were)\ left (?!\ (?:of|side|hand)\b) )\b""",
     re.IGNORECASE | re.VERBOSE,
 )
-# What no rule can mirror. "Right behind the car" may mean a side or only "directly", unless an article or a word such as "far"
+# Phrases that no rule can mirror. "Right behind the car" may mean a side or only "directly", unless an article or "far", say,
 # makes it a side. A clock's sense is turned, too, and abbreviations could be anything.
 _AMBIGUOUS = re.compile(
     r"""(?<!\bthe\ )(?<!\bfar\ )(?<!\btop\ )(?<!\bbottom\ )(?<!\bupper\ )(?<!\blower\ )(?<!\bfront\ )(?<!\bback\ )

@@ -22,7 +22,7 @@ from refsam.data.run_lengths import (
     same_aspect,
 )
 
-# What a damaged pickle may raise.
+# Errors that a damaged pickle may raise.
 _PICKLE_ERRORS = (
     pickle.UnpicklingError,
     EOFError,
@@ -48,7 +48,7 @@ _ARCHIVES = {
     "refcocog": "20220413012904/https://bvisionweb1.cs.unc.edu/licheng/referit/data/refcocog.zip",
 }
 _IMAGES = "http://images.cocodataset.org/zips/train2014.zip"
-# Where people unpack COCO's images, below the root.
+# Folders of COCO's images below the root, as people unpack them.
 _IMAGE_FOLDERS = (
     "train2014",
     "images/train2014",

@@ -82,7 +82,7 @@ class RunLengthTable:
         return Code(counts, (int(height), int(width))) if counts else None
 
     def row(self, number: int) -> int | None:
-        """Where an object stands in `ids`."""
+        """Index of an object in `ids`."""
         row = int(np.searchsorted(self.ids, number))
         return row if row < len(self.ids) and self.ids[row] == number else None
 
@@ -118,7 +118,7 @@ class RunLengthMasks:
 
 
 def open_arrays(path: Path, build: Callable[[], Arrays]) -> Arrays:
-    """What `build` makes of a file, kept on the disk: processes share it, and one alone makes it.
+    """Cache the arrays that `build` makes of a file on the disk: one process makes them, all share them.
 
     It lies in a hidden folder named after the file's size and age: beside the file or, where that cannot be written, in the
     user's cache (XDG_CACHE_HOME). Where neither can be, it is built each time.
@@ -207,7 +207,7 @@ def decode(code: Code) -> Mask:
 
 
 def _total(counts: bytes) -> int:
-    """How many pixels compressed run lengths cover, -1 where they are none.
+    """Number of pixels that compressed run lengths cover, -1 for invalid ones.
 
     Each is a number of 5 bits a character, lowest first, bit 5 set but in the last, whose bit 4 is the sign; from the fourth on
     it is the difference to the one two before it.

@@ -51,7 +51,7 @@ def export_model(
         overwrite: replace an earlier export in that folder; other files there are left alone.
 
     Returns:
-        What export.json holds.
+        The contents of export.json.
 
     Raises:
         UserError: `out` exists or cannot be written, a package is missing, or a result differs by more
@@ -102,7 +102,7 @@ def _check_arguments(model: PromptedSAM, formats: Sequence[str]) -> None:
 
 
 def _facts_of(model: PromptedSAM) -> dict[str, Any]:
-    """What a program needs to know to run the graphs."""
+    """Facts that a program needs to run the graphs."""
     encoder = model.config.image_encoder
     return {
         "refsam": version("refsam"),
@@ -119,7 +119,7 @@ def _facts_of(model: PromptedSAM) -> dict[str, Any]:
 
 
 def _text_encoder(model: PromptedSAM) -> str:
-    """What makes tokens or token ids of an expression."""
+    """Kind of the text encoder or tokenizer that expressions need: beit3, small, t5 or roberta."""
     return "beit3" if isinstance(model.config, EVFConfig) else model.config.text_encoder.kind
 
 
@@ -187,7 +187,7 @@ def results_of(graph: Graph, call: Any) -> list[Sequence[Tensor]]:
 
 
 def compare(graph: Graph, wanted: Sequence[Sequence[Tensor]], path: Path) -> float:
-    """How far a file's outputs are off, relative to each one's largest value; raises UserError if too far."""
+    """Error of each output of a file, relative to its largest value; raises UserError if it is too large."""
     if path.suffix == ".pt2":
         found = results_of(graph, torch.export.load(path).module())
     else:

@@ -1,4 +1,4 @@
-"""What is exported: the two graphs of a RefSAM, and those of an EVF-SAM."""
+"""The graphs to export: two of a RefSAM, and those of an EVF-SAM."""
 
 import copy
 import logging
@@ -20,7 +20,7 @@ Model = TypeVar("Model", bound=PromptedSAM)
 
 
 class Prompt(NamedTuple):
-    """What `RefSAM.decode` reads of a `TextPrompt`, which trims itself on the host and so fixes a graph's sizes."""
+    """A `TextPrompt` for `RefSAM.decode` that does not trim itself on the host, which would fix a graph's sizes."""
 
     words: Tensor
     sentence: Tensor

@@ -11,7 +11,7 @@ THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 class Convention(NamedTuple):
-    """How a family of papers turns intersections and unions into scores.
+    """A convention that turns intersections and unions into scores.
 
     `numerator` and `denominator` are the small numbers added to I and U for the mean, `empty` the
     IoU of two empty masks, `inclusive` whether an IoU equal to X counts for P@X, `rules` the same

@@ -237,7 +237,7 @@ class BEiT3(nn.Module):
 
 
 def key_mask(patches: int, words: int, lengths: Tensor) -> Tensor:
-    """Which of V + T tokens are attended to: (P, 1, 1, V + T) bool."""
+    """Attention mask (P, 1, 1, V + T) bool over V + T tokens, True for valid ones."""
     places = torch.arange(patches + words, device=lengths.device)
     return (places < patches + lengths[:, None])[:, None, None]
 

@@ -48,13 +48,13 @@ def build_trunk(config: RefSAMConfig) -> TrunkFeatures | None:
 
 
 def build_outline_head(config: RefSAMConfig) -> OutlineHead | None:
-    """What sharpens masks with the trunk's fine features, where there is one."""
+    """The module that sharpens masks with the trunk's fine features, None without a trunk."""
     has_trunk = config.image_encoder.trunk_width
     return OutlineHead(config.prompt_dim, FINE_CHANNELS) if has_trunk else None
 
 
 def build_noun_match(config: RefSAMConfig) -> NounMatch | None:
-    """What compares words with the trunk's places, where there is one."""
+    """The module that compares words with the trunk's places, None without a trunk."""
     has_trunk = config.image_encoder.trunk_width
     return NounMatch(config.prompt_dim, NAME_CHANNELS) if has_trunk else None
 

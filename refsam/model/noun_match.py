@@ -1,4 +1,4 @@
-"""Where does the image show what an expression's noun names?"""
+"""Scores of how well each place of an image matches an expression's noun."""
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class NounMatch(nn.Module):
         self.prompt = nn.Parameter(0.1 * torch.randn(dim))
 
     def forward(self, text: TextPrompt, names: Tensor, image_index: Tensor) -> Tensor:
-        """How well each place of images `names` (B, N, K) matches P expressions: (P, N), positive where it shows them."""
+        """Scores (P, N) of each place of images `names` (B, N, K) for P expressions, positive where it shows them."""
         is_padding = torch.arange(text.words.shape[1], device=names.device) >= text.lengths[:, None]
         words = text.words.masked_fill(is_padding[..., None], 0)
         shares = self.share(words)[..., 0].masked_fill(is_padding, -torch.inf).softmax(-1)

@@ -98,7 +98,7 @@ class PromptedSAM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self.pixel_mean.device
 
     @property

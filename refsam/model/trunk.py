@@ -25,7 +25,7 @@ STRIDE = 16
 
 
 class TrunkMaps(NamedTuple):
-    """What the trunk sees in B frames, channels first: (B, channels, height / stride, width / stride).
+    """A trunk's feature maps of B frames, channels first: (B, channels, height / stride, width / stride).
 
     stride_4, stride_8 and stride_16 are taken on the way; last (stride 16) is what the final layer gives, context
     (stride 16) what the head makes of it and of its mean over the frame.
@@ -39,7 +39,7 @@ class TrunkMaps(NamedTuple):
 
 
 class TrunkChannels(NamedTuple):
-    """How many channels each of `TrunkMaps` has."""
+    """Number of channels of each of `TrunkMaps`."""
 
     stride_4: int
     stride_8: int
@@ -162,7 +162,7 @@ class Trunk(nn.Module):
 
 
 def channels(width: float) -> TrunkChannels:
-    """How many channels each of the maps has."""
+    """Number of channels of each map."""
     layers = (_STRIDE_4, _STRIDE_8, _STRIDE_16, len(_RESIDUALS))
     counts = (int(_RESIDUALS[behind - 1][0] * width) for behind in layers)
     return TrunkChannels(*[*counts, _CONTEXT_CHANNELS])

@@ -1,4 +1,4 @@
-"""What a trunk's maps become in RefSAM: image tokens, one more level of dense attention, and fine features for outlines."""
+"""Turns a trunk's maps into image tokens, one more level of dense attention, and fine features for outlines."""
 
 import copy
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class PlaceNorm(nn.LayerNorm):
 
 
 class TrunkOutput(NamedTuple):
-    """What RefSAM takes from a trunk in B frames.
+    """The features that RefSAM takes from a trunk in B frames.
 
     added and level (B, h, w, D): what the tokens gain, and one more level of dense attention. names (B, h * w, K):
     what each place shows, to be compared with nouns. fine (B, F, 4h, 4w): features for outlines.
@@ -39,7 +39,7 @@ class TrunkOutput(NamedTuple):
 class TrunkFeatures(nn.Module):
     """Projections of a trunk's maps, each of them normalised first: its values reach far beyond a linear layer's.
 
-    What is added to the tokens begins as zeros, so that an encoder that a trunk is given to computes what it did before.
+    The addition to the tokens starts at zero, so an encoder that gets a trunk computes the same as before.
     """
 
     packing: Packing | None = None
@@ -110,7 +110,7 @@ class TrunkFeatures(nn.Module):
 
 
 def _arrange(module: TrunkFeatures, dtype: torch.dtype) -> Callable[[Tensor], TrunkOutput]:
-    """What computes the module in this dtype, with the channels of a place side by side as convolutions like them."""
+    """A callable that computes the module in this dtype, channels last, which is faster for convolutions."""
     arranged = copy.deepcopy(module).deoptimize()
     # torch's types leave the memory format out.
     arranged.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -8,7 +8,7 @@ from refsam.checkpoint.files import check_keys, read_safetensors
 from refsam.errors import CheckpointError
 from refsam.model.refsam import RefSAM
 
-# What the published scores stand for, by the nouns of `refsam.data.photographs`; the first is what shows none of the others.
+# Classes of the published scores, as nouns of `refsam.data.photographs`; the first is the background.
 TRUNK_CLASSES = (
     *(
         "background",

@@ -1,4 +1,4 @@
-"""The device and the precision that names such as ``auto`` stand for."""
+"""Resolves names such as ``auto`` to a device and a precision."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""How the C library gives memory back: for work whose large arrays come and go with each frame."""
+"""Keeps freed memory in the process, for work whose large arrays come and go with each frame."""
 
 import ctypes
 import sys

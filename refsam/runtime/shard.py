@@ -1,4 +1,4 @@
-"""What torchrun, srun or mpirun tells this process of its place among several, and its shard of the work."""
+"""Reads rank and world size as torchrun, srun or mpirun set them, and deals out the work."""
 
 import os
 from collections.abc import Callable, Sequence

@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# What ends a process that does not say otherwise: Ctrl-C, Slurm and containers, a closed terminal (unknown to Windows).
+# Signals that end a process by default: Ctrl-C, Slurm and containers, a closed terminal (unknown to Windows).
 ENDING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]

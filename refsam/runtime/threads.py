@@ -1,4 +1,4 @@
-"""How many cores this process may use, and how many threads it takes."""
+"""Available cores, and the number of threads to use."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ _MOST_THREADS_OF_SMALL = 4
 
 
 def available_cores() -> int:
-    """How many cores this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -58,7 +58,7 @@ class FrameGraphs:
 
     @property
     def count(self) -> int:
-        """How many graphs there are."""
+        """Number of graphs."""
         return self._graphs.count
 
     def encode_image(self, pixels: Tensor, view: Tensor | None = None) -> ImageFeatures:
@@ -122,7 +122,7 @@ def _tensors(image: ImageFeatures) -> tuple[Tensor, ...]:
 
 
 def _features(grid: tuple[int, int], levels: Tensor, *others: Tensor) -> ImageFeatures:
-    """What `_tensors` took apart."""
+    """The inverse of `_tensors`."""
     given = (map_ if map_.numel() else None for map_ in others)
     return ImageFeatures(levels[0], levels, grid, *given)
 
@@ -138,7 +138,7 @@ class WeightsWatch:
         self._walk()
 
     def changes(self) -> int:
-        """How many changes were noticed: weights changed in place or replaced, modules replaced or added."""
+        """Number of changes so far: weights changed in place or replaced, modules replaced or added."""
         if any(tuple(found.values()) != known for found, known in self._children):
             self._walk()
         parameters = (p for owner in self._owners for p in owner.values() if p is not None)
@@ -225,13 +225,13 @@ class GraphCache:
 
     @property
     def count(self) -> int:
-        """How many graphs there are."""
+        """Number of graphs."""
         return len(self._graphs)
 
     def run(
         self, name: Hashable, state: Hashable, function: Function, inputs: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """What the function gives, by a graph of it for these shapes; the results are the caller's own.
+        """Run the function by a graph for these shapes; the results are copies that the caller owns.
 
         Args:
             name: which function it is.

@@ -1,4 +1,4 @@
-"""What a session remembers of the frames before, as bytes that another process can read."""
+"""A session's state as bytes that another process can read."""
 
 import json
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Which folder each of many videos gets, and what an earlier run left there.
+"""Assigns a folder to each of many videos, and reads what an earlier run left there.
 
 ``videos.json`` in the output folder maps folders to sources. A later run with more videos gives each the folder it had.
 """
@@ -120,7 +120,7 @@ def _stem(source: str) -> str:
 
 
 def finished(job: VideoJob, settings: dict[str, Any], *, tidy: bool) -> int | None:
-    """How many frames an earlier run did to its end; None if there was none.
+    """Number of frames of an earlier run that finished; None if there was none.
 
     Args:
         job: the video.

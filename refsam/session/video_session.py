@@ -121,7 +121,7 @@ class VideoSession:
 
     @property
     def frame_index(self) -> int:
-        """How many frames it has seen since it began or was reset: the next one's number."""
+        """Number of frames since the start or the last reset, which is the next frame's number."""
         return self._frame_index
 
     @property
@@ -181,7 +181,7 @@ class VideoSession:
 
     @property
     def state(self) -> TrackState:
-        """What the next frame builds on; as cheap as a reference, for no step changes it afterwards."""
+        """The state that the next frame builds on. Cheap to keep: no later step changes it."""
         return TrackState(self._track, tuple(self._has_track), self._frame_index)
 
     def restore(self, state: TrackState) -> None:

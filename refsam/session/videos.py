@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """How videos are read and their masks kept.
+    """Options for reading videos and keeping their masks.
 
     Attributes:
         reading: which frames, and how patiently; None takes all.
@@ -40,7 +40,7 @@ class VideoOptions:
     threshold: float = 0.5
 
     def facts(self) -> dict[str, Any]:
-        """What ``result.json`` says of them where they are not the usual ones."""
+        """Entries of ``result.json`` for values other than the defaults."""
         facts: dict[str, Any] = {}
         if self.threshold != 0.5:
             facts["threshold"] = self.threshold

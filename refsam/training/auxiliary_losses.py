@@ -1,4 +1,4 @@
-"""What an encoder that starts from nothing is taught about every object of a generated frame, named in an expression or not."""
+"""Auxiliary losses on every object of a generated frame, for an encoder that starts from random weights."""
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +121,7 @@ class ObjectHead(nn.Module):
     def _order(
         self, tokens: Tensor, owner: Tensor, attributes: Tensor, index: Tensor, share: Tensor
     ) -> Tensor:
-        """How far the counts read from each token of an object that has a colour's name are off, where they are defined."""
+        """Loss of the counts predicted from the tokens of objects with a named colour, where the counts are defined."""
         counts, defined = count_others(owner, attributes)
         chosen = index.flatten(1)[..., None].expand(-1, -1, counts.shape[-1])
         truth, weight = (t.gather(1, chosen).view(*index.shape, -1) for t in (counts, defined))
@@ -137,7 +137,7 @@ class ObjectHead(nn.Module):
 
 
 def count_others(owner: Tensor, attributes: Tensor) -> tuple[Tensor, Tensor]:
-    """How many other objects lie left, right, above and below each object, are smaller and larger, and where that is defined.
+    """Number of other objects left, right, above and below each object, smaller and larger, and where that is defined.
 
     owner (B, H, W) and attributes (B, H, W, 2) as generated. Returns two tensors (B, MAX_OBJECTS + 1, 24), object i in row
     i + 1: counts up to four, in part where it is close, and 1.0 where they count. The six are counted among all objects whose

@@ -26,7 +26,7 @@ _PHOTOGRAPH_ASPECTS = ((9, 16), (9, 16), (3, 4), (3, 4), (1, 1), (4, 3), (16, 9)
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """What one step trains on: clips, and for generated ones what is seen at each pixel.
+    """A step's clips, and for generated ones the attributes of each pixel.
 
     `attributes (B, T, H, W, 2)` uint8 and `owner (B, T, H, W)` int8 as in `GeneratedBatch`; None for clips of datasets.
     """
@@ -175,7 +175,7 @@ def with_steps(
 
 
 def open_photographs(settings: PhotographSettings | None) -> SceneDrawer | None:
-    """What draws clips of a folder of photographs, None without one; raises DataError."""
+    """The generator of clips from a folder of photographs, None without one; raises DataError."""
     if settings is None:
         return None
     if not Path(settings.root).is_dir():
@@ -236,7 +236,7 @@ def stage_at(stages: tuple[StageSettings, ...], step: int) -> StageSettings:
 
 
 def clips_before(stages: tuple[StageSettings, ...], step: int) -> int:
-    """How many clips the steps before this one take where each is one batch."""
+    """Number of clips of the steps before this one, with one batch each."""
     clips = 0
     for stage in stages:
         clips += stage.clips * min(step, stage.steps)

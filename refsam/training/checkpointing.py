@@ -1,4 +1,4 @@
-"""What a run keeps: the state that it goes on from, and the averaged model, gathered from all processes."""
+"""Gathers a run's resumable state and its averaged model from all processes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ _OPTIMISER = "optimiser."
 
 
 class Weights:
-    """The trained weights of a run, their running average (empty without one) and what the optimisers remember of them.
+    """The trained weights of a run, their running average (empty without one) and the optimisers' state.
 
     Methods that gather must be called by every process.
     """
@@ -41,7 +41,7 @@ class Weights:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the model's weights are the averaged ones."""
+        """Swap in the averaged weights within the block."""
         if not self.average:
             yield
             return
@@ -54,7 +54,7 @@ class Weights:
             _fill(trained, kept)
 
     def averaged_checkpoint(self, delta: bool) -> Checkpoint:
-        """The averaged model; with `delta` without what stands in SAM's file."""
+        """The averaged model; with `delta`, without the tensors of SAM's file."""
         with self.averaged():
             stored = self.model.to_checkpoint(delta)
             tensors = {n: whole(t).detach().cpu().clone() for n, t in stored.tensors.items()}
@@ -66,7 +66,7 @@ class Weights:
         return RefSAM.from_checkpoint(stored).to(self.processes.device)
 
     def save_model(self, folder: Path, may_be_delta: bool) -> None:
-        """Write the averaged model: without what stands in SAM's file, where the model stands on one and that is asked for."""
+        """Write the averaged model, without SAM's own tensors if `may_be_delta` and the model is built on SAM's file."""
         stands_on_sam = "sam" in self.model.sources and self.model.config.frozen
         stored = self.averaged_checkpoint(may_be_delta and stands_on_sam)
         if self.processes.is_first:
@@ -76,13 +76,13 @@ class Weights:
             card.save(folder / "README.md")
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the run goes on from, whole and on the host, by name."""
+        """The complete resumable state by name, gathered and on the host."""
         state = self._weights() | self._optimiser_state()
         # In one order: all processes gather the same tensor at a time.
         return {name: whole(state[name]).detach().cpu().contiguous() for name in sorted(state)}
 
     def load(self, tensors: dict[str, Tensor], place: Path) -> None:
-        """Take over what `state` gave; raises UserError, which names `place`, if it is of another model."""
+        """Load the result of `state`; raises UserError, which names `place`, if it is of another model."""
         expected = self._weights()
         stored = {name for name in tensors if not name.startswith(_OPTIMISER)}
         if wrong := sorted(stored ^ expected.keys()):
@@ -105,13 +105,13 @@ class Weights:
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     def _weights(self) -> dict[str, Tensor]:
-        """What training changes in the module, and its running average, by name."""
+        """The module's trained tensors and their running average, by name."""
         frozen = {n for n, p in self.module.named_parameters() if not p.requires_grad}
         weights = {n: t for n, t in self.module.state_dict().items() if n not in frozen}
         return weights | {f"average.{name}": value for name, value in self.average.items()}
 
     def _optimiser_state(self) -> dict[str, Tensor]:
-        """What the optimisers remember of each parameter that was stepped."""
+        """The optimisers' state of each parameter that was stepped, by name."""
         state = {}
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         for optimiser in self.optimisers:

@@ -1,4 +1,4 @@
-"""The configuration that a run was begun with, and what may change when it goes on."""
+"""Compares a resumed run's configuration with the one it started with."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from refsam.training.state import Progress
 
 _ACCUMULATION = "optimiser.gradient_accumulation_steps"
 
-# Where and how it is computed, what is watched and kept: nothing of it changes what is learnt.
+# Entries that change neither data nor gradients: device, speed, logging, what is kept.
 _HARMLESS = (
     "output",
     "init_from",
@@ -54,9 +54,9 @@ def _collect(name: str, value: Any, found: dict[str, Any]) -> None:
 
 
 def differences(before: Mapping[str, Any], settings: TrainingSettings) -> list[str]:
-    """In words, every entry whose value is another than `learnt` told when the run was begun.
+    """Describe every entry that differs from `learnt` at the start of the run.
 
-    More steps in the last stage are none where the learning rate does not depend on their number.
+    More steps in the last stage do not count where the learning rate does not depend on them.
     """
     now = learnt(settings)
     last = f"stages.{len(settings.stages) - 1}.steps"
@@ -77,7 +77,7 @@ def _short(value: Any) -> str:
 def check_configuration(
     before: Mapping[str, Any], settings: TrainingSettings, allow_changes: bool
 ) -> list[str]:
-    """In words, the changes that are allowed; raises UserError with all of them where they are not."""
+    """Describe the changes; raises UserError with all of them unless changes are allowed."""
     changes = differences(before, settings) if before else []
     if changes and not allow_changes:
         raise UserError(
@@ -94,7 +94,7 @@ def keep_batches(
     settings: TrainingSettings,
     allow_changes: bool,
 ) -> tuple[int, list[str]]:
-    """How many batches each process adds up so that a step keeps its batches and their order, and in words what is new.
+    """The number of batches that each process accumulates so that a step keeps its batches and their order; notes on changes.
 
     `progress` is the state's, `now` this run's, whose threads and processes it takes over. Another number that the settings ask
     for is taken. Raises UserError where the processes cannot share the batches evenly, unless changes are allowed.

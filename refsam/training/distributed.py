@@ -1,4 +1,4 @@
-"""One run on several processes: who they are, what they agree on, and how they share a model's weights.
+"""Runs training on several processes: rank and device, exchange of values, sharding of weights.
 
 `torchrun` starts them, on one machine or many. Nothing but the data has to be visible to all of them: the first process alone
 reads and writes the output folder.
@@ -54,7 +54,7 @@ class Processes:
         return cls(dist.get_rank(), dist.get_world_size(), place)
 
     def leave(self) -> None:
-        """End what `join` began; whatever exchanges gradients must be gone by then."""
+        """Leave the process group; release whatever exchanges gradients before."""
         gc.collect()  # a DistributedDataParallel that outlives its process group may wait for it for ever
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -115,7 +115,7 @@ class Processes:
 
 
 def _started() -> Launched | None:
-    """Who this process is among several, None if it was started alone; raises UserError where they cannot find each other."""
+    """This process's rank among several, None if it was started alone; raises UserError if they cannot find each other."""
     for found in filter(None, map(Launched.by, LAUNCHERS)):
         if found.count == 1 and not dist.is_torchelastic_launched():
             continue
@@ -150,7 +150,7 @@ def _place(device: str, started: Launched | None) -> torch.device:
 
 
 class SharedModule:
-    """How several processes share `module`: called like it, with one backward for each call.
+    """Wraps `module` for several processes: called like it, with one backward for each call.
 
     `ddp`: each has all weights, and gradients are averaged (DistributedDataParallel). `fsdp`: weights, gradients and the
     optimiser's state are spread over them (`fully_shard`), block by block. `whole` are the blocks' first norms, each of
@@ -184,12 +184,12 @@ class SharedModule:
         return self.module(*arguments)
 
     def release(self) -> None:
-        """Let go of what exchanges gradients, which must end before the processes part."""
+        """Release the wrapper that exchanges gradients; needed before the process group ends."""
         self.module = None
 
     @contextmanager
     def accumulating(self, is_last: bool) -> Iterator[None]:
-        """Around forward and backward of one of several batches of a step: processes exchange gradients in the last only."""
+        """Wrap forward and backward of one accumulated batch: gradients are exchanged in the last one only."""
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(is_last)
             yield
@@ -200,7 +200,7 @@ class SharedModule:
             yield
 
     def finish_gradients(self) -> None:
-        """Average the gradients of what `fully_shard` left whole; to be called after the last backward of a step."""
+        """Average the gradients of parameters that `fully_shard` left whole; call it after the last backward of a step."""
         for parameter in self.whole:
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
@@ -208,7 +208,7 @@ class SharedModule:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Within, methods of the module can be called, not only the module itself; blocks still gather themselves."""
+        """Within the block, methods of a sharded module can be called, too; its blocks still gather themselves."""
         if not isinstance(self.module, FSDPModule):
             yield
             return
@@ -220,7 +220,7 @@ class SharedModule:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor, gathered from all processes if it is sharded, which all of them must ask for."""
+    """The full tensor, gathered if it is sharded; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

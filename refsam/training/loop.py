@@ -1,4 +1,4 @@
-"""The training loop: steps, what is logged and validated on the way, and a state that a killed run goes on from."""
+"""The training loop: steps, logging, validation, and a state that a killed run resumes from."""
 
 import math
 import signal
@@ -44,12 +44,12 @@ from refsam.training.state import Progress, read_state, write_state
 from refsam.training.validation import open_clips
 from refsam.training.validator import Validator
 
-# How many samples an error message names.
+# Most samples that an error message names.
 _NAMED = 4
-# What processes tell each other in the middle of a step; a larger number prevails.
+# Status that processes exchange within a step; the largest wins.
 _FINE, _SAVE, _STOP_AFTER_STEP, _FAILED = 0, 1, 2, 3
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# How long a run that was asked to stop waits for the data of its next step.
+# Longest wait for the data of the next step after a request to stop.
 _PATIENCE_SECONDS = 5.0
 
 
@@ -120,7 +120,7 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """How many steps are done."""
+        """Number of finished steps."""
         return self.progress.step
 
     def run(self) -> Iterator[dict[str, float]]:
@@ -153,7 +153,7 @@ class Trainer:
                 self.processes.wait()
 
     def leave(self) -> None:
-        """Leave the other processes: what exchanges gradients first, or its end may wait for theirs for ever."""
+        """Leave the process group; whatever exchanges gradients is released first, or it may wait for ever."""
         self.shared.release()
         self.processes.leave()
 
@@ -185,12 +185,12 @@ class Trainer:
         return self.step > 0 and self.progress.validated < self.step
 
     def _validate_and_save(self) -> Iterator[dict[str, float]]:
-        """Validate a state that is saved already, and save what came of it."""
+        """Validate a state that is saved already, and save the result."""
         yield self.validate()
         self.save()
 
     def _has_stalled(self) -> bool:
-        """Whether validation has found nothing better for as long as the settings bear."""
+        """Whether validation has not improved within the settings' patience."""
         patience = self.settings.validation.patience
         if patience is None or self.progress.worse < patience:
             return False
@@ -203,7 +203,7 @@ class Trainer:
         return True
 
     def _stop_waiting(self, request: StopRequest) -> None:
-        """End a run that waits for data in vain: the state of a process alone is saved, several keep their last one."""
+        """End a run whose data does not arrive: a single process saves its state, several keep their last one."""
         if self.processes.count > 1:
             raise UserError(
                 f"stopped by {signal.Signals(request.signal).name} while waiting for data; {self._kept()}"
@@ -387,7 +387,7 @@ class Trainer:
         return problems
 
     def _note(self, kind: str, texts: Sequence[str]) -> None:
-        """Say and log what is no number."""
+        """Print and log a note."""
         if texts and self.processes.is_first:
             for text in texts:
                 self.say(f"{kind}: {text}")
@@ -395,5 +395,5 @@ class Trainer:
 
 
 def _asked_for(request: StopRequest) -> int:
-    """What a signal wants after this step."""
+    """The status that a signal asks for after this step."""
     return _STOP_AFTER_STEP if request.signal else _SAVE if request.save_wanted else _FINE

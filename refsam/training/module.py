@@ -1,4 +1,4 @@
-"""What is trained as one module, and the losses of a batch as its forward: what several processes share."""
+"""The trained modules as one, with the losses of a batch as its forward; several processes share it."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +21,7 @@ from refsam.training.text_features import TextFeatures
 
 
 class NotANumberError(ValueError):
-    """What came out as NaN or infinite, and which samples it was computed on."""
+    """A loss or mask is NaN or infinite; `names` are the samples that it was computed on."""
 
     def __init__(self, what: str, names: Sequence[str]) -> None:
         super().__init__(what)
@@ -30,9 +30,9 @@ class NotANumberError(ValueError):
 
 
 class Broken:
-    """Which samples came out as NaN or infinite: kept on the device, and looked at once a step.
+    """Collects samples whose results are NaN or infinite on the device, and checks them once a step.
 
-    Each look waits for a GPU. On a CPU it is free, and the first thing that is broken is told at once.
+    Each check waits for a GPU. On a CPU it is free, so the first bad result raises at once.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -40,13 +40,13 @@ class Broken:
         self._found: list[tuple[str, Tensor]] = []
 
     def add(self, what: str, samples: Tensor) -> None:
-        """Notes what is broken of which samples (B,) bool."""
+        """Add a result's name and which samples of it are bad, (B,) bool."""
         self._found.append((what, samples))
         if is_free_to_look_at(samples):
             self.refuse()
 
     def refuse(self) -> None:
-        """Raises NotANumberError for the first thing that is broken; one look at the device if nothing is."""
+        """Raise NotANumberError for the first bad result; one synchronisation if there is none."""
         found, self._found = self._found, []
         if not found or not torch.stack([samples for _, samples in found]).any():
             return
@@ -56,7 +56,7 @@ class Broken:
 
 
 def is_free_to_look_at(tensor: Tensor) -> bool:
-    """Whether reading its values waits for nothing."""
+    """Whether reading the tensor's values waits for no device."""
     return tensor.device.type == "cpu"
 
 
@@ -69,7 +69,7 @@ class SizeGroup(NamedTuple):
 
 
 class TrainingModule(nn.Module):
-    """The model, and the heads that only training has; a frozen text encoder speaks through `features`."""
+    """The model and the heads that only training needs; `features` holds the outputs of a frozen text encoder."""
 
     def __init__(self, model: RefSAM, settings: TrainingSettings) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a run tells about itself: speed, memory, how much of the device it uses, and curves for TensorBoard."""
+"""Logs of a run: speed, memory, utilisation (MFU), and curves for TensorBoard."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ _PRODUCTS = 5
 
 
 class Meter:
-    """Speed and memory since the last reading; `flops` of a step on all devices, whose peak is `peak_flops`, where known."""
+    """Measures speed, memory and, if `peak_flops` of all devices is known, their utilisation since the last reading."""
 
     def __init__(self, device: torch.device, peak_flops: float | None) -> None:
         self.device = device
@@ -29,13 +29,13 @@ class Meter:
         self.begin = time.perf_counter()
 
     def count(self, clips: int, flops: int) -> None:
-        """A step is done, on so many clips and with so many operations."""
+        """Add a finished step's clips and operations."""
         self.steps += 1
         self.clips += clips
         self.flops += flops
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading, and the most memory that this process ever held, in GiB."""
+        """Means since the last reading, and this process's peak memory in GiB."""
         seconds = time.perf_counter() - self.begin
         values = {
             "seconds_per_step": seconds / self.steps,
@@ -48,7 +48,7 @@ class Meter:
         return values
 
     def restart(self) -> None:
-        """Begin to count anew: what comes between a reading and the next step is no training."""
+        """Reset the counters, so that time between a reading and the next step does not count."""
         self.steps, self.clips, self.flops = 0, 0, 0
         self.begin = time.perf_counter()
 
@@ -77,7 +77,7 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 class Log:
     """`log.jsonl` of an output folder, and its curves where TensorBoard is installed; in other processes than the first, nothing.
 
-    A run that goes on from `step` first takes back what an earlier one logged behind it.
+    A run that resumes at `step` first removes the lines that an earlier one logged after it.
     """
 
     def __init__(self, folder: Path, step: int, active: bool, project: str | None = None) -> None:
@@ -117,14 +117,14 @@ class Log:
             self.curves.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write what TensorBoard and Weights & Biases have not written yet."""
+        """Flush TensorBoard and Weights & Biases."""
         if self.curves is not None:
             self.curves.close()
         if self.wandb is not None:
             self.wandb.finish()
 
     def _open_wandb(self, folder: Path, project: str) -> None:
-        """A run of that project which a resumed training goes on with."""
+        """Open a run of the project that a resumed training continues."""
         try:
             import wandb
         except ImportError:

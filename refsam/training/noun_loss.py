@@ -10,7 +10,7 @@ from refsam.model.trunk_weights import TRUNK_CLASSES
 
 
 class NounLoss:
-    """How far "the swan" is from asking for the score of birds over that of the background: a mask loss alone finds it late.
+    """Loss that makes "the swan" ask for the score of birds over that of the background; a mask loss alone learns it late.
 
     Of the list's nouns those count of which the text encoder knows every word.
     """

@@ -59,7 +59,7 @@ def build_optimisers(model: nn.Module, settings: OptimiserSettings) -> list[torc
 
 
 def _parts(name: str) -> list[str]:
-    """What a parameter of the list of model and heads is a part of, from the widest: trunk, trunk.network, and so on."""
+    """Names of the parts that hold a parameter, from the widest: trunk, trunk.network, and so on."""
     words = name.split(".")[1:]
     return [".".join(words[:count]) for count in range(1, len(words) + 1)]
 

@@ -1,4 +1,4 @@
-"""What a run trains on, as a page to look at: clips, masks and expressions after augmentation."""
+"""An HTML page of the clips, masks and expressions that a run trains on, after augmentation."""
 
 import base64
 import io

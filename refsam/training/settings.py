@@ -1,4 +1,4 @@
-"""What a training run is configured by: the YAML files in `configs/`."""
+"""The configuration of a training run, as the YAML files in `configs/` hold it."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -117,7 +117,7 @@ class DatasetSettings:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What `open_dataset` takes beside name, root and split."""
+        """Arguments of `open_dataset` beside name, root and split."""
         options = {"split_by": self.split_by, "exclude_shared": self.exclude_shared}
         return {name: value for name, value in options.items() if value is not None}
 
@@ -139,7 +139,7 @@ class PhotographSettings:
 
 @dataclass(frozen=True, config=_CLOSED)
 class DataSettings:
-    """What is trained on: generated clips and `photographs`, as the stages mix them, unless `datasets` are listed.
+    """The training data: generated clips and `photographs`, as the stages mix them, unless `datasets` are listed.
 
     `unreadable`: whether an image or mask that cannot be decoded stops the run, or its sample is skipped and the log counts it.
     """
@@ -152,7 +152,7 @@ class DataSettings:
 
 @dataclass(frozen=True, config=_CLOSED)
 class ValidationSettings:
-    """What the model is scored on, every `every` steps and at the end (None: never).
+    """The validation data; the model is scored every `every` steps and at the end (None: never).
 
     `clips` videos of `dataset`, spread evenly over its list, or generated clips of what training never draws; the first `frames`
     annotated frames of each (None: the whole video, online, as it will be used), `most_frames` in all, so that as many videos

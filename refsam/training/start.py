@@ -1,4 +1,4 @@
-"""What a run begins with: its model, and expressions that this model can take."""
+"""Builds the model of a run, and checks that its text encoder can take every expression."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +29,7 @@ _NAMED = 8
 def build_model(
     settings: TrainingSettings, datasets: Sequence[ReferringDataset], drawer: SceneDrawer | None
 ) -> RefSAM:
-    """A new model, or the one to start from; a small text encoder knows every word that the data can hold.
+    """Build a new model or load the one to start from; a small text encoder learns every word of the data.
 
     With `init_from`, the entries of `model` are put over that checkpoint's configuration. Raises UserError where its weights
     do not fit them.
@@ -148,7 +148,7 @@ def _refusal(encoder: CachedTextEncoder, text: str) -> str | None:
 
 
 def every_expression(datasets: Iterable[ReferringDataset]) -> list[str]:
-    """What training and validation say about videos, mirrored as well where that can be."""
+    """All expressions of training and validation, and their mirrored forms where those exist."""
     texts = dict.fromkeys(
         e.text for dataset in datasets for row in dataset.expressions_by_video.values() for e in row
     )
@@ -160,7 +160,7 @@ def every_expression(datasets: Iterable[ReferringDataset]) -> list[str]:
 
 
 def encode_text(settings: TrainingSettings, advance: Callable[[], None] = lambda: None) -> int:
-    """Put what the frozen text encoder of a run says about every expression into `text_cache`; returns how many were new.
+    """Encode every expression of a run with its frozen text encoder into `text_cache`; returns the number of new ones.
 
     Raises UserError where the run has no such encoder or folder.
     """

@@ -16,13 +16,13 @@ from refsam.errors import UserError
 from refsam.runtime.files import follow_umask
 
 STATE, PREVIOUS = "state.safetensors", "state.previous.safetensors"
-# What versions before safetensors wrote; continuing would begin anew without a word.
+# Written by versions before safetensors; ignoring it would start the run again silently.
 _FORMER = "state.pt"
 
 
 @dataclass
 class Progress:
-    """How far a run is, beside its tensors.
+    """A run's progress, beside its tensors.
 
     `sums` of the losses of the `counted` steps since the last line of the log, `skipped` and `unreadable` files, the `best`
     validation score and its step, the `top` ones as (score, step), how many since the best were `worse`, the step of the last

@@ -1,4 +1,4 @@
-"""What a frozen text encoder says about each expression, computed once for all steps, processes and runs."""
+"""Caches a frozen text encoder's outputs for all steps, processes and runs."""
 
 import hashlib
 import warnings
@@ -66,13 +66,13 @@ class TextFeatures:
         return new
 
     def _read_kept(self, expression: str) -> EncodedText | None:
-        """What the disk holds of an expression."""
+        """Read an expression's features from the disk, None if they are not there."""
         path = self.file(expression)
         tokens = None if path is None else _read(path)
         return None if tokens is None else EncodedText(tokens[None], torch.tensor([len(tokens)]))
 
     def file(self, expression: str) -> Path | None:
-        """Where an expression's tokens are kept; None without a folder."""
+        """The file of an expression's features; None without a folder."""
         if self.folder is None:
             return None
         name = hashlib.sha256(expression.encode()).hexdigest()
@@ -100,7 +100,7 @@ class TextFeatures:
 
     @property
     def encoder_device(self) -> torch.device:
-        """Where the encoder computes."""
+        """The encoder's device."""
         return next(chain(self.encoder.parameters(), self.encoder.buffers())).device
 
 

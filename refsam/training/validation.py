@@ -1,4 +1,4 @@
-"""J and F of the model on clips that it is not trained on, while it is trained."""
+"""J and F of the model during training, on clips that it is not trained on."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class GeneratedClips:
 
 
 class DatasetClips:
-    """The first annotated frames of videos spread evenly over a dataset, and all that is said about them."""
+    """The first annotated frames of videos spread evenly over a dataset, with all of their expressions."""
 
     def __init__(self, settings: ValidationSettings, dataset: ReferringDataset) -> None:
         if dataset.mask_source is None:
@@ -105,7 +105,7 @@ class DatasetClips:
 
 
 def open_clips(settings: ValidationSettings, image_size: int) -> ValidationClips | None:
-    """What a run is validated on, None if it is not; `image_size` is the model's, in pixels. Raises DataError."""
+    """The validation clips of a run, None without validation; `image_size` is the model's, in pixels. Raises DataError."""
     if settings.every is None:
         return None
     entry = settings.dataset

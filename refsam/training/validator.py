@@ -1,4 +1,4 @@
-"""Validation on the way: the averaged model is scored, the best models are kept, examples are drawn."""
+"""Validation during training: scores the averaged model, keeps the best models, draws examples."""
 
 import shutil
 from pathlib import Path
@@ -38,7 +38,7 @@ class Validator:
     def run(self, progress: Progress, log: Log, skipped: list[str]) -> dict[str, float]:
         """The record of J, F and J&F at this step, empty where no clip can be read.
 
-        What may be skipped is added to `skipped`; raises UnreadableError where it may not be.
+        Adds unreadable clips to `skipped` if the settings allow that, else raises UnreadableError.
         """
         processes, model = self.weights.processes, self.weights.model
         is_sharded = self.settings.parallel == "fsdp"

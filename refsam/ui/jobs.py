@@ -61,7 +61,7 @@ class Downloads:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is.
+    """Progress of a job.
 
     Attributes:
         frames: that are done; previews of all of them can be asked for.

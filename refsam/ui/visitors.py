@@ -1,4 +1,4 @@
-"""Who has the page open: each visitor's clip, files and job."""
+"""The page's visitors: each one's clip, files and job."""
 
 import secrets
 import shutil

@@ -62,7 +62,7 @@ class ByteStream:
 
 
 def open_stream(path: str, timeout: float) -> ByteStream | None:
-    """What a path leads to, if that is a pipe, a socket or standard input (``-``); None for files that can be read anywhere.
+    """Open a path that is a pipe, a socket or standard input (``-``); None for files that can be read anywhere.
 
     Raises:
         OSError: it cannot be opened.

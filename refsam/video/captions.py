@@ -26,7 +26,7 @@ _FONT_FOLDERS = {
 
 
 def caption(text: str, score: float, visible: bool, number: int = 0) -> str:
-    """What is written about one expression in one frame: its text and score (0..1), or that its object is not in view.
+    """A caption of one expression in one frame: its text and score (0..1), or that its object is not in view.
 
     White space of any kind becomes one space. Where no font has its letters, the expression is called by its number.
     """

@@ -1,4 +1,4 @@
-"""What reading hands on: frames, where they come from, which of them are wanted, and the errors on the way."""
+"""Frames, their sources, the choice of frames, and errors of reading."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """Which frames are wanted, and how patient reading is.
+    """Range of frames to read, and time limits.
 
     Attributes:
         start, end: seconds since the source's first frame; frames with ``start <= time < end`` are taken.
@@ -67,7 +67,7 @@ class ReadOptions:
     skip_bad_frames: bool = False
 
     def expected(self, frames: int | None, fps: Fraction) -> int | None:
-        """How many of that many frames are wanted, if their times are even."""
+        """Number of chosen frames out of that many, if their times are even."""
         if frames is None:
             return self.max_frames
         first = min(frames, -int(-self.start * fps // 1))
@@ -76,7 +76,7 @@ class ReadOptions:
         return count if self.max_frames is None else min(count, self.max_frames)
 
     def selection(self) -> dict[str, float | int | None]:
-        """What differs from taking every frame, for ``result.json``."""
+        """The options that select frames, for ``result.json``; empty if every frame is read."""
         chosen = {
             "start": self.start,
             "end": self.end,
@@ -128,7 +128,7 @@ class Choice:
 
 
 class FrameSource(Protocol):
-    """What `open_source` returns: iterate over it once; close it or use it in ``with``.
+    """An open source of frames: iterate over it once; close it or use it in ``with``.
 
     Attributes:
         name: where the frames come from, for messages and results.
@@ -161,7 +161,7 @@ class FrameSource(Protocol):
 
 @dataclass
 class SourceBase:
-    """What every source has, and how it is used in ``with``."""
+    """Attributes of every source, and its use in ``with``."""
 
     name: str
     fps: Fraction = Fraction(24)
@@ -188,7 +188,7 @@ class SourceBase:
 
 
 def source_facts(source: FrameSource) -> dict[str, Any]:
-    """What ``result.json`` says of a source, once it was read."""
+    """Entries of ``result.json`` about a source that was read."""
     skipped = [{"frame": frame, "problem": words} for frame, words in source.skipped.items()]
     facts: dict[str, Any] = {"notes": source.notes, "skipped_frames": skipped}
     return facts if source.files is None else facts | {"files": source.files}

@@ -189,7 +189,7 @@ def _pixels(opened: Image.Image, path: str | os.PathLike[str], options: ReadOpti
 
 
 def _pages(opened: Image.Image) -> list[int]:
-    """Which of a file's pictures are moments of it: no smaller copies, no previews, no stand-in for the animation."""
+    """Indices of a file's animation frames, without smaller copies, previews and fallback pictures."""
     count = 1 if opened.format in _ONE_PICTURE else getattr(opened, "n_frames", 1)
     if opened.format == "TIFF" and count > 1:
         whole = [page for page in range(count) if not _is_reduced(opened, page)]

@@ -145,7 +145,7 @@ class OverlayVideo:
 
 
 def _time_of(packet: av.Packet) -> Fraction:
-    """When an encoded frame is shown, in seconds."""
+    """Presentation time of an encoded frame, in seconds."""
     assert packet.pts is not None
     return packet.pts * packet.time_base
 

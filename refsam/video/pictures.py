@@ -49,7 +49,7 @@ def pixel_aspect(ratio: Fraction | None) -> Fraction:
 
 
 def peculiarities(frame: av.VideoFrame) -> list[str]:
-    """What a viewer would do to the picture and this does not, in words."""
+    """Notes on corrections that a viewer would apply to the picture and refsam does not."""
     notes = []
     if curve := _HDR.get(frame.color_trc):
         notes.append(

@@ -32,7 +32,7 @@ def prefetch(
 
 
 class Prefetched(Generic[Item]):
-    """What `prefetch` gives: an iterator that any thread may close."""
+    """The iterator of `prefetch`, which any thread may close."""
 
     def __init__(
         self, items: Iterable[Item], depth: int, heed: Callable[[], None], patience: float

@@ -30,7 +30,7 @@ _OURS = re.compile(
 
 
 class RunFolder:
-    """Where one run writes: `new` is its hidden folder, `commit` puts what is there into `out`.
+    """A run's output: files are written to `new`, a hidden folder, and `commit` moves them into `out`.
 
     Args:
         out: the folder to make; its missing parents are made too. An empty one may be there.
@@ -138,7 +138,7 @@ def check_output(
 
 
 def read_result(out: Path) -> dict[str, Any] | None:
-    """What an earlier run wrote into ``result.json``; None where there is none that makes sense."""
+    """Read an earlier run's ``result.json``; None if there is no valid one."""
     try:
         report = json.loads((out / RESULT).read_text(encoding="utf-8"))
         usable = isinstance(report["expressions"], list) and isinstance(report["frames"], int)
@@ -157,7 +157,7 @@ def recorded_files(out: Path) -> set[str]:
 
 
 def tidy(out: Path) -> None:
-    """What the next run in the folder would do first: `recover` it, unless somebody is at work there."""
+    """`recover` the folder, as the next run in it would, unless another process is at work there."""
     leftovers = out.is_dir() and any(_is_own(path.name) for path in out.iterdir())
     if leftovers:
         try:

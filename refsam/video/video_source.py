@@ -136,7 +136,7 @@ class VideoSource(SourceBase):
             self.sound = str(self._location), float((stream.start_time or 0) * self.time_base)
 
     def _announced_frames(self) -> int | None:
-        """How many frames a viewer would show, edits of the file taken into account."""
+        """Number of frames that a viewer would show, edits of the file taken into account."""
         stream = self._stream
         if "mp4" in self._container.format.name and stream.frames and len(stream.index_entries):
             return sum(not entry.is_discard for entry in stream.index_entries)
@@ -315,7 +315,7 @@ def _rank(stream: Any) -> tuple[int, int]:
 
 
 def _in_thread(call: Callable[[], Any]) -> Any:
-    """What a call gives that may wait for ever, made elsewhere so that Ctrl-C is heeded here."""
+    """Run a call that may block for ever in another thread, so that Ctrl-C still works here."""
     answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
 
     def work() -> None:

@@ -1,1 +1,1 @@
-"""What the tasks of the report measure: each module is one function `run(rows, *arguments)`."""
+"""The report's tasks: each module has one function `run(rows, *arguments)`."""

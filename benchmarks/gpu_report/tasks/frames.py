@@ -64,7 +64,7 @@ def graphs_of(model: RefSAM) -> FrameGraphs | None:
 
 
 def parts(model: RefSAM, texts: tuple[str, ...], frame: Tensor) -> Any:
-    """What a frame consists of, each to be timed."""
+    """The parts of a frame, each to be timed."""
     pixels, _ = model.preprocess(frame[None].to(DEVICE))
     text, image = model.encode_text(texts), model.encode_image(pixels)
     yield "preprocess", partial(median_ms, lambda: model.preprocess(frame[None].to(DEVICE)), 0.3)

@@ -42,7 +42,7 @@ def refusal(name: str) -> str | None:
 
 
 def described(name: str, reason: str | None) -> dict[str, str]:
-    """What the library was built with if it can be loaded, why not otherwise."""
+    """The library's build if it can be loaded, else the reason."""
     if reason:
         return {"wrong": f"_C_{name}.so cannot be loaded: {reason}"}
     entry = libraries.report_of(f"_C_{name}", libraries.folder())

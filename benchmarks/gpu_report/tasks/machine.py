@@ -1,4 +1,4 @@
-"""Where the report's numbers come from: hardware, versions, commit; what would run here; the two limits of the device."""
+"""Provenance of the report: hardware, versions, commit; the backends that would run; the two limits of the device."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""What failed in an earlier report, once more under compute-sanitizer: `REFSAM_REPORT_ROWS` names that report's rows."""
+"""Repeats the failures of an earlier report under compute-sanitizer: `REFSAM_REPORT_ROWS` names that report's rows."""
 
 import os
 import shutil

@@ -152,7 +152,7 @@ class Inputs:
         return launches.key_gradient_launch(problem, self.operands, tensors)
 
     def results(self, kernel: str) -> Tensor:
-        """What the kernel writes, run once."""
+        """The kernel's results, run once."""
         written = self.out if kernel == "forward" else self.tensors["grad_qkv"]
         assert written is not None
         written.fill_(float("nan"))

@@ -16,7 +16,7 @@ _LETTER_SIDE = 32  # pixels
 
 @dataclass(frozen=True)
 class Block:
-    """What makes an object a toy block: a face that is printed on, and a bare side that belongs to no object.
+    """A toy block: a printed face, and a bare side that belongs to no object.
 
     The face has a panel, the outline shrunk to the share `panel` of its radius (0: none), and on it capital number `letter`, of
     half-height `letter_size`. `side` is where the back lies, (x, y) in the frame's directions. Lengths are in units of the
@@ -33,7 +33,7 @@ class Block:
 
 
 def sample_side(random: np.random.Generator) -> tuple[float, float]:
-    """Where the backs of a scene's blocks lie, all in one direction."""
+    """Offset (x, y) from the face to the back, the same for all blocks of a scene."""
     angle, depth = random.uniform(0, 2 * np.pi), random.uniform(0, 0.35)
     return depth * np.cos(angle), depth * np.sin(angle)
 

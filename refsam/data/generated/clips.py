@@ -17,7 +17,7 @@ from refsam.data.generated.shapes import NAMED_SHAPES
 COLOUR_CLASSES = ("background", "no name", *(colour.name for colour in COLOURS))
 SHAPE_CLASSES = ("background", "no name", *(shape.name for shape in NAMED_SHAPES))
 
-# How often a training expression is of each kind.
+# Probability of each kind of expression in training.
 _TRAINED_KINDS = {
     "colour": 0.06,
     "shape": 0.13,
@@ -122,7 +122,7 @@ def sample_clip(
     photographs: int,
     held_out: bool,
 ) -> tuple[Scene, list[GeneratedExpression]]:
-    """What `generate_clip` draws, before any pixel; `photographs` is how many backgrounds there are to choose from."""
+    """The scene and expressions of `generate_clip`; `photographs` is the number of backgrounds to choose from."""
     for attempt in range(1000):
         random = np.random.default_rng([seed, attempt])
         scene = sample_scene(random, np.arange(frames), size, photographs, held_out)

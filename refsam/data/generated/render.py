@@ -138,7 +138,7 @@ def _blocks(table: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
 def _coverage(
     x: Tensor, y: Tensor, radius: Tensor, scale: Tensor, table: dict[str, Tensor]
 ) -> Tensor:
-    """How much of each pixel the outline covers, 0..1, soft over one pixel."""
+    """The share of each pixel that the outline covers, 0..1, soft over one pixel."""
     inside = ((radius - torch.hypot(x, y)) * scale + 0.5).clamp(0, 1)
     hole_x, hole_y, hole_radius = (v[:, None, None] for v in table["hole"].unbind(1))
     outside_hole = ((torch.hypot(x - hole_x, y - hole_y) - hole_radius) * scale + 0.5).clamp(0, 1)

@@ -19,7 +19,7 @@ _SQUARE = [shape.name for shape in NAMED_SHAPES].index("square")
 
 @dataclass(frozen=True)
 class SceneStyle:
-    """What scenes are drawn from.
+    """Distribution that scenes are drawn from.
 
     `areas` are the smallest and largest share of the frame that an object covers, `counts` how likely 1, 2, ... objects are,
     `clutter` how likely 0, 1, ... things without colour and name, `unnamed` how likely an object has a shape without a name,
@@ -121,7 +121,7 @@ def sample_scene(
     """Draw a scene whose objects move over `times (T,)`, in frames; `held_out` makes one object a pair never trained on."""
     background = _sample_background(random, photographs)
     clutter = int(random.choice(len(style.clutter), p=style.clutter))
-    # Where photographs, clutter or wood are seen, something of every muted colour is: an expression with one would be unclear.
+    # Photographs, clutter and wood show every muted colour, so expressions with one would be unclear.
     plain = not clutter and background.photograph is None and not style.blocks
     colours = _ALL if plain else _VIVID
     if style.alike and not held_out and random.random() < style.alike:

@@ -1,4 +1,4 @@
-"""What is wrong with a folder of photographs: lists, files, masks, classes and licences, all of it at once."""
+"""Checks a folder of photographs: lists, files, masks, classes and licences, all problems at once."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ _PARTS_OF = {
 
 @dataclass
 class Report:
-    """How many files of one part of a folder are listed, what else is to be said, and every problem with it."""
+    """Findings on one part of a folder: number of files, a remark, and every problem."""
 
     count: int = 0
     notes: list[str] = field(default_factory=list)

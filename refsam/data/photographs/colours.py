@@ -50,7 +50,7 @@ def _between(values: NDArray[np.float32], low: float, high: float) -> NDArray[np
 
 
 def shares(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Which share of the pixels (N, 3) each of `NAMES` is true of, (len(NAMES),); at most some thousand are looked at."""
+    """Share of pixels (N, 3) of each colour of `NAMES`, (len(NAMES),); at most some thousand pixels are used."""
     step = max(1, len(pixels) // _PIXELS)
     counts = np.bincount(name_pixels(pixels[::step]), minlength=len(NAMES) + 1)
     return counts[:-1] / max(1, counts.sum())

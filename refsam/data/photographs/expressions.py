@@ -86,7 +86,7 @@ class PhotoGrammar:
                 return expression
         return self._class()
 
-    # What is there
+    # Present objects
 
     def _class(self) -> PhotoExpression | None:
         name = self.clip.things[self._pick(self.seen) - 1].name
@@ -219,7 +219,7 @@ class PhotoGrammar:
         worn = worn.removeprefix("the ") if link.endswith((" a", " the")) else worn
         return self._expression(f"the {self._noun('person').word} {link} {worn}", "wearer", persons)
 
-    # What is not there
+    # Absent objects
 
     def _absent(self) -> PhotoExpression:
         """Mostly a noun close to one that is there, or mistaken for it; else an object in a colour that it has not."""
@@ -322,13 +322,13 @@ class PhotoGrammar:
         return sum(bool(gap[0] < 0) for gap in gaps)
 
     def _shown(self, members: Sequence[int]) -> NDArray[np.bool_]:
-        """Where one of these things is seen, (T, H, W) bool."""
+        """Pixels (T, H, W) bool that show any of these things."""
         is_member = np.zeros(256, bool)
         is_member[list(members)] = True
         return is_member[self.clip.owner]
 
     def _middles(self, number: int, axis: int) -> NDArray[np.float64]:
-        """Where the middle of a thing's pixels lies in each frame, as a share of the frame's height (axis 0) or width."""
+        """Centre of a thing's pixels in each frame, as a share of the frame's height (axis 0) or width."""
         where = (self.clip.owner == number).sum(axis=2 - axis)
         length = where.shape[1]
         return where @ (np.arange(length) + 0.5) / np.maximum(where.sum(1), 1) / length
@@ -369,7 +369,7 @@ class PhotoGrammar:
     def _expression(
         self, text: str, kind: str, members: Sequence[int], others: Sequence[int] = ()
     ) -> PhotoExpression:
-        """What members show is meant, what others show does not count."""
+        """An expression for the pixels of `members`; those of `others` are ignored."""
         mask = self._shown(members)
         ignore = self.unsure | self._shown(others) if others else self.unsure
         return PhotoExpression(text, kind, mask, ignore)

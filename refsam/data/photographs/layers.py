@@ -196,7 +196,7 @@ def _edge(
     box: tuple[int, int, int, int],
     softness: float,
 ) -> NDArray[np.float32]:
-    """How much of each pixel the cut-out covers, 0..1."""
+    """The share of each pixel that the cut-out covers, 0..1."""
     mask = (owner != 0).astype(np.uint8) * 255
     placed = Image.fromarray(_place(mask, size, angle, turned, box, smooth=True))
     if softness:

@@ -16,7 +16,7 @@ from refsam.errors import UserError
 
 PHOTOGRAPHS = ("chelsea.png", "coffee.png", "astronaut.png")
 EXPRESSIONS = ("the cat", "the cup", "the woman", "the dog")
-"""What can be asked for; the last is not there."""
+"""Expressions for the clip; the last names an absent object."""
 
 
 def sample_clip(frames: int = 36, size: Size = (360, 640)) -> NDArray[np.uint8]:

@@ -227,7 +227,7 @@ class SceneDrawer:
 
 
 def _hidden_stretch(random: np.random.Generator, times: Times) -> tuple[float, float]:
-    """When something is hidden: for ten frames, between the first and, if there are three, the last moment of a clip."""
+    """Times at which an object is hidden: ten frames, between the first and, if there are three, the last moment of a clip."""
     latest = times[-1] - _COVERED_FRAMES - 0.1
     first = times[0] + 0.1
     begin = random.uniform(first, latest) if latest > first else random.uniform(first, times[1])
@@ -245,7 +245,7 @@ def _numbered(layers: list[Layer]) -> list[Layer]:
 
 
 def _seen_share(photograph: Size, frame: Size) -> float:
-    """How much of a photograph a frame shows that it covers."""
+    """Share of a photograph that a frame filled by it shows."""
     ratio = (photograph[0] / photograph[1]) / (frame[0] / frame[1])
     return min(ratio, 1 / ratio)
 

@@ -1,4 +1,4 @@
-"""How the model tells objects of one kind apart, and finds one again: clips of cut-outs, whose truth is exact.
+"""Benchmark of clips of cut-outs, whose truth is exact: telling objects of one kind apart, finding a covered one again.
 
 Every clip is drawn from its number alone and the `val` photographs of a folder: three objects of one class with "the dog on the
 left", "on the right", "the largest dog" and "the second dog from the left", and one object that is covered for ten frames.
@@ -61,7 +61,7 @@ class CompositeScore:
 
 
 def val_drawer(root: str | Path) -> SceneDrawer:
-    """What draws the benchmark's clips from the folder's `val` photographs; raises DataError."""
+    """The generator of the benchmark's clips from the folder's `val` photographs; raises DataError."""
     return SceneDrawer(open_folder(root, "val"), composites=1.0, balance=0.5, least=_LEAST)
 
 

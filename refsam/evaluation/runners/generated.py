@@ -32,7 +32,7 @@ _MANIFEST = "generated_v1.json"
 
 @dataclass(frozen=True)
 class ExpressionScore:
-    """How one expression of the benchmark was answered.
+    """Scores of one expression of the benchmark.
 
     `region` and `contour` are J and F averaged over the frames that show the object (None where none does), `false_area` the
     share of the frame marked, averaged over the frames that do not (None where all do).

@@ -92,7 +92,7 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class UnitWriter:
-    """Where a unit's files go until it is done: `folder`, and `finish(facts)`, to be called once."""
+    """Collects a unit's files in `folder`; call `finish(facts)` once they are complete."""
 
     folder: Path
     finish: Callable[[Mapping[str, Any]], None]

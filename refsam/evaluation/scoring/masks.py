@@ -22,7 +22,7 @@ from refsam.runtime.malloc import keep_freed_memory
 VOID = 255
 _NOBODY = -1  # an object number that no pixel holds: the prediction of nothing
 
-# What pillow raises for files that are cut off, damaged, something else or absurdly large.
+# Errors of pillow for files that are cut off, damaged, of another type or absurdly large.
 _PNG_ERRORS = (
     OSError,
     SyntaxError,
@@ -74,7 +74,7 @@ def score_layout(
     if processes < 1:
         raise UserError(f"processes: got {processes}, want at least 1")
     lenient = missing == "zero"
-    # Where the folders are wrong already, the files are still read, so that the list of what is wrong is complete.
+    # Files are read even if the folders are wrong already, so that the list of problems is complete.
     jobs = [(clip, protocol, lenient, lenient or not layout.problems) for clip in layout.clips]
     results = _in_order(jobs, processes, advance)
     problems = [*layout.problems, *(problem for result in results for problem in result.problems)]
@@ -115,7 +115,7 @@ def score_clip(
 def read_maps(clip: Clip, protocol: Protocol) -> Iterator[tuple[str, Map, Map]]:
     """The frames of a clip with their predictions and truths `(H, W)` uint8, as they are scored.
 
-    What cannot be used of the predictions is empty; frames whose truth cannot be used are left out.
+    Unusable predictions count as empty; frames with unusable truth are left out.
     """
     yield from _ClipReader(clip, protocol).frames()
 
