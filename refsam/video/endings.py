@@ -124,11 +124,13 @@ def _ogg(file: BinaryIO, size: int) -> bool:
 
 
 def _flv(file: BinaryIO, size: int) -> bool:
-    """Tags, each between two sizes of the one before it."""
+    """Tags (sound, pictures, script), each between two sizes of the one before it; other bytes do not count."""
     file.seek(5)
     file.seek(int.from_bytes(file.read(4), "big") + 4)
     while file.tell() < size:
         header = file.read(11)
+        if header[0] & 0x1F not in (8, 9, 18):
+            return False
         length = int.from_bytes(header[1:4], "big")
         if len(header) < 11 or file.seek(length, 1) > size:
             return True
@@ -149,7 +151,7 @@ def _fragments(file: BinaryIO, size: int) -> bool:
             return False
         if file.seek(start + length) > size:
             return has_fragments
-    return False
+    return has_fragments and file.tell() < size  # within the first bytes of a box
 
 
 _WALKS: dict[str, Callable[[BinaryIO, int], bool]] = {

@@ -48,6 +48,7 @@ def encode_video(
     with av.open(str(path), "w", options=options or {}) as container:
         stream: Any = container.add_stream(codec, rate=rate)
         stream.pix_fmt = pixel_format
+        stream.codec_context.thread_count = 1  # the same bytes however busy the machine is
         if preset is not None:
             stream.options = {"preset": preset}
         if times is not None:

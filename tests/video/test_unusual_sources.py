@@ -1,6 +1,7 @@
 """Unusual but whole sources are read to their end; truncated ones are told apart; nothing is taken for something else."""
 
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 from refsam.errors import UserError
 from refsam.video import Frame, FrameDecodeError, ReadOptions, open_source
 from tests.video.clips import picture, write_video
+
+NOISE = np.random.default_rng(0).bytes(333)
 
 
 def read(source: object, **options: object) -> list[Frame]:
@@ -104,6 +107,14 @@ def through_fifo(folder: Path, content: bytes) -> Path:
         ("clip.avi", "mjpeg", "yuvj420p", b"\0" * 700),
         ("clip.flv", "libx264", "yuv420p", b""),
         ("clip.ts", "libx264", "yuv420p", b""),
+        *(
+            (f"clip.{kind}", "libx264", "yuv420p", NOISE)
+            for kind in ("mp4", "mov", "mkv", "flv", "ts")
+        ),
+        ("clip.webm", "libvpx-vp9", "yuv420p", NOISE),
+        ("clip.ogv", "libvpx", "yuv420p", NOISE),
+        ("clip.avi", "mjpeg", "yuvj420p", NOISE),
+        ("clip.gif", "gif", "rgb8", NOISE),
     ],
 )
 def test_bytes_behind_the_end_do_not_matter(
@@ -153,6 +164,19 @@ def test_what_is_cut_off_is_not_taken_for_whole(
     assert len(good) < 40
     assert not good or isinstance(raised.value, FrameDecodeError)
     assert all(difference(f.image, picture(f.index)) < 30 for f in good)
+
+
+def test_a_cut_anywhere_in_a_fragment_is_seen(tmp_path: Path) -> None:
+    options = {"movflags": "frag_every_frame+empty_moov"}
+    path = write_video(tmp_path / "clip.mp4", frames=4, options=options)
+    content = path.read_bytes()
+    boundaries = {m.start() - 4 for m in re.finditer(b"moof|mfra", content)}
+    last = sorted(boundaries)[-2]
+    for end in range(last - 20, last + 150):
+        path.write_bytes(content[:end])
+        if end not in boundaries:
+            with pytest.raises(UserError):
+                read(path)
 
 
 def test_a_cut_in_a_pipe_is_seen_where_the_index_came_first(tmp_path: Path) -> None:
