@@ -3,6 +3,7 @@
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
@@ -70,6 +71,7 @@ class VideoSource(SourceBase):
         self._busy = (
             threading.Lock()
         )  # held while FFmpeg reads: nobody may close the container meanwhile
+        began = time.monotonic()
         try:
             self._container = self._open(container_format, is_live)
             self._stream = self._best_stream()
@@ -77,6 +79,12 @@ class VideoSource(SourceBase):
         except Exception as error:
             if isinstance(location, ByteStream):
                 location.close()
+            # FFmpeg's RTSP calls a server's silence invalid data.
+            was_silent = isinstance(error, av.error.InvalidDataError) and (
+                0 < options.timeout <= time.monotonic() - began
+            )
+            if was_silent and not self._is_file:
+                raise Silence(self.name, options.timeout) from error
             raise self._not_readable(error) from error
 
     def _open(self, container_format: str | None, is_live: bool) -> Any:

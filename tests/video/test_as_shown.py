@@ -263,9 +263,10 @@ def test_every_frame_is_measured(tmp_path: Path) -> None:
 # Silence
 
 
-def test_server_that_never_answers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", ["http", "rtsp", "rtmp", "tcp"])
+def test_server_that_never_answers(protocol: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"http://127.0.0.1:{server.getsockname()[1]}/clip.mp4"
+        address = f"{protocol}://127.0.0.1:{server.getsockname()[1]}/clip.mp4"
         begun = time.monotonic()
         with pytest.raises(UserError, match=r"sent nothing for 0\.5 s: --timeout"):
             open_source(address, ReadOptions(timeout=0.5))
