@@ -3,9 +3,9 @@
 import os
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from time import monotonic
 from typing import Any
 
 import av
@@ -71,7 +71,7 @@ class VideoSource(SourceBase):
         self._busy = (
             threading.Lock()
         )  # held while FFmpeg reads: nobody may close the container meanwhile
-        began = time.monotonic()
+        began = monotonic()
         try:
             self._container = self._open(container_format, is_live)
             self._stream = self._best_stream()
@@ -81,7 +81,7 @@ class VideoSource(SourceBase):
                 location.close()
             # FFmpeg's RTSP calls a server's silence invalid data.
             was_silent = isinstance(error, av.error.InvalidDataError) and (
-                0 < options.timeout <= time.monotonic() - began
+                0 < options.timeout <= monotonic() - began
             )
             if was_silent and not self._is_file:
                 raise Silence(self.name, options.timeout) from error

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -19,6 +20,7 @@ from refsam.cli import main
 from refsam.video.mask_formats import davis_palette
 from tests.tiny_model import tiny_model
 from tests.video.clips import picture, write_video
+from tests.video.test_writer import fill_disk_after
 
 
 @pytest.fixture(scope="module")
@@ -319,3 +321,30 @@ def test_silent_pipe_is_given_up(segment, tmp_path: Path) -> None:  # type: igno
     result, out = segment(tmp_path / "pipe", "--timeout", "0.3")
     assert result.exit_code == 2 and "sent nothing for 0.3 s" in result.stderr
     assert not out.exists()
+
+
+def test_a_run_that_a_full_disk_ended_is_resumed(
+    segment,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,  # type: ignore[no-untyped-def]
+) -> None:
+    source = write_video(tmp_path / "clip.mp4", frames=12)
+    _, whole = segment(source, out=tmp_path / "whole")
+    fill_disk_after(monkeypatch, 5)
+    result, out = segment(source)
+    assert result.exit_code == 2 and "the 5 frames before are kept" in result.stderr
+    assert (report(out)["frames"], report(out)["complete"]) == (5, False)
+    monkeypatch.undo()
+    result, _ = segment(source, "--resume")
+    assert result.exit_code == 0, result.output
+    assert report(out)["complete"] and (masks_in(out) == masks_in(whole)).all()
+
+
+def test_pixels_that_are_not_square_keep_the_stored_size(segment, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    source = write_video(tmp_path / "clip.mp4", frames=2, aspect=Fraction(2))
+    result, out = segment(source)
+    assert result.exit_code == 0, result.output
+    assert masks_in(out).shape == (2, 48, 64)
+    with av.open(str(out / "overlay.mp4")) as video:
+        stream = video.streams.video[0]
+        assert (stream.height, stream.width, stream.sample_aspect_ratio) == (48, 64, 2)

@@ -41,10 +41,14 @@ def encode_video(
     pixel_format: str = "yuv420p",
     times: Sequence[int] | None = None,
     rotation: int = 0,
+    aspect: Fraction | None = None,
     preset: str | None = None,
     options: dict[str, str] | None = None,
 ) -> Path:
-    """Write images (H, W, 3) uint8 RGB; `times` are milliseconds, `rotation` degrees counter-clockwise."""
+    """Write images (H, W, 3) uint8 RGB.
+
+    `times` are milliseconds, `rotation` degrees counter-clockwise, `aspect` a pixel's width / height.
+    """
     with av.open(str(path), "w", options=options or {}) as container:
         stream: Any = container.add_stream(codec, rate=rate)
         stream.pix_fmt = pixel_format
@@ -53,6 +57,8 @@ def encode_video(
             stream.options = {"preset": preset}
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
         if rotation:
             stream.set_display_rotation(rotation)
         for index, image in enumerate(images):
