@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,6 +11,11 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from refsam.errors import UserError
+
+with suppress(ImportError):  # phones' photographs, which Pillow does not read by itself
+    from pi_heif import register_heif_opener
+
+    register_heif_opener()
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jfif .png .bmp .tif .tiff .webp .ppm .pgm .pbm .jp2 .avif .heic .heif .hif".split()

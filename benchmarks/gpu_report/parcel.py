@@ -17,6 +17,7 @@ PACKAGES = (
     "typing-inspection",
     "segment-anything",
     "pycocotools",
+    "pi-heif",
 )
 PYTHON = "3.12"
 PLATFORMS = tuple(

@@ -2,13 +2,12 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from refsam.errors import UserError
 from refsam.images import IMAGE_ERRORS, refuse_image, to_rgb
@@ -21,7 +20,6 @@ from refsam.video.frames import (
     SourceBase,
 )
 
-HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 IMAGE_FPS = Fraction(24)  # images carry no rate; DAVIS, the usual folder of frames, has 24
 _MILLISECOND = Fraction(1, 1000)
 _REDUCED = 254  # TIFF's tag that says of a page that it is a smaller copy of another
@@ -111,13 +109,8 @@ def open_image(path: Path, name: str, options: ReadOptions) -> ImageSource | Ani
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        with _opened(path) as opened:
-            pages = _pages(opened)
-    except UserError:
-        if path.suffix.lower() not in HEIF_SUFFIXES:
-            raise
-        pages = [0]
+    with _opened(path) as opened:
+        pages = _pages(opened)
     return (
         AnimationSource(path, pages, options, name)
         if len(pages) > 1
@@ -133,12 +126,6 @@ def read_image(path: str | os.PathLike[str], options: ReadOptions = EVERYTHING) 
     Raises:
         UserError: missing, unreadable, damaged, of floating-point pixels, or an animation.
     """
-    if Path(path).suffix.lower() in HEIF_SUFFIXES:
-        return _read_heif(Path(path), options)
-    return _read_one(path, options)
-
-
-def _read_one(path: str | os.PathLike[str], options: ReadOptions) -> np.ndarray:
     with _opened(path) as opened:
         pages = _pages(opened)
         if len(pages) > 1:
@@ -146,25 +133,6 @@ def _read_one(path: str | os.PathLike[str], options: ReadOptions) -> np.ndarray:
                 f"{path} holds {len(pages)} pictures: give it alone, or a folder of images of one picture"
             )
         return _pixels(opened, path, options)
-
-
-def _read_heif(path: Path, options: ReadOptions) -> np.ndarray:
-    """By Pillow where it can, with pi-heif or for AVIF; else by FFmpeg, which does not put tiles together."""
-    from refsam.video.video_source import VideoSource
-
-    with suppress(ImportError):
-        from pi_heif import register_heif_opener
-
-        register_heif_opener()
-    try:
-        return _read_one(path, options)
-    except UserError as error:
-        if not isinstance(error.__cause__, UnidentifiedImageError):
-            raise
-    with VideoSource(
-        str(path), options=replace(options, start=0.0, end=None, stride=1, after=-1)
-    ) as source:
-        return next(iter(source)).image
 
 
 @contextmanager

@@ -116,7 +116,7 @@ class VideoSource(SourceBase):
             )
         if any(stream.disposition & av.stream.Disposition.dependent for stream in usable):
             raise UserError(
-                f"{self.name} is stored in tiles, which FFmpeg does not put together: pip install pi-heif, or give a JPEG or PNG"
+                f"{self.name} is an image in tiles: name it .heic or .avif, or give a JPEG or PNG"
             )
         return max(usable, key=_rank)
 

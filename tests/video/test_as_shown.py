@@ -13,8 +13,10 @@ import pytest
 from PIL import Image, features
 
 from refsam.errors import UserError
+from refsam.images import read_image
 from refsam.video import Frame, FrameDecodeError, ReadOptions, open_source, prefetch
 from tests.video.clips import picture, write_video
+from tests.video.heif import write_tiled_heif
 
 MATRICES = {601: (0.299, 0.114, 6), 709: (0.2126, 0.0722, 1), 2020: (0.2627, 0.0593, 9)}
 
@@ -286,3 +288,14 @@ def test_closing_does_not_wait_for_who_cannot_be_woken() -> None:
     ahead.close()
     assert time.monotonic() - begun < 3
     silent.set()
+
+
+@pytest.mark.parametrize("name", ["photo.heic", "photo.HIF", "photo.jpg"])
+def test_photographs_in_tiles_are_whole(tmp_path: Path, name: str) -> None:
+    """AirDrop and mail name them .jpg as well."""
+    image = np.zeros((128, 192, 3), np.uint8)
+    image[:64, :64], image[64:, 64:128], image[64:, 128:] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+    path = write_tiled_heif(tmp_path / name, image)
+    for shown in (read(path)[0].image, np.asarray(read_image(path)[0])):
+        assert shown.shape == image.shape
+        assert np.abs(shown.astype(int) - image).max() <= 12
