@@ -26,12 +26,12 @@ START, PADDING, END = 0, 1, 2  # token ids of BEiT-3's vocabulary
 class EVFSAM(PromptedSAM):
     """Referring segmentation of single frames by EVF-SAM (arXiv 2406.20076), with the interface of `RefSAM`.
 
-    It has no memory: each frame is segmented on its own. An expression is read together with each frame, so nothing of
-    it but its word embeddings outlasts a frame.
+    It has no memory: each frame is segmented on its own. BEiT-3 reads each expression together with the frame, so
+    only its word embeddings are kept between frames.
 
     Args:
         config: sizes.
-        tokenizer: of the checkpoint; without one, expressions cannot be read, only token ids.
+        tokenizer: the checkpoint's; without one, only token ids can be encoded.
 
     Attributes:
         semantic: put "[semantic] " before each expression: the multitask checkpoints then segment parts, stuff and
@@ -58,7 +58,7 @@ class EVFSAM(PromptedSAM):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **hub_options: Any) -> EVFSAM:
-        """The model, in eval mode, of a folder or Hub id: EVF-SAM's own files, or what `save_pretrained` wrote.
+        """Load the model, in eval mode, from a folder or Hub id: EVF-SAM's own files or those of `save_pretrained`.
 
         hub_options (revision, token, cache_dir, local_files_only, force_download) go to huggingface_hub. Raises
         CheckpointError.
@@ -67,7 +67,8 @@ class EVFSAM(PromptedSAM):
 
     @classmethod
     def from_checkpoint(cls, stored: Checkpoint) -> EVFSAM:
-        """The model, in eval mode, of a checkpoint already read; raises CheckpointError if they differ."""
+        """Build the model, in eval mode, from a checkpoint in memory; raises CheckpointError if names or shapes
+        differ."""
         if not isinstance(stored.config, EVFConfig):
             raise CheckpointError(f"checkpoint: got a {stored.kind} RefSAM, wanted EVF-SAM")
         with torch.device("meta"):
@@ -117,7 +118,7 @@ class EVFSAM(PromptedSAM):
         return (pixels - 0.5) / 0.5
 
     def encode_image(self, pixels: Tensor, view: Tensor | None = None) -> ImageFeatures:
-        """Normalised pixels (B, 3, S, S) and `view` (B, 3, s, s) to features that any number of expressions share.
+        """Encode normalised pixels (B, 3, S, S) and `view` (B, 3, s, s) into features that all expressions share.
 
         Raises ValueError without a view.
         """
@@ -129,7 +130,7 @@ class EVFSAM(PromptedSAM):
         return ImageFeatures(embedding, embedding[None], grid, self.beit3.embed_patches(view))
 
     def encode_text(self, expressions: Sequence[str]) -> TextPrompt:
-        """P expressions to their word embeddings; raises ExpressionError for one that cannot be read."""
+        """Embed the words of P expressions; raises ExpressionError for one that the tokenizer cannot take."""
         rows = [self._ids(expression) for expression in expressions]
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
         ids = torch.full((len(rows), int(lengths.max())), PADDING)
@@ -138,7 +139,7 @@ class EVFSAM(PromptedSAM):
         return self.embed_text(ids, lengths)
 
     def embed_text(self, ids: Tensor, lengths: Tensor) -> TextPrompt:
-        """Token ids (P, T) int64, of which the first lengths (P,) of each row are valid, as `encode_text` gives them."""
+        """As `encode_text`, from token ids (P, T) int64, of which the first lengths (P,) of each row are valid."""
         words = self.beit3.embed_words(ids.to(self.device))
         return TextPrompt(words, words.new_zeros(len(words), self.config.prompt_dim), lengths)
 

@@ -75,7 +75,7 @@ class RefSAM(
         image_size: int | None = None,
         **hub_options: Any,
     ) -> RefSAM:
-        """The model, in eval mode, of a bundled name (`nano`), a folder or a Hub id.
+        """Load the model, in eval mode, by bundled name (`nano`), folder or Hub id.
 
         sam: SAM's file or its converted folder for a delta, else looked for in REFSAM_SAM_DIR. text_encoder:
         folder or Hub id that replaces the recorded one. image_size: another S; position tables are
@@ -90,7 +90,8 @@ class RefSAM(
 
     @classmethod
     def from_checkpoint(cls, stored: Checkpoint) -> RefSAM:
-        """The model, in eval mode, of a checkpoint already read; raises CheckpointError if they differ.
+        """Build the model, in eval mode, from a checkpoint in memory; raises CheckpointError if names or shapes
+        differ.
 
         A checkpoint of SAM alone gives an untrained RefSAM: the other parts are new.
         """
@@ -133,11 +134,11 @@ class RefSAM(
         config: Any = None,
         **push_options: Any,
     ) -> str | None:
-        """Write a checkpoint folder; with delta only what stands on SAM's file, and which file that is.
+        """Write a checkpoint folder; with delta, only the tensors that SAM's file lacks, and that file's SHA-256.
 
         The other arguments are those of huggingface_hub's mixin; config is ignored, it is the model's own.
-        model_card_kwargs: what `refsam.model.model_card` leaves open (model_name, training, results,
-        limitations). Raises CheckpointError if the folder cannot be written or a delta does not know its SAM
+        model_card_kwargs: fields for `refsam.model.model_card` (model_name, training, results,
+            limitations). Raises CheckpointError if the folder cannot be written or a delta does not know its SAM
         file; with push_to_hub as that does.
         """
         directory, stored = Path(save_directory), self.to_checkpoint(delta)
@@ -225,7 +226,7 @@ class RefSAM(
         self.train(self.training)
 
     def frozen_modules(self) -> list[nn.Module]:
-        """The modules that have parameters of which none is trained."""
+        """Modules whose parameters are all frozen."""
         return [
             module
             for module in self.modules()
@@ -254,7 +255,8 @@ class RefSAM(
         return super().deoptimize()
 
     def encode_image(self, pixels: Tensor, view: Tensor | None = None) -> ImageFeatures:
-        """Normalised pixels (B, 3, h, w), whole patches, to features that any number of expressions share; there is no `view`."""
+        """Encode normalised pixels (B, 3, h, w), whole patches, into features that all expressions share; `view` is
+        None."""
         seen = None
         if self.trunk is not None:
             values = pixels * self.pixel_std + self.pixel_mean
@@ -269,7 +271,7 @@ class RefSAM(
         return ImageFeatures(levels[0], levels, grid, fine=seen.fine, names=seen.names)
 
     def encode_text(self, expressions: Sequence[str]) -> TextPrompt:
-        """P expressions to prompts; raises ExpressionError for one that cannot be understood."""
+        """Encode P expressions as prompts; raises ExpressionError for one that has no known word."""
         return self.project_text(self.text_encoder(expressions))
 
     def project_text(self, encoded: EncodedText) -> TextPrompt:
@@ -326,7 +328,7 @@ class RefSAM(
         image_index: Tensor,
         match: Tensor | None,
     ) -> Tensor:
-        """Logits with the trunk's fine features and the noun's match, where there is a trunk."""
+        """Refine logits by the trunk's fine features and the noun's match; unchanged without a trunk."""
         if self.outlines is None or image.fine is None or match is None:
             return logits
         match = match.unflatten(1, image.grid)

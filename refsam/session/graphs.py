@@ -31,14 +31,14 @@ Key = tuple[Hashable, Hashable, Hashable]  # the function, what it depends on, i
 
 
 class FrameGraphs:
-    """A model's `encode_image` and `decode` by CUDA graphs, with the same results.
+    """Runs a model's `encode_image` and `decode` by CUDA graphs, with the same results.
 
-    Graphs are made when a shape is first seen; the least recently used ones make room. What has no graph (more than 16
-    expressions or 64 words) is computed kernel by kernel. Threads may share one object.
+    A graph is recorded for each new shape; the least recently used ones are dropped. Larger inputs (more than 16
+    expressions or 64 words) run kernel by kernel. Threads may share one object.
 
     Args:
         model: a `RefSAM` or `EVFSAM` in evaluation mode on a CUDA device.
-        capacity: how many graphs are kept.
+        capacity: number of graphs to keep.
 
     Raises:
         ValueError: the model is not on a CUDA device.
@@ -53,7 +53,7 @@ class FrameGraphs:
 
     @property
     def memory_bytes(self) -> int:
-        """Device memory that the graphs hold: their inputs, outputs and what lies between."""
+        """Device memory that the graphs hold: inputs, outputs and intermediate tensors."""
         return self._graphs.memory_bytes
 
     @property

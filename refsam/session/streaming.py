@@ -38,13 +38,13 @@ def segment_video(
 ) -> Iterator[FrameResult]:
     """Yield the masks of each frame while the next frames are read in another thread.
 
-    Until the last frame glibc keeps freed memory, and a small model on a CPU computes with few threads
+    While it runs, glibc keeps freed memory, and a small model on a CPU computes with few threads
     (`refsam.runtime.threads.choose_threads`).
 
     Args:
         model: a `RefSAM` or `EVFSAM` in evaluation mode.
-        source: whatever `refsam.video.open_source` takes (video, folder of images, image, camera), or
-            any iterable of ``(H, W, 3)`` uint8 RGB frames.
+        source: anything that `refsam.video.open_source` takes (video, folder of images, image, camera), or an
+            iterable of ``(H, W, 3)`` uint8 RGB frames.
         expressions: what to segment.
         optimize, graphs: as for `VideoSession`.
         dtype: of matrix products on a GPU (autocast). None: bfloat16 where the GPU has it, or autocast as it is
@@ -64,12 +64,13 @@ def prefetch_frames(
     encode: bool = True,
     heed: Callable[[], None] = lambda: None,
 ) -> Generator[tuple["Frame", PreparedFrame | EncodedFrame], None, None]:
-    """Each frame with what `session.step` takes, made in other threads while the frames before it are segmented.
+    """Yield each frame with the input of `session.step`, prepared in other threads while earlier frames are
+    segmented.
 
-    They read and resize. Where torch computes with one thread of several cores they run the image encoder too, of
-    two frames at a time, beside the decoder: only that waits for the frame before. encode=False leaves the encoder
-    to `step_batch`.
-    heed is called every tenth of a second while no frame comes, and may raise.
+    The threads read and resize. If torch computes with one thread on several cores, they also run the image encoder,
+    for two frames at a time, in parallel with the decoder, which alone depends on the frame before. encode=False
+    leaves the encoder to `step_batch`. heed is called every tenth of a second while waiting for a frame, and may
+    raise.
     """
     from refsam.video import prefetch
 

@@ -84,7 +84,7 @@ class VideoSession:
 
     Raises:
         UserError: an expression that is empty, too long, or of which the model knows no word.
-        ValueError: graphs of another model, or no probability.
+        ValueError: graphs of another model, or a threshold outside 0..1.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class VideoSession:
         return _step_all([(self, frame)])[0]
 
     def add(self, expression: str) -> int:
-        """Ask for one more object from the next frame on; returns its index in the masks.
+        """Add an expression from the next frame on; returns its index in the masks.
 
         Raises:
             UserError: as the constructor does; the session then stays as it was.
@@ -159,7 +159,7 @@ class VideoSession:
         return len(self._expressions) - 1
 
     def remove(self, index: int) -> None:
-        """Stop asking for an expression; those behind it move up by one.
+        """Remove an expression; later ones move up by one.
 
         Raises:
             ValueError: no expression has that index.
@@ -185,7 +185,7 @@ class VideoSession:
         return TrackState(self._track, tuple(self._has_track), self._frame_index)
 
     def restore(self, state: TrackState) -> None:
-        """Go on behind the frame after which another session, of the same model and expressions, had this state.
+        """Continue from the state of another session with the same model and expressions.
 
         Raises:
             ValueError: another number of expressions.

@@ -30,7 +30,7 @@ class VideoOptions:
     """Options for reading videos and keeping their masks.
 
     Attributes:
-        reading: which frames, and how patiently; None takes all.
+        reading: range of frames and time limits; None reads all.
         formats: of `refsam.video.mask_formats.FORMATS`.
         threshold: pixels that are more probable than this belong to a mask.
     """
@@ -96,19 +96,20 @@ def segment_videos(
 
     Args:
         model: a `RefSAM` or `EVFSAM` in evaluation mode.
-        videos: whatever `refsam.video.open_source` takes. Of the same names, the second gets ``-2`` behind it;
-            ``out/videos.json`` says which folder is whose.
+        videos: anything that `refsam.video.open_source` takes. The second of the same name gets ``-2`` appended;
+            ``out/videos.json`` maps videos to folders.
         expressions: what to segment: in all videos, or a list for each video.
         out: folder to make, or that of an earlier run.
-        batch_size: frames that go through the image encoder together, from that many videos while there are as
-            many. 1 answers soonest; more serve a GPU better. Logits are the same within 1e-5.
+        batch_size: frames per pass of the image encoder, from as many videos. 1 has the lowest latency; larger values
+            use a GPU better. Logits are the same within 1e-5.
         overlay: also write ``overlay.mp4``.
-        options: which frames, which formats, which threshold.
-        shard: which of the videos this process does; as `torchrun` says where None.
+        options: range of frames, formats of masks, threshold.
+        shard: this process's part of the videos; None: as `torchrun` sets it.
         graphs: as for `VideoSession`.
         settings: more entries for ``result.json``, such as the model's name; an earlier run's must be equal.
         advance: called with each outcome.
-        heed: called between batches and while no frame comes; what it raises ends the run, with unfinished videos removed.
+        heed: called between batches and while waiting for a frame; an exception that it raises ends the run and
+            removes unfinished videos.
 
     Returns:
         The outcomes of this process's videos: those that were done, then the others as they ended.

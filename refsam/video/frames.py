@@ -17,7 +17,8 @@ class FrameDecodeError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame as a viewer shows it, but for the shape of its pixels: turned, mirrored, transparency on white.
+    """One frame as a viewer shows it: rotated and mirrored as the file says, transparency on white, pixels in their
+    own shape.
 
     Attributes:
         index: number of the frame in the source, from 0; there are gaps where frames were left out.
@@ -32,7 +33,7 @@ class Frame:
     aspect: Fraction = Fraction(1)
 
     def square_image(self) -> np.ndarray:
-        """The image with square pixels, for whoever must not see it squashed: ``(H', W', 3)`` uint8, one side enlarged."""
+        """The image resized to square pixels: ``(H', W', 3)`` uint8, one side enlarged."""
         if self.aspect == 1:
             return self.image
         height, width = self.image.shape[:2]
@@ -49,12 +50,12 @@ class ReadOptions:
 
     Attributes:
         start, end: seconds since the source's first frame; frames with ``start <= time < end`` are taken.
-        stride: every how many-th of them.
-        max_frames: at most so many.
-        after: number of the last frame that an earlier run did; those behind it are given.
+        stride: take every n-th of them.
+        max_frames: read at most this many.
+        after: number of the last frame of an earlier run; reading starts after it.
         timeout: seconds without a byte after which a stream is given up; 0 waits for ever, as cameras always do.
-        max_pixels: of a frame; None takes all that the decoder does.
-        skip_bad_frames: go on behind a frame that cannot be decoded, and list it in ``skipped``.
+        max_pixels: largest frame in pixels; None: the decoder's limit.
+        skip_bad_frames: continue after a frame that cannot be decoded, and list it in ``skipped``.
     """
 
     start: float = 0.0
@@ -134,8 +135,8 @@ class FrameSource(Protocol):
         name: where the frames come from, for messages and results.
         fps: mean frames per second.
         time_base: unit in which every frame time of the source is a whole number.
-        expected_frames: number of frames that it will give, None where it does not know.
-        notes: what is not as it should be, in words; more may come while it is read.
+        expected_frames: number of frames to come, None if unknown.
+        notes: problems of the source in words; more may be added while it is read.
         skipped: the frames that could not be decoded, by number, and why.
         files: the files of a folder's frames, by number; None for other sources.
         sound: file whose sound belongs to the frames, and the seconds in it at which they begin; None where there is none.

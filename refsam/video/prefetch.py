@@ -24,8 +24,8 @@ def prefetch(
 
     Args:
         items: iterated over in the thread.
-        depth: how many are ready at most.
-        heed: called every tenth of a second while there is nothing to take; what it raises is raised to the taker.
+        depth: largest number of items that wait.
+        heed: called every tenth of a second while waiting; an exception that it raises reaches the caller.
         patience: seconds that closing waits for the thread.
     """
     return Prefetched(items, depth, heed, patience)

@@ -26,7 +26,7 @@ def open_source(source: str | os.PathLike[str], options: ReadOptions = EVERYTHIN
         source: path; ``-`` for standard input; ``frames/*.jpg`` or ``frames/%05d.jpg`` for images; ``camera:0`` (or
             ``camera:/dev/video0``) for a camera; a URL such as ``rtsp://...`` for a stream. Images are taken in
             natural order (``frame2`` before ``frame10``); hidden and other files of a folder are left out.
-        options: which frames are wanted, and how patient reading is.
+        options: range of frames and time limits.
 
     Raises:
         UserError: the source is missing, empty, unreadable, silent or holds no frames.

@@ -36,7 +36,7 @@ class DiskFullError(UserError):
 
 
 class ResultWriter:
-    """Write one run's outputs in a thread of its own, under a hidden name until `finish`.
+    """Writes a run's outputs in a background thread, under a hidden name until `finish`.
 
     ``masks/<expression>/<frame>.png`` (0 and 255, at the frame's size; other formats elsewhere), ``overlay.mp4`` (H.264 at
     the source's times) and ``result.json``. Leaving the ``with`` block without `finish` removes everything that was written.
@@ -121,7 +121,7 @@ class ResultWriter:
             frame: the source's frame.
             masks: ``(E, H, W)`` bool.
             scores: ``(E,)`` in 0..1.
-            state: what the next frame builds on; that of the last frame written is kept for a run that goes on.
+            state: the session's state after the frame; the last one is kept for a run that resumes.
 
         Raises:
             DiskFullError: no more can be written; `finish` keeps what was.
@@ -140,7 +140,7 @@ class ResultWriter:
 
         Args:
             pack: makes bytes of the last frame's state, for a run that is not complete.
-            facts: what ``result.json`` says besides.
+            facts: further entries of ``result.json``.
 
         Returns:
             The output folder.
