@@ -11,6 +11,7 @@ from typing import Any
 from refsam_kernels.adapter_mlp.op import adapter_mlp
 from refsam_kernels.adapter_projection.op import adapter_projection
 from refsam_kernels.core.dispatch import BackendError, use_backend
+from refsam_kernels.core.flops import flop_formulas
 from refsam_kernels.core.streams import is_capturing, settle
 from refsam_kernels.decomposition import decompositions
 from refsam_kernels.dense_attention.op import dense_attention
@@ -42,6 +43,7 @@ __all__ = [
     "can_prepack",
     "decompositions",
     "dense_attention",
+    "flop_formulas",
     "is_capturing",
     "mask_loss",
     "mask_postprocess",

@@ -1,14 +1,10 @@
 """Operations of a training step: the matrix products of forward and backward, counted while they run.
 
-torch counts its own operators; those of refsam_kernels are one node each, so their products are told here. What recomputation
-adds is not counted: the number says what the model needs, not what a way to compute it does.
+Recomputation is not counted: the number says what the model needs, however it is computed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from math import ceil, prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +16,13 @@ from refsam.training.distributed import Processes
 from refsam.training.module import NotANumberError, TrainingModule
 from refsam.training.monitoring import measure_peak_flops
 from refsam.training.settings import StageSettings, TrainingSettings
-
-Shape = Sequence[int]
+from refsam_kernels import flop_formulas
 
 
 class StepFlops:
-    """What the batches of a run take, counted once for each stage, and only where the devices' peak is known.
+    """Counts the operations of a run's batches, once for each stage, if the devices' peak is known.
 
-    `peak` is what all devices together reach, operations per second.
+    `peak` is that of all devices together, in operations per second.
     """
 
     def __init__(
@@ -70,7 +65,7 @@ def count_flops(
     """
     encoder = model.image_encoder
     checkpointing, encoder.activation_checkpointing = encoder.activation_checkpointing, False
-    counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+    counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
     try:
         with counter:
             module(first_frame(batch), replace(stage, clips=1, frames=1))["total"].backward()
@@ -96,100 +91,3 @@ def first_frame(batch: TrainingBatch) -> TrainingBatch:
         None if batch.attributes is None else batch.attributes[:1, :1],
         None if batch.owner is None else batch.owner[:1, :1],
     )
-
-
-# A product's operations and, where its second factor is a weight, which of the operator's differentiable arguments that is.
-Product = tuple[int, int | None]
-
-
-def _formulas() -> dict[Any, Callable[..., int]]:
-    """How to count each operator of refsam_kernels that multiplies matrices, forward and backward."""
-    formulas: dict[Any, Callable[..., int]] = {}
-    for name, (products, gradients) in _OPERATORS.items():
-        forward = getattr(torch.ops.refsam_kernels, name)
-        backward = getattr(torch.ops.refsam_kernels, f"{name}_backward")
-        formulas[forward] = partial(_forward_flops, products)
-        formulas[backward] = partial(_backward_flops, products, gradients)
-    return formulas
-
-
-def _forward_flops(
-    products: Callable[..., list[Product]], *arguments: Any, out_shape: Any = None
-) -> int:
-    return sum(count for count, _ in products(*arguments))
-
-
-def _backward_flops(
-    products: Callable[..., list[Product]], gradients: int, *arguments: Any, out_shape: Any = None
-) -> int:
-    """As many again for the first factor's gradient, and for the second's where it is wanted."""
-    needs = arguments[-2]
-    return sum(
-        count * (2 if weight is None or needs[weight] else 1)
-        for count, weight in products(*arguments[gradients:])
-    )
-
-
-def _linear(rows: int, arguments: Sequence[Any], *weights: int) -> list[Product]:
-    """Rows through the linear layers whose weights are these arguments, where they are there."""
-    present = [index for index in weights if arguments[index] is not None]
-    return [(2 * rows * prod(arguments[index]), index) for index in present]
-
-
-def _rel_pos_attention(*arguments: Any) -> list[Product]:
-    """Queries with keys, weights with values, queries with both position tables; padding's keys count."""
-    B, h, w, width = arguments[0]
-    window = next(a for a in reversed(arguments[:-2]) if type(a) is int)
-    rows, columns = (window, window) if window else (h, w)
-    queries = B * (ceil(h / rows) * rows) * (ceil(w / columns) * columns)
-    per_key = 2 * queries * (width // 3)
-    return [
-        (2 * per_key * rows * columns, None),
-        (per_key * rows, 1),
-        (per_key * columns, 2),
-    ]
-
-
-def _adapter_projection(*arguments: Any) -> list[Product]:
-    return _linear(prod(arguments[0][:-1]), arguments, 2, 4, 6)
-
-
-def _adapter_mlp(*arguments: Any) -> list[Product]:
-    return _linear(prod(arguments[0][:-1]), arguments, 2, 4, 6, 8)
-
-
-def _dense_attention(features: Shape, text: Shape, *_: Any) -> list[Product]:
-    """The features' half of the projection once per frame; words with features, and their mixtures, per expression."""
-    levels, frames, tokens, channels = features
-    expressions, words, _channels = text
-    projection = 2 * levels * frames * tokens * channels * channels
-    return [(projection, 2), (2 * 2 * levels * expressions * tokens * words * channels, None)]
-
-
-def _token_image_attention(*arguments: Any) -> list[Product]:
-    (masks, asking, _), asked, inner = arguments[0], arguments[1][1], arguments[4][0]
-    return [
-        *_linear(masks * asking, arguments, 4, 10),
-        *_linear(masks * asked, arguments, 6, 8),
-        (2 * 2 * masks * asking * asked * inner, None),
-    ]
-
-
-def _mask_upscale(*arguments: Any) -> list[Product]:
-    (masks, h, w, _), (_, count, channels) = arguments[0], arguments[1]
-    return [
-        *_linear(masks * h * w, arguments, 2),
-        *_linear(masks * 4 * h * w, arguments, 6),
-        (2 * masks * count * channels * 16 * h * w, None),
-    ]
-
-
-# By operator: its products, and how many gradients its backward is given before the forward's arguments.
-_OPERATORS: dict[str, tuple[Callable[..., list[Product]], int]] = {
-    "rel_pos_attention": (_rel_pos_attention, 1),
-    "adapter_projection": (_adapter_projection, 2),
-    "adapter_mlp": (_adapter_mlp, 2),
-    "dense_attention": (_dense_attention, 1),
-    "token_image_attention": (_token_image_attention, 1),
-    "mask_upscale": (_mask_upscale, 1),
-}

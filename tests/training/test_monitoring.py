@@ -28,6 +28,7 @@ from refsam_kernels import (
     adapter_mlp,
     adapter_projection,
     dense_attention,
+    flop_formulas,
     mask_upscale,
     rel_pos_attention,
     token_image_attention,
@@ -220,12 +221,12 @@ def test_operations_of_an_operator_are_those_of_its_formula(
     with torch.no_grad():
         CALLS[name]("reference")
     monkeypatch.undo()
-    ours = FlopCounterMode(display=False, custom_mapping=flops._formulas())
+    ours = FlopCounterMode(display=False, custom_mapping=flop_formulas())
     with ours:
         result = CALLS[name]("fallback")
     spared = 2 * 2 * 36 * C * C if operator == "dense_attention" else 0
     assert ours.get_total_flops() == plain.get_total_flops() - spared
-    both = FlopCounterMode(display=False, custom_mapping=flops._formulas())
+    both = FlopCounterMode(display=False, custom_mapping=flop_formulas())
     with both:
         CALLS[name]("fallback").sum().backward()
     assert both.get_total_flops() == pytest.approx(3 * ours.get_total_flops(), rel=1e-9)

@@ -13,7 +13,7 @@ from refsam_kernels.feed_forward.mlp import (
     scaled,
     shaped,
 )
-from refsam_kernels.feed_forward.torch_steps import TORCH_STEPS, Steps, rows
+from refsam_kernels.feed_forward.torch_steps import TORCH_STEPS, Steps, Sum, SumBackward, rows
 
 
 def forward(inputs: Inputs, steps: Steps = TORCH_STEPS) -> Outputs:
@@ -24,10 +24,9 @@ def forward(inputs: Inputs, steps: Steps = TORCH_STEPS) -> Outputs:
     result, *kept = mlp_forward(steps, normed, inputs.mlp, keep=keep)
     if inputs.adapter is not None:
         adapted, *adapter_kept = mlp_forward(steps, normed, inputs.adapter, keep=keep)
-    norm = (inputs.norm_weight, inputs.norm_bias)
-    x, normed_next, *statistics = steps.add_and_norm(
-        inputs.residual, result, adapted, inputs.scale, *norm, inputs.eps, keep
-    )
+    terms = (inputs.residual, result, adapted, inputs.scale)
+    norm = (inputs.norm_weight, inputs.norm_bias, inputs.eps, keep)
+    x, normed_next, *statistics = steps.add_and_norm(Sum(*terms, *norm))
     return Outputs(x, or_empty(normed_next, normed), *statistics, *kept, *adapter_kept)
 
 
@@ -44,7 +43,7 @@ def backward(
     norm = (inputs.norm_weight, inputs.norm_bias)
     needs_sum = needs[5] or needs[9]
     total, grad, column_sum, *grad_norm = steps.add_and_norm_backward(
-        *grads, *statistics, *norm, normed.dtype, needs_sum, needs[10:]
+        SumBackward(*grads, *statistics, *norm, normed.dtype, needs_sum, needs[10:])
     )
     tokens = rows(normed)
     kept = (outputs.hidden, outputs.activated)
@@ -55,15 +54,9 @@ def backward(
     if inputs.adapter is not None:
         kept = (outputs.adapter_hidden, outputs.adapter_activated)
         adapter_needs = (needs[0], *needs[6:9])
+        arguments = (grad, tokens, kept, inputs.adapter, adapter_needs)
         grad_normed, *grad_adapter = mlp_backward(
-            steps,
-            grad,
-            tokens,
-            kept,
-            inputs.adapter,
-            adapter_needs,
-            scale=scale,
-            addend=grad_normed,
+            steps, *arguments, scale=scale, addend=grad_normed
         )
         grad_adapter += [None if column_sum is None else scaled(column_sum, scale)]
     gradients = (grad_normed, total, *grad_mlp, column_sum, *grad_adapter, *grad_norm)

@@ -1,25 +1,21 @@
 """Registration and public function of `adapter_mlp`."""
 
+from math import prod
 from typing import Any
 
 from torch import Tensor
 
 from refsam_kernels.adapter_mlp.inputs import Inputs, Outputs
-from refsam_kernels.core.checks import (
-    autocast,
-    check_same_device,
-    check_same_dtype,
-    check_shape,
-    require,
-)
+from refsam_kernels.core.checks import autocast, require
+from refsam_kernels.core.flops import Product, counts, linear
 from refsam_kernels.core.registration import Operator, needs_gradient
 from refsam_kernels.feed_forward.mlp import (
     NO_ADAPTER,
     AdapterWeights,
     check_mlp,
-    check_norm,
+    check_operands,
+    check_tokens,
     empty_kept,
-    named_adapter,
 )
 from refsam_kernels.feed_forward.torch_steps import empty_statistics, sum_dtype
 
@@ -41,6 +37,12 @@ operator.differentiate(
     {"grad_x": "x", "grad_normed": "normed"},
     saved=["x", "mean", "rstd", "hidden", "activated", "adapter_hidden", "adapter_activated"],
 )
+
+
+@counts(operator)
+def _products(inputs: Any) -> list[Product]:
+    weights = ("fc1_weight", "fc2_weight", "adapter_fc1_weight", "adapter_fc2_weight")
+    return linear(prod(inputs.normed[:-1]), inputs, *weights)
 
 
 def adapter_mlp(
@@ -97,21 +99,9 @@ def adapter_mlp(
 
 def _check(inputs: Inputs) -> None:
     """Raises `ValueError` for arguments that `adapter_mlp` cannot take."""
-    normed, residual = inputs.normed, inputs.residual
-    require(normed.dim() > 1, "normed", f"shape {tuple(normed.shape)}", "(..., D)")
-    width = normed.shape[-1]
-    check_shape("residual", residual, tuple(normed.shape))
-    operands = inputs.mlp._asdict()
-    check_mlp(operands, width)
-    if inputs.adapter is not None:
-        check_mlp(named_adapter(inputs.adapter), width)
-        operands |= named_adapter(inputs.adapter)
-    check_same_dtype(normed=normed, **operands)
-    norm = {"norm_weight": inputs.norm_weight, "norm_bias": inputs.norm_bias}
-    check_same_device(normed=normed, residual=residual, **operands, **norm)
-    if inputs.norm_weight is not None and inputs.norm_bias is not None:
-        check_norm(inputs.norm_weight, inputs.norm_bias, sum_dtype(residual, normed), width)
-    together = (inputs.norm_weight is None) == (inputs.norm_bias is None)
-    require(
-        together, "norm_bias", "one without the other", "both norm_weight and norm_bias or none"
-    )
+    norm, mlp = (inputs.norm_weight, inputs.norm_bias), inputs.mlp._asdict()
+    check_mlp(mlp, check_tokens("normed", inputs.normed, inputs.residual))
+    check_operands({"normed": inputs.normed}, inputs.residual, mlp, inputs.adapter, norm)
+    is_whole = (inputs.norm_weight is None) == (inputs.norm_bias is None)
+    wanted = "both norm_weight and norm_bias or none"
+    require(is_whole, "norm_bias", "one without the other", wanted)

@@ -8,7 +8,7 @@ from torch import Tensor
 from refsam_kernels.adapter_projection.inputs import Inputs, Outputs
 from refsam_kernels.core.registration import or_empty
 from refsam_kernels.feed_forward.mlp import empty_kept, mlp_backward, mlp_forward, shaped
-from refsam_kernels.feed_forward.torch_steps import TORCH_STEPS, Steps, rows
+from refsam_kernels.feed_forward.torch_steps import TORCH_STEPS, Steps, Sum, SumBackward, rows
 
 
 def forward(inputs: Inputs, steps: Steps = TORCH_STEPS) -> Outputs:
@@ -24,7 +24,7 @@ def forward(inputs: Inputs, steps: Steps = TORCH_STEPS) -> Outputs:
         terms = (adapted, projected)  # in this order, since the first may be overwritten
         saved = (projected, *kept) if keep else saved
     norm = (inputs.norm_weight, inputs.norm_bias, inputs.eps)
-    x, normed, *statistics = steps.add_and_norm(inputs.residual, *terms, 1.0, *norm, keep)
+    x, normed, *statistics = steps.add_and_norm(Sum(inputs.residual, *terms, 1.0, *norm, keep))
     return Outputs(x, or_empty(normed, attention), *statistics, *saved)
 
 
@@ -41,7 +41,7 @@ def backward(
     norm = (inputs.norm_weight, inputs.norm_bias)
     needs_sum = needs[3] if adapter is None else needs[7]
     total, grad, column_sum, *grad_norm = steps.add_and_norm_backward(
-        *grads, *statistics, *norm, attention.dtype, needs_sum, needs[8:]
+        SumBackward(*grads, *statistics, *norm, attention.dtype, needs_sum, needs[8:])
     )
     grad_adapter: list[Tensor | None] = [None] * 4
     grad_bias = column_sum

@@ -1,25 +1,20 @@
 """Registration and public function of `adapter_projection`."""
 
+from math import prod
 from typing import Any
 
 from torch import Tensor
 
 from refsam_kernels.adapter_projection.inputs import Inputs, Outputs
-from refsam_kernels.core.checks import (
-    autocast,
-    check_same_device,
-    check_same_dtype,
-    check_shape,
-    require,
-)
+from refsam_kernels.core.checks import autocast, check_shape
+from refsam_kernels.core.flops import Product, counts, linear
 from refsam_kernels.core.registration import Operator, needs_gradient
 from refsam_kernels.feed_forward.mlp import (
     NO_ADAPTER,
     AdapterWeights,
-    check_mlp,
-    check_norm,
+    check_operands,
+    check_tokens,
     empty_kept,
-    named_adapter,
 )
 from refsam_kernels.feed_forward.torch_steps import empty_statistics, sum_dtype
 
@@ -41,6 +36,12 @@ operator.differentiate(
     {"grad_x": "x", "grad_normed": "normed"},
     saved=["x", "mean", "rstd", "projected", "hidden", "activated"],
 )
+
+
+@counts(operator)
+def _products(inputs: Any) -> list[Product]:
+    weights = ("weight", "adapter_fc1_weight", "adapter_fc2_weight")
+    return linear(prod(inputs.attention[:-1]), inputs, *weights)
 
 
 def adapter_projection(
@@ -89,17 +90,10 @@ def adapter_projection(
 
 def _check(inputs: Inputs) -> None:
     """Raises `ValueError` for arguments that `adapter_projection` cannot take."""
-    attention, residual = inputs.attention, inputs.residual
-    require(attention.dim() > 1, "attention", f"shape {tuple(attention.shape)}", "(..., D)")
-    width = attention.shape[-1]
-    check_shape("residual", residual, tuple(attention.shape))
+    width = check_tokens("attention", inputs.attention, inputs.residual)
     check_shape("weight", inputs.weight, (width, width))
     check_shape("bias", inputs.bias, (width,))
-    operands = {"weight": inputs.weight, "bias": inputs.bias}
-    if inputs.adapter is not None:
-        check_mlp(named_adapter(inputs.adapter), width)
-        operands |= named_adapter(inputs.adapter)
-    check_same_dtype(attention=attention, **operands)
-    norm = {"norm_weight": inputs.norm_weight, "norm_bias": inputs.norm_bias}
-    check_norm(inputs.norm_weight, inputs.norm_bias, sum_dtype(residual, attention), width)
-    check_same_device(attention=attention, residual=residual, **operands, **norm)
+    weights = {"weight": inputs.weight, "bias": inputs.bias}
+    norm = (inputs.norm_weight, inputs.norm_bias)
+    tokens = {"attention": inputs.attention}
+    check_operands(tokens, inputs.residual, weights, inputs.adapter, norm)

@@ -75,6 +75,7 @@ class Operator:
         self.name, self.inputs, self.outputs = name, inputs, outputs
         self.dispatcher = Dispatcher(name, inputs, package)
         self.is_differentiable = False
+        self.derivative: _Derivative
         self.fake: Callable[[Any], Any]
 
     def forward(self, fake: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -144,7 +145,7 @@ class Operator:
             as_tuple: whether the schema returns a tuple of gradients instead of a list.
         """
         self.is_differentiable = True
-        derivative = _Derivative(self, grads, saved, frozen)
+        self.derivative = derivative = _Derivative(self, grads, saved, frozen)
         returns: Any = list[Tensor]
         if derivative.is_single:
             returns = Tensor
@@ -395,5 +396,5 @@ def recording() -> Iterator[None]:
 
 
 def memory_of(tensor: Tensor) -> int:
-    """Where the tensor's storage begins: the same for tensors that share memory."""
+    """Address of the tensor's storage: the same for tensors that share memory."""
     return tensor.untyped_storage().data_ptr()

@@ -1,5 +1,7 @@
 """Hierarchical dense attention: every pixel looks at the words, at every level, for every expression."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from refsam_kernels.core.checks import (
     check_shape,
     require,
 )
+from refsam_kernels.core.flops import Product, counts
 from refsam_kernels.core.index_checks import check_range
 from refsam_kernels.core.registration import Operator
 from refsam_kernels.dense_attention.inputs import Inputs
@@ -23,6 +26,17 @@ def _forward(inputs: Inputs) -> Tensor:
 
 
 operator.differentiate({"grad": "out"}, frozen=["lengths", "image_index"], as_tuple=True)
+
+
+@counts(operator)
+def _products(inputs: Any) -> list[Product]:
+    """The features' half of the projection once per frame; words with features, and their mixtures, per expression."""
+    (levels, frames, tokens, channels), (expressions, words, _) = inputs.features, inputs.text
+    projection = 2 * levels * frames * tokens * channels * channels
+    return [
+        (projection, "weight"),
+        (4 * levels * expressions * tokens * words * channels, None),
+    ]
 
 
 def dense_attention(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.core import libraries
-from refsam_kernels.feed_forward.torch_steps import TORCH_STEPS, Normed
+from refsam_kernels.feed_forward.torch_steps import TORCH_STEPS, Normed, Sum
 
 _library = libraries.load("cuda")
 
@@ -21,23 +21,11 @@ def hidden_layer(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[T
     return hidden, hidden if activated is None else activated
 
 
-def add_and_norm(
-    residual: Tensor,
-    first: Tensor,
-    second: Tensor | None,
-    scale: float,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    keep: bool,
-) -> Normed:
+def add_and_norm(terms: Sum) -> Normed:
     """`torch_steps.add_and_norm` in one pass over the rows."""
-    tensors = (second, norm_weight, norm_bias)
-    second, *norm = (tensor if tensor is None else tensor.contiguous() for tensor in tensors)
-    x, normed, *statistics = _library.add_and_norm(
-        residual.contiguous(), first.contiguous(), second, scale, *norm, eps, keep
-    )
-    return Normed(x, None if norm_weight is None else normed, *statistics)
+    arguments = (x.contiguous() if isinstance(x, Tensor) else x for x in terms)
+    x, normed, *statistics = _library.add_and_norm(*arguments)
+    return Normed(x, None if terms.norm_weight is None else normed, *statistics)
 
 
 CUDA_STEPS = TORCH_STEPS._replace(hidden_layer=hidden_layer, add_and_norm=add_and_norm)

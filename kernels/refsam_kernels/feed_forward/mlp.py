@@ -11,8 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.core.checks import check_shape, require
-from refsam_kernels.feed_forward.torch_steps import Steps, rows, short
+from refsam_kernels.core.checks import (
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    require,
+)
+from refsam_kernels.feed_forward.torch_steps import Steps, rows, short, sum_dtype
 
 
 class MLPWeights(NamedTuple):
@@ -58,6 +63,34 @@ def check_norm(weight: Tensor, bias: Tensor, x_dtype: torch.dtype, width: int) -
         check_shape(name, tensor, (width,))
         fits = tensor.dtype in (x_dtype, torch.float32)
         require(fits, name, tensor.dtype, f"{x_dtype} as the sum has, or torch.float32")
+
+
+def check_tokens(name: str, tokens: Tensor, residual: Tensor) -> int:
+    """Raises `ValueError` unless tokens and residual have one shape (..., D); returns D."""
+    require(tokens.dim() > 1, name, f"shape {tuple(tokens.shape)}", "(..., D)")
+    check_shape("residual", residual, tuple(tokens.shape))
+    return tokens.shape[-1]
+
+
+def check_operands(
+    tokens: Mapping[str, Tensor],
+    residual: Tensor,
+    weights: Mapping[str, Tensor],
+    adapter: MLPWeights | None,
+    norm: tuple[Tensor | None, Tensor | None],
+) -> None:
+    """Raises `ValueError` unless adapter, norm, dtypes and devices fit `tokens`, one tensor by its name."""
+    (operand,) = tokens.values()
+    width = operand.shape[-1]
+    operands = {**tokens, **weights}
+    if adapter is not None:
+        check_mlp(named_adapter(adapter), width)
+        operands |= named_adapter(adapter)
+    check_same_dtype(**operands)
+    norm_weight, norm_bias = norm
+    if norm_weight is not None and norm_bias is not None:
+        check_norm(norm_weight, norm_bias, sum_dtype(residual, operand), width)
+    check_same_device(**operands, residual=residual, norm_weight=norm_weight, norm_bias=norm_bias)
 
 
 def empty_kept(x: Tensor, fc1_weight: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:

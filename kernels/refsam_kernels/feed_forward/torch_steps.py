@@ -42,6 +42,19 @@ def empty_statistics(x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
+class Sum(NamedTuple):
+    """The arguments of `add_and_norm`: `residual + first + scale * second`, then a layer norm; `keep` asks for its statistics."""
+
+    residual: Tensor
+    first: Tensor
+    second: Tensor | None
+    scale: float
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    eps: float
+    keep: bool
+
+
 class Normed(NamedTuple):
     """A sum x, its layer norm or None, and `row_statistics`, without elements where they are not kept."""
 
@@ -49,6 +62,21 @@ class Normed(NamedTuple):
     normed: Tensor | None
     mean: Tensor
     rstd: Tensor
+
+
+class SumBackward(NamedTuple):
+    """The arguments of `add_and_norm_backward`; `dtype` is that of the products, `needs_norm` asks for the norm's parameters."""
+
+    grad_x: Tensor
+    grad_normed: Tensor
+    x: Tensor
+    mean: Tensor
+    rstd: Tensor
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    dtype: torch.dtype
+    needs_column_sum: bool
+    needs_norm: Sequence[bool]
 
 
 class SumGradients(NamedTuple):
@@ -68,10 +96,10 @@ class SumGradients(NamedTuple):
 class Steps(NamedTuple):
     """One backend's steps; each field stands for the function of this module with its name."""
 
-    hidden_layer: Callable[..., tuple[Tensor, Tensor]]
-    add_and_norm: Callable[..., Normed]
-    add_and_norm_backward: Callable[..., SumGradients]
-    gelu_backward: Callable[..., tuple[Tensor | None, Tensor | None]]
+    hidden_layer: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+    add_and_norm: Callable[[Sum], Normed]
+    add_and_norm_backward: Callable[[SumBackward], SumGradients]
+    gelu_backward: Callable[[Tensor, Tensor, bool, bool], tuple[Tensor | None, Tensor | None]]
 
 
 def hidden_layer(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
@@ -80,20 +108,12 @@ def hidden_layer(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[T
     return hidden, F.gelu(hidden) if keep else torch.ops.aten.gelu_(hidden)
 
 
-def add_and_norm(
-    residual: Tensor,
-    first: Tensor,
-    second: Tensor | None,
-    scale: float,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    keep: bool,
-) -> Normed:
+def add_and_norm(terms: Sum) -> Normed:
     """`x = residual + first + scale * second` and its layer norm in first's dtype, (..., D) all.
 
-    `first` may be overwritten. A `second` of zeros changes no bit. `keep` asks for the statistics.
+    `first` may be overwritten. A `second` of zeros changes no bit.
     """
+    residual, first, second, scale, norm_weight, norm_bias, eps, keep = terms
     # Converted before it is added: a sum of two dtypes takes a CPU several times as long.
     x = first.to(sum_dtype(residual, first)).contiguous().add_(residual)
     if second is not None:
@@ -109,19 +129,9 @@ def add_and_norm(
     return Normed(x, normed, mean, rstd)
 
 
-def add_and_norm_backward(
-    grad_x: Tensor,
-    grad_normed: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    dtype: torch.dtype,
-    needs_column_sum: bool,
-    needs_norm: Sequence[bool],
-) -> SumGradients:
-    """Gradients of `add_and_norm`, in new memory; `dtype` is that of the products."""
+def add_and_norm_backward(inputs: SumBackward) -> SumGradients:
+    """Gradients of `add_and_norm`, in new memory."""
+    grad_x, grad_normed, x, mean, rstd, norm_weight, norm_bias, *_ = inputs
     grad_norm: Sequence[Tensor | None] = (None, None)
     if norm_weight is None or norm_bias is None:
         total = grad_x.clone(memory_format=torch.contiguous_format)
@@ -131,12 +141,12 @@ def add_and_norm_backward(
             tensor.to(wide) for tensor in (grad_normed, x, norm_weight, norm_bias)
         )
         total, *grad_norm = torch.ops.aten.native_layer_norm_backward(
-            grad, values, weight.shape, mean, rstd, weight, bias, [True, *needs_norm]
+            grad, values, weight.shape, mean, rstd, weight, bias, [True, *inputs.needs_norm]
         )
         total = total.add_(grad_x).to(x.dtype)
     total = rows(total)
-    operand = total.to(dtype)
-    column_sum = operand.sum(0) if needs_column_sum else None
+    operand = total.to(inputs.dtype)
+    column_sum = operand.sum(0) if inputs.needs_column_sum else None
     return SumGradients(total, operand, column_sum, *grad_norm)
 
 

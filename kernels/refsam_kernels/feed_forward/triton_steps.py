@@ -6,8 +6,6 @@ order without atomics. Tensors are contiguous, statistics and sums float32, offs
 """
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -21,6 +19,8 @@ from refsam_kernels.feed_forward.mlp import KERNEL_DTYPES
 from refsam_kernels.feed_forward.torch_steps import (
     Normed,
     Steps,
+    Sum,
+    SumBackward,
     SumGradients,
     empty_statistics,
     rows,
@@ -48,14 +48,9 @@ def _add_and_norm_kernel(
     rstd_ptr,  # (rows,) float32
     row_count,
     second_rows,  # row_count or 0
-    width,
-    scale,
-    eps,
-    HAS_NORM: tl.constexpr,
-    KEEP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    width, scale, eps,
+    HAS_NORM: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """A tile of ROWS whole rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -94,12 +89,9 @@ def _add_and_norm_backward_kernel(
     column_sums_ptr,  # (programs, width) float32 partial sums over rows of total, or None
     weight_sums_ptr,  # (row tiles, width) float32 partial sums of the gradient of the norm's weight, or None
     bias_sums_ptr,  # (row tiles, width) float32 partial sums of the gradient of the norm's bias, or None
-    row_count,
-    width,
-    TILES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    row_count, width,
+    TILES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """TILES tiles of ROWS whole rows, one after the other, and their sums."""
     column = tl.arange(0, COLUMNS)
     is_column = column < width
@@ -145,11 +137,9 @@ def _gelu_backward_kernel(
     hidden_ptr,  # (rows, width)
     activated_ptr,  # (rows, width) for gelu(hidden), or None
     column_sums_ptr,  # (row tiles, width) float32 partial sums over rows of hidden's gradient, or None
-    row_count,
-    width,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    row_count, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """A tile of ROWS rows and COLUMNS columns."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -174,20 +164,10 @@ def row_tile(width: int) -> tuple[int, int, int]:
     return count, columns, max(4, count * columns // 512)
 
 
-def add_and_norm_launch(
-    residual: Tensor,
-    first: Tensor,
-    second: Tensor | None,
-    scale: float,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    keep: bool,
-) -> tuple[Launch, Normed]:
+def add_and_norm_launch(terms: Sum) -> tuple[Launch, Normed]:
     """The launch that computes `torch_steps.add_and_norm`, and its results, still empty."""
-    residual, first = residual.contiguous(), first.contiguous()
-    if norm_weight is not None and norm_bias is not None:
-        norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
+    terms = Sum(*(x.contiguous() if isinstance(x, Tensor) else x for x in terms))
+    residual, first, second, scale, norm_weight, norm_bias, eps, keep = terms
     x = residual.new_empty(residual.shape, dtype=sum_dtype(residual, first))
     normed = None if norm_weight is None else torch.empty_like(first)
     mean, rstd = empty_statistics(x, keep and normed is not None)
@@ -196,7 +176,7 @@ def add_and_norm_launch(
     arguments = {
         "residual_ptr": residual,
         "first_ptr": first,
-        "second_ptr": first if second is None else second.contiguous(),
+        "second_ptr": first if second is None else second,
         "norm_weight_ptr": norm_weight,
         "norm_bias_ptr": norm_bias,
         "x_ptr": x,
@@ -214,30 +194,24 @@ def add_and_norm_launch(
         "COLUMNS": columns,
     }
     programs = (triton.cdiv(count, tile_rows),)
-    return Launch(_add_and_norm_kernel, programs, arguments, num_warps), Normed(
-        x, normed, mean, rstd
-    )
+    launch = Launch(_add_and_norm_kernel, programs, arguments, num_warps)
+    return launch, Normed(x, normed, mean, rstd)
 
 
-def add_and_norm(residual: Tensor, *arguments: Any) -> Normed:
+def add_and_norm(terms: Sum) -> Normed:
     """`torch_steps.add_and_norm` in one pass over the rows."""
-    launch, results = add_and_norm_launch(residual, *arguments)
-    if residual.numel():
+    launch, results = add_and_norm_launch(terms)
+    if terms.residual.numel():
         launch.run()
     return results
 
 
 def add_and_norm_backward_launch(
-    grad_x: Tensor,
-    grad_normed: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    norm_weight: Tensor,
-    dtype: torch.dtype,
-    needs_sums: Sequence[bool],
+    inputs: SumBackward,
 ) -> tuple[Launch, Tensor, Tensor, list[Tensor | None]]:
     """The launch of the backward, and still empty: the sum's gradient in both dtypes, partial sums (programs, width)."""
+    x, dtype, norm_weight = inputs.x, inputs.dtype, inputs.norm_weight
+    needs_sums = (inputs.needs_column_sum, *inputs.needs_norm)
     total = torch.empty_like(rows(x))
     operand = total if dtype == x.dtype else torch.empty_like(total, dtype=dtype)
     count, width = total.shape
@@ -248,12 +222,12 @@ def add_and_norm_backward_launch(
         for needed in needs_sums
     ]
     arguments = {
-        "grad_x_ptr": grad_x.contiguous(),
-        "grad_normed_ptr": grad_normed.contiguous(),
+        "grad_x_ptr": inputs.grad_x.contiguous(),
+        "grad_normed_ptr": inputs.grad_normed.contiguous(),
         "x_ptr": x,
-        "mean_ptr": mean,
-        "rstd_ptr": rstd,
-        "norm_weight_ptr": norm_weight.contiguous(),
+        "mean_ptr": inputs.mean,
+        "rstd_ptr": inputs.rstd,
+        "norm_weight_ptr": None if norm_weight is None else norm_weight.contiguous(),
         "total_ptr": total,
         "operand_ptr": None if operand is total else operand,
         "column_sums_ptr": sums[0],
@@ -269,28 +243,12 @@ def add_and_norm_backward_launch(
     return launch, total, operand, sums
 
 
-def add_and_norm_backward(
-    grad_x: Tensor,
-    grad_normed: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    dtype: torch.dtype,
-    needs_column_sum: bool,
-    needs_norm: Sequence[bool],
-) -> SumGradients:
+def add_and_norm_backward(inputs: SumBackward) -> SumGradients:
     """`torch_steps.add_and_norm_backward` in one pass over the rows, and one over partial sums."""
-    statistics = (grad_x, grad_normed, x, mean, rstd)
-    if norm_weight is None:
-        return torch_steps.add_and_norm_backward(
-            *statistics, None, None, dtype, needs_column_sum, needs_norm
-        )
-    launch, total, operand, sums = add_and_norm_backward_launch(
-        *statistics, norm_weight, dtype, (needs_column_sum, *needs_norm)
-    )
-    if x.numel():
+    if inputs.norm_weight is None:
+        return torch_steps.add_and_norm_backward(inputs)
+    launch, total, operand, sums = add_and_norm_backward_launch(inputs)
+    if inputs.x.numel():
         launch.run()
     return SumGradients(total, operand, *map(added, sums))
 
@@ -345,14 +303,13 @@ def row_cases(*, has_norm: bool) -> list[CompileCase]:
             torch.empty(4096, width, dtype=each, device="meta") for each in (stream, dtype)
         )
         weight = torch.empty(width, dtype=stream, device="meta") if has_norm else None
-        launch, (x, _, mean, rstd) = add_and_norm_launch(
-            residual, tokens, tokens, 0.5, weight, weight, 1e-6, True
-        )
+        terms = Sum(residual, tokens, tokens, 0.5, weight, weight, 1e-6, True)
+        launch, (x, _, mean, rstd) = add_and_norm_launch(terms)
         cases.append(launch.compile_case(f"forward, {name}"))
         if weight is not None:
-            launch, *_ = add_and_norm_backward_launch(
-                residual, tokens, x, mean, rstd, weight, dtype, (True, True, True)
-            )
+            kept, norm = (x, mean, rstd), (weight, weight)
+            inputs = SumBackward(residual, tokens, *kept, *norm, dtype, True, (True, True))
+            launch, *_ = add_and_norm_backward_launch(inputs)
             cases.append(launch.compile_case(f"backward, {name}"))
     return cases
 

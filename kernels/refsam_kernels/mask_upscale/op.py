@@ -1,5 +1,7 @@
 """Image features and the hypernetworks' outputs to mask logits, in one step."""
 
+from typing import Any
+
 from torch import Tensor
 
 from refsam_kernels.core.checks import (
@@ -9,6 +11,7 @@ from refsam_kernels.core.checks import (
     check_shape,
     require,
 )
+from refsam_kernels.core.flops import Product, counts, linear
 from refsam_kernels.core.registration import Operator
 from refsam_kernels.mask_upscale.inputs import Inputs
 
@@ -22,6 +25,16 @@ def _forward(inputs: Inputs) -> Tensor:
 
 
 operator.differentiate({"grad": "out"}, as_tuple=True)
+
+
+@counts(operator)
+def _products(inputs: Any) -> list[Product]:
+    (expressions, h, w, _), (_, masks, channels) = inputs.features, inputs.hyper
+    return [
+        *linear(expressions * h * w, inputs, "conv1_weight"),
+        *linear(4 * expressions * h * w, inputs, "conv2_weight"),
+        (2 * expressions * masks * channels * 16 * h * w, None),
+    ]
 
 
 def mask_upscale(

@@ -1,10 +1,14 @@
 """Registration and public function of `rel_pos_attention`."""
 
+from math import ceil
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.core.checks import autocast, check_same_device, check_same_dtype, require
+from refsam_kernels.core.flops import Product, counts
 from refsam_kernels.core.registration import Operator
 from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs
 
@@ -23,6 +27,17 @@ def _forward(inputs: Inputs) -> Outputs:
 
 
 operator.differentiate({"grad_out": "out"}, saved=["out", "log_sum_exp"])
+
+
+@counts(operator)
+def _products(inputs: Any) -> list[Product]:
+    """Queries with keys, probabilities with values, queries with both position tables; padding's keys count."""
+    images, h, w, width = inputs.qkv
+    rows, columns = (inputs.window_size,) * 2 if inputs.window_size else (h, w)
+    queries = images * (ceil(h / rows) * rows) * (ceil(w / columns) * columns)
+    per_key = 2 * queries * (width // 3)
+    products = [(2 * per_key * rows * columns, None), (per_key * rows, "rel_pos_h")]
+    return [*products, (per_key * columns, "rel_pos_w")]
 
 
 def rel_pos_attention(

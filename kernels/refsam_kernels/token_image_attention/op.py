@@ -13,6 +13,7 @@ from refsam_kernels.core.checks import (
     check_shape,
     require,
 )
+from refsam_kernels.core.flops import Product, counts, linear
 from refsam_kernels.core.index_checks import check_range
 from refsam_kernels.core.registration import Operator, needs_gradient
 from refsam_kernels.token_image_attention.inputs import (
@@ -31,6 +32,16 @@ def _forward(inputs: Inputs) -> Outputs:
 
 
 operator.differentiate({"grad": "out"}, saved=Outputs._fields[1:], frozen=["key_lengths"])
+
+
+@counts(operator)
+def _products(inputs: Any) -> list[Product]:
+    (expressions, queries, _), keys, internal = inputs.queries, inputs.keys[1], inputs.q_weight[0]
+    return [
+        *linear(expressions * queries, inputs, "q_weight", "out_weight"),
+        *linear(expressions * keys, inputs, "k_weight", "v_weight"),
+        (4 * expressions * queries * keys * internal, None),
+    ]
 
 
 def token_image_attention(
