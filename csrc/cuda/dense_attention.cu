@@ -149,14 +149,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   const Matrix<T> own{static_cast<const T*>(call.weight), 2 * call.channels, 1, call.channels,
                       call.channels};
-  const Matrix<T> folded{static_cast<const T*>(call.folded) + first_word, 1, call.channels,
+  const Matrix<T> absorbed{static_cast<const T*>(call.absorbed) + first_word, 1, call.channels,
                          call.channels, length};
   T* dense = static_cast<T*>(call.dense) + (expression * call.pixels + first) * call.channels;
   for (int strip = warp_id() * kFragment; strip < call.channels; strip += kWarps * kFragment) {
     float sums[kTiles][2][4] = {};
     multiply<false>(sums, tiles, layout.tile_columns(), own, strip,
                     round_up(call.channels, kFragment));
-    multiply<false>(sums, operand, layout.attention_columns(), folded, strip,
+    multiply<false>(sums, operand, layout.attention_columns(), absorbed, strip,
                     round_up(call.words, kFragment));
 #pragma unroll
     for (int i = 0; i < kTiles; ++i)

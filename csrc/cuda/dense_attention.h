@@ -1,4 +1,4 @@
-// Hierarchical dense attention on a CUDA device, in its folded form: see
+// Hierarchical dense attention on a CUDA device, in its absorbed form: see
 // kernels/refsam_kernels/dense_attention/README.md.
 #pragma once
 
@@ -15,7 +15,7 @@ constexpr int kMostWords = 128;
 struct DenseAttention {
   const void* features;    // (levels, images, pixels, channels)
   const void* text;        // (expressions, words, channels)
-  const void* folded;      // (expressions, words, channels), text times the second half of weight
+  const void* absorbed;    // (expressions, words, channels), text times the second half of weight
   const int64_t* lengths;  // (expressions,)
   const int64_t* image_index;  // (expressions,)
   const void* weight;          // (channels, 2 * channels)

@@ -25,7 +25,7 @@ const void* check_elements(const char* name, const Tensor& tensor,
   return tensor.const_data_ptr();
 }
 
-Tensor dense_attention(const Tensor& features, const Tensor& text, const Tensor& folded,
+Tensor dense_attention(const Tensor& features, const Tensor& text, const Tensor& absorbed,
                        const Tensor& lengths, const Tensor& image_index, const Tensor& weight,
                        const Tensor& bias, const Tensor& scale, const Tensor& level_weights) {
   check_rank("features", features, 4);
@@ -50,7 +50,7 @@ Tensor dense_attention(const Tensor& features, const Tensor& text, const Tensor&
   call.features =
       check_elements("features", features, {levels, call.images, call.pixels, channels}, features);
   call.text = check_elements("text", text, text_shape, features);
-  call.folded = check_elements("folded", folded, text_shape, features);
+  call.absorbed = check_elements("absorbed", absorbed, text_shape, features);
   call.lengths = check_indices("lengths", lengths, call.expressions, features);
   call.image_index = check_indices("image_index", image_index, call.expressions, features);
   call.weight = check_elements("weight", weight, {channels, 2 * channels}, features);
@@ -70,7 +70,7 @@ Tensor dense_attention(const Tensor& features, const Tensor& text, const Tensor&
 
 STABLE_TORCH_LIBRARY_FRAGMENT(refsam_kernels_cuda, m) {
   m.def(
-      "dense_attention(Tensor features, Tensor text, Tensor folded, Tensor lengths, Tensor "
+      "dense_attention(Tensor features, Tensor text, Tensor absorbed, Tensor lengths, Tensor "
       "image_index, Tensor weight, Tensor bias, Tensor scale, Tensor level_weights) -> Tensor");
 }
 

@@ -57,7 +57,7 @@ class Step:
 
     @property
     def log(self) -> Path:
-        """Where the command's messages go, kept so that an unchanged object still has them."""
+        """File of the command's messages, kept so that an unchanged object still has them."""
         return self.output.with_suffix(".log")
 
     @property
@@ -69,7 +69,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one library is built: objects in any order, then the link."""
+    """Commands that build one library: objects in any order, then the link."""
 
     library: str
     compile: tuple[Step, ...]
@@ -95,7 +95,7 @@ def source_root() -> Path:
 
 
 def build_root() -> Path:
-    """Where objects are kept between builds: in the checkout, or in the user's cache for an installed package."""
+    """Folder of objects between builds: in the checkout, or in the user's cache for an installed package."""
     if not (PACKAGE / "csrc").is_dir():
         return PACKAGE.parents[1] / "build" / "kernels"
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -103,7 +103,7 @@ def build_root() -> Path:
 
 
 def cpu_plan(sanitize: bool = False) -> Plan:
-    """How `_C_cpu.so` is built here; raises `BuildSkipped` with the reason if it cannot be.
+    """The plan to build `_C_cpu.so` here; raises `BuildSkipped` with the reason if it cannot be built.
 
     With `sanitize` it stops the process at the first bad address or undefined operation.
     """
@@ -121,7 +121,7 @@ def cpu_plan(sanitize: bool = False) -> Plan:
 
 
 def cuda_plan() -> Plan:
-    """How `_C_cuda.so` is built here; raises `BuildSkipped` with the reason if it cannot be."""
+    """The plan to build `_C_cuda.so` here; raises `BuildSkipped` with the reason if it cannot be built."""
     torch, nvcc = prerequisites.supported_torch(), prerequisites.find_nvcc()
     compiler, *options = (
         word for word in prerequisites.find_compiler() if not prerequisites.is_launcher(word)
@@ -149,7 +149,7 @@ def sources_of(folder: str) -> list[Path]:
 
 
 def sources_hash() -> str:
-    """What a library is made of, in one word."""
+    """SHA-256 over the libraries' sources."""
     found = hashlib.sha256()
     for path in sorted(source_root().rglob("*")):
         if path.suffix in (".h", ".cpp", ".cu"):
@@ -316,7 +316,7 @@ def build_library(
 
 
 def keep_earlier(name: str, target: Path, reason: str) -> tuple[Path | None, dict[str, object]]:
-    """What there is of a library that could not be built: the one of the same sources, if there is one.
+    """Keep an existing library of the same sources in place of one that could not be built, if there is one.
 
     One of other sources may not fit the rest of the package: it is set aside, not deleted.
     """
@@ -333,7 +333,7 @@ def keep_earlier(name: str, target: Path, reason: str) -> tuple[Path | None, dic
 
 
 def report_entry(target: Path, name: str) -> dict[str, object]:
-    """What the folder's report says of a library; nothing if there is none."""
+    """A library's entry in the folder's report; empty if there is none."""
     try:
         return dict(json.loads((target / REPORT).read_text())[name])
     except (OSError, ValueError, KeyError):

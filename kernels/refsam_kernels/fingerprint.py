@@ -1,7 +1,7 @@
-"""Notices that tensors have changed, also where torch counts no new version.
+"""Detects changes of tensors, also those that torch's version counter misses.
 
-`p.data.mul_()`, `torch._foreach_*` on `.data`, loops over `state_dict()` and FSDP1's flat parameters write values without a new
-version. So values on a CPU are looked at too: of a matrix some in every row and every column.
+`p.data.mul_()`, `torch._foreach_*` on `.data`, loops over `state_dict()` and FSDP1's flat parameters write values
+without a new version. So on a CPU the values are sampled, too: some in every row and every column of a matrix.
 """
 
 import math
@@ -13,25 +13,26 @@ from torch import Tensor, nn
 
 # Integers of a value's size: bits are compared, so that NaN equals itself and no rounding hides a change.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Values of a vector that are looked at, about.
+# Approximate number of values sampled from a vector.
 SAMPLES = 4096
 
 
 class Fingerprint:
-    """Tells by a key whether some tensors, the same ones at each call or others, are still what they were.
+    """Gives a key of tensors that changes when they are replaced or written to.
 
-    It keeps views of the last call's tensors, which so live until the next one; copies and pickles of it begin anew.
+    It keeps views of the last call's tensors, which therefore live until the next call; copies and pickles start
+    empty.
     """
 
     def __init__(self) -> None:
         self._seen: _Samples | None = None
 
     def __call__(self, tensors: Iterable[Tensor]) -> Hashable:
-        """Something that changes whenever one of the tensors does: by another one, its dtype or device, in place.
+        """A key that changes with any of the tensors: their memory, dtype, device or, after writes in place, their
+        values.
 
-        A change in place is seen by torch's count of versions and, on a CPU, by the values: not where fewer than a row or a
-        column of a matrix change behind the count's back. Elsewhere, where looking at values would stop the stream, only by
-        the count.
+        Writes are detected by torch's version counter and, on a CPU, by the values, if a whole row or column of a
+        matrix changes. On other devices, where reading values would stop the stream, only the counter is used.
         """
         tensors = list(tensors)
         places = tuple([(t.data_ptr(), t.dtype, t.device) for t in tensors])
@@ -47,7 +48,7 @@ class Fingerprint:
 
 
 class _Samples:
-    """Views of some values of tensors that lie at these places, and memory that they are gathered in."""
+    """Views of sampled values of tensors at these addresses, and a buffer for their copies."""
 
     def __init__(self, tensors: list[Tensor], places: tuple[Any, ...]) -> None:
         self.places = places
@@ -89,7 +90,7 @@ def sampled(tensor: Tensor) -> Tensor | None:
 
 
 def step_of(rows: int, columns: int) -> int:
-    """How far apart, in row-major order, values lie that together are in every row and every column."""
+    """A stride in row-major order that visits every row and every column."""
     if rows == 1:
         return max(1, columns // SAMPLES)
     # Below a row's length, no row is skipped; at most the number of rows and prime to a row's length, no column is.

@@ -26,7 +26,8 @@ def can_prepack(weight: Tensor) -> bool:
 
 
 class PackedLinear:
-    """A linear layer (out, in), (out,) or None in oneDNN's layout, with or without an exact GELU; `can_prepack` must hold."""
+    """A linear layer with weight (out, in) and bias (out,) or None in oneDNN's layout, optionally with an exact GELU;
+    needs `can_prepack`."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())

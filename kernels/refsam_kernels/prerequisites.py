@@ -56,7 +56,7 @@ def find_torch() -> Torch | None:
 
 
 def package_folders() -> list[Path]:
-    """Where the target environment has its packages, in the order of its search path, whatever build isolation hides."""
+    """Package folders of the target environment in the order of its search path, also under build isolation."""
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     settings = Path(sys.prefix, "pyvenv.cfg")
     text = settings.read_text() if settings.is_file() else ""

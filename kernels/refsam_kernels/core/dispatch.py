@@ -223,11 +223,11 @@ _requests: ContextVar[tuple[Mapping[str, str], ...]] = ContextVar("requested_bac
 
 @contextmanager
 def use_backend(request: str) -> Iterator[None]:
-    """Asks for backends within a `with` block of this thread: "fallback", or
+    """Use these backends within a `with` block of this thread: "fallback", or
     "rel_pos_attention=triton,mask_loss=reference".
 
-    An inner block overrides an outer one for the operators that it names. The backward of what
-    ran inside keeps to it, also when it runs after the block. Raises `BackendError` for an unknown
+    An inner block overrides an outer one for the operators that it names. Operators that ran inside use the same
+    backend for their backward, also after the block. Raises `BackendError` for an unknown
     backend or operator.
     """
     token = _requests.set((parse_request(request, "use_backend"), *_requests.get()))

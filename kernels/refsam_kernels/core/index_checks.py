@@ -11,7 +11,7 @@ from refsam_kernels.core.checks import require
 
 
 def valid_positions(lengths: Tensor, size: int) -> Tensor:
-    """Which of `size` entries are valid: lengths (P,) int64 -> (P, size) bool, True for the first `lengths[i]`."""
+    """Mask (P, size) bool of valid entries, True for the first `lengths[i]`, from lengths (P,) int64."""
     return torch.arange(size, device=lengths.device) < lengths.unsqueeze(-1)
 
 

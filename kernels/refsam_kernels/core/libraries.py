@@ -33,7 +33,7 @@ def load(name: str) -> Any:
 
 
 def folder() -> Path:
-    """Where the libraries lie."""
+    """Folder of the libraries."""
     return Path(os.environ.get("REFSAM_LIBRARIES") or PACKAGE)
 
 

@@ -1,4 +1,4 @@
-"""Which backend goes first on a GPU, as data: the first rule that fits a call decides, else the order of `dispatch.BACKENDS`.
+"""Preferred backends on a GPU, as data: the first rule that fits a call decides, else the order of `dispatch.BACKENDS`.
 
 Each rule says what justifies it: a row of benchmarks/results, or "expected, not measured" and why.
 """

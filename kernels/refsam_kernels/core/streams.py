@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def settle(tensors: Iterable[Tensor]) -> None:
-    """Waits, once for each GPU, until the current stream has made these tensors: any stream may read them from now on.
+    """Wait, once for each GPU, until the current stream has written these tensors, so that any stream may read them.
 
-    Call it when something is put into a cache, never within a CUDA graph's capture.
+    Call it before tensors go into a cache, never during the capture of a CUDA graph.
     """
     for device in {tensor.device for tensor in tensors if is_on_gpu(tensor)}:
         torch.cuda.current_stream(device).synchronize()
 
 
 def is_capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is captured on the tensor's GPU: new tensors lie in the graph's own memory."""
+    """Whether a CUDA graph is being captured on the tensor's GPU; new tensors then live in the graph's own memory."""
     return is_on_gpu(tensor) and torch.cuda.is_current_stream_capturing()
 
 

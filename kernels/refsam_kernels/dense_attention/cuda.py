@@ -1,4 +1,4 @@
-"""The compiled CUDA implementation of the forward, csrc/cuda/dense_attention.cu: the folded form in one kernel."""
+"""The compiled CUDA implementation of the forward, csrc/cuda/dense_attention.cu: the absorbed form in one kernel."""
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,6 @@ def not_supported_reasons(inputs: Inputs) -> list[str]:
 def forward(inputs: Inputs) -> Tensor:
     """Like `reference.forward`: products in the dtype of the features, sums and softmax in float32."""
     features, text, *others = inputs
-    folded = F.linear(text, inputs.weight.chunk(2, dim=1)[1])
-    tensors = (features, text, folded, *others)
+    absorbed = F.linear(text, inputs.weight.chunk(2, dim=1)[1])
+    tensors = (features, text, absorbed, *others)
     return _library.dense_attention(*(tensor.contiguous() for tensor in tensors))

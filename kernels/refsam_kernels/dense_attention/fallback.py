@@ -1,8 +1,8 @@
-"""Hierarchical dense attention with the text folded into the projection, and its explicit gradient.
+"""Hierarchical dense attention with half of the projection absorbed into the text, and its explicit gradient.
 
 With W = [W1 W2], `W [F ; A T] + b = W1 F + A (T W2^T) + b`, so neither the concatenation nor the attended text is built. The part
 without text is computed once per image. The attention over the words is mixed over the levels before it is multiplied with the
-folded text. Sums over the expressions of an image are matrix products, which are deterministic.
+absorbed text. Sums over the expressions of an image are matrix products, which are deterministic.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,13 +23,13 @@ def forward(inputs: Inputs) -> Tensor:
     own, attended = weight.chunk(2, dim=1)
     bias = bias * level_weights.sum().to(bias.dtype)
     per_image = F.linear(_mix(features, level_weights), own, bias)
-    folded = F.linear(text, attended)
+    absorbed = F.linear(text, attended)
     dense = features.new_empty(len(text), *features.shape[2:])
     for part in _slices(text, features):
         _, attention = _attend(features, text[part], valid[part], image_index[part], scale)
         mixture = _mix(attention, level_weights).to(text.dtype)
         images = _of_expressions(per_image, image_index[part])
-        torch.baddbmm(images, mixture.mT, folded[part], out=dense[part])
+        torch.baddbmm(images, mixture.mT, absorbed[part], out=dense[part])
     return dense
 
 
@@ -42,33 +42,33 @@ def backward(
     text, valid = _without_padding(text, lengths)
     shares = level_weights.to(torch.promote_types(text.dtype, torch.float32))
     own, attended = weight.chunk(2, dim=1)
-    folded = F.linear(text, attended)
+    absorbed = F.linear(text, attended)
     grad_image = _sum_of_expressions(grad, image_index, features.shape[1])
     grad_mixed = grad_image @ own
     grad_features = grad_mixed * shares.view(-1, 1, 1, 1) if needs[0] else grad
     grad_bias = grad.sum(dim=(0, 1), dtype=shares.dtype)
     grad_shares = torch.stack([(level * grad_mixed).sum(dtype=shares.dtype) for level in features])
     grad_shares += grad_bias @ bias.to(shares.dtype)
-    grad_text, grad_folded = torch.empty_like(text), torch.empty_like(text)
+    grad_text, grad_absorbed = torch.empty_like(text), torch.empty_like(text)
     grad_scale = shares.new_zeros(())
     for part in _slices(text, features):
         index = image_index[part]
         similarity, attention = _attend(features, text[part], valid[part], index, scale)
-        weighted = attention * (folded[part] @ grad[part].mT)
+        weighted = attention * (absorbed[part] @ grad[part].mT)
         grad_logits = weighted - attention * weighted.sum(dim=2, keepdim=True)
         grad_logits *= shares.view(-1, 1, 1, 1)
         grad_scale += (grad_logits * similarity).sum()
         grad_shares += weighted.sum(dim=(1, 2, 3))
-        grad_folded[part] = _mix(attention, shares).to(grad.dtype) @ grad[part]
+        grad_absorbed[part] = _mix(attention, shares).to(grad.dtype) @ grad[part]
         grad_similarity = (grad_logits * scale).to(text.dtype)
         grad_text[part] = _text_gradient(grad_similarity, features, index)
         if needs[0]:
             _add_features_gradient(grad_features, grad_similarity, text[part], index)
     grad_own = grad_image.flatten(0, 1).T @ _mix(features, shares).flatten(0, 1)
-    grad_attended = grad_folded.flatten(0, 1).T @ text.flatten(0, 1)
+    grad_attended = grad_absorbed.flatten(0, 1).T @ text.flatten(0, 1)
     gradients = (
         grad_features.to(features.dtype),
-        grad_text + grad_folded @ attended,
+        grad_text + grad_absorbed @ attended,
         torch.cat([grad_own, grad_attended], dim=1),
         (grad_bias * shares.sum()).to(bias.dtype),
         grad_scale.to(scale.dtype),

@@ -50,24 +50,23 @@ _ADVICE = {
 
 
 def optimize(model: Any) -> Optimization:
-    """Makes a SAM compute with this library's operators, in place, in training as in inference.
+    """Make a SAM use this library's operators, in place, for training and inference.
 
-    The image encoder's attention never makes its weights or bias, and its windows are neither copied
-    nor padded; the mask decoder's upscaling is one operator, and masks never exist as logits of the
-    frame's size. Parameters, buffers and the state dict stay the same. Sub-modules are called as
-    before, so their hooks, those of all modules, wrappers and later changes of their weights are heeded;
-    only the upscaling's modules are read, not called. The modules of a windowed attention are given the
-    whole grid, not windows. Gradients are those of the original, also the zeros that
-    DistributedDataParallel waits for.
+    The image encoder's attention never materialises its probabilities or bias, and its windows are
+    neither copied nor padded; the mask decoder's upscaling is one operator, and masks are made without
+    logits of the frame's size. Parameters, buffers and the state dict stay the same. Sub-modules are
+    called as before, so hooks, wrappers and later changes of weights still work; only the upscaling's
+    modules are read, not called. The modules of a windowed attention get the whole grid, not windows.
+    Gradients are those of the original, including the zeros that DistributedDataParallel waits for.
 
-    For inference on a CPU linear layers are packed, and anew when their weights have changed: in any way
-    that torch counts, and also behind its count (`p.data.mul_()`, `torch._foreach_*`, a mean teacher's
-    loop, FSDP's flat parameters) if a whole row or column changes. Fewer values changed so are not seen:
-    change them in place under `torch.no_grad()` instead.
+    For inference on a CPU, linear layers are packed, and packed again after their weights change.
+    Changes that torch's version counter records are always seen. Changes that it misses
+    (`p.data.mul_()`, `torch._foreach_*`, a mean teacher's loop, FSDP's flat parameters) are seen if a
+    whole row or column changes; write smaller ones in place under `torch.no_grad()`.
 
     Outputs differ by the order of sums: in float32 features by at most 1e-5 of their largest value,
-    logits of masks by 1e-4, and masks where a logit is within 1e-5 of the threshold, relative to the
-    largest; in bfloat16, features have at most twice the original's error.
+    logits of masks by 1e-4, and masks only where a logit is within 1e-5 of the threshold, relative to
+    the largest logit; in bfloat16, features have at most twice the original's error.
 
     Args:
         model: segment-anything's `Sam`, `SamPredictor`, `SamAutomaticMaskGenerator` (which then refuses
@@ -77,8 +76,8 @@ def optimize(model: Any) -> Optimization:
             finite; timm's `VisionTransformerSAM`; or a sub-class. Any dtype, device and size.
 
     Returns:
-        The handle whose `undo()` restores the model. transformers' `output_attentions` has nothing to
-        give until then.
+        The handle whose `undo()` restores the model. Until then transformers' `output_attentions`
+        returns none.
 
     Raises:
         ValueError: the model is of another kind, was optimized already, differs inside from the class

@@ -14,7 +14,7 @@ from refsam_kernels.rel_pos_attention.op import rel_pos_attention
 
 # Tokens that an MLP computes at a time on a CPU, so that intermediate results stay in the cache.
 ROWS = 1024
-# What nn.DataParallel copies a module with.
+# The method that nn.DataParallel copies a module with.
 _REPLICATE = "_replicate_for_data_parallel"
 
 
@@ -51,8 +51,7 @@ class Replacement:
 class Optimization:
     """The changes of `optimize` to a model; `undo()` reverts them. Usable in a `with` statement.
 
-    Raises `ValueError` when made with a method that somebody has replaced already; then nothing is
-    changed.
+    Raises `ValueError`, and changes nothing, if another library has replaced one of the methods already.
     """
 
     def __init__(self, replacements: list[Replacement]) -> None:
@@ -70,9 +69,9 @@ class Optimization:
         return f"Optimization({len(self._applied)} methods replaced)"
 
     def undo(self) -> None:
-        """Gives the model its own methods back; a second call does nothing.
+        """Restore the model's own methods; a second call does nothing.
 
-        Raises `ValueError`, and changes nothing, where another library has replaced a method since.
+        Raises `ValueError`, and changes nothing, if another library has replaced a method since.
         """
         refuse(
             [

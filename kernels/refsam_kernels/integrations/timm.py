@@ -67,7 +67,7 @@ def _block(block: Any, x: Tensor) -> Tensor:
 
 
 def _shares_of_windows(block: Any, x: Tensor) -> Tensor:
-    """What `drop_path1` multiplies each token with, (B, h, w, 1): timm has it drop windows, which are its images there."""
+    """Factors (B, h, w, 1) of `drop_path1` for each token; timm drops whole windows, which are its images there."""
     images, height, width, _ = x.shape
     size = block.window_size
     rows, columns = -(-height // size), -(-width // size)

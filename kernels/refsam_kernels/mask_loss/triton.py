@@ -29,7 +29,7 @@ SUMS = 5
 
 @triton.jit
 def probability_and_entropy(x, target):
-    """Of logits and targets: the probability, the probability of being wrong, and the cross entropy."""
+    """Probability, probability of being wrong, and cross entropy of logits and targets."""
     small = tl.exp(-tl.abs(x))
     share = 1.0 / (1.0 + small)
     probability = tl.where(x >= 0, 1.0, small) * share
@@ -75,22 +75,11 @@ def _sums_kernel(
     targets,  # (P, H, W)
     ignore,  # (P, H, W) uint8, or anything
     partial,  # (P, tiles, 5) float32
-    row_start,
-    row_weights,
-    column_start,
-    column_weights,
-    low_height,
-    low_width,
-    height,
-    width,
+    row_start, row_weights, column_start, column_weights, low_height, low_width, height, width,
     alpha,
-    GAMMA: tl.constexpr,
-    HAS_IGNORE: tl.constexpr,
-    ROW_TAPS: tl.constexpr,
-    COLUMN_TAPS: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-):
+    GAMMA: tl.constexpr, HAS_IGNORE: tl.constexpr, ROW_TAPS: tl.constexpr,
+    COLUMN_TAPS: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
     i_mask, i_tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
     tiles_x = tl.cdiv(width, BLOCK_X)
     ys = i_tile // tiles_x * BLOCK_Y + tl.arange(0, BLOCK_Y)
@@ -130,10 +119,9 @@ def _losses_kernel(
     focal,  # (P,) float32
     dice,  # (P,) float32
     sums,  # (4, P) float32
-    masks,
-    tiles,
+    masks, tiles,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     i_mask = tl.program_id(0).to(tl.int64)
     partial += i_mask * tiles * 5
     intersection = column_sum(partial + 1, tiles, BLOCK)
@@ -169,29 +157,12 @@ def _gradient_kernel(
     ignore,  # (P, H, W) uint8, or anything
     sums,  # (4, P) float32
     grad,  # (P, 4h, 4w) float32
-    row_start,
-    row_weights,
-    row_first,
-    row_behind,
-    column_start,
-    column_weights,
-    column_first,
-    column_behind,
-    masks,
-    low_height,
-    low_width,
-    height,
-    width,
-    alpha,
-    GAMMA: tl.constexpr,
-    HAS_IGNORE: tl.constexpr,
-    ROW_TAPS: tl.constexpr,
-    COLUMN_TAPS: tl.constexpr,
-    LOW_Y: tl.constexpr,
-    LOW_X: tl.constexpr,
-    PART_Y: tl.constexpr,
+    row_start, row_weights, row_first, row_behind, column_start, column_weights, column_first,
+    column_behind, masks, low_height, low_width, height, width, alpha,
+    GAMMA: tl.constexpr, HAS_IGNORE: tl.constexpr, ROW_TAPS: tl.constexpr,
+    COLUMN_TAPS: tl.constexpr, LOW_Y: tl.constexpr, LOW_X: tl.constexpr, PART_Y: tl.constexpr,
     PART_X: tl.constexpr,
-):
+):  # fmt: skip
     i_mask, i_tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
     tiles_x = tl.cdiv(low_width, LOW_X)
     top, left = i_tile // tiles_x * LOW_Y, i_tile % tiles_x * LOW_X

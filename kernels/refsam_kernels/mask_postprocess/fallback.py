@@ -52,7 +52,7 @@ def bits(inputs: BitsInputs) -> Bits:
 def _resized(
     logits: Tensor, image_size: int, input_size: Sequence[int], output_size: Sequence[int]
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Which masks, which rows of them, and their logits at full size, a part at a time."""
+    """Yield masks, rows of them, and their logits at full size, a part at a time."""
     height, width = output_size
     if not has_exact_products(logits):
         if height * width > ELEMENTS_ELSEWHERE:

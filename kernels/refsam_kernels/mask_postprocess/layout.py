@@ -22,7 +22,7 @@ def pairs(flat: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def words_of(height: int, width: int) -> int:
-    """How many words a mask takes."""
+    """Number of words of a mask."""
     return width * -(-height // WORD)
 
 

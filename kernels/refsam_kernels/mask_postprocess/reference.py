@@ -78,7 +78,7 @@ def box(mask: Tensor) -> Tensor:
 
 
 def count(marked: Tensor) -> Tensor:
-    """How many entries of a bool tensor, at most 2^31 of them, are True: () int64."""
+    """Number of True entries of a bool tensor, which has at most 2^31: () int64."""
     return marked.view(torch.uint8).sum(dtype=torch.int32).long()
 
 
@@ -90,7 +90,7 @@ def extent(used: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def run_ends(mask: Tensor) -> Tensor:
-    """Where a mask (H, W) bool changes its value, in column-major order, beginning with False: (n,) int32."""
+    """Positions (n,) int32 at which a mask (H, W) bool changes its value, in column-major order, beginning with False."""
     pixels = F.pad(mask.T.flatten(), (1, 0))
     return (pixels[1:] != pixels[:-1]).nonzero().flatten().int()
 

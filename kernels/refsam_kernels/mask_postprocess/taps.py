@@ -59,7 +59,7 @@ def taps_of(low: int, image_size: int, sizes: tuple[Size, ...], device: torch.de
 
 @dataclass(frozen=True)
 class Places:
-    """Where each of P masks of any size finds its taps and puts its words.
+    """Positions of the taps and words of P masks of any size.
 
     table (P, 5) int64: height, width, where the mask's rows and its columns begin in the taps, where its words begin. `sizes`
     are the different (height, width) of the masks.
@@ -72,7 +72,7 @@ class Places:
 
     @property
     def most_words(self) -> int:
-        """How many words the largest mask takes."""
+        """Number of words of the largest mask."""
         return max(words_of(*size) for size in self.sizes)
 
 

@@ -17,7 +17,7 @@ from refsam_kernels.mask_upscale.inputs import Inputs
 ProductGelu = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 PER_EXPRESSION = (True, True) + (False,) * 6
-# Where the convolutions' weights stand among the tensors, each followed by its bias.
+# Indices of the convolutions' weights among the tensors, each followed by its bias.
 CONV1, CONV2 = 2, 6
 
 

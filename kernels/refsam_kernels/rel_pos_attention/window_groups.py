@@ -1,4 +1,4 @@
-"""How `rel_pos_attention` cuts a grid of tokens into windows without padding it."""
+"""Cuts a grid of tokens into windows without padding it, for `rel_pos_attention`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

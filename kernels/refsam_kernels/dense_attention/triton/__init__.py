@@ -42,7 +42,7 @@ def forward(inputs: Inputs) -> Tensor:
     dense = features.new_empty(len(text), *features.shape[2:])
     if len(text):
         tensors = _tensors(inputs)
-        tensors["folded"] = F.linear(text, weight.chunk(2, dim=1)[1])
+        tensors["absorbed"] = F.linear(text, weight.chunk(2, dim=1)[1])
         _forward_launch(tensors, weight, inputs.bias, dense).run()
     return dense
 
@@ -56,20 +56,20 @@ def backward(
     is_word = valid_positions(inputs.lengths, inputs.text.shape[1]).unsqueeze(-1)
     text = torch.where(is_word, inputs.text, 0.0)
     tensors = _tensors(inputs._replace(text=text))
-    tensors |= {"folded": F.linear(text, attended), "grad": grad.contiguous()}
+    tensors |= {"absorbed": F.linear(text, attended), "grad": grad.contiguous()}
     grad_text, grad_images = _text_outputs(tensors), _image_outputs(tensors, needs[0])
     if len(text):
         _text_launch(tensors, grad_text).run()
     _image_launch(tensors, grad_text["grad_similarity"], grad_images, weight).run()
     bias, shares = inputs.bias.float(), inputs.level_weights.float()
-    grad_folded = grad_text["grad_folded"].sum(0).to(text.dtype)
+    grad_absorbed = grad_text["grad_absorbed"].sum(0).to(text.dtype)
     grad_own = grad_images["grad_image"].flatten(0, 1).T @ grad_images["mixed"].flatten(0, 1)
-    grad_attended = grad_folded.flatten(0, 1).T @ text.flatten(0, 1)
+    grad_attended = grad_absorbed.flatten(0, 1).T @ text.flatten(0, 1)
     grad_bias = grad.sum((0, 1), dtype=torch.float32)
     grad_shares = grad_text["grad_share"].sum((0, 1)) + grad_images["grad_share"].sum((0, 1))
     gradients = (
         grad_images["grad_features"],
-        grad_text["grad_text"].sum(0).add_(grad_folded @ attended).to(text.dtype),
+        grad_text["grad_text"].sum(0).add_(grad_absorbed @ attended).to(text.dtype),
         torch.cat([grad_own, grad_attended], dim=1),
         (grad_bias * shares.sum()).to(weight.dtype),
         grad_text["grad_scale"].sum().to(inputs.scale.dtype),
@@ -127,7 +127,7 @@ def _text_outputs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     text, (levels, _, pixels, _) = tensors["text"], tensors["features"].shape
     rows = (tiles, *text.shape)
     sums = (tiles, len(text), levels)
-    shapes = {"grad_text": rows, "grad_folded": rows, "grad_scale": sums, "grad_share": sums}
+    shapes = {"grad_text": rows, "grad_absorbed": rows, "grad_scale": sums, "grad_share": sums}
     outputs = {name: text.new_empty(x, dtype=torch.float32) for name, x in shapes.items()}
     outputs["grad_similarity"] = text.new_empty(levels, len(text), pixels, sizes["WORDS"])
     return outputs
@@ -180,7 +180,7 @@ def compile_cases() -> list[CompileCase]:
         bias, scale = weight[0, :channels], scale.float()
         inputs = Inputs(features, text, lengths, lengths, weight, bias, scale, level_weights)
         tensors = _tensors(inputs)
-        tensors |= {"folded": text, "grad": features.new_empty(8, 4096, channels)}
+        tensors |= {"absorbed": text, "grad": features.new_empty(8, 4096, channels)}
         grad_text = _text_outputs(tensors)
         similarity, grad_images = grad_text["grad_similarity"], _image_outputs(tensors, True)
         launches = {

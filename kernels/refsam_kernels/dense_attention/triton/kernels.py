@@ -1,7 +1,7 @@
-"""Hierarchical dense attention in Triton, folded as in `fallback.py`: one launch for all levels and expressions.
+"""Hierarchical dense attention in Triton, absorbed as in `fallback.py`: one launch for all levels and expressions.
 
 A program holds a tile of pixels: it mixes the levels' features and their attention in registers and multiplies each once, with W1
-and with the folded text T W2^T. The backward has two kernels: one per expression, whose sums over pixels are partial sums per
+and with the absorbed text T W2^T. The backward has two kernels: one per expression, whose sums over pixels are partial sums per
 tile, and one per image, which adds up its expressions in their order. No atomics: two runs agree bit by bit.
 """
 
@@ -43,7 +43,7 @@ def _attend(pixels, words, scale, length, WORDS: tl.constexpr):
 def _forward_kernel(
     features_ptr,  # (levels, images, pixels, channels)
     text_ptr,  # (expressions, words, channels)
-    folded_ptr,  # (expressions, words, channels), text W2^T
+    absorbed_ptr,  # (expressions, words, channels), text W2^T
     lengths_ptr,  # (expressions,) int64
     image_index_ptr,  # (expressions,) int64
     weight_ptr,  # (channels, 2 * channels)
@@ -51,16 +51,9 @@ def _forward_kernel(
     scale_ptr,  # ()
     level_weights_ptr,  # (levels,)
     dense_ptr,  # (expressions, pixels, channels)
-    levels,
-    images,
-    pixels,
-    words,
-    channels,
-    PIXELS: tl.constexpr,
-    WORDS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    levels, images, pixels, words, channels,
+    PIXELS: tl.constexpr, WORDS: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """PIXELS pixels of one expression."""
     i_pixel = tl.program_id(0).to(tl.int64) * PIXELS
     i_expression = tl.program_id(1).to(tl.int64)
@@ -76,8 +69,8 @@ def _forward_kernel(
         share = tl.load(level_weights_ptr + level).to(tl.float32)
         first = (level * images + image) * pixels + i_pixel
         b_own = _load_rows(features_ptr, first, left, channels, PIXELS, CHANNELS)
-        _, b_weights = _attend(b_own, b_text, scale, length, WORDS)
-        b_attention += share * b_weights
+        _, p = _attend(b_own, b_text, scale, length, WORDS)
+        b_attention += share * p
         b_mixed += share * b_own.to(tl.float32)
         total_share += share
     b_mixed = b_mixed.to(text_ptr.dtype.element_ty)
@@ -89,12 +82,14 @@ def _forward_kernel(
         m_own = (channel < channels)[:, None] & is_column[None, :]
         p_own = weight_ptr + column[None, :] * (2 * channels) + channel[:, None]
         b_own = tl.load(p_own, mask=m_own, other=0.0)  # W1 transposed
-        m_folded = (word < length)[:, None] & is_column[None, :]
-        p_folded = folded_ptr + (i_expression * words + word)[:, None] * channels + column[None, :]
-        b_folded = tl.load(p_folded, mask=m_folded, other=0.0)
+        m_absorbed = (word < length)[:, None] & is_column[None, :]
+        p_absorbed = (
+            absorbed_ptr + (i_expression * words + word)[:, None] * channels + column[None, :]
+        )
+        b_absorbed = tl.load(p_absorbed, mask=m_absorbed, other=0.0)
         b_bias = tl.load(bias_ptr + column, mask=is_column, other=0.0).to(tl.float32)
         b_dense = tl.dot(b_mixed, b_own)
-        b_dense += tl.dot(b_attention, b_folded)
+        b_dense += tl.dot(b_attention, b_absorbed)
         b_dense += (total_share * b_bias)[None, :]
         row = tl.arange(0, PIXELS)
         offset = (i_expression * pixels + i_pixel + row)[:, None] * channels + column[None, :]
@@ -107,26 +102,19 @@ def _text_backward_kernel(
     grad_ptr,  # (expressions, pixels, channels)
     features_ptr,  # (levels, images, pixels, channels)
     text_ptr,  # (expressions, words, channels)
-    folded_ptr,  # (expressions, words, channels)
+    absorbed_ptr,  # (expressions, words, channels)
     lengths_ptr,  # (expressions,) int64
     image_index_ptr,  # (expressions,) int64
     scale_ptr,  # ()
     level_weights_ptr,  # (levels,)
     grad_similarity_ptr,  # (levels, expressions, pixels, WORDS), the gradient to F T^T
     grad_text_ptr,  # (tiles, expressions, words, channels) float32, through the similarity
-    grad_folded_ptr,  # (tiles, expressions, words, channels) float32
+    grad_absorbed_ptr,  # (tiles, expressions, words, channels) float32
     grad_scale_ptr,  # (tiles, expressions, levels) float32
     grad_share_ptr,  # (tiles, expressions, levels) float32, through the attention
-    levels,
-    images,
-    expressions,
-    pixels,
-    words,
-    channels,
-    PIXELS: tl.constexpr,
-    WORDS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
+    levels, images, expressions, pixels, words, channels,
+    PIXELS: tl.constexpr, WORDS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     """PIXELS pixels of one expression: gradients to the similarities, and sums over the pixels."""
     i_tile = tl.program_id(0).to(tl.int64)
     i_pixel = i_tile * PIXELS
@@ -137,10 +125,10 @@ def _text_backward_kernel(
     left = pixels - i_pixel
     is_pixel = (tl.arange(0, PIXELS) < left)[:, None]
     b_text = _load_rows(text_ptr, i_expression * words, length, channels, WORDS, CHANNELS)
-    b_folded = _load_rows(folded_ptr, i_expression * words, length, channels, WORDS, CHANNELS)
+    b_absorbed = _load_rows(absorbed_ptr, i_expression * words, length, channels, WORDS, CHANNELS)
     first = i_expression * pixels + i_pixel
     b_grad = _load_rows(grad_ptr, first, left, channels, PIXELS, CHANNELS)
-    b_grad_attention = tl.dot(b_grad, tl.trans(b_folded))
+    b_grad_attention = tl.dot(b_grad, tl.trans(b_absorbed))
     b_attention = tl.zeros((PIXELS, WORDS), tl.float32)
     b_grad_text = tl.zeros((WORDS, CHANNELS), tl.float32)
     i_sums = (i_tile * expressions + i_expression) * levels
@@ -148,22 +136,22 @@ def _text_backward_kernel(
         share = tl.load(level_weights_ptr + level).to(tl.float32)
         first = (level * images + image) * pixels + i_pixel
         b_own = _load_rows(features_ptr, first, left, channels, PIXELS, CHANNELS)
-        b_similarity, b_weights = _attend(b_own, b_text, scale, length, WORDS)
-        b_weights = tl.where(is_pixel, b_weights, 0.0)
-        b_attention += share * b_weights
-        b_weighted = b_weights * b_grad_attention
-        b_grad_logits = share * (b_weighted - b_weights * tl.sum(b_weighted, 1)[:, None])
-        tl.store(grad_share_ptr + i_sums + level, tl.sum(b_weighted))
-        tl.store(grad_scale_ptr + i_sums + level, tl.sum(b_grad_logits * b_similarity))
-        b_grad_similarity = (b_grad_logits * scale).to(text_ptr.dtype.element_ty)
+        b_similarity, p = _attend(b_own, b_text, scale, length, WORDS)
+        p = tl.where(is_pixel, p, 0.0)
+        b_attention += share * p
+        p_dp = p * b_grad_attention
+        ds = share * (p_dp - p * tl.sum(p_dp, 1)[:, None])
+        tl.store(grad_share_ptr + i_sums + level, tl.sum(p_dp))
+        tl.store(grad_scale_ptr + i_sums + level, tl.sum(ds * b_similarity))
+        b_grad_similarity = (ds * scale).to(text_ptr.dtype.element_ty)
         b_grad_text += tl.dot(tl.trans(b_grad_similarity), b_own)
         first = (level * expressions + i_expression) * pixels + i_pixel
         _store_rows(grad_similarity_ptr, b_grad_similarity, first, left, WORDS, PIXELS, WORDS)
     b_attention = b_attention.to(text_ptr.dtype.element_ty)
-    b_grad_folded = tl.dot(tl.trans(b_attention), b_grad)
+    b_grad_absorbed = tl.dot(tl.trans(b_attention), b_grad)
     i_rows = (i_tile * expressions + i_expression) * words
     _store_rows(grad_text_ptr, b_grad_text, i_rows, words, channels, WORDS, CHANNELS)
-    _store_rows(grad_folded_ptr, b_grad_folded, i_rows, words, channels, WORDS, CHANNELS)
+    _store_rows(grad_absorbed_ptr, b_grad_absorbed, i_rows, words, channels, WORDS, CHANNELS)
 
 
 @triton.jit(do_not_specialize=["images", "expressions", "words"])
@@ -180,18 +168,10 @@ def _image_backward_kernel(
     grad_image_ptr,  # (images, pixels, channels), grad summed over the expressions of an image
     mixed_ptr,  # (images, pixels, channels), the levels' mixture
     grad_share_ptr,  # (tiles, images, levels) float32, through the mixture
-    levels,
-    images,
-    expressions,
-    pixels,
-    words,
-    channels,
-    PIXELS: tl.constexpr,
-    WORDS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    levels, images, expressions, pixels, words, channels,
+    PIXELS: tl.constexpr, WORDS: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
     LEVELS: tl.constexpr,
-):
+):  # fmt: skip
     """PIXELS pixels of one image."""
     i_tile = tl.program_id(0).to(tl.int64)
     i_pixel = i_tile * PIXELS

@@ -13,17 +13,12 @@ def resized_tile(
     low_width,
     row_start,  # (n,) int32
     row_weights,  # (ROW_TAPS, row_stride) float32
-    row_stride,
-    column_start,
-    column_weights,
-    column_stride,
+    row_stride, column_start, column_weights, column_stride,
     ys,  # (Y,) rows and
     xs,  # (X,) columns of the output
-    height,
-    width,
-    ROW_TAPS: tl.constexpr,
-    COLUMN_TAPS: tl.constexpr,
-):
+    height, width,
+    ROW_TAPS: tl.constexpr, COLUMN_TAPS: tl.constexpr,
+):  # fmt: skip
     """The logits (Y, X) at full size, of positions outside (height, width) 0."""
     y_inside, x_inside = ys < height, xs < width
     top = tl.load(row_start + ys, mask=y_inside, other=0)
@@ -45,20 +40,10 @@ def resized_tile(
 def _masks_kernel(
     logits,  # (P, 4h, 4w) float32
     masks,  # (P, H, W) uint8
-    row_start,
-    row_weights,
-    column_start,
-    column_weights,
-    low_height,
-    low_width,
-    height,
-    width,
+    row_start, row_weights, column_start, column_weights, low_height, low_width, height, width,
     threshold,
-    ROW_TAPS: tl.constexpr,
-    COLUMN_TAPS: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-):
+    ROW_TAPS: tl.constexpr, COLUMN_TAPS: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
     i_mask = tl.program_id(1).to(tl.int64)
     tiles_x = tl.cdiv(width, BLOCK_X)
     ys = tl.program_id(0) // tiles_x * BLOCK_Y + tl.arange(0, BLOCK_Y)
@@ -78,20 +63,10 @@ def _bits_kernel(
     places,  # (P, 5) int64, see `taps.Places`
     words,  # (n,) int32
     partial,  # (P, tiles, 8) int32, statistics of tiles
-    row_start,
-    row_weights,
-    row_stride,
-    column_start,
-    column_weights,
-    column_stride,
-    low_height,
-    low_width,
-    threshold,
-    stability_offset,
-    ROW_TAPS: tl.constexpr,
-    COLUMN_TAPS: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-):
+    row_start, row_weights, row_stride, column_start, column_weights, column_stride, low_height,
+    low_width, threshold, stability_offset,
+    ROW_TAPS: tl.constexpr, COLUMN_TAPS: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
     i_mask, i_tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
     height = tl.load(places + 5 * i_mask).to(tl.int32)
     width = tl.load(places + 5 * i_mask + 1).to(tl.int32)

@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Configuration(NamedTuple):
-    """How a kernel is launched: pixels of a program, channels that a product takes at a time, warps, stages."""
+    """Launch configuration: pixels of a program, channels that a product takes at a time, warps, stages."""
 
     pixels: int
     channels: int

@@ -19,13 +19,9 @@ def first_convolution(
     features,  # (pixels, C), of one expression
     weight,  # (C, 4 * C1), from the place's first column on
     bias,  # (C1,)
-    pixels,
-    is_pixel,
-    c1,
-    channels,
-    width1,
+    pixels, is_pixel, c1, channels, width1,
     BLOCK_K: tl.constexpr,
-):
+):  # fmt: skip
     """The results (pixels, C1) in float32; 0 in columns beyond `width1`."""
     is_column = c1 < width1
     x = tl.zeros([pixels.shape[0], c1.shape[0]], dtype=tl.float32)
@@ -56,7 +52,7 @@ def second_weight(weight, c1, q, width1, width2, BLOCK_C2: tl.constexpr):
 
 @triton.jit
 def logit_offset(pixels, place1, place2, width):
-    """Where in the logits (4h, 4w) of a mask the pixels stand, for places that broadcast against them."""
+    """Offsets of the pixels in a mask's logits (4h, 4w), for places that broadcast against them."""
     row = 4 * (pixels // width) + 2 * (place1 // 2) + place2 // 2
     column = 4 * (pixels % width) + 2 * (place1 % 2) + place2 % 2
     return row.to(tl.int64) * (4 * width) + column
@@ -73,18 +69,9 @@ def _forward_kernel(
     weight2,  # (C1, 4 * C2)
     bias2,  # (C2,)
     logits,  # (P, M, 4h, 4w)
-    count,
-    width,
-    channels,
-    width1,
-    width2,
-    masks,
-    eps,
-    BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C1: tl.constexpr,
-    BLOCK_C2: tl.constexpr,
-):
+    count, width, channels, width1, width2, masks, eps,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C1: tl.constexpr, BLOCK_C2: tl.constexpr,
+):  # fmt: skip
     i_expression = tl.program_id(1).to(tl.int64)
     place1 = tl.program_id(0) % 4
     pixels = tl.program_id(0) // 4 * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -129,20 +116,9 @@ def _backward_kernel(
     grad_weight2,  # (4, parts, C1, 4 * C2) float32
     grad_bias2,  # (4, parts, 4 * C2) float32
     grad_rows,  # (4, parts, 3, C1) float32: norm_weight, norm_bias, bias1
-    expressions,
-    tiles,
-    count,
-    width,
-    channels,
-    width1,
-    width2,
-    masks,
-    eps,
-    BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C1: tl.constexpr,
-    BLOCK_C2: tl.constexpr,
-):
+    expressions, tiles, count, width, channels, width1, width2, masks, eps,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C1: tl.constexpr, BLOCK_C2: tl.constexpr,
+):  # fmt: skip
     place1, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     c1, q = tl.arange(0, BLOCK_C1), tl.arange(0, 4 * BLOCK_C2)
     place2, c2 = q // BLOCK_C2, q % BLOCK_C2

@@ -10,7 +10,9 @@ import triton.language as tl
 from refsam_kernels.rel_pos_attention.triton.tiles import (
     LOG2E,
     _add_relative,
+    _biases,
     _head_pointers,
+    _key_grid,
     _key_tile,
     _load,
     _load_keys,
@@ -29,41 +31,22 @@ from refsam_kernels.rel_pos_attention.triton.tiles import (
 
 @triton.jit
 def _query_gradient_kernel(
-    grad_out,
-    out,  # (B, h, w, D)
+    grad_out, out,  # (B, h, w, D)
     qkv,  # (B, h, w, 3*D), any strides
     qkv_bias,  # (3*D,) or None
-    table_h,
-    table_w,  # (2*WINDOW_H-1, HEAD_DIM), (2*WINDOW_W-1, HEAD_DIM)
+    table_h, table_w,  # (2*WINDOW_H-1, HEAD_DIM), (2*WINDOW_W-1, HEAD_DIM)
     log_sum_exp,  # (B, heads, h, w) float32
     grad_qkv,  # (B, h, w, 3*D); its first third is written
-    rel_h,
-    rel_w,  # written, float32: (B, heads, WINDOW_H, h*w), (B, heads, h*w, WINDOW_W)
-    d_rel_h,
-    d_rel_w,  # written, likewise: gradients of the relative terms
+    rel_h, rel_w,  # written, float32: (B, heads, WINDOW_H, h*w), (B, heads, h*w, WINDOW_W)
+    d_rel_h, d_rel_w,  # written, likewise: gradients of the relative terms
     delta,  # written, float32: (B, heads, h, w), sum of grad_out * out
-    stride_b,
-    stride_y,
-    stride_x,
-    stride_c,  # of qkv
-    h,
-    w,
-    heads,
-    tiles,
-    scale,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    PADDED: tl.constexpr,
+    stride_b, stride_y, stride_x, stride_c,  # of qkv
+    h, w, heads, tiles, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr, PARTIAL: tl.constexpr, PADDED: tl.constexpr,
     MASKED: tl.constexpr,  # as in the forward
-):
+):  # fmt: skip
     WINDOW: tl.constexpr = (WINDOW_H, WINDOW_W)
     HEAD: tl.constexpr = (HEAD_DIM, D0, D1)
     KEYS: tl.constexpr = (ROWS, COLUMNS)
@@ -94,16 +77,8 @@ def _query_gradient_kernel(
     tables = (table_h, table_w)
     _store_relative(q, tables, (rel_h, rel_w), query, tokens, WINDOW, HEAD, CHUNK)
 
-    k_bias = qkv_bias
-    v_bias = qkv_bias
-    if qkv_bias is not None:
-        k_bias = qkv_bias + channels + head * HEAD_DIM
-        v_bias = k_bias + channels
-    key_height = height
-    key_width = width
-    if PADDED:
-        key_height = WINDOW_H
-        key_width = WINDOW_W
+    k_bias, v_bias = _biases(qkv_bias, head, heads, HEAD_DIM)
+    key_height, key_width = _key_grid(window, WINDOW, PADDED)
     dq0, dq1 = _zeros(BLOCK, HEAD)
     for column in range(0, key_width, COLUMNS):
         tl.debug_barrier()  # other threads of this program read what was stored
@@ -149,18 +124,9 @@ def _query_gradient_kernel(
 
 @triton.jit
 def _load_queries(
-    q_base,
-    grad_out,
-    out,
-    offsets,
-    image,
-    head,
-    heads,
-    query,
-    tokens,
-    stride_c,
+    q_base, grad_out, out, offsets, image, head, heads, query, tokens, stride_c,
     HEAD: tl.constexpr,
-):
+):  # fmt: skip
     """Queries, the output's gradient, and delta (tokens,), the sum of grad_out * out."""
     _, _, token, exists = query
     q0 = _load(q_base, offsets, exists, stride_c, HEAD[0], 0, HEAD[1])
@@ -180,17 +146,9 @@ def _load_queries(
 
 @triton.jit
 def _load_keys_and_dp(
-    do,
-    k_base,
-    v_base,
-    offsets,
-    is_real,
-    stride_c,
-    k_bias,
-    v_bias,
-    HEAD: tl.constexpr,
-    PADDED: tl.constexpr,
-):
+    do, k_base, v_base, offsets, is_real, stride_c, k_bias, v_bias,
+    HEAD: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
     """A tile of keys, and the gradient of the probabilities, do times the transpose of v."""
     k0 = _load_keys(k_base, offsets, is_real, stride_c, k_bias, HEAD[0], 0, HEAD[1], PADDED)
     v = _load_keys(v_base, offsets, is_real, stride_c, v_bias, HEAD[0], 0, HEAD[1], PADDED)
@@ -226,32 +184,16 @@ def _key_gradient_kernel(
     grad_out,  # (B, h, w, D)
     qkv,  # (B, h, w, 3*D), any strides
     qkv_bias,  # (3*D,) or None
-    log_sum_exp,
-    delta,  # (B, heads, h, w) float32
-    rel_h,
-    rel_w,  # as `_query_gradient_kernel` wrote them
+    log_sum_exp, delta,  # (B, heads, h, w) float32
+    rel_h, rel_w,  # as `_query_gradient_kernel` wrote them
     grad_qkv,  # (B, h, w, 3*D); its second and last third are written
     grad_padding,  # written, float32: (programs, 2, HEAD_DIM), sums of dk and dv over padding tokens; or None
-    stride_b,
-    stride_y,
-    stride_x,
-    stride_c,  # of qkv
-    h,
-    w,
-    heads,
-    tiles,
-    scale,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    PADDED: tl.constexpr,
-):
+    stride_b, stride_y, stride_x, stride_c,  # of qkv
+    h, w, heads, tiles, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PARTIAL: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
     WINDOW: tl.constexpr = (WINDOW_H, WINDOW_W)
     KEYS: tl.constexpr = (ROWS, COLUMNS)
     tile, head, image, window = _locate(tiles, heads, h, w, WINDOW, PARTIAL)
@@ -266,11 +208,7 @@ def _key_gradient_kernel(
     tokens = h * w
     channels = heads * HEAD_DIM
     q_base, k_base, v_base = _head_pointers(qkv, image, head, heads, stride_b, stride_c, HEAD_DIM)
-    k_bias = qkv_bias
-    v_bias = qkv_bias
-    if qkv_bias is not None:
-        k_bias = qkv_bias + channels + head * HEAD_DIM
-        v_bias = k_bias + channels
+    k_bias, v_bias = _biases(qkv_bias, head, heads, HEAD_DIM)
     offsets = _offsets(window, key_y, key_x, stride_y, stride_x)
     k0 = _load_keys(k_base, offsets, is_real, stride_c, k_bias, HEAD_DIM, 0, D0, PADDED)
     v0 = _load_keys(v_base, offsets, is_real, stride_c, v_bias, HEAD_DIM, 0, D0, PADDED)
@@ -342,13 +280,9 @@ def _key_gradient_kernel(
 
 @triton.jit
 def _store_padding(
-    pointer,
-    gradient,
-    is_padding,
-    HEAD_DIM: tl.constexpr,
-    FIRST: tl.constexpr,
-    SIZE: tl.constexpr,
-):
+    pointer, gradient, is_padding,
+    HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
     """Stores the sum of a gradient (tokens, SIZE) over the padding tokens."""
     channel = FIRST + tl.arange(0, SIZE)
     total = tl.sum(tl.where(is_padding[:, None], gradient, 0.0), 0)

@@ -6,7 +6,9 @@ import triton.language as tl
 from refsam_kernels.rel_pos_attention.triton.tiles import (
     LN2,
     LOG2E,
+    _biases,
     _head_pointers,
+    _key_grid,
     _key_tile,
     _load,
     _load_keys,
@@ -25,34 +27,19 @@ from refsam_kernels.rel_pos_attention.triton.tiles import (
 def _forward_kernel(
     qkv,  # (B, h, w, 3*D), any strides
     qkv_bias,  # (3*D,) or None
-    table_h,
-    table_w,  # (2*WINDOW_H-1, HEAD_DIM), (2*WINDOW_W-1, HEAD_DIM)
-    rel_h,
-    rel_w,  # scratch, float32: (B, heads, WINDOW_H, h*w), (B, heads, h*w, WINDOW_W)
+    table_h, table_w,  # (2*WINDOW_H-1, HEAD_DIM), (2*WINDOW_W-1, HEAD_DIM)
+    rel_h, rel_w,  # scratch, float32: (B, heads, WINDOW_H, h*w), (B, heads, h*w, WINDOW_W)
     out,  # (B, h, w, D)
     log_sum_exp,  # (B, heads, h, w) float32
-    stride_b,
-    stride_y,
-    stride_x,
-    stride_c,  # of qkv
-    h,
-    w,
-    heads,
-    tiles,
-    scale,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    stride_b, stride_y, stride_x, stride_c,  # of qkv
+    h, w, heads, tiles, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     PARTIAL: tl.constexpr,  # some windows stick out of the grid
     PADDED: tl.constexpr,  # and are filled up with padding tokens
     MASKED: tl.constexpr,  # some tiles have positions that are no keys
-):
+):  # fmt: skip
     WINDOW: tl.constexpr = (WINDOW_H, WINDOW_W)
     HEAD: tl.constexpr = (HEAD_DIM, D0, D1)
     KEYS: tl.constexpr = (ROWS, COLUMNS)
@@ -81,16 +68,8 @@ def _forward_kernel(
     _store_relative(q, (table_h, table_w), (rel_h, rel_w), query, tokens, WINDOW, HEAD, CHUNK)
     tl.debug_barrier()  # other threads of this program read what was stored
 
-    k_bias = qkv_bias
-    v_bias = qkv_bias
-    if qkv_bias is not None:
-        k_bias = qkv_bias + channels + head * HEAD_DIM
-        v_bias = k_bias + channels
-    key_height = height
-    key_width = width
-    if PADDED:
-        key_height = WINDOW_H
-        key_width = WINDOW_W
+    k_bias, v_bias = _biases(qkv_bias, head, heads, HEAD_DIM)
+    key_height, key_width = _key_grid(window, WINDOW, PADDED)
     m_i = tl.full([BLOCK], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK], tl.float32)
     acc0, acc1 = _zeros(BLOCK, HEAD)

@@ -35,7 +35,7 @@ KERNELS = ("forward", "query_gradient", "key_gradient")
 
 @dataclass(frozen=True)
 class Tile:
-    """How one kernel is cut up: `block` queries against `rows` x `columns` keys of a window."""
+    """Tile of a kernel: `block` queries against `rows` x `columns` keys of a window."""
 
     block: int
     rows: int

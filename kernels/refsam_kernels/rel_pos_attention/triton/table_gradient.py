@@ -15,26 +15,14 @@ def _table_gradient_kernel(
     qkv,  # (B, h, w, 3*D), any strides
     d_rel,  # float32, as `_query_gradient_kernel` wrote it
     parts,  # written, float32: (splits, 2*SIZE-1, HEAD_DIM)
-    stride_b,
-    stride_y,
-    stride_x,
-    stride_c,  # of qkv
-    key_stride,
-    token_stride,  # of d_rel
-    h,
-    w,
-    heads,
-    tiles,
-    tiles_each,
-    tiles_in_all,
+    stride_b, stride_y, stride_x, stride_c,  # of qkv
+    key_stride, token_stride,  # of d_rel
+    h, w, heads, tiles, tiles_each, tiles_in_all,
     SIZE: tl.constexpr,  # of a window along the table's axis
     OF_ROWS: tl.constexpr,  # which axis that is
-    HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
-):
+):  # fmt: skip
     """Sums d_rel * q over the tokens of some tiles, all images and heads counted through, for CHUNK rows of a table."""
     split = tl.program_id(0)
     first = tl.program_id(1) * CHUNK
@@ -50,16 +38,9 @@ def _table_gradient_kernel(
         x = token % w
         position = (y if OF_ROWS else x) % SIZE
         pointers, mask = _skewed(
-            position,
-            exists,
-            first,
-            d_rel + plane * tokens * SIZE,
-            token,
-            key_stride,
-            token_stride,
-            SIZE,
-            CHUNK,
-        )
+            position, exists, first, d_rel + plane * tokens * SIZE, token, key_stride, token_stride,
+            SIZE, CHUNK,
+        )  # fmt: skip
         gradient = tl.load(pointers, mask=mask, other=0.0).to(qkv.dtype.element_ty)
         base = qkv + plane // heads * stride_b + plane % heads * HEAD_DIM * stride_c
         offsets = y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x

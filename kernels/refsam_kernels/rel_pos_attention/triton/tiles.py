@@ -22,7 +22,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _locate(tiles, heads, h, w, WINDOW: tl.constexpr, PARTIAL: tl.constexpr):
-    """Of this program: tile, head, image, window; its height and width are constants where no window is partial."""
+    """This program's tile, head, image and window, whose height and width are constants where no window is partial."""
     program = tl.program_id(0)
     tile = program % tiles
     head = program // tiles % heads
@@ -52,8 +52,30 @@ def _head_pointers(qkv, image, head, heads, stride_b, stride_c, HEAD_DIM: tl.con
 
 
 @triton.jit
+def _biases(qkv_bias, head, heads, HEAD_DIM: tl.constexpr):
+    """A head's biases of k and v, None without a bias."""
+    k_bias = qkv_bias
+    v_bias = qkv_bias
+    if qkv_bias is not None:
+        k_bias = qkv_bias + heads * HEAD_DIM + head * HEAD_DIM
+        v_bias = k_bias + heads * HEAD_DIM
+    return k_bias, v_bias
+
+
+@triton.jit
+def _key_grid(window, WINDOW: tl.constexpr, PADDED: tl.constexpr):
+    """Rows and columns of a window's keys: the real ones, or with padding all."""
+    key_height = window[2]
+    key_width = window[3]
+    if PADDED:
+        key_height = WINDOW[0]
+        key_width = WINDOW[1]
+    return key_height, key_width
+
+
+@triton.jit
 def _offsets(window, y, x, stride_y, stride_x):
-    """Where tokens at (y, x) of a window lie in qkv."""
+    """Offsets in qkv of tokens at (y, x) of a window."""
     top, left, _, _ = window
     return (top + y).to(tl.int64) * stride_y + (left + x).to(tl.int64) * stride_x
 
@@ -71,7 +93,7 @@ def _query_tile(tile, window, w, BLOCK: tl.constexpr):
 
 @triton.jit
 def _key_tile(row, column, window, KEYS: tl.constexpr):
-    """Of a tile of keys that begins at (row, column): rows and columns in the window, which are real tokens."""
+    """Rows and columns in the window of a tile of keys that begins at (row, column), and which are real tokens."""
     index = tl.arange(0, KEYS[0] * KEYS[1])
     y = row + index // KEYS[1]
     x = column + index % KEYS[1]
@@ -80,14 +102,9 @@ def _key_tile(row, column, window, KEYS: tl.constexpr):
 
 @triton.jit
 def _load(
-    pointer,
-    offsets,
-    exists,
-    stride,
-    HEAD_DIM: tl.constexpr,
-    FIRST: tl.constexpr,
-    SIZE: tl.constexpr,
-):
+    pointer, offsets, exists, stride,
+    HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
     """Channels FIRST to FIRST + SIZE of tokens at `offsets`: (tokens, SIZE), zero where there are none."""
     channel = FIRST + tl.arange(0, SIZE)
     mask = exists[:, None]
@@ -98,14 +115,9 @@ def _load(
 
 @triton.jit
 def _store(
-    pointer,
-    offsets,
-    exists,
-    values,
-    HEAD_DIM: tl.constexpr,
-    FIRST: tl.constexpr,
-    SIZE: tl.constexpr,
-):
+    pointer, offsets, exists, values,
+    HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
     """Stores channels FIRST to FIRST + SIZE of tokens where they lie side by side."""
     channel = FIRST + tl.arange(0, SIZE)
     mask = exists[:, None]
@@ -124,16 +136,9 @@ def _zeros(TOKENS: tl.constexpr, HEAD: tl.constexpr):
 
 @triton.jit
 def _load_keys(
-    pointer,
-    offsets,
-    is_real,
-    stride,
-    bias,
-    HEAD_DIM: tl.constexpr,
-    FIRST: tl.constexpr,
-    SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-):
+    pointer, offsets, is_real, stride, bias,
+    HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
     """Keys or values (tokens, SIZE); those of padding tokens are the bias.
 
     The pointer is chosen, not the value: so the copy to shared memory stays asynchronous.
@@ -153,17 +158,10 @@ def _load_keys(
 
 @triton.jit
 def _skewed(
-    position,
-    exists,
-    first,
-    rel,
-    token,
-    key_stride,
-    token_stride,
-    SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Where products of tokens with CHUNK table rows lie in `rel`: row i belongs to key position - i + SIZE - 1.
+    position, exists, first, rel, token, key_stride, token_stride,
+    SIZE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Pointers into `rel` for products of tokens with CHUNK table rows: row i belongs to key position - i + SIZE - 1.
 
     A plane of `rel` has less than 2^31 elements, so 32 bits suffice, and half the registers.
     """
@@ -175,17 +173,9 @@ def _skewed(
 
 @triton.jit
 def _store_relative_axis(
-    q,
-    table,
-    rel,
-    position,
-    query,
-    key_stride,
-    token_stride,
-    SIZE: tl.constexpr,
-    HEAD: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    q, table, rel, position, query, key_stride, token_stride,
+    SIZE: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """Stores one axis' relative terms of the queries with all SIZE keys of the axis, in units of log2(e)."""
     _, _, token, exists = query
     for first in tl.range(0, 2 * SIZE - 1, CHUNK, num_stages=1):
@@ -219,19 +209,10 @@ def _store_relative(
 
 @triton.jit
 def _add_relative_axis(
-    dq,
-    table,
-    d_rel,
-    position,
-    query,
-    key_stride,
-    token_stride,
-    SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    FIRST: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    dq, table, d_rel, position, query, key_stride, token_stride,
+    SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, CHANNELS: tl.constexpr,
     CHUNK: tl.constexpr,
-):
+):  # fmt: skip
     """Adds to `dq` (tokens, CHANNELS) the gradient through one axis' relative terms."""
     _, _, token, exists = query
     for first in tl.range(0, 2 * SIZE - 1, CHUNK, num_stages=1):
@@ -247,17 +228,10 @@ def _add_relative_axis(
 
 @triton.jit
 def _add_relative(
-    dq,
-    tables,
-    d_rel,
-    query,
-    tokens,
-    WINDOW: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    FIRST: tl.constexpr,
-    SIZE: tl.constexpr,
+    dq, tables, d_rel, query, tokens,
+    WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
-):
+):  # fmt: skip
     """Adds to `dq` (tokens, SIZE), channels from FIRST on, the gradient through the relative terms of both axes."""
     table_h, table_w = tables
     d_rel_h, d_rel_w = d_rel
@@ -281,18 +255,9 @@ def _scores(q, k, terms, scale, D1: tl.constexpr):
 
 @triton.jit
 def _query_scores(
-    q,
-    k,
-    rel_h,
-    term_w,
-    query,
-    tokens,
-    row,
-    scale,
-    WINDOW_H: tl.constexpr,
-    D1: tl.constexpr,
-    KEYS: tl.constexpr,
-):
+    q, k, rel_h, term_w, query, tokens, row, scale,
+    WINDOW_H: tl.constexpr, D1: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
     """Logits (queries, keys) of a tile of keys from `row` on, and a number for each query to be added to its logits.
 
     They are in units of log2(e), as `scale` and the terms are: `exp2` follows. A tile of one row leaves its row term to

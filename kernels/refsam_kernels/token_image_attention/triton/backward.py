@@ -18,17 +18,9 @@ def _backward_kernel(
     grad_q_ptr,  # (key tiles, expressions, internal width, queries)
     grad_k_ptr,  # (query tiles, expressions, internal width, keys)
     grad_v_ptr,  # likewise
-    expressions,
-    queries,
-    keys,
-    heads,
-    head_width,
-    scale,
-    HAS_ALL_KEYS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    HEAD: tl.constexpr,
-):
+    expressions, queries, keys, heads, head_width, scale,
+    HAS_ALL_KEYS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr,
+):  # fmt: skip
     """One head of QUERIES queries and KEYS keys; gradients to one side are parts, one for each tile of the other."""
     query_tile, key_tile = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     expression, head = tl.program_id(2).to(tl.int64) // heads, tl.program_id(2) % heads
@@ -47,24 +39,24 @@ def _backward_kernel(
     b_grad = tl.load(grad_ptr + i_query + o_query, mask=is_query, other=0.0)
     b_k = tl.load(k_ptr + i_key + o_key, mask=is_key, other=0.0)
     b_v = tl.load(v_ptr + i_key + o_key, mask=is_key, other=0.0)
-    b_logits = tl.dot(tl.trans(b_q), b_k) * scale
-    b_logits = tl.where((key < length)[None, :], b_logits, float("-inf"))
-    b_grad_weights = tl.dot(tl.trans(b_grad), b_v)
+    scores = tl.dot(tl.trans(b_q), b_k) * scale
+    scores = tl.where((key < length)[None, :], scores, float("-inf"))
+    dp = tl.dot(tl.trans(b_grad), b_v)
     if HAS_ALL_KEYS:
-        b_weights = tl.exp(b_logits - tl.max(b_logits, 1)[:, None])
-        b_weights /= tl.sum(b_weights, 1)[:, None]
-        b_mean = tl.sum(b_weights * b_grad_weights, 1)
+        p = tl.exp(scores - tl.max(scores, 1)[:, None])
+        p /= tl.sum(p, 1)[:, None]
+        delta = tl.sum(p * dp, 1)
     else:  # the same from the forward's saved values, which are rounded
         p_sums = log_sum_exp_ptr + (expression * heads + head) * queries + query
-        b_sums = tl.load(p_sums, mask=query < queries, other=0.0)
-        b_weights = tl.exp(b_logits - b_sums[:, None])
+        lse = tl.load(p_sums, mask=query < queries, other=0.0)
+        p = tl.exp(scores - lse[:, None])
         b_attended = tl.load(attended_ptr + i_query + o_query, mask=is_query, other=0.0)
-        b_mean = tl.sum(b_grad.to(tl.float32) * b_attended.to(tl.float32), 0)
-    b_grad_logits = b_weights * (b_grad_weights - b_mean[:, None]) * scale
-    b_grad_logits = b_grad_logits.to(b_q.dtype)
-    b_grad_q = tl.dot(b_k, tl.trans(b_grad_logits))
-    b_grad_k = tl.dot(b_q, b_grad_logits)
-    b_grad_v = tl.dot(b_grad, b_weights.to(b_grad.dtype))
+        delta = tl.sum(b_grad.to(tl.float32) * b_attended.to(tl.float32), 0)
+    ds = p * (dp - delta[:, None]) * scale
+    ds = ds.to(b_q.dtype)
+    b_grad_q = tl.dot(b_k, tl.trans(ds))
+    b_grad_k = tl.dot(b_q, ds)
+    b_grad_v = tl.dot(b_grad, p.to(b_grad.dtype))
     i_query += key_tile * expressions * width * queries
     i_key += query_tile * expressions * width * keys
     tl.store(

@@ -30,21 +30,10 @@ def _few_keys_kernel(
     q_ptr,  # (expressions, internal width, queries)
     attended_ptr,  # (expressions, internal width, queries)
     log_sum_exp_ptr,  # (expressions, heads, queries) float32
-    queries,
-    keys,
-    channels,
-    heads,
-    head_width,
-    added_expression_stride,
-    added_row_stride,
-    added_token_stride,
-    scale,
-    eps,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    HEAD: tl.constexpr,
-):
+    queries, keys, channels, heads, head_width, added_expression_stride, added_row_stride,
+    added_token_stride, scale, eps,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr, HEAD: tl.constexpr,
+):  # fmt: skip
     """QUERIES queries of one expression, all heads, to keys that are one tile."""
     first = tl.program_id(0).to(tl.int64) * QUERIES
     expression = tl.program_id(1).to(tl.int64)
@@ -62,51 +51,33 @@ def _few_keys_kernel(
     p_added = q_added_ptr + expression * added_expression_stride
     for head in range(heads):
         o_added, is_query = _of_head(
-            head,
-            first,
-            queries,
-            head_width,
-            added_row_stride,
-            added_token_stride,
-            HEAD,
-            QUERIES,
-        )
+            head, first, queries, head_width, added_row_stride, added_token_stride, HEAD, QUERIES,
+        )  # fmt: skip
         b_added = tl.load(p_added + o_added, mask=is_query, other=0.0).to(tl.float32)
         b_q = _project(b_tokens, q_weight_ptr, head, head_width, channels, HEAD, CHANNELS)
         b_q = (b_q + tl.trans(b_added)).to(b_tokens.dtype)
         o_key, is_key = _of_head(head, 0, length, head_width, keys, 1, HEAD, KEYS)
         b_k = tl.load(k_ptr + i_keys + o_key, mask=is_key, other=0.0)
         b_v = tl.load(v_ptr + i_keys + o_key, mask=is_key, other=0.0)
-        b_logits = tl.dot(b_q, b_k) * scale
-        b_logits = tl.where((key < length)[None, :], b_logits, float("-inf"))
-        b_highest = tl.max(b_logits, 1)
-        b_weights = tl.exp(b_logits - b_highest[:, None])
-        b_total = tl.sum(b_weights, 1)
-        b_weights = (b_weights / b_total[:, None]).to(b_v.dtype)
-        b_attended = tl.dot(b_weights, tl.trans(b_v))
+        scores = tl.dot(b_q, b_k) * scale
+        scores = tl.where((key < length)[None, :], scores, float("-inf"))
+        m_i = tl.max(scores, 1)
+        p = tl.exp(scores - m_i[:, None])
+        l_i = tl.sum(p, 1)
+        p = (p / l_i[:, None]).to(b_v.dtype)
+        b_attended = tl.dot(p, tl.trans(b_v))
         if x_ptr is not None:
             o_query, _ = _of_head(head, first, queries, head_width, queries, 1, HEAD, QUERIES)
             tl.store(q_ptr + i_queries + o_query, tl.trans(b_q), mask=is_query)
             b_kept = tl.trans(b_attended).to(attended_ptr.dtype.element_ty)
             tl.store(attended_ptr + i_queries + o_query, b_kept, mask=is_query)
             p_sums = log_sum_exp_ptr + (expression * heads + head) * queries + first + row
-            tl.store(p_sums, b_highest + tl.log(b_total), mask=first + row < queries)
+            tl.store(p_sums, m_i + tl.log(l_i), mask=first + row < queries)
         b_update += _project_out(
             b_attended, out_weight_ptr, head, heads, head_width, channels, HEAD, CHANNELS
         )
     _finish(
-        b_update,
-        out_added_ptr,
-        residual_ptr,
-        norm_weight_ptr,
-        norm_bias_ptr,
-        out_ptr,
-        x_ptr,
-        statistics_ptr,
-        expression * queries + first,
-        queries - first,
-        channels,
-        eps,
-        QUERIES,
+        b_update, out_added_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, out_ptr, x_ptr,
+        statistics_ptr, expression * queries + first, queries - first, channels, eps, QUERIES,
         CHANNELS,
-    )
+    )  # fmt: skip

@@ -25,21 +25,10 @@ def _many_keys_kernel(
     totals_ptr,  # (expressions, heads, tiles, queries) float32, sum of exp(logit - highest)
     k_ptr,  # (expressions, internal width, keys), or None where nothing is kept
     v_ptr,  # likewise
-    queries,
-    keys,
-    tiles,
-    channels,
-    heads,
-    head_width,
-    added_expression_stride,
-    added_row_stride,
-    added_token_stride,
-    scale,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    HEAD: tl.constexpr,
-):
+    queries, keys, tiles, channels, heads, head_width, added_expression_stride, added_row_stride,
+    added_token_stride, scale,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr, HEAD: tl.constexpr,
+):  # fmt: skip
     """All queries of one expression to KEYS of its keys, all heads."""
     tile = tl.program_id(0).to(tl.int64)
     first = tile * KEYS
@@ -68,17 +57,17 @@ def _many_keys_kernel(
         o_query, is_query = _of_head(head, 0, queries, head_width, queries, 1, HEAD, QUERIES)
         p_q = q_ptr + expression * width * queries + o_query
         b_q = tl.load(p_q, mask=is_query, other=0.0)
-        b_logits = tl.dot(b_k, b_q) * scale
-        b_logits = tl.where((first + row < length)[:, None], b_logits, float("-inf"))
-        b_highest = tl.max(b_logits, 0)
+        scores = tl.dot(b_k, b_q) * scale
+        scores = tl.where((first + row < length)[:, None], scores, float("-inf"))
+        m_i = tl.max(scores, 0)
         # A tile may lie behind the last valid key.
-        b_shift = tl.where(b_highest == float("-inf"), 0.0, b_highest)
-        b_weights = tl.exp(b_logits - b_shift[None, :])
-        b_part = tl.dot(tl.trans(b_v), b_weights.to(b_v.dtype))
+        b_shift = tl.where(m_i == float("-inf"), 0.0, m_i)
+        p = tl.exp(scores - b_shift[None, :])
+        b_part = tl.dot(tl.trans(b_v), p.to(b_v.dtype))
         tl.store(parts_ptr + i_parts + o_query, b_part, mask=is_query)
         o_sums = ((expression * heads + head) * tiles + tile) * queries + query
-        tl.store(highest_ptr + o_sums, b_highest, mask=query < queries)
-        tl.store(totals_ptr + o_sums, tl.sum(b_weights, 0), mask=query < queries)
+        tl.store(highest_ptr + o_sums, m_i, mask=query < queries)
+        tl.store(totals_ptr + o_sums, tl.sum(p, 0), mask=query < queries)
         if k_ptr is not None:
             o_key, is_key = _of_head(head, first, keys, head_width, keys, 1, HEAD, KEYS)
             o_key += expression * width * keys
@@ -101,17 +90,9 @@ def _join_kernel(
     statistics_ptr,  # (expressions, queries, 2) float32
     attended_ptr,  # (expressions, internal width, queries)
     log_sum_exp_ptr,  # (expressions, heads, queries) float32
-    queries,
-    tiles,
-    channels,
-    heads,
-    head_width,
-    eps,
-    QUERIES: tl.constexpr,
-    TILES: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    HEAD: tl.constexpr,
-):
+    queries, tiles, channels, heads, head_width, eps,
+    QUERIES: tl.constexpr, TILES: tl.constexpr, CHANNELS: tl.constexpr, HEAD: tl.constexpr,
+):  # fmt: skip
     """QUERIES queries of one expression: adds up the contributions of key tiles in order, finishes rows of the result."""
     first = tl.program_id(0).to(tl.int64) * QUERIES
     expression = tl.program_id(1).to(tl.int64)
@@ -121,60 +102,42 @@ def _join_kernel(
     b_update = tl.zeros((QUERIES, CHANNELS), tl.float32)
     for head in range(heads):
         o_sums = (expression * heads + head) * tiles * queries + query[None, :]
-        b_highest = tl.full((QUERIES,), float("-inf"), tl.float32)
+        m_i = tl.full((QUERIES,), float("-inf"), tl.float32)
         for start in range(0, tiles, TILES):
             tile = start + tl.arange(0, TILES)
             is_sum = (tile < tiles)[:, None] & is_query[None, :]
             p_highest = highest_ptr + o_sums + tile[:, None] * queries
             b_each = tl.load(p_highest, mask=is_sum, other=float("-inf"))
-            b_highest = tl.maximum(b_highest, tl.max(b_each, 0))
-        b_highest = tl.where(is_query, b_highest, 0.0)
+            m_i = tl.maximum(m_i, tl.max(b_each, 0))
+        m_i = tl.where(is_query, m_i, 0.0)
         o_head, is_head = _of_head(head, first, queries, head_width, queries, 1, HEAD, QUERIES)
-        b_total = tl.where(is_query, 0.0, 1.0)
+        l_i = tl.where(is_query, 0.0, 1.0)
         b_attended = tl.zeros((HEAD, QUERIES), tl.float32)
         for start in range(0, tiles, TILES):
             tile = start + tl.arange(0, TILES)
             is_sum = (tile < tiles)[:, None] & is_query[None, :]
             o_tile = o_sums + tile[:, None] * queries
             b_each = tl.load(highest_ptr + o_tile, mask=is_sum, other=float("-inf"))
-            b_factors = tl.exp(b_each - b_highest[None, :])  # (TILES, QUERIES)
+            alpha = tl.exp(b_each - m_i[None, :])  # (TILES, QUERIES)
             b_totals = tl.load(totals_ptr + o_tile, mask=is_sum, other=0.0)
-            b_total += tl.sum(b_factors * b_totals, 0)
+            l_i += tl.sum(alpha * b_totals, 0)
             o_part = (expression * tiles + tile)[:, None, None] * (width * queries)
             is_part = (tile < tiles)[:, None, None] & is_head[None, :, :]
             p_part = parts_ptr + o_part + o_head[None, :, :]
             b_parts = tl.load(p_part, mask=is_part, other=0.0)
-            b_attended += tl.sum(b_parts * b_factors[:, None, :], 0)
-        b_attended /= b_total[None, :]
+            b_attended += tl.sum(b_parts * alpha[:, None, :], 0)
+        b_attended /= l_i[None, :]
         if x_ptr is not None:
             p_attended = attended_ptr + expression * width * queries + o_head
             b_kept = b_attended.to(attended_ptr.dtype.element_ty)
             tl.store(p_attended, b_kept, mask=is_head)
             p_sums = log_sum_exp_ptr + (expression * heads + head) * queries + query
-            tl.store(p_sums, b_highest + tl.log(b_total), mask=is_query)
+            tl.store(p_sums, m_i + tl.log(l_i), mask=is_query)
         b_update += _project_out(
-            tl.trans(b_attended),
-            out_weight_ptr,
-            head,
-            heads,
-            head_width,
-            channels,
-            HEAD,
-            CHANNELS,
-        )
+            tl.trans(b_attended), out_weight_ptr, head, heads, head_width, channels, HEAD, CHANNELS,
+        )  # fmt: skip
     _finish(
-        b_update,
-        out_added_ptr,
-        residual_ptr,
-        norm_weight_ptr,
-        norm_bias_ptr,
-        out_ptr,
-        x_ptr,
-        statistics_ptr,
-        expression * queries + first,
-        queries - first,
-        channels,
-        eps,
-        QUERIES,
+        b_update, out_added_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, out_ptr, x_ptr,
+        statistics_ptr, expression * queries + first, queries - first, channels, eps, QUERIES,
         CHANNELS,
-    )
+    )  # fmt: skip

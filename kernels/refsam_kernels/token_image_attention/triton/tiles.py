@@ -8,15 +8,9 @@ from refsam_kernels.core.triton_math import row_statistics
 
 @triton.jit
 def _of_head(
-    head,
-    first,
-    count,
-    head_width,
-    row_stride,
-    token_stride,
-    HEAD: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
+    head, first, count, head_width, row_stride, token_stride,
+    HEAD: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
     """Offsets (HEAD, TOKENS) of a head's tokens from `first` on in (internal width, count), and which of them exist."""
     inner, token = tl.arange(0, HEAD), first + tl.arange(0, TOKENS)
     offset = (head * head_width + inner)[:, None] * row_stride + token[None, :] * token_stride
@@ -35,15 +29,9 @@ def _project(
 
 @triton.jit
 def _project_out(
-    attended,
-    out_weight_ptr,
-    head,
-    heads,
-    head_width,
-    channels,
-    HEAD: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
+    attended, out_weight_ptr, head, heads, head_width, channels,
+    HEAD: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     """attended (M, HEAD) times a head's columns of the weight (channels, internal width): (M, CHANNELS) in float32."""
     width = heads * head_width
     offset, inside = _of_head(head, 0, channels, head_width, 1, width, HEAD, CHANNELS)
@@ -61,13 +49,9 @@ def _finish(
     out_ptr,  # (rows, channels)
     x_ptr,  # (rows, channels) float32, or None
     statistics_ptr,  # (rows, 2) float32, or None
-    first_row,
-    row_count,
-    channels,
-    eps,
-    M: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
+    first_row, row_count, channels, eps,
+    M: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     """Residual and LayerNorm of M rows from `first_row` on; the first `row_count` are in range."""
     row, channel = tl.arange(0, M), tl.arange(0, CHANNELS)
     is_row, is_channel = row < row_count, channel < channels
