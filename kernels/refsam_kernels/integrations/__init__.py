@@ -1,45 +1,47 @@
-"""Makes other libraries' SAM faster in place: segment-anything's, transformers' and timm's.
+"""Makes other libraries' SAM faster in place: segment-anything's, transformers', timm's, and what is made of them.
 
-Classes are recognised by their names and checked by their parts; none of these libraries is imported.
+Image encoders are recognised by their structure, other parts by their names and checked by their members; none of these
+libraries is imported.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
+from torch import nn
 
 from refsam_kernels.core.checks import require
 from refsam_kernels.integrations import (
-    segment_anything,
     segment_anything_generator,
     segment_anything_masks,
-    timm,
-    transformers,
     transformers_masks,
 )
-from refsam_kernels.integrations.replacement import Optimization, Replacement
+from refsam_kernels.integrations.encoders import Block, find_blocks, norm_replacements
+from refsam_kernels.integrations.probe import probe_reasons
+from refsam_kernels.integrations.replacement import Optimization, Replacement, refuse
 
 __all__ = ["Optimization", "optimize"]
 
-MODELS: dict[str, Callable[[Any], list[Replacement]]] = {
+# What is replaced in modules of these names, beside the blocks of image encoders.
+PARTS: dict[str, Callable[[Any, str], list[Replacement]]] = {
     "Sam": segment_anything_masks.of_sam,
-    "ImageEncoderViT": segment_anything.replacements,
     "MaskDecoder": segment_anything_masks.of_decoder,
+    "SamMaskDecoder": transformers_masks.of_decoder,
+}
+# The same for holders, which are no modules, and where the module stands that they hold.
+HOLDERS: dict[str, Callable[[Any, str], list[Replacement]]] = {
     "SamPredictor": segment_anything_masks.of_predictor,
     "SamAutomaticMaskGenerator": segment_anything_generator.of_generator,
-    "SamModel": transformers_masks.of_model,
-    "SamVisionModel": transformers.replacements,
-    "SamVisionEncoder": transformers.replacements,
-    "SamMaskDecoder": transformers_masks.of_decoder,
     "SamProcessor": transformers_masks.of_processor,
     "SamImageProcessor": transformers_masks.of_processor,
     "SamImageProcessorPil": transformers_masks.of_processor,
-    "VisionTransformerSAM": timm.replacements,
 }
+HELD = {"SamPredictor": "model", "SamAutomaticMaskGenerator": "predictor.model"}
 
 _NEWER = "SAM 2 and later have another image encoder: nothing here can stand for its parts"
 _ADVICE = {
     "TinyViT": "MobileSAM has SAM's mask decoder: give model.mask_decoder to optimize() instead",
-    "MaskDecoderHQ": "SAM-HQ has SAM's image encoder: give model.image_encoder to optimize() instead",
-    "SamHQModel": "SAM-HQ is served only in its own library: give its image_encoder to optimize()",
+    "OptimizedModule": "give the model to optimize() before torch.compile",
     "SAM2Base": _NEWER,
     "SAM2ImagePredictor": _NEWER,
     "Sam2Model": _NEWER,
@@ -49,15 +51,16 @@ _ADVICE = {
 }
 
 
-def optimize(model: Any) -> Optimization:
-    """Make a SAM use this library's operators, in place, for training and inference.
+def optimize(model: Any, *, check: bool = True) -> Optimization:
+    """Make a SAM, or any model with SAM's image encoder inside, use this library's operators, in place.
 
-    The image encoder's attention never materialises its probabilities or bias, and its windows are
-    neither copied nor padded; the mask decoder's upscaling is one operator, and masks are made without
-    logits of the frame's size. Parameters, buffers and the state dict stay the same. Sub-modules are
-    called as before, so hooks, wrappers and later changes of weights still work; only the upscaling's
-    modules are read, not called. The modules of a windowed attention get the whole grid, not windows.
-    Gradients are those of the original, including the zeros that DistributedDataParallel waits for.
+    It serves training and inference. The image encoder's attention never materialises its probabilities or
+    bias, and its windows are neither copied nor padded; the mask decoder's upscaling is one operator, and
+    masks are made without logits of the frame's size. Parameters, buffers and the state dict stay the same.
+    Sub-modules are called as before, so hooks, wrappers (LoRA's, quantised layers) and later changes of
+    weights still work; only the upscaling's modules are read, not called. The modules of a windowed
+    attention get the whole grid, not windows. Gradients are those of the original, including the zeros that
+    DistributedDataParallel waits for.
 
     For inference on a CPU, linear layers are packed, and packed again after their weights change.
     Changes that torch's version counter records are always seen. Changes that it misses
@@ -69,31 +72,84 @@ def optimize(model: Any) -> Optimization:
     the largest logit; in bfloat16, features have at most twice the original's error.
 
     Args:
-        model: segment-anything's `Sam`, `SamPredictor`, `SamAutomaticMaskGenerator` (which then refuses
-            logits that are not finite), `ImageEncoderViT` or `MaskDecoder`; transformers'
-            `SamModel`, `SamVisionModel`, `SamVisionEncoder` or `SamMaskDecoder` (attention eager or SDPA),
-            and `SamProcessor` or `SamImageProcessor`, whose `post_process_masks` refuses logits that are not
-            finite; timm's `VisionTransformerSAM`; or a sub-class. Any dtype, device and size.
+        model: a module of any class with blocks as segment-anything, detectron2 (ViTDet), timm and
+            transformers write them, with or without SAM's mask decoder, or the decoder alone; or
+            segment-anything's `SamPredictor` or `SamAutomaticMaskGenerator`, or one of transformers'
+            processors of SAM; the last two then refuse logits that are not finite.
+            `python -m refsam_kernels.integrations --list` lists the models. Any dtype, device and size.
+        check: whether to compare each kind of block before and after, on a few random tokens.
 
     Returns:
-        The handle whose `undo()` restores the model. Until then transformers' `output_attentions`
-        returns none.
+        The handle whose `undo()` restores the model. Where transformers' `output_attentions` asks an eager
+        attention for weights, its own code computes them; a warning says so once.
 
     Raises:
-        ValueError: the model is of another kind, was optimized already, differs inside from the class
-            that it is named after (adapters, dropout in attention, no relative positions), or comes from
+        ValueError: the model has no such part, was optimized already, is on the meta device, differs inside (adapters in a block,
+            dropout in attention, pooled queries, no relative positions), computes something else, or comes from
             a version of its library whose methods take other arguments; it is unchanged then.
     """
+    return Optimization(_replacements(model, check))
+
+
+def _replacements(model: Any, check: bool) -> list[Replacement]:
+    """All replacements in a model or in what holds one. Raises `ValueError` where there are none."""
     names = [parent.__name__ for parent in type(model).__mro__]
-    known = [name for name in names if name in MODELS]
-    require(bool(known), "model", f"a {names[0]}", f"one of {', '.join(MODELS)}{_advice(names)}")
-    try:
-        return Optimization(MODELS[known[0]](model))
-    except ValueError as error:
-        parts = (getattr(model, part, None) for part in ("image_encoder", "mask_decoder"))
-        raise ValueError(f"{error}{_advice([type(part).__name__ for part in parts])}") from None
+    holder = next((name for name in names if name in HOLDERS), None)
+    if holder:
+        found = HOLDERS[holder](model, "model")
+        path = HELD.get(holder)
+        return (
+            found if path is None else found + _of_module(_at(model, path), f"model.{path}", check)
+        )
+    compiled = names[0] == "OptimizedModule"
+    found = (
+        _of_module(model, "model", check) if isinstance(model, nn.Module) and not compiled else []
+    )
+    wanted = f"one of Sam, ImageEncoderViT, {', '.join([*list(PARTS)[1:], *HOLDERS])}, or a model with blocks as theirs"
+    require(bool(found), "model", f"a {names[0]}", wanted + _advice(names))
+    return found
 
 
-def _advice(class_names: list[str]) -> str:
+def _at(model: Any, path: str) -> Any:
+    for name in path.split("."):
+        model = getattr(model, name)
+    return model
+
+
+def _of_module(model: nn.Module, path: str, check: bool) -> list[Replacement]:
+    """The replacements in a module and all below it."""
+    found = []
+    for name, module in model.named_modules():
+        kind = next(
+            (each.__name__ for each in type(module).__mro__ if each.__name__ in PARTS), None
+        )
+        if kind:
+            try:
+                found += PARTS[kind](module, f"{path}.{name}" if name else path)
+            except ValueError as error:
+                advice = _advice(type(part).__name__ for part in module.children())
+                raise ValueError(f"{error}{advice}") from None
+    blocks = find_blocks(model, path)
+    refuse([reason for block in blocks for reason in block.reasons()])
+    refuse([reason for item in found for reason in item.reasons()])
+    if check:
+        _check(blocks)
+    of_blocks = [item for block in blocks for item in block.replacements()]
+    return found + of_blocks + (list(norm_replacements(model, path)) if blocks else [])
+
+
+@torch.no_grad()
+def _check(blocks: list[Block]) -> None:
+    """Raises `ValueError` unless the replacement of one block of each kind computes the same as the block."""
+    different = {block.likeness: block for block in reversed(blocks)}
+    reasons = []
+    for block in reversed(different.values()):
+        refuse([reason for item in block.replacements() for reason in item.reasons()])
+        with torch.autocast(block.attention.rel_pos_h.device.type, enabled=False):
+            reasons += probe_reasons(block)
+    refuse(reasons)
+
+
+def _advice(class_names: Iterator[str] | list[str]) -> str:
     """Advice for models of these classes, appended to the error that refuses them."""
     return "".join(f" ({_ADVICE[name]})" for name in class_names if name in _ADVICE)

@@ -6,14 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from refsam_kernels.packed_linear import PackedCopy, is_plain_linear, is_unhooked
-from refsam_kernels.rel_pos_attention.op import rel_pos_attention
-
-# Tokens that an MLP computes at a time on a CPU, so that intermediate results stay in the cache.
-ROWS = 1024
 # The method that nn.DataParallel copies a module with.
 _REPLICATE = "_replicate_for_data_parallel"
 
@@ -110,21 +104,10 @@ def refuse(reasons: list[str]) -> None:
         raise ValueError("; ".join(reasons[:4]) + more)
 
 
-def encoder_of(model: Any, attribute: str, class_name: str) -> tuple[str, Any]:
-    """The image encoder, the model itself or this attribute of it, after the path to it.
-
-    Raises `ValueError` where it is of another class, and of no sub-class of it.
-    """
-    path = "model"
-    if not _is_a(model, class_name):
-        path, model = f"model.{attribute}", getattr(model, attribute, None)
-    if not _is_a(model, class_name):
-        refuse([f"{path}: got a {type(model).__name__}, wanted {class_name}"])
-    return path, model
-
-
-def _is_a(instance: object, class_name: str) -> bool:
-    return class_name in (parent.__name__ for parent in type(instance).__mro__)
+def members_of(module: nn.Module) -> set[str]:
+    """The names of a module's sub-modules and parameters."""
+    parameters = {name for name, _ in module.named_parameters(recurse=False)}
+    return parameters | {name for name, _ in module.named_children()}
 
 
 def structure_reasons(
@@ -139,101 +122,6 @@ def structure_reasons(
     if name not in class_names:
         yield f"{path}: got a {name}, wanted {' or '.join(sorted(class_names))}"
         return
-    found = {name for name, _ in module.named_children()} | {
-        name for name, _ in module.named_parameters(recurse=False)
-    }
+    found = members_of(module)
     if found != members:
         yield f"{path}: got members {sorted(found)}, wanted {sorted(members)}"
-
-
-def attention_reasons(path: str, attention: Any, class_names: set[str]) -> Iterator[str]:
-    """Why `Attend` cannot stand for the attention of a SAM image encoder."""
-    if not getattr(attention, "use_rel_pos", True):
-        yield f"{path}.use_rel_pos: got False, wanted True"
-        return
-    reasons = list(
-        structure_reasons(path, attention, class_names, {"qkv", "proj", "rel_pos_h", "rel_pos_w"})
-    )
-    yield from reasons or qkv_reasons(path, attention)
-
-
-def qkv_reasons(path: str, attention: Any) -> Iterator[str]:
-    """Padding tokens have qkv(0), which is the bias of a plain linear layer only."""
-    if type(attention.qkv) is not nn.Linear:
-        kind = type(attention.qkv)
-        yield f"{path}.qkv: got {kind.__module__}.{kind.__name__}, wanted torch.nn.Linear"
-
-
-class Attend:
-    """SAM's attention on a grid of tokens, in the place of an attention module; no windows are copied.
-
-    `window_size` 0 attends globally. `qkv` and `proj` are called as modules, unless packed copies may
-    stand for them. Follows segment-anything `modeling/image_encoder.py`, `Block` and `Attention`.
-    """
-
-    def __init__(self, *, num_heads: int, window_size: int) -> None:
-        self.num_heads, self.window_size = num_heads, window_size
-        self.qkv, self.proj = PackedCopy(), PackedCopy()
-
-    def __call__(self, attention: Any, tokens: Tensor) -> Tensor:
-        """Tokens (B, h, w, D) float to the same shape."""
-        height, width = tokens.shape[1:3]
-        pads_itself = is_plain_linear(attention.qkv)
-        if not pads_itself:
-            tokens = self._padded(tokens)
-        attended = rel_pos_attention(
-            _linear(self.qkv, attention.qkv, tokens),
-            attention.rel_pos_h,
-            attention.rel_pos_w,
-            num_heads=self.num_heads,
-            window_size=self.window_size,
-            qkv_bias=attention.qkv.bias if self.window_size and pads_itself else None,
-        )
-        return _linear(self.proj, attention.proj, attended[:, :height, :width])
-
-    def _padded(self, tokens: Tensor) -> Tensor:
-        """With the zeros that fill the last windows: a wrapped layer makes of them more than its bias."""
-        if not self.window_size:
-            return tokens
-        bottom, right = (-side % self.window_size for side in tokens.shape[1:3])
-        return nn.functional.pad(tokens, (0, 0, 0, right, 0, bottom))
-
-
-def _linear(copy: PackedCopy, module: Any, x: Tensor) -> Tensor:
-    return copy(module, x) if copy.is_supported(module, x) else module(x)
-
-
-class Perceptron:
-    """SAM's `lin2(gelu(lin1(x)))`, in the place of an MLP module.
-
-    The modules are called as they are, unless packed copies may stand for all three.
-    """
-
-    def __init__(self) -> None:
-        self.lin1, self.lin2 = PackedCopy(gelu=True), PackedCopy()
-
-    def __call__(self, mlp: Any, x: Tensor) -> Tensor:
-        """(..., D) float to the same shape."""
-        served = self.lin1.is_supported(mlp.lin1, x) and self.lin2.is_supported(mlp.lin2, x)
-        if not (served and is_unhooked(mlp.act)):
-            return mlp.lin2(mlp.act(mlp.lin1(x)))
-        rows = x.flatten(0, -2)
-        result = torch.empty_like(rows)
-        for part, target in zip(rows.split(ROWS), result.split(ROWS), strict=True):
-            target.copy_(self.lin2(mlp.lin2, self.lin1(mlp.lin1, part)))
-        return result.view(x.shape)
-
-
-def perceptron_replacement(path: str, mlp: Any) -> Iterator[Replacement]:
-    """The replacement of an MLP; none for one that is another inside, which goes on as it is."""
-    members = {name for name, _ in mlp.named_children()} | set(mlp._parameters)
-    if members == {"lin1", "act", "lin2"} and _is_exact_gelu(mlp.act):
-        yield Replacement(path, mlp, Perceptron())
-
-
-def _is_exact_gelu(activation: Any) -> bool:
-    if type(activation) is nn.GELU:
-        return activation.approximate == "none"
-    # transformers' own module, which holds the function that it calls.
-    is_theirs = type(activation).__name__ == "GELUActivation"
-    return is_theirs and getattr(activation, "act", None) is nn.functional.gelu

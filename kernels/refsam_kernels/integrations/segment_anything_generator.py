@@ -18,12 +18,12 @@ BATCH = ("points", "im_size", "crop_box", "orig_size")
 Box = list[int]  # left, top, right, bottom; the last two lie outside
 
 
-def of_generator(generator: Any) -> list[Replacement]:
+def of_generator(generator: Any, path: str) -> list[Replacement]:
     """The replacements for a `SamAutomaticMaskGenerator` and its `SamPredictor`; a sub-class's own way to masks stays."""
-    found = of_predictor(generator.predictor)
+    found = of_predictor(generator.predictor, f"{path}.predictor")
     is_its_own = inherits(generator, "_process_batch", "SamAutomaticMaskGenerator")
     if is_its_own and makes_masks(generator.predictor):
-        found.append(Replacement("model", generator, _process_batch, "_process_batch", BATCH))
+        found.append(Replacement(path, generator, _process_batch, "_process_batch", BATCH))
     return found
 
 

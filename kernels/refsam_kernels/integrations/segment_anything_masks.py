@@ -1,12 +1,13 @@
 """segment-anything's `Sam`, `MaskDecoder` and `SamPredictor`: from the image encoder's features to masks."""
 
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from refsam_kernels.integrations import segment_anything
+from refsam_kernels.integrations.encoders import find_blocks
 from refsam_kernels.integrations.mask_decoder import upscale, upscaling_reasons
 from refsam_kernels.integrations.replacement import Replacement, refuse, structure_reasons
 from refsam_kernels.mask_postprocess.op import mask_postprocess
@@ -17,26 +18,33 @@ MEMBERS = {
 EMBEDDINGS = (
     "image_embeddings", "image_pe", "sparse_prompt_embeddings", "dense_prompt_embeddings"
 )  # fmt: skip
+SAM_TAKES = ("batched_input", "multimask_output")
 PROMPTS = (
     "point_coords", "point_labels", "boxes", "mask_input", "multimask_output", "return_logits"
 )  # fmt: skip
 
 
-def of_sam(sam: Any) -> list[Replacement]:
-    """The replacements for a `Sam`: encoder, decoder, and the way from logits to masks."""
-    found = segment_anything.replacements(sam) + of_decoder(sam.mask_decoder, "model.mask_decoder")
-    if inherits(sam, "forward", "Sam") and inherits(sam, "postprocess_masks", "Sam"):
-        wanted = ("batched_input", "multimask_output")
-        found.append(Replacement("model", sam, _sam, parameters=wanted))
-    return found
+def of_sam(sam: Any, path: str) -> list[Replacement]:
+    """The way of a `Sam` from logits to masks; none for one that goes another way, as SAM-HQ's does."""
+    if not (
+        find_blocks(sam.image_encoder) or type(sam.image_encoder).__name__ == "ImageEncoderViT"
+    ):
+        kind = type(sam.image_encoder).__name__
+        refuse([f"{path}.image_encoder: got a {kind}, wanted ImageEncoderViT"])
+    goes_this_way = (
+        type(sam.mask_decoder).__name__ == "MaskDecoder"
+        and tuple(signature(type(sam).forward).parameters)[1:] == SAM_TAKES
+        and inherits(sam, "forward", "Sam")
+        and inherits(sam, "postprocess_masks", "Sam")
+    )
+    return [Replacement(path, sam, _sam, parameters=SAM_TAKES)] if goes_this_way else []
 
 
-def of_predictor(predictor: Any) -> list[Replacement]:
-    """The replacements for a `SamPredictor` and its `Sam`; a sub-class's own ways to masks stay."""
-    found = of_sam(predictor.model)
-    if makes_masks(predictor):
-        found.append(Replacement("model", predictor, _predict_torch, "predict_torch", PROMPTS))
-    return found
+def of_predictor(predictor: Any, path: str) -> list[Replacement]:
+    """The replacement for a `SamPredictor` itself, without its `Sam`; a sub-class's own way to masks stays."""
+    if not makes_masks(predictor):
+        return []
+    return [Replacement(path, predictor, _predict_torch, "predict_torch", PROMPTS)]
 
 
 def makes_masks(predictor: Any) -> bool:
@@ -45,7 +53,7 @@ def makes_masks(predictor: Any) -> bool:
     return has_own_masks and inherits(predictor, "predict_torch", "SamPredictor")
 
 
-def of_decoder(decoder: Any, path: str = "model") -> list[Replacement]:
+def of_decoder(decoder: Any, path: str) -> list[Replacement]:
     """The replacements for a `MaskDecoder`. Raises `ValueError` if it is modified inside."""
     refuse(list(_decoder_reasons(path, decoder)))
     return [Replacement(path, decoder, _predict_masks, "predict_masks", EMBEDDINGS)]

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refsam_kernels.integrations import transformers
 from refsam_kernels.integrations.mask_decoder import upscale, upscaling_reasons
 from refsam_kernels.integrations.replacement import Replacement, refuse, structure_reasons
 from refsam_kernels.mask_postprocess.op import mask_postprocess
@@ -24,23 +23,17 @@ SIZES = (
 )  # fmt: skip
 
 
-def of_model(model: Any) -> list[Replacement]:
-    """The replacements for a `SamModel`: image encoder and mask decoder."""
-    decoder = of_decoder(model.mask_decoder, "model.mask_decoder")
-    return transformers.replacements(model) + decoder
-
-
-def of_decoder(decoder: Any, path: str = "model") -> list[Replacement]:
+def of_decoder(decoder: Any, path: str) -> list[Replacement]:
     """The replacements for a `SamMaskDecoder`. Raises `ValueError` if it is modified inside."""
     refuse(list(_decoder_reasons(path, decoder)))
     return [Replacement(path, decoder, _decoder, parameters=EMBEDDINGS)]
 
 
-def of_processor(processor: Any) -> list[Replacement]:
+def of_processor(processor: Any, path: str) -> list[Replacement]:
     """The replacements for a `SamProcessor` or in one of its image processors: the way from logits to masks."""
     image_processor = getattr(processor, "image_processor", processor)
     method = "post_process_masks"
-    return [Replacement("model", image_processor, _post_process_masks, method, SIZES)]
+    return [Replacement(path, image_processor, _post_process_masks, method, SIZES)]
 
 
 def _decoder_reasons(path: str, decoder: Any) -> Iterator[str]:

@@ -1,0 +1,116 @@
+"""What stands for single modules of a SAM image encoder: its attention, its MLP, its neck's norm."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from refsam_kernels.integrations.replacement import Replacement
+from refsam_kernels.packed_linear import PackedCopy, is_plain_linear, is_unhooked
+from refsam_kernels.rel_pos_attention.op import rel_pos_attention
+
+# Tokens that an MLP computes at a time on a CPU, so that intermediate results stay in the cache.
+ROWS = 1024
+# An MLP's two linear layers as libraries call them, and the modules beside them, which may do nothing only.
+LAYERS = (("lin1", "lin2"), ("fc1", "fc2"))
+IDLE = {"drop", "drop1", "drop2", "norm"}
+
+
+class Attend:
+    """SAM's attention on a grid of tokens, in the place of an attention module; no windows are copied.
+
+    `window_size` 0 attends globally. `qkv` and `proj` are called as modules, unless packed copies may
+    stand for them. Follows segment-anything `modeling/image_encoder.py`, `Block` and `Attention`.
+    """
+
+    def __init__(self, *, num_heads: int, window_size: int) -> None:
+        self.num_heads, self.window_size = num_heads, window_size
+        self.qkv, self.proj = PackedCopy(), PackedCopy()
+
+    def __call__(self, attention: Any, tokens: Tensor) -> Tensor:
+        """Tokens (B, h, w, D) float to the same shape."""
+        height, width = tokens.shape[1:3]
+        pads_itself = is_plain_linear(attention.qkv)
+        if not pads_itself:
+            tokens = self._padded(tokens)
+        attended = rel_pos_attention(
+            _linear(self.qkv, attention.qkv, tokens),
+            attention.rel_pos_h,
+            attention.rel_pos_w,
+            num_heads=self.num_heads,
+            window_size=self.window_size,
+            qkv_bias=attention.qkv.bias if self.window_size and pads_itself else None,
+        )
+        return _linear(self.proj, attention.proj, attended[:, :height, :width])
+
+    def _padded(self, tokens: Tensor) -> Tensor:
+        """With the zeros that fill the last windows: a wrapped layer makes of them more than its bias."""
+        if not self.window_size:
+            return tokens
+        bottom, right = (-side % self.window_size for side in tokens.shape[1:3])
+        return F.pad(tokens, (0, 0, 0, right, 0, bottom))
+
+
+def _linear(copy: PackedCopy, module: Any, x: Tensor) -> Tensor:
+    return copy(module, x) if copy.is_supported(module, x) else module(x)
+
+
+class Perceptron:
+    """SAM's `lin2(gelu(lin1(x)))`, in the place of an MLP module.
+
+    Packed copies stand for all of its modules where they may; else the MLP's own method computes.
+    """
+
+    def __init__(self, first: str, second: str) -> None:
+        self.names = first, second
+        self.first, self.second = PackedCopy(gelu=True), PackedCopy()
+
+    def __call__(self, mlp: Any, x: Tensor) -> Tensor:
+        """(..., D) float to the same shape."""
+        first, second = (getattr(mlp, name) for name in self.names)
+        if not (
+            self.first.is_supported(first, x)
+            and self.second.is_supported(second, x)
+            and all(_is_idle(part) for part in mlp.children())
+        ):
+            return type(mlp).forward(mlp, x)
+        rows = x.flatten(0, -2)
+        result = torch.empty_like(rows)
+        for part, target in zip(rows.split(ROWS), result.split(ROWS), strict=True):
+            target.copy_(self.second(second, self.first(first, part)))
+        return result.view(x.shape)
+
+
+def _is_idle(module: nn.Module) -> bool:
+    """Whether nothing is lost where the module is not called: it has no hooks and drops nothing."""
+    drops = isinstance(module, nn.Dropout) and module.training and module.p > 0
+    return is_unhooked(module) and not drops
+
+
+def mlp_replacement(path: str, mlp: Any) -> Iterator[Replacement]:
+    """The replacement of an MLP; none for one that is another inside, which goes on as it is."""
+    parts = dict(mlp.named_children())
+    for first, second in LAYERS:
+        idle = parts.keys() - {first, second, "act"}
+        if {first, second, "act"} <= parts.keys() and not mlp._parameters and idle <= IDLE:
+            does_nothing = all(isinstance(parts[name], nn.Identity | nn.Dropout) for name in idle)
+            if does_nothing and _is_exact_gelu(parts["act"]):
+                yield Replacement(path, mlp, Perceptron(first, second))
+
+
+def _is_exact_gelu(activation: Any) -> bool:
+    if type(activation) is nn.GELU:
+        return activation.approximate == "none"
+    # transformers' own module, which holds the function that it calls.
+    is_theirs = type(activation).__name__ == "GELUActivation"
+    return is_theirs and getattr(activation, "act", None) is F.gelu
+
+
+def layer_norm_2d(norm: Any, x: Tensor) -> Tensor:
+    """`LayerNorm2d.forward` of a neck on (B, C, h, w), whose channels lie side by side there."""
+    # As there: under autocast the convolution's result is lower than the parameters.
+    channels_last = x.permute(0, 2, 3, 1).to(torch.promote_types(x.dtype, norm.weight.dtype))
+    normed = F.layer_norm(channels_last, norm.weight.shape, norm.weight, norm.bias, norm.eps)
+    return normed.permute(0, 3, 1, 2)

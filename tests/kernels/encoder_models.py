@@ -1,0 +1,320 @@
+"""Tiny random models with SAM's image encoder inside, one for each library and each way of writing it."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.sam_modeling import load_sam_modeling, randomise, sam_image_encoder
+from tests.timm_modeling import timm_image_encoder
+
+# Two blocks: one of windows that stick out of the grid of 8 x 8 tokens, one that attends globally.
+SAM = {"embed_dim": 32, "depth": 2, "num_heads": 2, "window_size": 3, "out_chans": 16}
+SAM |= {"img_size": 32, "patch_size": 4, "global_attn_indexes": (1,)}
+VISION = {
+    "hidden_size": 32,
+    "output_channels": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "mlp_dim": 64,
+}
+VISION |= {"image_size": 32, "patch_size": 4, "window_size": 3, "global_attn_indexes": [1]}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Example:
+    """How to make a model, what it takes beside or instead of pixels, and how many attentions it has."""
+
+    make: Callable[[], Any]
+    inputs: Callable[[], dict[str, Tensor]] | None = None
+    attentions: int = 2
+    gives_weights: bool = False
+    feature: str = "last_hidden_state"
+
+    def features(self, model: Any, scale: float = 1.0) -> Tensor:
+        """What the model makes of its inputs."""
+        output = self.run(model, scale)
+        if isinstance(output, dict) and "last_feat" in output:
+            return output["last_feat"]
+        return output if isinstance(output, Tensor) else getattr(output, self.feature)
+
+    def run(self, model: Any, scale: float = 1.0, **options: Any) -> Any:
+        """The model's output for its inputs, in its dtype."""
+        dtype = next(parameter.dtype for parameter in model.parameters())
+        if self.inputs is None:
+            return model(scale * pixels_of().to(dtype), **options)
+        inputs = {name: scale * each.to(dtype) for name, each in self.inputs().items()}
+        return model(**inputs, **options)
+
+
+def pixels_of(height: int = 32, width: int = 32) -> Tensor:
+    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def of_transformers(
+    module: str, config: str, model: str, changes: dict[str, Any], attention: str = "eager"
+) -> Callable[[], nn.Module]:
+    """A model of one of transformers' modules, of the sizes in `VISION` unless others are given."""
+
+    def make() -> nn.Module:
+        pytest.importorskip("transformers")
+        folder = f"transformers.models.{module}"
+        modeling = importlib.import_module(f"{folder}.modeling_{module}")
+        configuration = importlib.import_module(f"{folder}.configuration_{module}")
+        sizes = changes if "image_size" in changes else VISION | changes
+        made = getattr(configuration, config)(**sizes)
+        return randomise(getattr(modeling, model)._from_config(made, attn_implementation=attention))
+
+    return make
+
+
+def deepseek_vl_hybrid() -> nn.Module:
+    """The high-resolution tower of DeepSeek-VL's hybrid: a `SamVisionModel` beside another tower."""
+    high = of_transformers("sam", "SamVisionConfig", "SamVisionModel", {}, "sdpa")()
+    tower = type(
+        "DeepseekVLHybridModel",
+        (nn.Module,),
+        {"forward": lambda self, x: self.high_res_vision_model(x)},
+    )()
+    tower.high_res_vision_model, tower.vision_model = high, nn.Linear(4, 4)
+    return tower.eval()
+
+
+class DeepseekAttention(nn.Module):
+    """As DeepSeek-OCR's own code writes it: torch's SDPA with the whole bias."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.num_heads, self.scale, self.use_rel_pos = attention.num_heads, attention.scale, True
+        self.qkv, self.proj = attention.qkv, attention.proj
+        self.rel_pos_h, self.rel_pos_w = attention.rel_pos_h, attention.rel_pos_w
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, _ = x.shape
+        tokens = height * width
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind()
+        encoder = load_sam_modeling().image_encoder
+        q_grid = q.unflatten(2, (height, width))
+        rows = encoder.get_rel_pos(height, height, self.rel_pos_h)
+        columns = encoder.get_rel_pos(width, width, self.rel_pos_w)
+        bias = torch.einsum("bnhwc,hkc->bnhwk", q_grid, rows)[..., None]
+        bias = bias + torch.einsum("bnhwc,wkc->bnhwk", q_grid, columns)[..., None, :]
+        attended = F.scaled_dot_product_attention(
+            q, k, v, bias.reshape(*q.shape[:2], tokens, tokens)
+        )
+        return self.proj(attended.transpose(1, 2).reshape(x.shape))
+
+
+def deepseek_ocr() -> nn.Module:
+    """segment-anything's encoder with DeepSeek-OCR's attention, between two more convolutions."""
+    encoder = sam_image_encoder(**SAM)
+    for block in encoder.blocks:
+        block.attn = DeepseekAttention(block.attn)
+        type(block.attn).__name__ = "Attention"
+    return nn.Sequential(encoder, nn.Conv2d(16, 8, 3, 2, 1)).eval()
+
+
+def cellpose() -> nn.Module:
+    """Cellpose-SAM: smaller patches, a part of the positions, every block global with the tables of windows."""
+    encoder = sam_image_encoder(**(SAM | {"img_size": 64}))
+    encoder.patch_embed.proj = nn.Conv2d(3, 32, kernel_size=4, stride=4)
+    encoder.pos_embed = nn.Parameter(encoder.pos_embed[:, ::2, ::2])
+    for block in encoder.blocks:
+        block.window_size = 0
+    model = type(
+        "Transformer", (nn.Module,), {"forward": lambda self, x: self.out(self.encoder(x))}
+    )()
+    model.encoder, model.out = encoder, nn.Conv2d(16, 12, 1)
+    return randomise(model)
+
+
+class ResidualBlock(nn.Module):
+    """As ViTDet's in detectron2: one `drop_path` for both branches, and convolutions behind."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2 = block.norm1, block.attn, block.norm2
+        self.mlp, self.drop_path, self.window_size = block.mlp, nn.Identity(), block.window_size
+        self.residual = nn.Conv2d(32, 32, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut, x = x, self.norm1(x)
+        encoder = load_sam_modeling().image_encoder
+        if self.window_size > 0:
+            sizes = x.shape[1:3]
+            x, padded = encoder.window_partition(x, self.window_size)
+        x = self.attn(x)
+        if self.window_size > 0:
+            x = encoder.window_unpartition(x, self.window_size, padded, tuple(sizes))
+        x = shortcut + self.drop_path(x)
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x + self.residual(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Mlp(nn.Module):
+    """timm's, as detectron2 has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.drop1 = nn.Linear(32, 64), nn.GELU(), nn.Dropout(0.0)
+        self.norm, self.fc2, self.drop2 = nn.Identity(), nn.Linear(64, 32), nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
+
+
+def detectron2_vit() -> nn.Module:
+    """detectron2's `ViT`, whose result is a dictionary."""
+    encoder = sam_image_encoder(**SAM)
+    for block in encoder.blocks:
+        block.mlp = Mlp()
+    encoder.blocks = nn.ModuleList(map(ResidualBlock, encoder.blocks))
+
+    def forward(self: Any, x: Tensor) -> dict[str, Tensor]:
+        x = self.patch_embed(x) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return {"last_feat": x.permute(0, 3, 1, 2)}
+
+    model = type("ViT", (nn.Module,), {"forward": forward})()
+    model.patch_embed, model.pos_embed, model.blocks = (
+        encoder.patch_embed,
+        encoder.pos_embed,
+        encoder.blocks,
+    )
+    return randomise(model)
+
+
+def sam_hq() -> nn.Module:
+    """SAM-HQ's encoder: it also returns what its global blocks make."""
+    encoder = sam_image_encoder(**SAM)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x, between = self.patch_embed(x) + self.pos_embed, []
+        for block in self.blocks:
+            x = block(x)
+            if block.window_size == 0:
+                between.append(x)
+        assert len(between) == 1
+        return self.neck(x.permute(0, 3, 1, 2)) + between[0].mean()
+
+    encoder.__class__ = type("ImageEncoderViT", (type(encoder),), {"forward": forward})
+    return encoder
+
+
+def micro_sam_lora() -> nn.Module:
+    """A copy of segment-anything with low-rank layers for q and v, as micro-sam puts them in."""
+    encoder = sam_image_encoder(**SAM)
+
+    class LowRankSurgery(nn.Module):
+        def __init__(self, qkv: nn.Linear) -> None:
+            super().__init__()
+            self.qkv_proj, self.dim = qkv, qkv.in_features
+            self.down, self.up = nn.Linear(32, 2, bias=False), nn.Linear(2, 64, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv_proj(x).chunk(3, -1)
+            for_q, for_v = self.up(self.down(x)).chunk(2, -1)
+            return torch.cat([q + for_q, k, v + for_v], -1)
+
+    for block in encoder.blocks:
+        block.attn.qkv = LowRankSurgery(block.attn.qkv)
+    return randomise(encoder)
+
+
+def timm() -> nn.Module:
+    if not importlib.util.find_spec("timm"):
+        pytest.skip("timm is not installed: pip install --no-deps timm")
+    sizes = {name: size for name, size in SAM.items() if name != "out_chans"}
+    return timm_image_encoder(**sizes, neck_chans=16)
+
+
+def seggpt_inputs() -> dict[str, Tensor]:
+    return {
+        name: pixels_of(32, 32) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")
+    }
+
+
+VITDET = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 4,
+}
+VITDET |= {
+    "pretrain_image_size": 32,
+    "window_size": 3,
+    "window_block_indices": [0],
+    "residual_block_indices": [1],
+}
+VITDET |= {"use_relative_position_embeddings": True}
+SEGGPT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": (64, 32),
+    "patch_size": 4,
+}
+SEGGPT |= {"pretrain_image_size": 32, "mlp_dim": 64, "merge_index": 0, "intermediate_hidden_state_indices": [1, 2]}  # fmt: skip
+FORMULA = {
+    "post_conv_in_channels": 16,
+    "post_conv_out_channels": 16,
+    "post_conv_mid_channels": 16,
+    "decoder_hidden_size": 8,
+}
+
+DEEPSEEK = {"downsample_channels": [8, 8]}
+
+# transformers' module, the names of its configuration and of its model, and changes to the sizes in `VISION`.
+EAGER: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "Sam": ("sam", "SamVisionConfig", "SamVisionModel", {}),
+    "SamHQ": ("sam_hq", "SamHQVisionConfig", "SamHQVisionModel", {}),
+    "GotOcr2": ("got_ocr2", "GotOcr2VisionConfig", "GotOcr2VisionEncoder", {}),
+    "DeepseekOcr2": (
+        "deepseek_ocr2",
+        "DeepseekOcr2SamVisionConfig",
+        "DeepseekOcr2SamVisionEncoder",
+        DEEPSEEK,
+    ),
+    "UnlimitedOcr": (
+        "unlimited_ocr",
+        "UnlimitedOcrSamVisionConfig",
+        "UnlimitedOcrSamVisionEncoder",
+        DEEPSEEK,
+    ),
+    "PPFormulaNet": (
+        "pp_formulanet",
+        "PPFormulaNetVisionConfig",
+        "PPFormulaNetVisionModel",
+        FORMULA,
+    ),
+    "SLANeXt": ("slanext", "SLANeXtVisionConfig", "SLANeXtVisionEncoder", {}),
+    "VitDet": ("vitdet", "VitDetConfig", "VitDetModel", VITDET),
+}
+SDPA = {f"{name}, SDPA": EAGER[name] for name in ("Sam", "SamHQ", "DeepseekOcr2")}
+
+MODELS = {
+    "segment-anything": Example(lambda: sam_image_encoder(**SAM)),
+    "SAM-HQ's own": Example(sam_hq),
+    "micro-sam's LoRA": Example(micro_sam_lora),
+    "DeepSeek-OCR's own": Example(deepseek_ocr),
+    "Cellpose-SAM": Example(cellpose),
+    "detectron2": Example(detectron2_vit),
+    "timm": Example(timm),
+    "DeepseekVLHybrid": Example(deepseek_vl_hybrid),
+    "SegGpt": Example(
+        of_transformers("seggpt", "SegGptConfig", "SegGptModel", SEGGPT),
+        seggpt_inputs,
+        attentions=3,
+        gives_weights=True,
+    ),
+    **{name: Example(of_transformers(*each), gives_weights=True) for name, each in EAGER.items()},
+    **{name: Example(of_transformers(*each, attention="sdpa")) for name, each in SDPA.items()},
+}
