@@ -236,9 +236,9 @@ def test_tables_of_the_pages_are_those_of_the_committed_results() -> None:
 def test_the_table_of_a_run() -> None:
     rows = list(run.run_case(case_of(plain=1, wrong=2), "cpu", CEILING, 0.01))
     good, wrong = (tables._bench_line(row) for row in rows)
-    assert good.startswith("| operator, case | plain |") and "1.00x" in good
-    assert "wrong: got 2.0" in wrong
-    assert good.count("|") == wrong.count("|") == 7
+    assert good[:2] == ["operator, case", "plain"] and "1.00x" in good
+    assert any(cell.startswith("wrong: got 2.0") for cell in wrong)
+    assert len(good) == len(wrong) == 6
 
 
 def test_a_stale_table_would_be_found() -> None:

@@ -64,13 +64,13 @@ def test_a_peer_that_cannot_run_is_skipped() -> None:
     row = rows[encoder.COMPILED]
     assert row["skipped"] == "RuntimeError: no compiler" and "median_ms" not in row
     assert "skipped" in encoder.table_line(row)
-    assert "skipped" in tables._encoder_line(row, rows[encoder.BASELINE])
+    assert "skipped" in " ".join(tables._encoder_line(row, rows[encoder.BASELINE]))
 
 
 def test_the_table_of_the_rows() -> None:
     rows = rows_of("bfloat16")
     baseline = rows[encoder.BASELINE] | {"peak_memory_bytes": 2**22}
     lines = {name: tables._encoder_line(row, baseline) for name, row in rows.items()}
-    assert all(line.count("|") == 8 for line in lines.values())
-    assert "1 | 25 %" in lines["refsam, fallback"]
-    assert "far off" in tables._encoder_line({**baseline, "wrong": "far off"}, baseline)
+    assert all(len(line) == 7 for line in lines.values())
+    assert lines["refsam, fallback"][4:6] == ["1", "25 %"]
+    assert "wrong: far off" in tables._encoder_line({**baseline, "wrong": "far off"}, baseline)

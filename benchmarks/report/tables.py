@@ -1,17 +1,25 @@
 """`python -m benchmarks.report.tables [--check]`: writes the tables of README and docs from the results.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is one of `_TABLES`.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is that of a function of this module.
 """
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.report.results import machine_of, read_result, read_rows
-from benchmarks.report.speed_tables import evf_cpu, speed_cpu
+from benchmarks.report.results import (
+    failure,
+    machine_of,
+    markdown,
+    mebibytes,
+    read_result,
+    read_rows,
+    spread,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGES = (
@@ -24,165 +32,210 @@ PAGES = (
     "refsam/weights/nano/README.md",
 )
 _REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLES: dict[str, Callable[[], str]] = {}
 
 
 def fill(text: str) -> str:
     """The page's text with every marked table made anew."""
-    return _REGION.sub(lambda match: match[1] + _table(match[2]) + "\n" + match[3], text)
+    return _REGION.sub(lambda match: match[1] + _TABLES[match[2]]() + "\n" + match[3], text)
 
 
-def _table(name: str) -> str:
-    return _TABLES[name]()
+def _table(make: Callable[[], str]) -> Callable[[], str]:
+    _TABLES[make.__name__] = make
+    return make
 
 
-def _nano_generated() -> str:
+@_table
+def nano_generated() -> str:
     from refsam.evaluation.runners.generated import table
 
     return table(read_result("nano_generated")["summary"])
 
 
-def _nano_real_clips() -> str:
+@_table
+def nano_real_clips() -> str:
     from benchmarks.end_to_end.real_clips import table
 
     result = read_result("nano_real_clips")
-    lines = [table(result["before"], result["now"]), ""]
-    lines.append(f"Before: commit {result['base'][:7]}; now: {result['commit'][:7]}.")
-    return "\n".join(lines)
+    commits = f"Before: commit {result['base'][:7]}; now: {result['commit'][:7]}."
+    return f"{table(result['before'], result['now'])}\n\n{commits}"
 
 
-def _nano_davis() -> str:
+@_table
+def nano_davis() -> str:
     from benchmarks.end_to_end.davis import table
 
     return table(read_result("nano_davis")["rows"])
 
 
-def _nano_photographs() -> str:
+@_table
+def nano_photographs() -> str:
     from benchmarks.end_to_end.photographs import table
 
     return table(read_result("nano_photographs")["summary"])
 
 
-def _nano_composites() -> str:
+@_table
+def nano_composites() -> str:
     from benchmarks.end_to_end.composites import table
 
     return table(read_result("nano_composites"))
 
 
-def _segment_nano_cpu() -> str:
+@_table
+def segment_nano_cpu() -> str:
     speed = read_result("segment_nano_cpu")
     medians = speed["medians"]
-    rows = [
-        ("`refsam segment`, 720p, frames/s", medians["frames_per_second"]),
-        ("first mask after the command, s", medians["first_mask_seconds"]),
-    ]
-    lines = ["| | measured |", "|---|--:|", *(f"| {what} | {got:.3g} |" for what, got in rows)]
+    rows = {
+        "`refsam segment`, 720p, frames/s": medians["frames_per_second"],
+        "first mask after the command, s": medians["first_mask_seconds"],
+    }
     conditions = f"{machine_of(speed, 'cores')}, one expression, default settings, medians of {len(speed['runs'])} runs."
-    return "\n".join([*lines, "", conditions])
+    return markdown(" | measured", ((what, f"{got:.3g}") for what, got in rows.items()), conditions)
 
 
-def _encoder_cpu() -> str:
+@_table
+def speed_cpu() -> str:
+    """The README's four rows: the encoder in both dtypes, and a frame of several expressions."""
+    encoders = {
+        (row["name"], row["dtype"]): row["median_ms"] for row in read_rows("integrations_cpu")
+    }
+    names = ("segment-anything", "segment-anything, optimize(), cpu")
+    times = {
+        f"segment-anything's image encoder, {dtype}": [encoders[name, dtype] for name in names]
+        for dtype in ("float32", "bfloat16")
+    }
+    loop, *ours = read_rows("loop_cpu")
+    for row in ours:
+        what = (
+            f"a frame of {row['expressions']} expressions against one pass for each, {row['dtype']}"
+        )
+        times[what] = [loop["median_ms"], row["median_ms"]]
+    rows = [
+        (what, f"{1e-3 * before:.2f}", f"{1e-3 * after:.2f}", f"{before / after:.2f}x")
+        for what, (before, after) in times.items()
+    ]
+    return markdown(
+        "SAM ViT-B, 1024 pixels, two CPU cores | before, s | refsam, s | speed-up", rows
+    )
+
+
+@_table
+def evf_cpu() -> str:
+    result = read_result("evf_cpu")
+    origin = result["provenance"]
+    rows = [
+        ("a frame, one expression, s", f"{result['frame_1_s']:.1f}"),
+        ("a frame, four expressions, s", f"{result['frame_4_s']:.1f}"),
+        ("the same by one whole pass per expression, s", f"{result['per_expression_4_s']:.1f}"),
+        ("BEiT-3 for each expression and frame, ms", f"{1e3 * result['beit3_1_s']:.0f}"),
+        ("peak memory of the process, GiB", f"{result['peak_rss_bytes'] / 2**30:.1f}"),
+    ]
+    what = f"ViT-H and BEiT-3 large, random weights, 1280 x 720, {result['dtype']}"
+    return markdown(" | measured", rows, f"{what}, {_machine(origin)}.")
+
+
+def _machine(origin: dict[str, Any]) -> str:
+    return f"{machine_of(origin, 'threads')}, commit {origin['commit'][:7]}"
+
+
+@_table
+def encoder_cpu() -> str:
     rows = read_rows("encoder_cpu")
     baseline = {row["dtype"]: row for row in rows if row["name"] == "segment-anything"}
-    lines = [
-        "| | | median (p20 to p80), s | against segment-anything | memory, MiB | against it | error |",
-        "|---|---|--:|--:|--:|--:|--:|",
-        *(_encoder_line(row, baseline[row["dtype"]]) for row in rows),
-    ]
+    header = (
+        " | | median (p20 to p80), s | against segment-anything | memory, MiB | against it | error"
+    )
     origin = rows[0]["provenance"]
-    machine = machine_of(origin, "threads")
     what = (
         f"{origin['model']}, {origin['image_size']} pixels, one image, {rows[0]['rounds']} rounds"
     )
-    return "\n".join([*lines, "", f"{what}, {machine}, commit {origin['commit'][:7]}."])
+    lines = (_encoder_line(row, baseline[row["dtype"]]) for row in rows)
+    return markdown(header, lines, f"{what}, {_machine(origin)}.", text=2)
 
 
-def _encoder_line(row: dict[str, Any], baseline: dict[str, Any]) -> str:
-    name = f"| {row['dtype']} | {row['name']} |"
-    for word in ("skipped", "wrong"):
-        if word in row:
-            return f"{name} {word}: {row[word]} | | | | |"
-    seconds, low, high = (1e-3 * row[key] for key in ("median_ms", "p20_ms", "p80_ms"))
-    memory, share = row["peak_memory_bytes"], "| |"
-    if memory is not None and baseline["peak_memory_bytes"]:
-        share = f"{memory / 2**20:.0f} | {100 * memory / baseline['peak_memory_bytes']:.0f} % |"
-    return f"{name} {seconds:.2f} ({low:.2f} to {high:.2f}) | {row['speedup']:.2f}x | {share} {row['error']:.0e} |"
+def _encoder_line(row: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
+    name = [row["dtype"], row["name"]]
+    if problem := failure(row):
+        return [*name, problem, "", "", "", ""]
+    memory, whole = row["peak_memory_bytes"], baseline["peak_memory_bytes"]
+    share = (
+        ["", ""]
+        if memory is None or not whole
+        else [mebibytes(memory), f"{100 * memory / whole:.0f} %"]
+    )
+    return [*name, spread(row, 1e-3), f"{row['speedup']:.2f}x", *share, f"{row['error']:.0e}"]
 
 
-def _integrations_cpu() -> str:
+@_table
+def integrations_cpu() -> str:
     """Each library's encoder before and after `optimize()`, by the best backend."""
     rows = {(row["name"], row["dtype"]): row for row in read_rows("integrations_cpu")}
     lines = [
-        "| image encoder of | dtype | before, s | after, s | as fast | memory, MiB | after |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        [name, dtype, *_before_and_after(before, rows[f"{name}, optimize(), cpu", dtype])]
+        for (name, dtype), before in rows.items()
+        if (f"{name}, optimize(), cpu", dtype) in rows
     ]
-    for (name, dtype), before in rows.items():
-        after = rows.get((f"{name}, optimize(), cpu", dtype))
-        if after is not None:
-            lines.append(f"| {name} | {dtype} | {_before_and_after(before, after)} |")
     origin = next(iter(rows.values()))["provenance"]
     what = f"{origin['model']}, {origin['image_size']} pixels, one image"
-    machine = f"{machine_of(origin, 'threads')}, commit {origin['commit'][:7]}"
-    return "\n".join([*lines, "", f"{what}, {machine}. Memory is that above the weights."])
+    note = f"{what}, {_machine(origin)}. Memory is that above the weights."
+    header = "image encoder of | dtype | before, s | after, s | as fast | memory, MiB | after"
+    return markdown(header, lines, note, text=2)
 
 
-def _before_and_after(before: dict[str, Any], after: dict[str, Any]) -> str:
-    for row in (before, after):
-        for word in ("skipped", "wrong"):
-            if word in row:
-                return f"{word}: {row[word]} | | | |"
+def _before_and_after(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    if problem := failure(before) or failure(after):
+        return [problem, "", "", "", ""]
     times = [1e-3 * row["median_ms"] for row in (before, after)]
-    memory = [f"{row['peak_memory_bytes'] / 2**20:.0f}" for row in (before, after)]
-    return f"{times[0]:.2f} | {times[1]:.2f} | {times[0] / times[1]:.2f}x | {' | '.join(memory)}"
+    memory = [mebibytes(row["peak_memory_bytes"]) for row in (before, after)]
+    return [f"{times[0]:.2f}", f"{times[1]:.2f}", f"{times[0] / times[1]:.2f}x", *memory]
 
 
-def _operators_cpu() -> str:
+@_table
+def operators_cpu() -> str:
     rows = read_rows("rel_pos_attention_cpu") + read_rows("masks_cpu")
-    lines = [
-        "| | | median (p20 to p80), ms | against the first | memory, MiB |",
-        "|---|---|--:|--:|--:|",
-        *(
-            f"| {row['operator'].removesuffix('_cpu')}, {row['case']} | {row['provider']} | {row['median_ms']:.2f} "
-            f"({row['p20_ms']:.2f} to {row['p80_ms']:.2f}) | {row['speedup']:.2f}x | {row['peak_memory_bytes'] / 2**20:.1f} |"
-            for row in rows
-        ),
-    ]
-    origin = rows[0]["provenance"]
-    machine = machine_of(origin, "threads")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{machine}. Memory is what a call needs beside its inputs, its result included.",
-        ]
+    lines = (
+        (
+            f"{row['operator'].removesuffix('_cpu')}, {row['case']}",
+            row["provider"],
+            spread(row),
+            f"{row['speedup']:.2f}x",
+            mebibytes(row["peak_memory_bytes"], 1),
+        )
+        for row in rows
+    )
+    note = f"{machine_of(rows[0]['provenance'], 'threads')}. Memory is what a call needs beside its inputs, its result included."
+    return markdown(
+        " | | median (p20 to p80), ms | against the first | memory, MiB", lines, note, text=2
     )
 
 
-def _ui_cpu() -> str:
+@_table
+def ui_cpu() -> str:
     result = read_result("ui_cpu")
-    medians = result["medians"]
-    lines = [
-        "| | measured |",
-        "|---|--:|",
-        f"| first page after `refsam ui`, s | {medians['first_page_seconds']:.2f} |",
-        f"| first overlay of a 720p clip after the button, s | {medians['first_overlay_seconds']:.2f} |",
-        f"| model loaded after `refsam ui`, s | {medians['model_seconds']:.2f} |",
-        "",
-        f"{machine_of(result, 'cores')}, the browser on the same machine, medians of {len(result['runs'])} runs.",
-    ]
-    return "\n".join(lines)
+    rows = {
+        "first page after `refsam ui`, s": "first_page_seconds",
+        "first overlay of a 720p clip after the button, s": "first_overlay_seconds",
+        "model loaded after `refsam ui`, s": "model_seconds",
+    }
+    lines = ((what, f"{result['medians'][key]:.2f}") for what, key in rows.items())
+    conditions = f"{machine_of(result, 'cores')}, the browser on the same machine, medians of {len(result['runs'])} runs."
+    return markdown(" | measured", lines, conditions)
 
 
-def _frame_cpu() -> str:
+@_table
+def frame_cpu() -> str:
     result = read_result("frame_cpu")
     before, after = result["medians"]["before"], result["medians"]["after"]
-    lines = ["| core-milliseconds of a frame | before | after |", "|---|--:|--:|"]
-    lines += [f"| {name} | {before[name]:.1f} | {after[name]:.1f} |" for name in before]
+    lines = ((name, f"{before[name]:.1f}", f"{after[name]:.1f}") for name in before)
     what = f"nano, one expression, 720p, medians of {len(result['rounds']['after'])} rounds"
     commits = f"commits {result['base'][:7]} and {result['commit'][:7]}"
-    return "\n".join([*lines, "", f"{what}, {machine_of(result, 'cores')}, {commits}."])
+    note = f"{what}, {machine_of(result, 'cores')}, {commits}."
+    return markdown("core-milliseconds of a frame | before | after", lines, note)
 
 
-def _memory_cpu() -> str:
+@_table
+def memory_cpu() -> str:
     result = read_result("memory_cpu")
     rows, growth = result["rows"], result["growth"]["host_mib_for_each_thousand_frames"]
     first, last = rows[min(9, len(rows) - 1)], rows[-1]
@@ -194,82 +247,66 @@ def _memory_cpu() -> str:
     )
 
 
-def _loop_cpu() -> str:
+@_table
+def loop_cpu() -> str:
     rows = read_rows("loop_cpu")
-    lines = [
-        "| | dtype | a frame (p20 to p80), s | frames/s | against the loop | encoder, s | decoder, s | rest, % |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-        *(_loop_line(row) for row in rows),
-    ]
+    header = " | dtype | a frame (p20 to p80), s | frames/s | against the loop | encoder, s | decoder, s | rest, %"
     origin = rows[0]["provenance"]
     height, width = rows[0]["frame_size"]
     what = f"{origin['model']} at {origin['image_size']} pixels, {rows[0]['expressions']} expressions, {width} x {height}"
-    machine = f"{rows[0]['rounds']} rounds, {machine_of(origin, 'threads')}, commit {origin['commit'][:7]}"
-    return "\n".join([*lines, "", f"{what}, {machine}."])
+    note = f"{what}, {rows[0]['rounds']} rounds, {_machine(origin)}."
+    return markdown(header, map(_loop_line, rows), note, text=2)
 
 
-def _loop_line(row: dict[str, Any]) -> str:
-    name = f"| {row['provider']} | {row['dtype']} |"
-    if "wrong" in row:
-        return f"{name} wrong: {row['wrong']} | | | | | |"
-    seconds, low, high = (1e-3 * row[key] for key in ("median_ms", "p20_ms", "p80_ms"))
-    line = f"{name} {seconds:.2f} ({low:.2f} to {high:.2f}) | {1 / seconds:.3f} | {row['speedup']:.2f}x |"
-    if "encoder_ms" not in row:
-        return f"{line} | | |"
-    parts = f"{1e-3 * row['encoder_ms']:.2f} | {1e-3 * row['decoder_ms']:.2f} | {row['overhead_percent']:.1f} |"
-    return f"{line} {parts}"
+def _loop_line(row: dict[str, Any]) -> list[str]:
+    name = [row["provider"], row["dtype"]]
+    if problem := failure(row):
+        return [*name, problem, "", "", "", "", ""]
+    rate = f"{1e3 / row['median_ms']:.3f}"
+    parts = ["", "", ""]
+    if "encoder_ms" in row:
+        parts = [f"{1e-3 * row[key]:.2f}" for key in ("encoder_ms", "decoder_ms")]
+        parts.append(f"{row['overhead_percent']:.1f}")
+    return [*name, spread(row, 1e-3), rate, f"{row['speedup']:.2f}x", *parts]
 
 
-def _expressions_cpu() -> str:
+@_table
+def expressions_cpu() -> str:
     rows = read_rows("expressions_cpu")
-    lines = [
-        "| encoder's products | expressions | a frame (p20 to p80), s | times one |",
-        "|---|--:|--:|--:|",
-    ]
+    lines = []
     for row in rows:
-        name = f"| {row['dtype']} | {row['expressions']} |"
-        if "wrong" in row:
-            lines.append(f"{name} wrong: {row['wrong']} | |")
-            continue
-        seconds, low, high = (1e-3 * row[key] for key in ("median_ms", "p20_ms", "p80_ms"))
-        lines.append(f"{name} {seconds:.2f} ({low:.2f} to {high:.2f}) | {row['times_one']:.3f} |")
+        problem = failure(row)
+        found = [problem, ""] if problem else [spread(row, 1e-3), f"{row['times_one']:.3f}"]
+        lines.append([row["dtype"], str(row["expressions"]), *found])
     origin = rows[0]["provenance"]
     what = f"{origin['model']} at {origin['image_size']} pixels, a 720p frame to masks of its size"
-    return "\n".join(
-        [*lines, "", f"{what}, {machine_of(origin, 'threads')}, commit {origin['commit'][:7]}."]
-    )
+    header = "encoder's products | expressions | a frame (p20 to p80), s | times one"
+    return markdown(header, lines, f"{what}, {_machine(origin)}.")
 
 
-def _bench_cpu() -> str:
+@_table
+def bench_cpu() -> str:
     rows = read_rows("bench/cpu")
-    lines = [
-        "| | | median (p20 to p80), ms | against the first | of the limit | memory, MiB |",
-        "|---|---|--:|--:|--:|--:|",
-        *(_bench_line(row) for row in rows),
-    ]
-    origin = rows[0]["provenance"]
-    return "\n".join(
-        [*lines, "", f"{machine_of(origin, 'threads')}, commit {origin['commit'][:7]}."]
-    )
+    header = " | | median (p20 to p80), ms | against the first | of the limit | memory, MiB"
+    return markdown(header, map(_bench_line, rows), f"{_machine(rows[0]['provenance'])}.", text=2)
 
 
-def _bench_line(row: dict[str, Any]) -> str:
+def _bench_line(row: dict[str, Any]) -> list[str]:
     ceiling = ", does less: a limit" if row.get("is_ceiling") else ""
-    name = f"| {row['operator']}, {row['case']} | {row['provider']}{ceiling} |"
-    for word in ("skipped", "wrong"):
-        if word in row:
-            return f"{name} {word}: {row[word]} | | | |"
+    name = [f"{row['operator']}, {row['case']}", f"{row['provider']}{ceiling}"]
+    if problem := failure(row):
+        return [*name, problem, "", "", ""]
     speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}x"
     memory = row["peak_memory_bytes"]
-    used = "" if memory is None else f"{memory / 2**20:.1f}"
     limits = [f"{row['percent_of_ceiling']:.0f} %"]
     if not ceiling:
         limits += [f"{share:.0f} % of {other}" for other, share in row["percent_of"].items()]
-    times = f"{row['median_ms']:.2f} ({row['p20_ms']:.2f} to {row['p80_ms']:.2f})"
-    return f"{name} {times} | {speedup} | {', '.join(limits)} | {used} |"
+    used = "" if memory is None else mebibytes(memory, 1)
+    return [*name, spread(row), speedup, ", ".join(limits), used]
 
 
-def _errors() -> str:
+@_table
+def errors() -> str:
     """The messages that users meet, from docs/errors.yaml, by what they are about."""
     lines = []
     for group in yaml.safe_load((ROOT / "docs" / "errors.yaml").read_text(encoding="utf-8")):
@@ -281,94 +318,57 @@ def _errors() -> str:
     return "\n".join(lines)
 
 
-def _cuda_resources() -> str:
+@_table
+def cuda_resources() -> str:
     result = read_result("cuda_resources")
     kernels: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
-        name = row["kernel"].partition("<")[0]
-        kernels.setdefault((row["source"], name), []).append(row)
-    lines = [
-        "| source | kernel | variants | registers | most bytes spilled |",
-        "|---|---|--:|--:|--:|",
-        *(_resources_line(*names, rows) for names, rows in kernels.items()),
-    ]
-    architectures = sorted({row["architecture"] for row in result["rows"]})
-    targets = ", ".join(f"sm_{architecture}" for architecture in architectures)
+        kernels.setdefault((row["source"], row["kernel"].partition("<")[0]), []).append(row)
+    lines = []
+    for (source, kernel), rows in kernels.items():
+        variants = len({row["kernel"] for row in rows})
+        registers = [row["registers"] for row in rows]
+        used = f"{min(registers)} to {max(registers)}"
+        spilled = max(row["spill_bytes"] for row in rows)
+        lines.append((f"`{source}`", f"`{kernel}`", str(variants), used, str(spilled)))
+    targets = ", ".join(
+        f"sm_{each}" for each in sorted({row["architecture"] for row in result["rows"]})
+    )
     origin = result["provenance"]
-    return "\n".join([*lines, "", f"{targets}; {origin['nvcc']}, commit {origin['commit'][:7]}."])
-
-
-def _resources_line(source: str, kernel: str, rows: list[dict[str, Any]]) -> str:
-    variants = len({row["kernel"] for row in rows})
-    registers = [row["registers"] for row in rows]
-    spilled = max(row["spill_bytes"] for row in rows)
-    return f"| `{source}` | `{kernel}` | {variants} | {min(registers)} to {max(registers)} | {spilled} |"
-
-
-def _training_cpu() -> str:
-    result = read_result("training_cpu")
-    baseline = result["rows"][0]
-    lines = [
-        "| a training step on | median (p20 to p80), s | steps/s | as fast | step, MiB | process, MiB | against the first |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-        *(_training_line(row, baseline) for row in result["rows"]),
-    ]
-    what = f"{result['model']}, {result['image_size']} pixels, one clip of {result['frames']} frames, one sentence, float32"
-    machine = machine_of(result, "threads")
-    return "\n".join([*lines, "", f"{what}, {machine}, commit {result['commit'][:7]}."])
-
-
-def _training_line(row: dict[str, Any], baseline: dict[str, Any]) -> str:
-    if "wrong" in row:
-        return f"| {row['name']} | wrong: {row['wrong']} | | | | | |"
-    seconds, low, high = (1e-3 * row[key] for key in ("median_ms", "p20_ms", "p80_ms"))
-    step, process = row["step_memory_bytes"], row["process_memory_bytes"]
-    memory = "| | |"
-    if step is not None:
-        share = 100 * process / baseline["process_memory_bytes"]
-        own = 100 * step / baseline["step_memory_bytes"]
-        memory = f"{step / 2**20:.0f} | {process / 2**20:.0f} | {own:.0f} % and {share:.0f} % |"
-    return (
-        f"| {row['name']} | {seconds:.2f} ({low:.2f} to {high:.2f}) | {row['steps_per_second']:.3f} | "
-        f"{row['speedup']:.2f}x | {memory}"
+    note = f"{targets}; {origin['nvcc']}, commit {origin['commit'][:7]}."
+    return markdown(
+        "source | kernel | variants | registers | most bytes spilled", lines, note, text=2
     )
 
 
-_TABLES = {
-    "ui_cpu": _ui_cpu,
-    "speed_cpu": speed_cpu,
-    "evf_cpu": evf_cpu,
-    "frame_cpu": _frame_cpu,
-    "memory_cpu": _memory_cpu,
-    "loop_cpu": _loop_cpu,
-    "expressions_cpu": _expressions_cpu,
-    "bench_cpu": _bench_cpu,
-    "errors": _errors,
-    "nano_generated": _nano_generated,
-    "nano_real_clips": _nano_real_clips,
-    "nano_davis": _nano_davis,
-    "nano_photographs": _nano_photographs,
-    "nano_composites": _nano_composites,
-    "segment_nano_cpu": _segment_nano_cpu,
-    "encoder_cpu": _encoder_cpu,
-    "integrations_cpu": _integrations_cpu,
-    "operators_cpu": _operators_cpu,
-    "training_cpu": _training_cpu,
-    "cuda_resources": _cuda_resources,
-}
+@_table
+def training_cpu() -> str:
+    result = read_result("training_cpu")
+    baseline = result["rows"][0]
+    header = "a training step on | median (p20 to p80), s | steps/s | as fast | step, MiB | process, MiB | against the first"
+    lines = (_training_line(row, baseline) for row in result["rows"])
+    what = f"{result['model']}, {result['image_size']} pixels, one clip of {result['frames']} frames, one sentence, float32"
+    return markdown(header, lines, f"{what}, {_machine(result)}.")
+
+
+def _training_line(row: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
+    if problem := failure(row):
+        return [row["name"], problem, "", "", "", "", ""]
+    memory, kinds = ["", "", ""], ("step_memory_bytes", "process_memory_bytes")
+    if row[kinds[0]] is not None:
+        shares = [f"{100 * row[kind] / baseline[kind]:.0f} %" for kind in kinds]
+        memory = [*(mebibytes(row[kind]) for kind in kinds), " and ".join(shares)]
+    speed = [f"{row['steps_per_second']:.3f}", f"{row['speedup']:.2f}x"]
+    return [row["name"], spread(row, 1e-3), *speed, *memory]
 
 
 def main(arguments: list[str]) -> int:
     """Rewrites the pages; with --check only says which are out of date, and returns 1 if any is."""
     stale = []
-    for page in PAGES:
-        path = ROOT / page
-        if not path.exists():
-            continue
-        text = path.read_text(encoding="utf-8")
-        filled = fill(text)
-        if filled != text:
-            stale.append(page)
+    for path in (ROOT / page for page in PAGES):
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        if (filled := fill(text)) != text:
+            stale.append(path.relative_to(ROOT).as_posix())
             if "--check" not in arguments:
                 path.write_text(filled, encoding="utf-8")
     print(f"out of date: {', '.join(stale) or 'nothing'}")
