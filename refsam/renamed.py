@@ -115,11 +115,7 @@ def attribute(owner_name: str, old: str) -> property:
 
 
 def settings(values: Mapping[str, Any], section: str = "") -> dict[str, Any]:
-    """A configuration file's entries by their new keys and values.
-
-    Raises:
-        ConfigError: an entry is given by both its names.
-    """
+    """A configuration file's entries by their new keys and values. Raises ConfigError: an entry is given by both its names."""
     result = {}
     for key, value in values.items():
         new = SETTINGS[section].get(key, key)

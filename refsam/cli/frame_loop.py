@@ -150,11 +150,7 @@ class JsonLines:
         self._file, self._texts, self._files, self._with_masks = file, texts, files, with_masks
 
     def __call__(self, frame: "Frame", masks: "np.ndarray", scores: "np.ndarray") -> None:
-        """Write a frame's line.
-
-        Raises:
-            LostReaderError: the other end of the pipe was closed.
-        """
+        """Write a frame's line. Raises LostReaderError: the other end of the pipe was closed."""
         line: dict[str, object] = {"frame": frame.index, "time": round(frame.time, 6)}
         if self._files is not None:
             line["file"] = self._files[frame.index]
@@ -189,8 +185,7 @@ def json_lines(
 ) -> "Iterator[JsonLines | None]":
     """Lines to standard output (``-``) or a new file; None where they are not wanted.
 
-    Raises:
-        UserError: the file cannot be written.
+    Raises UserError: the file cannot be written.
     """
     if target is None:
         yield None

@@ -171,8 +171,7 @@ def session_facts(session: "VideoSession", precision: "torch.dtype") -> dict[str
 def _earlier(out: Path, text: list[str], wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The report of a run that this one can go on with; None where there is nothing.
 
-    Raises:
-        UserError: it did something else, or its source cannot be read twice.
+    Raises UserError: it did something else, or its source cannot be read twice.
     """
     from refsam.video.run_folder import RESULT, read_result
 
@@ -214,11 +213,7 @@ def _state(out: Path) -> Any:
 
 
 def check_expressions(expressions: list[str]) -> None:
-    """Refuse empty expressions before a model is loaded.
-
-    Raises:
-        UserError: nothing but white space.
-    """
+    """Refuse empty expressions before a model is loaded. Raises UserError: nothing but white space."""
     for expression in expressions:
         if not expression.strip():
             raise UserError("--text is empty: say what to segment, such as --text 'the red car'")
@@ -256,11 +251,7 @@ def precision_facts(model: "PromptedSAM", precision: "torch.dtype") -> dict[str,
 
 
 def make_graphs(model: "PromptedSAM") -> "FrameGraphs":
-    """CUDA graphs for a model.
-
-    Raises:
-        UserError: it is not on a GPU.
-    """
+    """CUDA graphs for a model. Raises UserError: it is not on a GPU."""
     from refsam.session import FrameGraphs
 
     if model.device.type != "cuda":
@@ -286,11 +277,7 @@ def load_session(
     threshold: float = 0.5,
     quiet: bool = False,
 ) -> tuple["VideoSession", "torch.dtype"]:
-    """Load a model onto a device and begin a session with it.
-
-    Raises:
-        UserError: no such device, checkpoint or known words.
-    """
+    """Load a model onto a device and begin a session with it. Raises UserError: no such device, checkpoint or known words."""
     model, precision = load_model(choice, choose_device(device), dtype)
     from refsam.model.text_encoder import explain_unknown
     from refsam.session import VideoSession

@@ -15,11 +15,7 @@ _DTYPES = ("auto", "float32", "bfloat16")
 
 
 def check_names(device: str, dtype: str) -> None:
-    """Refuse misspelt names before anything is loaded.
-
-    Raises:
-        UserError: a name that is not offered.
-    """
+    """Refuse misspelt names before anything is loaded. Raises UserError: a name that is not offered."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UserError(f"--device {device}: want auto, cpu, cuda or cuda:N")
     check_dtype(dtype, _DTYPES)
@@ -34,8 +30,7 @@ def check_dtype(name: str, offered: Sequence[str]) -> None:
 def choose_device(name: str) -> "torch.device":
     """The device of that name; ``auto`` is the GPU that torchrun means for this process, the first without it, else the CPU.
 
-    Raises:
-        UserError: the machine has no such GPU.
+    Raises UserError: the machine has no such GPU.
     """
     wait_passively()
     import torch

@@ -141,11 +141,7 @@ class _Upload:
 
 
 def as_tensor(frame: Any) -> Tensor:
-    """A frame as a tensor that shares its memory where it can.
-
-    Raises:
-        ValueError: not ``(H, W, 3)`` uint8, numpy or torch.
-    """
+    """A frame as a tensor that shares its memory where it can. Raises ValueError: not ``(H, W, 3)`` uint8, numpy or torch."""
     if not isinstance(frame, np.ndarray | Tensor):
         raise ValueError(f"frame: got {type(frame).__name__}, want a numpy array or a torch tensor")
     if frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:

@@ -49,8 +49,7 @@ def make_jobs(
 def assign_folders(pairs: Sequence[tuple[str, tuple[str, ...]]], out: Path) -> list[VideoJob]:
     """Give each video a folder of its own, and write the map; several processes may do so at a time.
 
-    Raises:
-        UserError: `out` cannot be written, or its map is damaged.
+    Raises UserError: `out` cannot be written, or its map is damaged.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -252,11 +252,7 @@ class Job:
 
 
 def first_frame(path: Path, root: Path, limits: Limits) -> tuple[bytes, str]:
-    """The first frame of a visitor's clip as JPEG, and what the clip is in words.
-
-    Raises:
-        UserError: the clip cannot be taken.
-    """
+    """The first frame of a visitor's clip as JPEG, and what the clip is in words. Raises UserError: the clip cannot be taken."""
     with open_upload(path, root, limits) as source:
         try:
             image = next(iter(source)).image

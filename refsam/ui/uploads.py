@@ -65,11 +65,7 @@ def open_upload(path: Path, folder: Path, limits: Limits) -> FrameSource:
 
 
 def read_expressions(text: str, limits: Limits) -> list[str]:
-    """The expressions of a text that has one per line.
-
-    Raises:
-        UserError: none, too many, or a long one.
-    """
+    """The expressions of a text that has one per line. Raises UserError: none, too many, or a long one."""
     expressions = [line.strip() for line in text.splitlines() if line.strip()]
     if not expressions:
         raise UserError("Say what to segment, one object per line, such as: the red car")

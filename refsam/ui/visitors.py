@@ -50,11 +50,7 @@ class Visitors:
         self._loaded.set()
 
     def wait_for_engine(self) -> Engine:
-        """The model; waits until it is loaded.
-
-        Raises:
-            UserError: the server is closing.
-        """
+        """The model; waits until it is loaded. Raises UserError: the server is closing."""
         self._loaded.wait()
         if self._engine is None:
             raise UserError("the server is closing")
@@ -75,8 +71,7 @@ class Visitors:
     def begin(self, key: str | None, text: str) -> Job:
         """Start a job on the visitor's clip, instead of an earlier one.
 
-        Raises:
-            UserError: no clip was chosen, it cannot be used, or the expressions cannot.
+        Raises UserError: no clip was chosen, it cannot be used, or the expressions cannot.
         """
         visitor = self.of(key)
         expressions = read_expressions(text, self.limits)

@@ -64,8 +64,7 @@ class ByteStream:
 def open_stream(path: str, timeout: float) -> ByteStream | None:
     """Open a path that is a pipe, a socket or standard input (``-``); None for files that can be read anywhere.
 
-    Raises:
-        OSError: it cannot be opened.
+    Raises OSError: it cannot be opened.
     """
     if path == "-":
         return ByteStream(os.dup(0), "standard input", timeout)

@@ -104,11 +104,7 @@ class AnimationSource(SourceBase):
 
 
 def open_image(path: Path, name: str, options: ReadOptions) -> ImageSource | AnimationSource:
-    """One image file as a source: all of its pictures if it is an animation.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """One image file as a source: all of its pictures if it is an animation. Raises UserError: it cannot be read."""
     with _opened(path) as opened:
         pages = _pages(opened)
     return (

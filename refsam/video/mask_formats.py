@@ -44,8 +44,7 @@ def mask_format(name: str, folder: Path, expressions: int) -> MaskFormat:
 def check_formats(formats: Sequence[str], expressions: int) -> None:
     """Refuse formats that cannot be written.
 
-    Raises:
-        UserError: no such format, a missing package, or too many expressions for it.
+    Raises UserError: no such format, a missing package, or too many expressions for it.
     """
     for name in formats:
         if name not in FORMATS:
