@@ -3,15 +3,15 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "../rel_pos_attention_check.h"
 #include "../string_argument.h"
+#include "instruction_set.h"
 #include "rel_pos_attention.h"
+#include "scratch.h"
 
 namespace refsam::cpu {
 namespace {
@@ -19,54 +19,23 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr std::align_val_t kAlignment{64};
 // Sums over tasks have a fixed number of parts, independent of the number of threads.
 constexpr int64_t kSlots = 240;
 
-// A thread's scratch.
-struct Release {
-  void operator()(char* memory) const { ::operator delete(memory, kAlignment); }
-};
-using Scratch = std::unique_ptr<char, Release>;
-
-Scratch allocate(int64_t bytes) {
-  return Scratch(static_cast<char*>(::operator new(static_cast<size_t>(bytes), kAlignment)));
-}
-
-struct InstructionSet {
-  const char* name;
-  const RelPosAttentionKernels* kernels;  // null: not in this library
-  bool supported;                         // by this processor and its operating system
-};
-
-// From the most to the least wanted.
-std::vector<InstructionSet> instruction_sets() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-#else
-  constexpr bool avx2 = false, avx512 = false, avx512bf16 = false;
-#endif
-  return {{"avx512bf16", kAvx512Bf16Kernels, avx512bf16},
-          {"avx512", kAvx512Kernels, avx512},
-          {"avx2", kAvx2Kernels, avx2},
-          {"portable", kPortableKernels, true}};
-}
-
-// The kernels that are named, or the best that can run here if `name` is empty.
 const RelPosAttentionKernels& choose_kernels(const std::string& name) {
-  for (const InstructionSet& set : instruction_sets()) {
-    if (!name.empty() && name != set.name) continue;
-    if (set.kernels && set.supported) return *set.kernels;
-    check(name.empty(), "instruction_set: got ", name, ", which ",
-          set.kernels ? "this processor does not have" : "this library was built without");
+  switch (choose_instruction_set(name)) {
+    case kAvx512Bf16:
+      return *kAvx512Bf16Kernels;
+    case kAvx512Vnni:
+    case kAvx512:
+      return *kAvx512Kernels;
+    case kAvx512Vl:
+    case kAvxVnni:
+    case kAvx2:
+      return *kAvx2Kernels;
+    default:
+      return *kPortableKernels;
   }
-  check(false, "instruction_set: got ", name, ", wanted avx512bf16, avx512, avx2 or portable");
-  return *kPortableKernels;
 }
 
 const void* data_of(const std::optional<Tensor>& tensor) {

@@ -8,25 +8,7 @@
 namespace refsam::cpu {
 namespace {
 
-constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
-
-// Hands out aligned pieces of a thread's scratch; from a null base it only counts.
-class Arena {
- public:
-  explicit Arena(char* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    T* const piece = reinterpret_cast<T*>(base_ + static_cast<uintptr_t>(used_));
-    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  uintptr_t base_;
-  int64_t used_ = 0;
-};
+constexpr float kLn2 = 0.69314718055994530942f;
 
 // A head of a window; its queries are its real tokens, its keys may be padding too.
 struct Task {

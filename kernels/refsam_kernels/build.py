@@ -39,9 +39,13 @@ REPORT = "_build.json"
 TARGET_VERSION = "0x020a000000000000"  # torch 2.10, as torch/csrc/stable/version.h spells it
 AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split()
 # Of sources in csrc/cpu whose name ends so, on x86-64: the library asks the processor before it calls them.
+AVX2 = ["-mavx2", "-mfma"]
 INSTRUCTION_SETS = {
-    "_avx2": ["-mavx2", "-mfma"],
+    "_avx2": AVX2,
+    "_avxvnni": AVX2,  # the sources hold these instructions as text, which needs no flag
+    "_avx512vl": AVX2,
     "_avx512": AVX512,
+    "_avx512vnni": [*AVX512, "-mavx512vnni"],
     "_avx512bf16": [*AVX512, "-mavx512bf16"],
 }
 
