@@ -1,4 +1,4 @@
-// The kernels of int8_linear and int8_mlp for the instruction set that the including file is
+// The kernels of int8_linear for the instruction set that the including file is
 // compiled for. A block of rows goes through all steps before the next one starts, so that what
 // lies between the steps stays in the cache.
 #pragma once
@@ -51,9 +51,9 @@ REFSAM_INLINE void quantise(float* values, int64_t count, QuantisedRows to, int6
     high = larger(high, value);
     poison += value * 0.0f;
   }
-  constexpr float kStep = 1.0f / kLargest;
   const float bottom = -largest_of(-low), top = largest_of(high);
-  const float scale = top * kStep - bottom * kStep + sum_of(poison);
+  // Halves: the whole range may be beyond float's.
+  const float scale = (0.5f * top - 0.5f * bottom) / (0.5f * kLargest) + sum_of(poison);
   // Also false for NaN. Ranges below float's normal numbers are taken for zero.
   const bool is_usable = scale > 1.2e-38f;
   const float inverse = is_usable ? 1.0f / scale : 0.0f;

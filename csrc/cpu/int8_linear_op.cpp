@@ -1,4 +1,4 @@
-// Checks, allocation, division of the work and registration of int8_linear and int8_mlp on the CPU.
+// Checks, allocation, division of the work and registration of int8_linear on the CPU.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -118,24 +118,18 @@ Tensor run(Int8Call call, const Tensor& x, const std::optional<Tensor>& residual
 }
 
 Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& sums,
-              const Tensor& bias, std::optional<Tensor> norm_weight,
-              std::optional<Tensor> norm_bias, std::optional<Tensor> residual, int64_t in,
-              int64_t out, double eps, bool as_bfloat16, StringHandle instruction_set) {
+              const Tensor& bias, std::optional<Tensor> packed2, std::optional<Tensor> scale2,
+              std::optional<Tensor> sums2, std::optional<Tensor> bias2,
+              std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
+              std::optional<Tensor> residual, int64_t in, int64_t hidden, int64_t out, double eps,
+              bool as_bfloat16, StringHandle instruction_set) {
   const std::string wanted_set = take_string(instruction_set);
   Int8Call call = describe_rows(x, norm_weight, norm_bias, eps, in);
-  call.first = describe(packed, scale, sums, bias, in, out);
-  return run(call, x, residual, out, as_bfloat16, wanted_set);
-}
-
-Tensor mlp(const Tensor& x, const Tensor& packed1, const Tensor& scale1, const Tensor& sums1,
-           const Tensor& bias1, const Tensor& packed2, const Tensor& scale2, const Tensor& sums2,
-           const Tensor& bias2, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
-           std::optional<Tensor> residual, int64_t in, int64_t hidden, int64_t out, double eps,
-           bool as_bfloat16, StringHandle instruction_set) {
-  const std::string wanted_set = take_string(instruction_set);
-  Int8Call call = describe_rows(x, norm_weight, norm_bias, eps, in);
-  call.first = describe(packed1, scale1, sums1, bias1, in, hidden);
-  call.second = describe(packed2, scale2, sums2, bias2, hidden, out);
+  call.first = describe(packed, scale, sums, bias, in, packed2 ? hidden : out);
+  if (packed2) {
+    check(scale2 && sums2 && bias2, "packed2: got one without scale2, sums2 and bias2");
+    call.second = describe(*packed2, *scale2, *sums2, *bias2, hidden, out);
+  }
   return run(call, x, residual, out, as_bfloat16, wanted_set);
 }
 
@@ -144,18 +138,13 @@ Tensor mlp(const Tensor& x, const Tensor& packed1, const Tensor& scale1, const T
 STABLE_TORCH_LIBRARY_FRAGMENT(refsam_kernels_cpu, m) {
   m.def(
       "int8_linear(Tensor x, Tensor packed, Tensor scale, Tensor sums, Tensor bias, Tensor? "
-      "norm_weight, Tensor? norm_bias, Tensor? residual, int in_channels, int out_channels, float "
+      "packed2, Tensor? scale2, Tensor? sums2, Tensor? bias2, Tensor? norm_weight, Tensor? "
+      "norm_bias, Tensor? residual, int in_channels, int hidden_channels, int out_channels, float "
       "eps, bool as_bfloat16, str instruction_set) -> Tensor");
-  m.def(
-      "int8_mlp(Tensor x, Tensor packed1, Tensor scale1, Tensor sums1, Tensor bias1, Tensor "
-      "packed2, Tensor scale2, Tensor sums2, Tensor bias2, Tensor? norm_weight, Tensor? norm_bias, "
-      "Tensor? residual, int in_channels, int hidden_channels, int out_channels, float eps, bool "
-      "as_bfloat16, str instruction_set) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(refsam_kernels_cpu, CPU, m) {
   m.impl("int8_linear", TORCH_BOX(&linear));
-  m.impl("int8_mlp", TORCH_BOX(&mlp));
 }
 
 }  // namespace refsam::cpu

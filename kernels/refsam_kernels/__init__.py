@@ -1,7 +1,7 @@
 """Fused operators for models built on SAM's image encoder and mask decoder.
 
-Every operator is a function that works on any device, is differentiable and is one node for
-`torch.compile`. Importing this package compiles nothing, prints nothing and does not start CUDA;
+Every operator is a function that works on any device, is differentiable (but for those in 8-bit
+integers) and is one node for `torch.compile`. Importing this package compiles nothing, prints nothing and does not start CUDA;
 `python -m refsam_kernels.info` says what would run here.
 """
 
@@ -17,6 +17,8 @@ from refsam_kernels.decomposition import decompositions
 from refsam_kernels.dense_attention.op import dense_attention
 from refsam_kernels.feed_forward.mlp import AdapterWeights
 from refsam_kernels.fingerprint import Fingerprint
+from refsam_kernels.int8_linear.op import int8_linear, int8_mlp, multiplies_int8
+from refsam_kernels.int8_linear.weights import Int8Weights, quantise_weights
 from refsam_kernels.mask_loss.op import mask_loss
 from refsam_kernels.mask_postprocess.op import mask_postprocess
 from refsam_kernels.mask_postprocess.packed import (
@@ -35,6 +37,7 @@ __all__ = [
     "AttentionWeights",
     "BackendError",
     "Fingerprint",
+    "Int8Weights",
     "MaskStatistics",
     "PackedLinear",
     "PackedMasks",
@@ -44,12 +47,16 @@ __all__ = [
     "decompositions",
     "dense_attention",
     "flop_formulas",
+    "int8_linear",
+    "int8_mlp",
     "is_capturing",
     "mask_loss",
     "mask_postprocess",
     "mask_postprocess_bits",
     "mask_postprocess_rle",
     "mask_upscale",
+    "multiplies_int8",
+    "quantise_weights",
     "rel_pos_attention",
     "resize_table",
     "settle",

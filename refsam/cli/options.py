@@ -34,8 +34,8 @@ DeviceOption = Annotated[
 DtypeOption = Annotated[
     str,
     typer.Option(
-        help="Precision of matrix products: float32, bfloat16 or auto (bfloat16 where the GPU has it; on a CPU that has it, "
-        "in the image encoder).",
+        help="Precision of matrix products: float32, bfloat16, int8 (image encoder, CPU only) or auto (bfloat16 where the "
+        "GPU has it; on a CPU that has it, in the image encoder).",
         metavar="NAME",
     ),
 ]

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from refsam import renamed
 from refsam.model.block import Block
+from refsam.model.int8_block import check_int8
 from refsam.model.layer_norm import LayerNorm2d
 from refsam.model.packing import Packing, RunBlock, arrange_block
 
@@ -106,7 +107,8 @@ class ImageEncoder(nn.Module):
             x = x + added
         norms: list[Any] = [*(block.norm1 for block in self.blocks), None]
         blocks, dtype = self._runners(x)
-        normed, intermediates = norms[0](x).to(dtype), []
+        normed = None if dtype == torch.int8 else norms[0](x).to(dtype)
+        intermediates = []
         for index, (run, next_norm) in enumerate(zip(blocks, norms[1:], strict=True)):
             x, normed = run(x, normed, next_norm)
             if index in self.intermediate_blocks:
@@ -127,30 +129,63 @@ class ImageEncoder(nn.Module):
             table = resized.permute(0, 2, 3, 1).to(table.dtype)
         return table if size == (height, width) else table[:, :height, :width]
 
-    def optimize(self, dtype: torch.dtype | None = None) -> Self:
+    def optimize(self, dtype: torch.dtype | None = None, *, release_weights: bool = False) -> Self:
         """Compute with packed weights from now on, wherever autograd is off; returns the encoder.
 
         dtype: of the matrix products; None means bfloat16 for wide encoders on CPUs that multiply it
-        themselves, else the parameters' own; inside autocast it is autocast's. Sums, softmax and norms
-        stay in float32. See `refsam.model.packing`. The parameters and the state dict stay as they
-        are, and changes to them are heeded. Raises ValueError in training mode or for another dtype.
+        themselves, else the parameters' own; inside autocast it is autocast's. torch.int8 is for CPUs: weights
+        are rounded to 255 steps per output channel, each token to 255 steps between its extremes; attention
+        is in the dtype that None means. Sums, softmax and norms stay in float32. See
+        `refsam.model.packing`. The parameters and the state dict stay as they are, and changes to them
+        are heeded; unless with torch.int8 release_weights frees the blocks' matrices. Then there is no
+        way back: `deoptimize`, `train`, `state_dict` and autograd raise RuntimeError. Raises ValueError in
+        training mode or for another dtype.
         """
         if self.training:
             raise ValueError("optimize: got an encoder in training mode, wanted eval() before it")
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype: got {dtype}, wanted a floating-point type or None")
+        if dtype is not None and not dtype.is_floating_point and dtype != torch.int8:
+            raise ValueError(
+                f"dtype: got {dtype}, wanted a floating-point type, torch.int8 or None"
+            )
+        if release_weights and dtype != torch.int8:
+            raise ValueError(f"release_weights: got True with dtype {dtype}, wanted torch.int8")
         if self.packing is None or self.packing.dtype != dtype:
+            self._refuse_if_released("optimize with another dtype")
+            if dtype == torch.int8:
+                check_int8([*self.blocks.parameters()])
             self.packing = Packing(dtype, arrange_block)
+        if release_weights and not self.packing.is_frozen:
+            self.packing.freeze([*self.blocks])
+            self._release()
         return self
+
+    def _release(self) -> None:
+        for block in self.blocks:
+            for module in block.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self._refuse_if_released("state_dict()")
+        super()._save_to_state_dict(*arguments)
+
+    def _refuse_if_released(self, what: str) -> None:
+        if self.packing is not None and self.packing.is_frozen:
+            raise RuntimeError(
+                f"{what}: got an encoder whose float weights were released by optimize(release_weights="
+                "True), wanted one that has them: load the model again"
+            )
 
     def deoptimize(self) -> Self:
         """Undo `optimize`: the packed weights are dropped, results are those from before, bit by bit."""
+        self._refuse_if_released("deoptimize()")
         self.packing = None
         return self
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, which undoes `optimize`."""
         if mode:
+            self._refuse_if_released("train()")
             self.deoptimize()
         return super().train(mode)
 
@@ -162,7 +197,10 @@ class ImageEncoder(nn.Module):
     def _runners(self, x: Tensor) -> tuple[Sequence[RunBlock], torch.dtype]:
         """The function that computes a block, and the dtype of its normalised input."""
         blocks, recording = [*self.blocks], torch.is_grad_enabled()
-        if self.packing and not recording and not torch.compiler.is_compiling():
+        is_frozen = self.packing is not None and self.packing.is_frozen
+        if recording:
+            self._refuse_if_released("autograd")
+        if self.packing and not recording and (is_frozen or not torch.compiler.is_compiling()):
             dtype = self.packing.dtype_of(self.pos_embed)
             return self.packing.arranged(blocks, dtype), dtype
         if self.activation_checkpointing and recording:

@@ -1,6 +1,7 @@
 """The ViT's blocks arranged for inference, next to their parameters, which stay as they are.
 
-Every tensor is in the dtype of the products. A block's MLP and its adapter are one perceptron, exactly:
+Every tensor is in the dtype of the products (torch.int8: see `refsam.model.int8_block`). A block's MLP and its
+adapter are one perceptron, exactly:
 `[W2 | s A2] gelu([W1; A1] n + [b1; a1]) + (b2 + s a2)`. On a CPU linear layers hold their weights in
 oneDNN's own layout, and the GELU is computed where the product is.
 """
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refsam.model.block import ADAPTER_SCALE, VIT_EPS, Block, BlockWeights, attend, run_block
+from refsam.model.int8_block import Int8Block, norm_of
 from refsam_kernels import (
     AdapterWeights,
     Fingerprint,
@@ -23,7 +25,7 @@ from refsam_kernels import (
     settle,
 )
 
-RunBlock = Callable[[Tensor, Tensor, nn.LayerNorm | None], tuple[Tensor, Tensor | None]]
+RunBlock = Callable[[Tensor, Any, nn.LayerNorm | None], tuple[Tensor, Tensor | None]]
 
 # Narrower encoders lose more to conversions than bfloat16 gains.
 LEAST_WIDTH_OF_BFLOAT16 = 128
@@ -34,9 +36,11 @@ ROWS = 1024
 class Packing:
     """Blocks arranged for inference, made anew when weights, device or dtype have changed.
 
-    dtype is that of the products; None leaves it to `automatic_dtype`, autocast goes before both. arrange makes of a
-    module what computes it in a dtype.
+    dtype is that of the products; None leaves it to `automatic_dtype`, autocast goes before both but not before
+    torch.int8. arrange makes of a module what computes it in a dtype.
     """
+
+    is_frozen = False
 
     def __init__(
         self, dtype: torch.dtype | None, arrange: Callable[[Any, torch.dtype], Any]
@@ -48,6 +52,8 @@ class Packing:
 
     def dtype_of(self, weight: Tensor) -> torch.dtype:
         """The dtype of products with such a weight (..., D)."""
+        if self.dtype == torch.int8:
+            return self.dtype
         device_type = weight.device.type
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
@@ -55,6 +61,8 @@ class Packing:
 
     def arranged(self, modules: Sequence[Any], dtype: torch.dtype) -> list[Any]:
         """The functions that compute the modules with products in this dtype; see `run_block` for the ViT's blocks."""
+        if self.is_frozen and self._made is not None:
+            return self._made[1]
         parameters = (parameter for module in modules for parameter in module.parameters())
         key = (dtype, self._fingerprint(parameters))
         made = self._made
@@ -70,10 +78,18 @@ class Packing:
             self._made = made
         return made[1]
 
+    def freeze(self, modules: Sequence[Any]) -> None:
+        """Arrange the modules in this packing's dtype once and for all: their weights may go."""
+        if self.dtype is None:
+            raise ValueError("dtype: got None, wanted a fixed one")
+        self.arranged(modules, self.dtype)
+        self.is_frozen = True
+
     def __getstate__(self) -> dict[str, object]:
-        """Copies and pickles leave the blocks behind: tensors in oneDNN's layout have no storage."""
-        kept = {"dtype": self.dtype, "_arrange": self._arrange}
-        return {**kept, "_fingerprint": Fingerprint(), "_made": None}
+        """Copies and pickles leave the blocks behind, unless frozen: tensors in oneDNN's layout have no storage."""
+        kept = {"dtype": self.dtype, "_arrange": self._arrange, "is_frozen": self.is_frozen}
+        made = self._made if self.is_frozen else None
+        return {**kept, "_fingerprint": Fingerprint(), "_made": made}
 
 
 def automatic_dtype(weight: Tensor) -> torch.dtype:
@@ -91,7 +107,10 @@ def has_bfloat16() -> bool:
 
 
 def arrange_block(block: Block, dtype: torch.dtype) -> RunBlock:
-    """`pack` of a block's own weights."""
+    """`pack` of a block's own weights; `Int8Block` for torch.int8."""
+    if dtype == torch.int8:
+        attention_dtype = automatic_dtype(block.attn.qkv.weight)
+        return Int8Block(fuse(block.weights(), torch.float32), norm_of(block), attention_dtype)
     return pack(block.weights(), dtype)
 
 

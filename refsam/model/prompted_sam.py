@@ -110,16 +110,17 @@ class PromptedSAM(nn.Module):
         for name, values in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
-    def optimize(self, dtype: torch.dtype | None = None) -> Self:
+    def optimize(self, dtype: torch.dtype | None = None, *, release_weights: bool = False) -> Self:
         """Compute with packed weights from now on, wherever autograd is off; returns the model.
 
-        dtype: of the image encoder's matrix products, None for the fastest exact enough: see
+        dtype: of the image encoder's matrix products, None for the fastest exact enough; torch.int8 is
+        coarser and faster, on CPUs; release_weights then frees the matrices that it replaces: see
         `ImageEncoder.optimize`. Done again it changes nothing; `train()` and `deoptimize()` undo it.
         Raises ValueError in training mode.
         """
         if self.training:
             raise ValueError("optimize: got a model in training mode, wanted eval() before it")
-        self.image_encoder.optimize(dtype)
+        self.image_encoder.optimize(dtype, release_weights=release_weights)
         return self
 
     def deoptimize(self) -> Self:

@@ -241,11 +241,11 @@ class RefSAM(
             module.training = False
         return self
 
-    def optimize(self, dtype: torch.dtype | None = None) -> Self:
-        """As `PromptedSAM.optimize`, the trunk too."""
-        super().optimize(dtype)
+    def optimize(self, dtype: torch.dtype | None = None, *, release_weights: bool = False) -> Self:
+        """As `PromptedSAM.optimize`, the trunk too, which has no int8: it takes its own choice there."""
+        super().optimize(dtype, release_weights=release_weights)
         if self.trunk is not None:
-            self.trunk.optimize(dtype)
+            self.trunk.optimize(None if dtype == torch.int8 else dtype)
         return self
 
     def deoptimize(self) -> Self:

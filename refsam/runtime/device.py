@@ -11,7 +11,7 @@ from refsam.runtime.threads import wait_passively
 if TYPE_CHECKING:
     import torch
 
-_DTYPES = ("auto", "float32", "bfloat16")
+_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 
 def check_names(device: str, dtype: str) -> None:
@@ -54,9 +54,14 @@ def choose_dtype(name: str, device: "torch.device") -> "torch.dtype":
     has large ones, is told apart: see `choose_encoder_dtype`.
 
     Raises:
-        UserError: bfloat16 on a GPU that lacks it.
+        UserError: bfloat16 on a GPU that lacks it, int8 on any GPU.
     """
     import torch
+
+    if name == "int8":
+        if device.type != "cpu":
+            raise UserError(f"--dtype int8: got device {device}; want --device cpu")
+        return torch.float32  # of what is not the image encoder
 
     has_bfloat16 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "bfloat16" and not has_bfloat16:
@@ -72,7 +77,7 @@ def choose_encoder_dtype(name: str) -> "torch.dtype | None":
     """The argument for `RefSAM.optimize`: None, its own choice, for ``auto``."""
     import torch
 
-    return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return None if name == "auto" else getattr(torch, name)
 
 
 def autocast(device: "torch.device", dtype: "torch.dtype") -> "torch.autocast":

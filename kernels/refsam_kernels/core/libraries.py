@@ -14,6 +14,7 @@ from torch import Tensor
 
 from refsam_kernels.build import PACKAGE, REPORT
 
+INSTRUCTION_SET_VARIABLE = "REFSAM_CPU_INSTRUCTION_SET"
 OLDEST_CAPABILITY = (8, 0)  # of a GPU, the oldest that the CUDA kernels support
 
 
@@ -35,6 +36,15 @@ def load(name: str) -> Any:
 def folder() -> Path:
     """Folder of the libraries."""
     return Path(os.environ.get("REFSAM_LIBRARIES") or PACKAGE)
+
+
+def instruction_set() -> str:
+    """The CPU's instruction set that is requested by name, or "" for the best that there is.
+
+    From the most to the least wanted: avx512bf16, avx512vnni, avx512, avx512vl (8-bit products as avxvnni computes them, for
+    tests), avxvnni, avx2, portable.
+    """
+    return os.environ.get(INSTRUCTION_SET_VARIABLE, "")
 
 
 @cache

@@ -1,10 +1,9 @@
 """The compiled CPU implementation, csrc/cpu/rel_pos_attention*: flash attention that makes the relative terms on the fly.
 
 The kernels are compiled for several instruction sets and the library takes the best that the processor has.
-`REFSAM_CPU_INSTRUCTION_SET` names another one: avx512bf16, avx512, avx2 or portable.
+`REFSAM_CPU_INSTRUCTION_SET` names another one; see `libraries.instruction_set`.
 """
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -12,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.core import libraries
+from refsam_kernels.core.libraries import instruction_set
 from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs
 
-ENVIRONMENT_VARIABLE = "REFSAM_CPU_INSTRUCTION_SET"
 LARGEST_HEAD_DIM = 1024  # as csrc/rel_pos_attention_check.h
 
 _library = libraries.load("cpu")
@@ -50,11 +49,6 @@ def backward(
     results = (grad_qkv, *tables, grad_bias)
     pairs = zip(results, needs, strict=True)
     return [result if need else inputs.qkv.new_empty(0) for result, need in pairs]
-
-
-def instruction_set() -> str:
-    """The instruction set that is requested by name, or ""."""
-    return os.environ.get(ENVIRONMENT_VARIABLE, "")
 
 
 def compact(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

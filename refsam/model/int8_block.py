@@ -1,0 +1,84 @@
+"""A block of the image encoder in 8-bit integers, for inference on a CPU."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from refsam.model.block import VIT_EPS, AdapterWeights, Block, BlockWeights, attend
+from refsam_kernels import Int8Weights, int8_linear, int8_mlp, multiplies_int8, quantise_weights
+
+logger = logging.getLogger("refsam")
+
+
+class Int8Block:
+    """`run_block` on a CPU, for fused float32 weights and without autograd; it makes its norms itself.
+
+    The products of qkv, proj, MLP and adapters are in integers; attention is in attention_dtype, what is summed in float32.
+    """
+
+    def __init__(
+        self,
+        weights: BlockWeights,
+        norm1: tuple[Tensor, Tensor],
+        attention_dtype: torch.dtype,
+    ) -> None:
+        self.norm1 = norm1
+        self.norm2 = (weights.norm_weight, weights.norm_bias)
+        self.attention_dtype = attention_dtype
+        self.qkv = quantise_weights(weights.qkv_weight, weights.qkv_bias)
+        self.proj = quantise_weights(weights.proj_weight, weights.proj_bias)
+        space = weights.space_adapter
+        self.space_adapter = None if space is None else _quantised(space)
+        self.mlp = _quantised(weights.mlp)
+        empty = weights.qkv_weight.new_empty(0)
+        self.rest = weights._replace(
+            qkv_weight=empty,
+            qkv_bias=weights.qkv_bias.to(attention_dtype),
+            rel_pos_h=weights.rel_pos_h.to(attention_dtype),
+            rel_pos_w=weights.rel_pos_w.to(attention_dtype),
+            proj_weight=empty,
+            space_adapter=None,
+            mlp=AdapterWeights(empty, empty, empty, empty),
+        )
+
+    def __call__(
+        self, x: Tensor, normed: Tensor | None, next_norm: nn.LayerNorm | None
+    ) -> tuple[Tensor, None]:
+        """See `run_block`; there is no norm to hand on."""
+        x = x.contiguous()  # channels-first in memory behind the patch embedding
+        qkv = int8_linear(x, self.qkv, norm=self.norm1, eps=VIT_EPS, dtype=self.attention_dtype)
+        with torch.autocast("cpu", enabled=False):
+            attention = attend(self.rest, qkv)
+        if self.space_adapter is None:
+            x = int8_linear(attention, self.proj, residual=x, dtype=x.dtype)
+        else:
+            projected = int8_linear(attention, self.proj, dtype=x.dtype)
+            x = int8_mlp(projected, *self.space_adapter, residual=x + projected)
+        return int8_mlp(x, *self.mlp, norm=self.norm2, residual=x, eps=VIT_EPS), None
+
+
+def _quantised(weights: AdapterWeights) -> tuple[Int8Weights, Int8Weights]:
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
+    return quantise_weights(fc1_weight, fc1_bias), quantise_weights(fc2_weight, fc2_bias)
+
+
+def check_int8(parameters: Sequence[nn.Parameter]) -> None:
+    """Warns where the CPU has no instructions for it. Raises ValueError unless parameters are float32 or bfloat16 on a CPU."""
+    for parameter in parameters:
+        if parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"dtype: got torch.int8 for {parameter.dtype} parameters on {parameter.device}, wanted "
+                "torch.float32 or torch.bfloat16 parameters on a CPU"
+            )
+    if not multiplies_int8():
+        logger.warning(
+            "int8: this CPU has no instructions for 8-bit products (AVX-512 VNNI, AVX-VNNI): slower ones are used"
+        )
+
+
+def norm_of(block: Block) -> tuple[Tensor, Tensor]:
+    """Copies of the block's first norm's weight and bias, float32."""
+    norm = block.norm1
+    return norm.weight.detach().float().clone(), norm.bias.detach().float().clone()
