@@ -82,6 +82,16 @@ FIGURES = {
         (r"$x'$", "like the queries"),
         "sums with positions, scores of all pairs, the attention before its projection",
     ),
+    "int8_linear": Figure(
+        [(r"$x$", "(..., in)"), (r"$W_1, W_2$", "int8, scales $s_1, s_2$"), (r"$r$", "residual")],
+        [
+            r"$q(x) = \mathrm{round}(x / \Delta) + z$   (range and step $\Delta$ of each row)",
+            r"$h = \Delta s_1 (q(\mathrm{LayerNorm}(x)) - z)\, W_1^\top + b_1$",
+            r"$y = r + \Delta' s_2 (q(\mathrm{gelu}(h)) - z')\, W_2^\top + b_2$",
+        ],
+        (r"$y$", "(..., out)"),
+        "the normalised rows, the hidden values and the bytes of all rows",
+    ),
     "mask_upscale": Figure(
         [(r"$f$", "(P, h, w, C)"), (r"$g_m$", "(P, M, C/8)"), (r"$K_1, K_2$", "2 x 2, stride 2")],
         [

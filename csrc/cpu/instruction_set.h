@@ -11,7 +11,8 @@ enum InstructionSet {
   kAvx512Bf16,  // with AVX-512 VNNI
   kAvx512Vnni,
   kAvx512,
-  kAvx512Vl,  // VNNI on vectors of 256 bits as AVX-512 encodes it: for tests of what AVX-VNNI computes
+  kAvx512Vl,  // VNNI on vectors of 256 bits as AVX-512 encodes it: for tests of what AVX-VNNI
+              // computes
   kAvxVnni,
   kAvx2,
   kPortable,

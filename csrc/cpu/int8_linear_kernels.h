@@ -29,8 +29,8 @@ REFSAM_INLINE Vector gelu_of(Vector x) {
   return x * (x < 0.0f ? rest : 1.0f - rest);
 }
 
-// Rows of unsigned bytes: value = scale * (byte - zero). The scale of a row with a value that is not
-// finite is NaN.
+// Rows of unsigned bytes: value = scale * (byte - zero). The scale of a row with a value that is
+// not finite is NaN.
 struct QuantisedRows {
   uint8_t* bytes;
   int64_t stride;
@@ -38,8 +38,8 @@ struct QuantisedRows {
   int32_t* zero;
 };
 
-// Quantises transform(values) of one row; `values` has zeros behind `count` up to whole vectors, and
-// is overwritten. The range always holds zero, which so stays exact.
+// Quantises transform(values) of one row; `values` has zeros behind `count` up to whole vectors,
+// and is overwritten. The range always holds zero, which so stays exact.
 template <class Transform>
 REFSAM_INLINE void quantise(float* values, int64_t count, QuantisedRows to, int64_t row,
                             Transform transform) {
@@ -59,8 +59,8 @@ REFSAM_INLINE void quantise(float* values, int64_t count, QuantisedRows to, int6
   const float inverse = is_usable ? 1.0f / scale : 0.0f;
   constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer
   const Vector factor = broadcast(inverse);
-  const IntVector zero = (IntVector)(broadcast(-bottom * inverse) + kRounder) -
-                         (IntVector)broadcast(kRounder);
+  const IntVector zero =
+      (IntVector)(broadcast(-bottom * inverse) + kRounder) - (IntVector)broadcast(kRounder);
   const bool is_nan = scale != scale;
   to.scale[row] = is_usable || is_nan ? scale : 0.0f;
   to.zero[row] = is_usable ? zero[0] : 0;
@@ -205,8 +205,7 @@ class Int8Run {
                         [=](int row, int v, IntVector sum) REFSAM_INLINE_LAMBDA {
                           if (row >= tile_rows) return;
                           const int64_t column = block * kInt8Block + v * kLanes;
-                          put(top + row, column,
-                              dequantise(sum, from, layer, top + row, column));
+                          put(top + row, column, dequantise(sum, from, layer, top + row, column));
                         });
       }
     }

@@ -107,8 +107,7 @@ Tensor run(Int8Call call, const Tensor& x, const std::optional<Tensor>& residual
   call.out_is_bfloat16 = as_bfloat16;
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t share = (call.rows + threads - 1) / threads;
-  call.rows_of_block =
-      std::min((share + kFewestRows - 1) / kFewestRows * kFewestRows, kMostRows);
+  call.rows_of_block = std::min((share + kFewestRows - 1) / kFewestRows * kFewestRows, kMostRows);
   const int64_t blocks = (call.rows + call.rows_of_block - 1) / call.rows_of_block;
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     const Scratch scratch = allocate(kernels.scratch(call));
@@ -143,8 +142,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(refsam_kernels_cpu, m) {
       "eps, bool as_bfloat16, str instruction_set) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(refsam_kernels_cpu, CPU, m) {
-  m.impl("int8_linear", TORCH_BOX(&linear));
-}
+STABLE_TORCH_LIBRARY_IMPL(refsam_kernels_cpu, CPU, m) { m.impl("int8_linear", TORCH_BOX(&linear)); }
 
 }  // namespace refsam::cpu

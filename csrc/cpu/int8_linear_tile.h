@@ -31,7 +31,9 @@ REFSAM_INLINE IntVector dot(IntVector sum, int32_t left, IntVector right) {
 #elif defined(REFSAM_VNNI_ENCODING)
 constexpr int kLargest = 255;
 REFSAM_INLINE IntVector dot(IntVector sum, int32_t left, IntVector right) {
-  asm(REFSAM_VNNI_ENCODING " vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(left - IntVector{}), "x"(right));
+  asm(REFSAM_VNNI_ENCODING " vpdpbusd %2, %1, %0"
+      : "+x"(sum)
+      : "x"(left - IntVector{}), "x"(right));
   return sum;
 }
 #elif defined(__AVX2__)
@@ -56,8 +58,9 @@ REFSAM_INLINE IntVector dot(IntVector sum, int32_t left, IntVector right) {
 }
 #endif
 
-// kTileRows x V sums of rows of bytes `row_stride` apart with V vectors of weights; each sum ends in
-// finish(row, vector, sum). A function of its own: see multiply_tile in rel_pos_attention_simd.h.
+// kTileRows x V sums of rows of bytes `row_stride` apart with V vectors of weights; each sum ends
+// in finish(row, vector, sum). A function of its own: see multiply_tile in
+// rel_pos_attention_simd.h.
 template <int V, class Finish>
 __attribute__((noinline)) void multiply_bytes(const uint8_t* left, int64_t row_stride,
                                               const int8_t* right, int64_t groups, Finish finish) {

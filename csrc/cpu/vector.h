@@ -1,5 +1,5 @@
-// Vectors of the instruction set that the including file is compiled for, elements of tensors, exp2,
-// and a thread's scratch.
+// Vectors of the instruction set that the including file is compiled for, elements of tensors,
+// exp2, and a thread's scratch.
 //
 // Everything is in an unnamed namespace and no header with inline functions is included beside the
 // intrinsics: a function compiled for AVX-512 must not become the linker's choice for everyone.

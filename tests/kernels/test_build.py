@@ -414,7 +414,14 @@ def test_sources_for_an_instruction_set_share_no_function() -> None:
 
 @pytest.mark.parametrize(
     ("name", "flag"),
-    [("a_b_avx2", "-mavx2"), ("a_avx512", "-mavx512f"), ("a_avx512bf16", "-mavx512bf16")],
+    [
+        ("a_b_avx2", "-mavx2"),
+        ("a_avx512", "-mavx512f"),
+        ("a_avx512bf16", "-mavx512bf16"),
+        ("a_avxvnni", "-mavx2"),
+        ("a_avx512vl", "-mavx2"),
+        ("a_avx512vnni", "-mavx512vnni"),
+    ],
 )
 def test_instruction_set_follows_from_the_name(
     monkeypatch: pytest.MonkeyPatch, name: str, flag: str
