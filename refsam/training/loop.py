@@ -35,6 +35,7 @@ from refsam.training.monitoring import Log, Meter
 from refsam.training.optim import (
     build_optimisers,
     clip_gradients,
+    describe_batches,
     learning_rate,
     update_average,
 )
@@ -139,9 +140,9 @@ class Trainer:
             self.meter = Meter(self.processes.device, self.flops.peak)
             try:
                 self._note("state", problems)
+                self._note("batch", describe_batches(self.settings, self.processes.count))
                 self._note("log", self.log.problems)
-                notes = [n for dataset in self.datasets for n in (*dataset.notes, *dataset.faults)]
-                self._note("data", notes)
+                self._note("data", [n for d in self.datasets for n in (*d.notes, *d.faults)])
                 with StopRequest(_SIGNALS) as request:
                     yield from self._steps(request)
             finally:

@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from refsam.errors import UserError
 from refsam.training.distributed import are_sharded, local, whole
-from refsam.training.settings import OptimiserSettings
+from refsam.training.settings import OptimiserSettings, TrainingSettings
 
 
 def build_optimisers(model: nn.Module, settings: OptimiserSettings) -> list[torch.optim.Optimizer]:
@@ -76,6 +76,25 @@ def learning_rate(
     progress = (step - settings.warm_up_steps) / max(1, steps - settings.warm_up_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return top * (settings.final_rate + (1 - settings.final_rate) * cosine)
+
+
+def describe_batches(settings: TrainingSettings, processes: int) -> list[str]:
+    """A line for each size of the global batch: how it is made, and the peak learning rate that goes with it."""
+    optimiser = settings.optimiser
+    accumulated, lines = optimiser.gradient_accumulation_steps, []
+    for clips in dict.fromkeys(stage.clips for stage in settings.stages):
+        together = clips * processes * accumulated
+        peak = optimiser.learning_rate * together / (optimiser.lr_batch or together)
+        scaling = (
+            f"scaled for that from {optimiser.learning_rate:g} for {optimiser.lr_batch}"
+            if optimiser.lr_batch is not None
+            else "not scaled to the batch (optimiser.lr_batch scales it)"
+        )
+        lines.append(
+            f"{together} clips a step: {clips} on each of {processes} processes, "
+            f"{accumulated} accumulated; learning rate {peak:g}, {scaling}"
+        )
+    return lines
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> float:

@@ -360,7 +360,13 @@ def test_the_log_tells_passes_clips_and_what_is_left(folder: Path) -> None:
 
 def test_rates_are_scaled_to_the_batch_if_asked(folder: Path) -> None:
     settings = run_settings(folder, "run", clips=2, optimiser=optimiser(lr_batch=8))
-    assert next(Trainer(settings).run())["learning_rate"] == pytest.approx(1e-3 * 2 / 8)
+    said: list[str] = []
+    trainer = Trainer(settings, said.append)
+    assert next(trainer.run())["learning_rate"] == pytest.approx(1e-3 * 2 / 8)
+    assert said == [
+        "batch: 2 clips a step: 2 on each of 1 processes, 1 accumulated; "
+        "learning rate 0.00025, scaled for that from 0.001 for 8"
+    ]
 
 
 def test_the_command_waits_passively_and_allows_changes(folder: Path) -> None:
