@@ -14,7 +14,13 @@ from tests.sam_modeling import load_sam_modeling, randomise, sam_image_encoder
 from tests.timm_modeling import timm_image_encoder
 
 # Two blocks: one of windows that stick out of the grid of 8 x 8 tokens, one that attends globally.
-SAM = {"embed_dim": 32, "depth": 2, "num_heads": 2, "window_size": 3, "out_chans": 16}
+SAM: dict[str, Any] = {
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "window_size": 3,
+    "out_chans": 16,
+}
 SAM |= {"img_size": 32, "patch_size": 4, "global_attn_indexes": (1,)}
 VISION = {
     "hidden_size": 32,
@@ -58,10 +64,10 @@ def pixels_of(height: int = 32, width: int = 32) -> Tensor:
 
 def of_transformers(
     module: str, config: str, model: str, changes: dict[str, Any], attention: str = "eager"
-) -> Callable[[], nn.Module]:
+) -> Callable[[], Any]:
     """A model of one of transformers' modules, of the sizes in `VISION` unless others are given."""
 
-    def make() -> nn.Module:
+    def make() -> Any:
         pytest.importorskip("transformers")
         folder = f"transformers.models.{module}"
         modeling = importlib.import_module(f"{folder}.modeling_{module}")
@@ -73,10 +79,10 @@ def of_transformers(
     return make
 
 
-def deepseek_vl_hybrid() -> nn.Module:
+def deepseek_vl_hybrid() -> Any:
     """The high-resolution tower of DeepSeek-VL's hybrid: a `SamVisionModel` beside another tower."""
     high = of_transformers("sam", "SamVisionConfig", "SamVisionModel", {}, "sdpa")()
-    tower = type(
+    tower: Any = type(
         "DeepseekVLHybridModel",
         (nn.Module,),
         {"forward": lambda self, x: self.high_res_vision_model(x)},
@@ -88,7 +94,7 @@ def deepseek_vl_hybrid() -> nn.Module:
 class DeepseekAttention(nn.Module):
     """As DeepSeek-OCR's own code writes it: torch's SDPA with the whole bias."""
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: Any) -> None:
         super().__init__()
         self.num_heads, self.scale, self.use_rel_pos = attention.num_heads, attention.scale, True
         self.qkv, self.proj = attention.qkv, attention.proj
@@ -111,33 +117,34 @@ class DeepseekAttention(nn.Module):
         return self.proj(attended.transpose(1, 2).reshape(x.shape))
 
 
-def deepseek_ocr() -> nn.Module:
+def deepseek_ocr() -> Any:
     """segment-anything's encoder with DeepSeek-OCR's attention, between two more convolutions."""
-    encoder = sam_image_encoder(**SAM)
+    encoder: Any = sam_image_encoder(**SAM)
     for block in encoder.blocks:
         block.attn = DeepseekAttention(block.attn)
         type(block.attn).__name__ = "Attention"
     return nn.Sequential(encoder, nn.Conv2d(16, 8, 3, 2, 1)).eval()
 
 
-def cellpose() -> nn.Module:
+def cellpose(patch_size: int = 4, **changes: Any) -> Any:
     """Cellpose-SAM: smaller patches, a part of the positions, every block global with the tables of windows."""
-    encoder = sam_image_encoder(**(SAM | {"img_size": 64}))
-    encoder.patch_embed.proj = nn.Conv2d(3, 32, kernel_size=4, stride=4)
+    sizes = SAM | {"img_size": 64} | changes
+    encoder: Any = sam_image_encoder(**sizes)
+    width = sizes["embed_dim"]
+    encoder.patch_embed.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
     encoder.pos_embed = nn.Parameter(encoder.pos_embed[:, ::2, ::2])
     for block in encoder.blocks:
         block.window_size = 0
-    model = type(
-        "Transformer", (nn.Module,), {"forward": lambda self, x: self.out(self.encoder(x))}
-    )()
-    model.encoder, model.out = encoder, nn.Conv2d(16, 12, 1)
+    forward = {"forward": lambda self, x: self.out(self.encoder(x))}
+    model: Any = type("Transformer", (nn.Module,), forward)()
+    model.encoder, model.out = encoder, nn.Conv2d(sizes["out_chans"], 3 * patch_size**2, 1)
     return randomise(model)
 
 
 class ResidualBlock(nn.Module):
     """As ViTDet's in detectron2: one `drop_path` for both branches, and convolutions behind."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.norm1, self.attn, self.norm2 = block.norm1, block.attn, block.norm2
         self.mlp, self.drop_path, self.window_size = block.mlp, nn.Identity(), block.window_size
@@ -169,9 +176,9 @@ class Mlp(nn.Module):
         return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
 
 
-def detectron2_vit() -> nn.Module:
+def detectron2_vit() -> Any:
     """detectron2's `ViT`, whose result is a dictionary."""
-    encoder = sam_image_encoder(**SAM)
+    encoder: Any = sam_image_encoder(**SAM)
     for block in encoder.blocks:
         block.mlp = Mlp()
     encoder.blocks = nn.ModuleList(map(ResidualBlock, encoder.blocks))
@@ -182,7 +189,7 @@ def detectron2_vit() -> nn.Module:
             x = block(x)
         return {"last_feat": x.permute(0, 3, 1, 2)}
 
-    model = type("ViT", (nn.Module,), {"forward": forward})()
+    model: Any = type("ViT", (nn.Module,), {"forward": forward})()
     model.patch_embed, model.pos_embed, model.blocks = (
         encoder.patch_embed,
         encoder.pos_embed,
@@ -191,9 +198,9 @@ def detectron2_vit() -> nn.Module:
     return randomise(model)
 
 
-def sam_hq() -> nn.Module:
+def sam_hq() -> Any:
     """SAM-HQ's encoder: it also returns what its global blocks make."""
-    encoder = sam_image_encoder(**SAM)
+    encoder: Any = sam_image_encoder(**SAM)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         x, between = self.patch_embed(x) + self.pos_embed, []
@@ -208,9 +215,9 @@ def sam_hq() -> nn.Module:
     return encoder
 
 
-def micro_sam_lora() -> nn.Module:
+def micro_sam_lora() -> Any:
     """A copy of segment-anything with low-rank layers for q and v, as micro-sam puts them in."""
-    encoder = sam_image_encoder(**SAM)
+    encoder: Any = sam_image_encoder(**SAM)
 
     class LowRankSurgery(nn.Module):
         def __init__(self, qkv: nn.Linear) -> None:
@@ -228,7 +235,7 @@ def micro_sam_lora() -> nn.Module:
     return randomise(encoder)
 
 
-def timm() -> nn.Module:
+def timm() -> Any:
     if not importlib.util.find_spec("timm"):
         pytest.skip("timm is not installed: pip install --no-deps timm")
     sizes = {name: size for name, size in SAM.items() if name != "out_chans"}

@@ -101,5 +101,6 @@ class MaskUpscaleCases(BackendCases):
         _, height, width, _ = inputs["features"].shape
         inputs |= {name: inputs[name][:0] for name in ("features", "hyper")}
         tensors = (tensor.to(self.device) for tensor in inputs.values())
-        masks = torch.ops.refsam_kernels.mask_upscale(*tensors, 1e-6, self.backend)
+        arguments = (*tensors, None, None, 1e-6, self.backend)
+        masks = torch.ops.refsam_kernels.mask_upscale(*arguments)
         assert masks.shape == (0, inputs["hyper"].shape[1], 4 * height, 4 * width)

@@ -79,7 +79,7 @@ def test_copies_compute_with_their_own_weights(example: Example) -> None:
     assert torch.equal(example.features(model), before)
 
 
-def blocks_of(model: nn.Module) -> list[encoders.Block]:
+def blocks_of(model: Any) -> list[encoders.Block]:
     return encoders.find_blocks(model)
 
 
@@ -138,7 +138,7 @@ def test_activations_are_checkpointed_as_before(name: str) -> None:
             assert_close(parameter.grad, wanted[name])
 
 
-def other_formula(model: nn.Module) -> None:
+def other_formula(model: Any) -> None:
     """Positions are added to keys that were scaled: the structure is SAM's, the result not."""
     attention = blocks_of(model)[1].attention
     kind = type(attention)
@@ -149,38 +149,38 @@ def other_formula(model: nn.Module) -> None:
     attention.__class__ = type(kind.__name__, (kind,), {"forward": forward})
 
 
-def pooled(model: nn.Module) -> None:
+def pooled(model: Any) -> None:
     """As MViTv2's attention."""
     blocks_of(model)[0].attention.pool_q = nn.Conv2d(16, 16, 3, stride=2)
 
 
-def other_positions(model: nn.Module) -> None:
+def other_positions(model: Any) -> None:
     """As timm's `vision_transformer_relpos`."""
     attention = blocks_of(model)[0].attention
     del attention.rel_pos_h, attention.rel_pos_w
     attention.rel_pos = nn.Embedding(9, 2)
 
 
-def other_scale(model: nn.Module) -> None:
+def other_scale(model: Any) -> None:
     blocks_of(model)[0].attention.scale = 1.0
 
 
-def half_replaced(model: nn.Module) -> None:
+def half_replaced(model: Any) -> None:
     optimize(model.blocks[1])
 
 
-def on_meta(model: nn.Module) -> None:
+def on_meta(model: Any) -> None:
     model.to("meta")
 
 
-def another_version(model: nn.Module) -> None:
+def another_version(model: Any) -> None:
     for block in model.blocks:
         kind = type(block)
         forward = lambda self, x, mask: x  # noqa: E731
         block.__class__ = type("Block", (kind,), {"forward": forward})
 
 
-def two_window_sizes(model: nn.Module) -> None:
+def two_window_sizes(model: Any) -> None:
     model.blocks[0].window_size = (3, 3)
 
 

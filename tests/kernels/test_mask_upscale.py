@@ -11,7 +11,7 @@ from torch import Tensor
 
 from refsam_kernels import mask_upscale
 from tests.kernels import operator_checks as checks
-from tests.kernels.backend_cases import TorchCases
+from tests.kernels.backend_cases import Size, TorchCases
 from tests.kernels.mask_upscale_cases import SIZES, MaskUpscaleCases, make_inputs
 from tests.sam_modeling import load_sam_modeling, randomise
 
@@ -26,6 +26,40 @@ class TestReference(TorchCases, MaskUpscaleCases):
 
 
 class TestFallback(TestReference):
+    backend = "fallback"
+
+
+def with_added(
+    expressions: int, height: int, width: int, channels: int, masks: int
+) -> dict[str, Tensor]:
+    """The inputs with features of higher resolution; those of the first convolution are shared by all expressions."""
+    inputs = make_inputs(expressions, height, width, channels, masks)
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    shared = normal(1, channels // 4, 2 * height, 2 * width)
+    own = normal(expressions, channels // 8, 4 * height, 4 * width)
+    return inputs | {"feat_s1": shared, "feat_s0": own}
+
+
+class OfSam2(MaskUpscaleCases):
+    """With what SAM 2 adds behind both convolutions."""
+
+    def make_inputs(self, size: Size) -> dict[str, Tensor]:
+        return with_added(*size)
+
+    def test_no_expressions_below_the_public_function(self) -> None:
+        """As without: features of higher resolution change nothing there."""
+
+
+class TestReferenceOfSam2(TorchCases, OfSam2):
+    backend = "reference"
+    small = MANY_MASKS
+
+
+class TestFallbackOfSam2(TestReferenceOfSam2):
     backend = "fallback"
 
 
@@ -55,7 +89,9 @@ def test_equals_segment_anything(backend: str, expressions: int) -> None:
         checks.assert_close("masks", found, wanted.double(), 1e-5)
 
 
-def test_chunks_change_nothing(inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("make", [make_inputs, with_added])
+def test_chunks_change_nothing(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make(*MANY_MASKS)
     outputs, gradients = checks.run(mask_upscale, inputs, "fallback")
     monkeypatch.setattr("refsam_kernels.core.chunking.ELEMENTS_ON_CPU", 2 * 16 * 5 * 7 * 3)
     found, found_gradients = checks.run(mask_upscale, inputs, "fallback")
@@ -64,10 +100,11 @@ def test_chunks_change_nothing(inputs: dict[str, Tensor], monkeypatch: pytest.Mo
 
 
 def test_reference_gradients_are_the_derivatives() -> None:
-    values = [tensor.requires_grad_() for tensor in make_inputs(2, 2, 1, 8, 2).values()]
+    values = [tensor.requires_grad_() for tensor in with_added(2, 2, 1, 8, 2).values()]
 
     def function(*tensors: Tensor) -> Tensor:
-        return mask_upscale(*tensors, backend="reference")
+        *others, feat_s1, feat_s0 = tensors
+        return mask_upscale(*others, feat_s1=feat_s1, feat_s0=feat_s0, backend="reference")
 
     assert torch.autograd.gradcheck(function, values, fast_mode=True)
 
@@ -76,7 +113,9 @@ def test_reference_gradients_are_the_derivatives() -> None:
 def test_opcheck(backend: str) -> None:
     inputs = checks.cast(make_inputs(2, 2, 3, 8, 2), torch.float32)
     operator = torch.ops.refsam_kernels.mask_upscale.default
-    checks.check_schema_and_fakes(operator, (*inputs.values(), 1e-6, backend))
+    checks.check_schema_and_fakes(operator, (*inputs.values(), None, None, 1e-6, backend))
+    added = checks.cast(with_added(2, 2, 3, 8, 2), torch.float32)
+    checks.check_schema_and_fakes(operator, (*added.values(), 1e-6, backend))
 
 
 def test_second_derivative(inputs: dict[str, Tensor]) -> None:
@@ -98,6 +137,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "norm": ({"norm_weight": double(5)}, r"norm_weight: got shape \(5,\), wanted \(6\)"),
     "dtype": ({"hyper": torch.zeros(3, 4, 3)}, "hyper: got torch.float32, wanted torch.float64 as features"),
     "norm-dtype": ({"norm_bias": torch.zeros(6).long()}, "norm_bias: got torch.int64, wanted a floating point dtype"),
+    "feat_s1": ({"feat_s1": double(2, 6, 10, 14)}, r"feat_s1: got shape .*, wanted \(3, 6, 10, 14\)"),
+    "feat_s0": ({"feat_s0": double(1, 3, 10, 14)}, r"feat_s0: got shape .*, wanted \(1, 3, 20, 28\)"),
     "device": ({"conv2_bias": double(3).to("meta")}, "conv2_bias: got meta, wanted cpu as features"),
 }  # fmt: skip
 

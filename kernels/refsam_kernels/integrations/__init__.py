@@ -142,7 +142,7 @@ def _of_module(model: nn.Module, path: str, check: bool) -> list[Replacement]:
 def _check(blocks: list[Block]) -> None:
     """Raises `ValueError` unless the replacement of one block of each kind computes the same as the block."""
     different = {block.likeness: block for block in reversed(blocks)}
-    reasons = []
+    reasons: list[str] = []
     for block in reversed(different.values()):
         refuse([reason for item in block.replacements() for reason in item.reasons()])
         with torch.autocast(block.attention.rel_pos_h.device.type, enabled=False):

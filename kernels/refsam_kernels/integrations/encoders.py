@@ -62,7 +62,7 @@ def _pair(
 
 def _single(
     attend: Attend, attention: Any, hidden_state: Tensor, output_attentions: bool = False
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """transformers' `VitDetAttention.forward`, which leaves weights out where they are not asked for."""
     return _pair(attend, attention, hidden_state, output_attentions)[: 1 + bool(output_attentions)]
 

@@ -33,10 +33,10 @@ def probe_reasons(block: Block) -> Iterator[str]:
         except Exception as error:  # of a structure that only looks like SAM's
             yield f"{block.path}: computes something else than SAM's block: {error}"
             return
-    error = float((found - wanted).abs().max() / wanted.abs().max())
-    if found.shape != wanted.shape or not error <= TOLERANCES.get(tokens.dtype, 5e-2):
+    difference = float((found - wanted).abs().max() / wanted.abs().max())
+    if found.shape != wanted.shape or not difference <= TOLERANCES.get(tokens.dtype, 5e-2):
         yield (
-            f"{block.path}: computes something else than SAM's block: on random tokens its result differs by {error:.1e} of "
+            f"{block.path}: computes something else than SAM's block: on random tokens its result differs by {difference:.1e} of "
             "the largest value"
         )
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from refsam_kernels.core.chunking import chunked_gradients, chunks, map_chunks
 from refsam_kernels.mask_upscale.inputs import Inputs
 
-ProductGelu = Callable[[Tensor, Tensor, Tensor], Tensor]
+# gelu(x weight^T + bias + addend), the addend being None or (P or 1, pixels, out).
+ProductGelu = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
-PER_EXPRESSION = (True, True) + (False,) * 6
 # Indices of the convolutions' weights among the tensors, each followed by its bias.
 CONV1, CONV2 = 2, 6
 
@@ -27,7 +27,7 @@ def forward(inputs: Inputs) -> Tensor:
     packed = _pack(tensors)
     product = _fused_product if _has_fused_product(inputs.features) else _product_gelu
     formula = partial(_formula, eps=eps, product_gelu=product)
-    return map_chunks(formula, packed, PER_EXPRESSION, _slices(packed))
+    return map_chunks(formula, packed, _per_expression(packed), _slices(packed))
 
 
 def backward(
@@ -37,7 +37,7 @@ def backward(
     *tensors, eps = inputs
     packed, formula = _pack(tensors), partial(_formula, eps=eps, product_gelu=_product_gelu)
     gradients = list(
-        chunked_gradients(formula, packed, PER_EXPRESSION, _slices(packed), needs, *grads)
+        chunked_gradients(formula, packed, _per_expression(packed), _slices(packed), needs, *grads)
     )
     for index in (CONV1, CONV2):
         if needs[index]:
@@ -45,6 +45,13 @@ def backward(
         if needs[index + 1]:
             gradients[index + 1] = gradients[index + 1].view(4, -1).sum(dim=0)
     return tuple(gradients)
+
+
+def _per_expression(tensors: Sequence[Tensor | None]) -> list[bool]:
+    """Which tensors have a part for each expression: features, hypernetworks' outputs and what is added, unless it is shared."""
+    features, *_ = tensors
+    shared = [x is None or len(x) != len(features) for x in tensors[-2:]]
+    return [True, True] + [False] * 6 + [not x for x in shared]
 
 
 def _pack(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -76,14 +83,19 @@ def _formula(
     norm_bias: Tensor,
     conv2_weight: Tensor,
     conv2_bias: Tensor,
+    feat_s1: Tensor | None,
+    feat_s0: Tensor | None,
     eps: float,
     product_gelu: ProductGelu,
 ) -> Tensor:
     expressions, height, width, _ = features.shape
     dtype = torch.promote_types(features.dtype, torch.float32)
     x = _quadruple(F.linear(features.flatten(1, 2), conv1_weight, conv1_bias))
+    if feat_s1 is not None:
+        x = x + _by_pixel(feat_s1, height, width, (2,)).flatten(1, 2)
     x = F.layer_norm(x.to(dtype), x.shape[-1:], norm_weight.to(dtype), norm_bias.to(dtype), eps)
-    x = _quadruple(product_gelu(F.gelu(x).to(features.dtype), conv2_weight, conv2_bias))
+    added = None if feat_s0 is None else _by_pixel(feat_s0, height, width, (2, 2)).flatten(2)
+    x = _quadruple(product_gelu(F.gelu(x).to(features.dtype), conv2_weight, conv2_bias, added))
     masks = x @ hyper.mT  # (P, pixels, M): per pixel of the features 2 x 2 blocks of 2 x 2
     masks = masks.unflatten(1, (height, width, 2, 2, 2, 2)).permute(0, 7, 1, 3, 5, 2, 4, 6)
     return masks.reshape(expressions, hyper.shape[1], 4 * height, 4 * width)
@@ -94,13 +106,27 @@ def _quadruple(columns: Tensor) -> Tensor:
     return columns.unflatten(2, (4, -1)).flatten(1, 2)
 
 
-def _product_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x weight^T + bias), differentiable."""
-    return F.gelu(F.linear(x, weight, bias))
+def _by_pixel(feature: Tensor, height: int, width: int, steps: tuple[int, ...]) -> Tensor:
+    """Features of a higher resolution, pixels as `_quadruple` orders them.
+
+    (P, C, H, W) to (P, h w, 4, C) for one step of 2, to (P, 4 h w, 4, C) for two.
+    """
+    split = feature.unflatten(3, (width, *steps)).unflatten(2, (height, *steps))
+    count = len(steps) + 1  # dimensions of an axis
+    pairs = [axis for step in range(count) for axis in (2 + step, 2 + count + step)]
+    return split.permute(0, *pairs, 1).flatten(-3, -2).flatten(1, -3)
 
 
-def _fused_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _product_gelu(x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None) -> Tensor:
+    """gelu(x weight^T + bias + added), differentiable."""
+    product = F.linear(x, weight, bias)
+    return F.gelu(product if added is None else product + added)
+
+
+def _fused_product(x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None) -> Tensor:
     """The same by oneDNN, which writes the result once; torch.compile calls it for this, torch has no public function."""
+    if added is not None:
+        return F.gelu(F.linear(x, weight, bias).add_(added))
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
 
 

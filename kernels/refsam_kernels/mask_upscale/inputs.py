@@ -16,4 +16,6 @@ class Inputs(NamedTuple):
     norm_bias: Tensor
     conv2_weight: Tensor
     conv2_bias: Tensor
+    feat_s1: Tensor | None
+    feat_s0: Tensor | None
     eps: float

@@ -47,6 +47,8 @@ def mask_upscale(
     conv2_weight: Tensor,
     conv2_bias: Tensor,
     *,
+    feat_s1: Tensor | None = None,
+    feat_s0: Tensor | None = None,
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> Tensor:
@@ -61,6 +63,9 @@ def mask_upscale(
         conv1_weight, conv1_bias: (C, C1, 2, 2) and (C1,), as nn.ConvTranspose2d holds them; C1 is C/4 in SAM.
         norm_weight, norm_bias: (C1,), of the LayerNorm over channels.
         conv2_weight, conv2_bias: (C1, C2, 2, 2) and (C2,).
+        feat_s1: (P or 1, C1, 2h, 2w), added behind the first convolution, as SAM 2 adds features of higher
+            resolution; 1 is shared by all expressions. None adds nothing.
+        feat_s0: (P or 1, C2, 4h, 4w), likewise behind the second.
         eps: added to the variance, within the square root.
         backend: name of the backend, None for the best that can run.
 
@@ -70,13 +75,13 @@ def mask_upscale(
     Raises:
         ValueError: a shape, dtype or device does not fit; `BackendError` if the backend cannot run.
     """
-    features, hyper, conv1_weight, conv1_bias, conv2_weight, conv2_bias = autocast(
-        features, hyper, conv1_weight, conv1_bias, conv2_weight, conv2_bias
+    lowered = autocast(
+        features, hyper, conv1_weight, conv1_bias, conv2_weight, conv2_bias, feat_s1, feat_s0
     )
+    features, hyper, conv1_weight, conv1_bias, conv2_weight, conv2_bias, feat_s1, feat_s0 = lowered
     convolutions = (conv1_weight, conv1_bias, norm_weight, norm_bias, conv2_weight, conv2_bias)
-    inputs = Inputs(features, hyper, *convolutions, eps)
-    tensors = inputs._asdict()
-    del tensors["eps"]
+    inputs = Inputs(features, hyper, *convolutions, feat_s1, feat_s0, eps)
+    tensors = {name: x for name, x in inputs._asdict().items() if isinstance(x, Tensor)}
     _check(tensors)
     return _forward(*inputs, backend or "")
 
@@ -97,6 +102,10 @@ def _check(tensors: dict[str, Tensor]) -> None:
         check_shape(name, tensors[name], (middle,))
     check_shape("hyper", tensors["hyper"], (expressions, "M", last))
     require(tensors["hyper"].shape[1] > 0, "hyper", "no masks", "at least one")
+    for name, channels, times in (("feat_s1", middle, 2), ("feat_s0", last, 4)):
+        if name in tensors:
+            count = 1 if len(tensors[name]) == 1 else expressions
+            check_shape(name, tensors[name], (count, channels, times * height, times * width))
     check_same_device(**tensors)
     norm = {name: tensors.pop(name) for name in ("norm_weight", "norm_bias")}
     check_same_dtype(**tensors)

@@ -1,7 +1,8 @@
 """The upscaling of SAM's mask decoder and its product with the hypernetworks' outputs.
 
 Follows `MaskDecoder.output_upscaling` and `predict_masks` of segment_anything/modeling/mask_decoder.py and `LayerNorm2d` of
-modeling/common.py: in float32 the result has the same bits.
+modeling/common.py: in float32 the result has the same bits. SAM 2's decoder adds features of higher resolution behind each
+convolution (transformers' `Sam2MaskDecoder`).
 """
 
 from collections.abc import Sequence
@@ -16,15 +17,17 @@ from refsam_kernels.mask_upscale.inputs import Inputs
 
 def forward(inputs: Inputs) -> Tensor:
     """features (P, h, w, C), hyper (P, M, C/8) -> mask logits (P, M, 4h, 4w) like features; in float32 at least."""
-    features, hyper, conv1_weight, conv1_bias, *norm, conv2_weight, conv2_bias, eps = inputs
-    norm_weight, norm_bias = norm
+    features, hyper, conv1_weight, conv1_bias, norm_weight, norm_bias, *rest = inputs
+    conv2_weight, conv2_bias, feat_s1, feat_s0, eps = rest
     dtype = torch.promote_types(features.dtype, torch.float32)
     # Viewed as segment-anything views its tokens: for one image the strides, and so the convolution's
     # bits, are not those of `permute`.
     x = features.to(dtype).flatten(1, 2).transpose(1, 2).unflatten(2, features.shape[1:3])
     x = F.conv_transpose2d(x, conv1_weight.to(dtype), conv1_bias.to(dtype), stride=2)
+    x = x if feat_s1 is None else x + feat_s1.to(dtype)
     x = F.gelu(layer_norm_2d(x, norm_weight.to(dtype), norm_bias.to(dtype), eps))
-    x = F.gelu(F.conv_transpose2d(x, conv2_weight.to(dtype), conv2_bias.to(dtype), stride=2))
+    x = F.conv_transpose2d(x, conv2_weight.to(dtype), conv2_bias.to(dtype), stride=2)
+    x = F.gelu(x if feat_s0 is None else x + feat_s0.to(dtype))
     logits = hyper.to(dtype) @ x.flatten(2)
     return logits.unflatten(2, x.shape[2:]).to(features.dtype)
 
@@ -39,5 +42,5 @@ def layer_norm_2d(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
 def backward(
     inputs: Inputs, outputs: None, grads: Sequence[Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    """Gradients to the eight tensors of the inputs for the gradient (P, M, 4h, 4w)."""
-    return bundle_gradients(forward, inputs, inputs._fields[:8], needs, grads)
+    """Gradients to the ten tensors of the inputs for the gradient (P, M, 4h, 4w)."""
+    return bundle_gradients(forward, inputs, inputs._fields[:10], needs, grads)

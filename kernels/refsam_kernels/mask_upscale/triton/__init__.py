@@ -38,6 +38,8 @@ def not_supported_reasons(inputs: Inputs) -> list[str]:
     """Why the kernels cannot compute these: their dtype, or more channels than fit the registers."""
     features = inputs.features
     reasons = []
+    if inputs.feat_s1 is not None or inputs.feat_s0 is not None:
+        reasons.append("adds no features of higher resolution (feat_s1, feat_s0)")
     if features.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         reasons.append(f"computes {names}, got {features.dtype}")
@@ -64,7 +66,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Like `reference.backward`."""
     (grad,), tensors = grads, inputs[:8]
-    gradients = list(empty_gradients(tensors, needs))
+    gradients = list(empty_gradients(inputs[:10], needs))
     if not grad.numel():
         return tuple(gradient.zero_() for gradient in gradients)
     packed = _pack(tensors)
@@ -84,7 +86,7 @@ def backward(
         lambda: _unpack(found["grad_weight2"].sum(dim=(0, 1))),
         lambda: found["grad_bias2"].sum(dim=(0, 1)).view(PLACES, -1).sum(dim=0),
     )
-    for gradient, make, need in zip(gradients, made, needs, strict=True):
+    for gradient, make, need in zip(gradients[:8], made, needs[:8], strict=True):
         if need:
             gradient.copy_(make().view_as(gradient))
     return tuple(gradients)

@@ -1,0 +1,197 @@
+"""`python -m benchmarks.end_to_end.integrations CASE...`: other libraries' models before and after `optimize()`, on the CPU.
+
+Weights are random, of the real shapes. A model and its optimized copy are checked against each other, then called in turn.
+Memory is the peak of a second call above all that lies there before it; packed copies of weights, which the first call leaves,
+are a figure of their own. Both are measured in processes of their own. Rows are appended; `--list` names the cases.
+"""
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import peak_memory, resident, time_interleaved
+from benchmarks.provenance import ROOT, collect
+from refsam_kernels.integrations import optimize
+from tests.kernels.encoder_models import cellpose, of_transformers
+from tests.sam_modeling import sam_image_encoder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+VIT_B = {"embed_dim": 768, "depth": 12, "num_heads": 12, "window_size": 14, "out_chans": 256}
+VIT_B |= {"patch_size": 16, "global_attn_indexes": (2, 5, 8, 11)}
+VIT_L = VIT_B | {"embed_dim": 1024, "depth": 24, "num_heads": 16}
+VITDET = {"image_size": 1024, "use_relative_position_embeddings": True, "window_size": 14}
+VITDET |= {"window_block_indices": [0, 1, 3, 4, 6, 7, 9, 10]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the side of the pixels that it takes, and whether a training step or a call is timed."""
+
+    model: str
+    make: Callable[[], nn.Module]
+    pixels: int
+    task: str = "features"
+
+
+def low_rank(encoder: Any) -> nn.Module:
+    """The encoder, frozen, with trainable low-rank layers beside each qkv, as LoRA has them."""
+
+    class LowRank(nn.Module):
+        def __init__(self, base: nn.Linear, rank: int = 4) -> None:
+            super().__init__()
+            self.base_layer = base
+            self.down = nn.Linear(base.in_features, rank, bias=False)
+            self.up = nn.Linear(rank, base.out_features, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base_layer(x) + self.up(self.down(x))
+
+    encoder.requires_grad_(False)
+    for block in encoder.blocks:
+        block.attn.qkv = LowRank(block.attn.qkv)
+    return encoder.train()
+
+
+def got(pixels: int) -> Callable[[], nn.Module]:
+    sizes = {"image_size": pixels}
+    return of_transformers("got_ocr2", "GotOcr2VisionConfig", "GotOcr2VisionEncoder", sizes)
+
+
+def deepseek(pixels: int, attention: str) -> Callable[[], nn.Module]:
+    names = ("DeepseekOcr2SamVisionConfig", "DeepseekOcr2SamVisionEncoder")
+    sizes = {"image_size": pixels, "downsample_channels": [512, 896]}
+    return of_transformers("deepseek_ocr2", *names, sizes, attention)
+
+
+FORMULA = ("pp_formulanet", "PPFormulaNetVisionConfig", "PPFormulaNetVisionModel")
+TABLES = ("slanext", "SLANeXtVisionConfig", "SLANeXtVisionEncoder")
+
+CASES = {
+    "got-1024": Case("GOT-OCR2 (transformers, eager)", got(1024), 1024),
+    "got-640": Case("GOT-OCR2 (transformers, eager)", got(640), 640),
+    "deepseek-1024": Case("DeepSeek-OCR 2 (transformers, SDPA)", deepseek(1024, "sdpa"), 1024),
+    "deepseek-640": Case("DeepSeek-OCR 2 (transformers, SDPA)", deepseek(640, "sdpa"), 640),
+    "deepseek-eager-1024": Case("DeepSeek-OCR 2 (transformers, eager)", deepseek(1024, "eager"), 1024),
+    "formula": Case("PP-FormulaNet (transformers, eager)", of_transformers(*FORMULA, {"image_size": 512}), 512),
+    "slanext": Case("SLANeXt (transformers, eager)", of_transformers(*TABLES, {"image_size": 512}), 512),
+    "cellpose": Case("Cellpose-SAM, ViT-L (segment-anything)", partial(cellpose, 8, **VIT_L, img_size=1024), 256),
+    "vitdet": Case("ViTDet-B (transformers, eager)", of_transformers("vitdet", "VitDetConfig", "VitDetModel", VITDET), 1024),
+    "lora": Case(
+        "SAM ViT-B with LoRA (segment-anything)",
+        lambda: low_rank(sam_image_encoder(**VIT_B, img_size=512)),
+        512,
+        "training step",
+    ),
+}  # fmt: skip
+
+
+def features_of(output: Any) -> Tensor:
+    """The features, whether a model returns them alone or in an object."""
+    return output if isinstance(output, Tensor) else output.last_hidden_state
+
+
+def call_of(case: Case, model: nn.Module, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """What is timed: features of one image, or the gradients of the adapters."""
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(1, 3, case.pixels, case.pixels, generator=generator).to(dtype)
+
+    def features() -> Tensor:
+        with torch.inference_mode():
+            return features_of(model(pixels))
+
+    def gradients() -> Tensor:
+        model.zero_grad()
+        features_of(model(pixels)).square().mean().backward()
+        given = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        return torch.cat(given)
+
+    return gradients if case.task == "training step" else features
+
+
+def measure(case: Case, dtype: str, seconds: float) -> dict[str, Any]:
+    """The row of a case, without its memory."""
+    plain = case.make()
+    exact = call_of(case, plain, torch.float32)()
+    plain = plain.to(DTYPES[dtype])
+    optimized = copy.deepcopy(plain)
+    handle = optimize(optimized)
+    calls = {
+        name: call_of(case, model, DTYPES[dtype])
+        for name, model in (("before", plain), ("after", optimized))
+    }
+    errors = {
+        name: float((call().float() - exact).abs().max() / exact.abs().max())
+        for name, call in calls.items()
+    }
+    times = time_interleaved(calls, "cpu", seconds)
+    row: dict[str, Any] = {name: asdict(each) for name, each in times.items()}
+    speedup = times["before"].median_ms / times["after"].median_ms
+    return row | {"speedup": speedup, "errors": errors, "replaced": repr(handle)}
+
+
+def memory_of(name: str, dtype: str) -> dict[str, Any]:
+    """Bytes above the weights, before and after, each from a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.end_to_end.integrations", name, "--dtype", dtype]
+    found = {}
+    for which in ("before", "after"):
+        task = [*command, "--memory-of", which]
+        result = subprocess.run(task, cwd=ROOT, capture_output=True, text=True, check=True)
+        found[which] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def print_memory(case: Case, dtype: str, which: str) -> None:
+    """The process that `memory_of` starts: what a first call leaves behind, and the peak of a second one."""
+    model = case.make().to(DTYPES[dtype])
+    call = call_of(case, model, DTYPES[dtype])
+    if which == "after":
+        optimize(model)
+    lying = resident("VmRSS")
+    first = peak_memory(call, "cpu")
+    second = peak_memory(call, "cpu")
+    kept = max(resident("VmRSS") - lying, 0) if which == "after" else 0
+    print(json.dumps({"first_call": first, "call": second, "kept": kept}))
+
+
+def main() -> int:
+    """Measures cases and appends a JSON line for each."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.end_to_end.integrations", description=__doc__
+    )
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []], metavar="CASE")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--out", type=Path, default=Path("out/bench/models_cpu.jsonl"))
+    parser.add_argument("--memory-of", choices=["before", "after"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.list:
+        print("\n".join(CASES))
+    for name in options.cases:
+        case = CASES[name]
+        if options.memory_of:
+            print_memory(case, options.dtype, options.memory_of)
+            continue
+        labels = {"case": name, "model": case.model, "pixels": case.pixels, "task": case.task}
+        row = labels | {"dtype": options.dtype} | measure(case, options.dtype, options.seconds)
+        row["memory"] = memory_of(name, options.dtype)
+        row["provenance"] = collect("cpu")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps({key: row[key] for key in ("case", "speedup", "errors", "memory")}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
