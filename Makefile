@@ -68,16 +68,19 @@ gpu-report:
 	  $(REFSAM_PYTHON) -m benchmarks.gpu_report --out $(OUT)/gpu-report $(CARRIED) $(REPORT)
 
 # The same stages, processes, limits and files in tiny sizes on stand-ins, with the oldest versions where they are installed: as
-# they are, then with a failure and with a hang in every task.
-REHEARSE = $(firstword $(wildcard $(VENV_OLDEST)/bin/python) $(BIN)/python) -m benchmarks.gpu_report --rehearse --deadline 3600
-gpu-rehearsal:
+# they are, then with a failure and with a hang in every task. SHORT=--short takes one task a stage, for CI.
+REHEARSE = $(firstword $(wildcard $(VENV_OLDEST)/bin/python) $(BIN)/python) -m benchmarks.gpu_report --rehearse $(SHORT) --deadline 3600 --wheels $(PARCEL)/wheels
+gpu-rehearsal: $(PARCEL)/wheels
 	$(BIN)/python -m tests.kernels.emulator build/emulated
-	$(REHEARSE) --out $(OUT)/gpu-rehearsal $(CARRIED) $(REPORT)
-	! $(REHEARSE) --out $(OUT)/gpu-rehearsal/fail --plant fail $(CARRIED) $(REPORT)
-	! $(REHEARSE) --out $(OUT)/gpu-rehearsal/hang --plant hang $(CARRIED) $(REPORT)
-	$(BIN)/python -m benchmarks.gpu_report.rehearsed $(OUT)/gpu-rehearsal
+	$(REHEARSE) --out $(OUT)/gpu-rehearsal
+	! $(REHEARSE) --out $(OUT)/gpu-rehearsal/fail --plant fail
+	! $(REHEARSE) --out $(OUT)/gpu-rehearsal/hang --plant hang
+	$(BIN)/python -m benchmarks.gpu_report.rehearsed $(OUT)/gpu-rehearsal $(SHORT) $(if $(RESULT),--out $(RESULT))
 
 # What a GPU machine without network lacks: wheels and libraries, in build/gpu-parcel, and the command line.
+$(PARCEL)/wheels: constraints.txt
+	$(BIN)/python -m benchmarks.gpu_report.parcel $(PARCEL) --wheels
+
 gpu-parcel: venv
 	$(BIN)/python -m benchmarks.gpu_report.parcel $(PARCEL)
 

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import registry
 from benchmarks.gpu_report import __main__ as command
-from benchmarks.gpu_report import parcel, rehearsed, rows, wheels
+from benchmarks.gpu_report import machine, parcel, rehearsed, rows, wheels
 from benchmarks.gpu_report import runner as runner_module
 from benchmarks.gpu_report.runner import Runner, interpreter, share
 from benchmarks.gpu_report.stages import FIRST, STAGES, Stage, Task
 from benchmarks.gpu_report.stand_in import rehearsal_environment, shortened
 from benchmarks.gpu_report.tasks import libraries as libraries_task
+from benchmarks.gpu_report.tasks import operators as operators_task
 from refsam_kernels import build
 
 ROW = """
@@ -220,9 +222,15 @@ def test_the_stages_fit_into_ten_minutes() -> None:
 
 
 def test_a_rehearsal_runs_every_stage(tmp_path: Path) -> None:
-    wanted = shortened(STAGES, short=True, hangs=False)
+    wanted = shortened(STAGES, short=True, plant=None)
     assert [stage.name for stage in wanted] == [stage.name for stage in STAGES]
-    assert all(len(stage.tasks) == 1 for stage in wanted)
+    assert {len(stage.tasks) for stage in wanted} == {1, 2}
+    # A failure and a hang are planted into a function's processes and into pytest's.
+    assert [stage.name for stage in shortened(STAGES, short=True, plant="hang")] == [
+        "smoke",
+        "tests",
+    ]
+    assert len(shortened(STAGES, short=False, plant="fail")) == len(STAGES)
     assert rehearsal_environment(tmp_path)["REFSAM_REPORT_REHEARSAL"]
 
 
@@ -312,6 +320,13 @@ def test_the_parcel_holds_wheels_and_libraries(
     monkeypatch.setattr(parcel.build, "build_all", build_all)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
     monkeypatch.setenv("REFSAM_BUILD_CUDA", "")
+    (tmp_path / "parcel" / "wheels").mkdir(parents=True)
+    (tmp_path / "parcel" / "wheels" / "pydantic-1.0-py3-none-any.whl").touch()
+    assert parcel.main([str(tmp_path / "parcel"), "--wheels"]) == 0
+    assert [
+        *(tmp_path / "parcel" / "wheels").iterdir()
+    ] == []  # no second version beside the new one
+    assert not (tmp_path / "parcel" / "libraries").exists()
     assert parcel.main([str(tmp_path / "parcel")]) == 0
     assert commands[0][1:4] == ["-m", "pip", "download"]
     assert "pydantic-core" in commands[0]
@@ -320,27 +335,61 @@ def test_the_parcel_holds_wheels_and_libraries(
     assert "make gpu-report REFSAM_PYTHON=python3" in printed
 
 
-def rehearsed_rows(folder: Path, *outcomes_of: str) -> None:
+def leave_rehearsal(folder: Path, plant: str | None, outcome: str) -> None:
+    """What a short rehearsal leaves whose tasks all wrote a row and ended so."""
     folder.mkdir(parents=True)
     for name in rehearsed.FILES:
         (folder / name).touch()
-    for name in outcomes_of:
-        rows.Rows(folder / "rows.jsonl", "stage", "task").write(value=1)
-        rows.Rows(folder / "rows.jsonl", "stage", "task").write(outcome=name)
+    for stage in shortened(STAGES, short=True, plant=plant):
+        for task in stage.tasks:
+            writer = rows.Rows(folder / "rows.jsonl", stage.name, task.name)
+            writer.write(value=1)
+            writer.write(outcome=outcome, seconds=1.5)
 
 
 def test_a_rehearsal_is_judged_by_its_files_and_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rehearsed_rows(tmp_path / "out", "done")
-    rehearsed_rows(tmp_path / "out" / "fail", "failed: exit code 1: planted failure")
-    rehearsed_rows(tmp_path / "out" / "hang", "killed at its limit of 45 s")
-    assert rehearsed.main(tmp_path / "out") == 0
-    rows.Rows(tmp_path / "out" / "rows.jsonl", "stage", "task").write(wrong="off")
-    rows.Rows(tmp_path / "out" / "fail" / "rows.jsonl", "stage", "other").write(outcome="done")
-    (tmp_path / "out" / "hang" / "summary.txt").unlink()
-    assert rehearsed.main(tmp_path / "out") == 1
+    out = tmp_path / "out"
+    leave_rehearsal(out, None, "done")
+    leave_rehearsal(out / "fail", "fail", "failed: exit code 1: planted failure")
+    leave_rehearsal(out / "hang", "hang", "killed at its limit of 45 s")
+    result = tmp_path / "result.json"
+    assert rehearsed.main([str(out), "--short", "--out", str(result)]) == 0
+    told = json.loads(result.read_text())
+    assert told["faults"] == []
+    smoke = {"tasks": {"killed": 2}, "rows": {"good": 2}, "seconds": 3.0}
+    assert told["runs"]["hang"]["smoke"] == smoke
+    rows.Rows(out / "rows.jsonl", "stage", "task").write(wrong="off")
+    rows.Rows(out / "fail" / "rows.jsonl", "stage", "other").write(outcome="done", seconds=1.0)
+    (out / "hang" / "summary.txt").unlink()
+    (out / "hang" / "rows.jsonl").unlink()
+    assert rehearsed.main([str(out), "--short"]) == 1
     printed = capsys.readouterr().out
     assert "stage/task: off" in printed
     assert "stage/other: done, no row" in printed
     assert "no summary.txt" in printed
+    assert "hang: smoke/rel_pos_attention, triton: it did not run" in printed
+    # A long one has more tasks.
+    assert rehearsed.main([str(out)]) == 1
+    assert "tuning/80-0: it did not run" in capsys.readouterr().out
+
+
+def test_a_case_that_cannot_be_made_loses_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(device: str) -> registry.Workload:
+        raise RuntimeError("no such peer")
+
+    def fine(device: str) -> registry.Workload:
+        return registry.Workload({"ours": lambda: 1}, lambda result: None, 1, 1, {})
+
+    cases = [registry.Case("op", name, "", make) for name, make in (("a", broken), ("b", fine))]
+    monkeypatch.setattr(operators_task, "load_cases", lambda names, device: cases)
+    monkeypatch.setattr(operators_task, "IS_REHEARSAL", False)
+    monkeypatch.setattr(operators_task, "timed", lambda call, seconds: {"ms": float(call())})
+    monkeypatch.setattr(machine, "IS_REHEARSAL", True)  # no device that could have broken
+    operators_task.run(rows.Rows(tmp_path / "rows.jsonl", "operators", "op"), "op")
+    first, second = rows.read(tmp_path / "rows.jsonl")
+    assert (first["case"], first["wrong"]) == ("a", "RuntimeError: no such peer")
+    assert (second["case"], second["provider"], second["ms"]) == ("b", "ours", 1.0)

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         environment["REFSAM_REPORT_ROWS"] = str(options.rows.resolve())
     if options.rehearse:
         environment |= rehearsal_environment(options.out)
-        wanted = shortened(wanted, short=options.short, hangs=options.plant == "hang")
+        wanted = shortened(wanted, short=options.short, plant=options.plant)
     elif reason := no_gpu():
         print(f"the GPU report needs a CUDA device: {reason}; nothing was measured")
         return 2

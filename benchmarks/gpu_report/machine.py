@@ -4,7 +4,7 @@ import os
 import statistics
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ IS_REHEARSAL = bool(os.environ.get("REFSAM_REPORT_REHEARSAL"))
 DEVICE = "cpu" if IS_REHEARSAL else "cuda"
 
 Call = Callable[[], Any]
+Made = TypeVar("Made")
 
 
 def captured(call: Call) -> Call:
@@ -81,6 +82,16 @@ def attempt(rows: Rows, measuring: Callable[[], dict[str, Any]], **facts: Any) -
         raise_if_sticky(error)
         return
     rows.write(**facts, **found)
+
+
+def made(rows: Rows, making: Callable[[], Made], **facts: Any) -> Made | None:
+    """What `making` makes, which is then measured; None, and a row with `wrong`, if it fails."""
+    try:
+        return making()
+    except Exception as error:
+        rows.write(**facts, wrong=first_line(error))
+        raise_if_sticky(error)
+        return None
 
 
 def raise_if_sticky(error: Exception) -> None:

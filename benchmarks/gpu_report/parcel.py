@@ -30,8 +30,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Fills the folder with wheels and libraries; prints their sizes and the command line. Needs nvcc and network."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report.parcel")
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args(arguments).folder
+    parser.add_argument("--wheels", action="store_true", help="these alone, as a rehearsal wants")
+    options = parser.parse_args(arguments)
+    folder = options.folder
     download(folder / "wheels")
+    if options.wheels:
+        return 0
     os.environ |= {"REFSAM_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ARCHITECTURES}
     (folder / "libraries").mkdir(parents=True, exist_ok=True)
     build.build_all(folder / "libraries")
@@ -44,7 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def download(folder: Path) -> None:
-    """Downloads the wheels in the versions of constraints.txt, none of what they need."""
+    """Downloads the wheels in the versions of constraints.txt, none of what they need; other versions are removed."""
+    for path in folder.glob("*.whl"):
+        path.unlink()
     options = ["--no-deps", "--only-binary=:all:", f"--python-version={PYTHON}"]
     options += ["--implementation=cp", *(f"--platform={name}" for name in PLATFORMS)]
     command = [sys.executable, "-m", "pip", "download", "--quiet", *options]

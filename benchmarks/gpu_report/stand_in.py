@@ -13,6 +13,10 @@ EMULATED = ROOT / "build" / "emulated"
 # Stages whose kernels run on stand-ins; the others compile, load what a GPU would be given, or run whole models, which the
 # interpreter would take hours for: there PyTorch's backends stand in.
 INTERPRETED = ("smoke", "tests", "encoder", "tuning", "attention", "memcheck")
+# A short rehearsal's tasks where the stage's first one is not enough: Triton's interpreter, and the emulator of CUDA.
+SHORT = {"smoke": ("rel_pos_attention, triton", "mask_postprocess, cuda")}
+# Its stages when something is planted: a function's processes and pytest's.
+SHORT_PLANTED = ("smoke", "tests")
 HANG_LIMIT = 45.0  # seconds for a task that was made to hang: it must first have written a row
 TESTS = {  # of all files one of each kind, in its quickest part
     "kernels/triton/test_mask_upscale.py": "repeats",
@@ -23,18 +27,23 @@ TESTS = {  # of all files one of each kind, in its quickest part
 
 def rehearsal_environment(out: Path) -> dict[str, str]:
     """Environment variables of a rehearsal; kernels are compiled into a cache of its own."""
-    return {"REFSAM_REPORT_REHEARSAL": "1", "TRITON_CACHE_DIR": str(out.resolve() / ".triton")}
+    cache = out.resolve().parent / "gpu-rehearsal-triton"
+    return {"REFSAM_REPORT_REHEARSAL": "1", "TRITON_CACHE_DIR": str(cache)}
 
 
-def shortened(stages: Sequence[Stage], *, short: bool, hangs: bool) -> list[Stage]:
-    """The stages for a rehearsal: limits for a slow machine, one task a stage if it is to be short."""
-    return [shorten(stage, short=short, hangs=hangs) for stage in stages]
+def shortened(stages: Sequence[Stage], *, short: bool, plant: str | None) -> list[Stage]:
+    """The stages for a rehearsal: limits for a slow machine, and if it is to be short few of them and of their tasks."""
+    few = short and plant
+    wanted = [stage for stage in stages if not few or stage.name in SHORT_PLANTED]
+    return [shorten(stage, short=short, hangs=plant == "hang") for stage in wanted]
 
 
 def shorten(stage: Stage, *, short: bool, hangs: bool) -> Stage:
     """One stage for a rehearsal."""
     tasks = tuple(test_task(task) for task in stage.tasks if task.function or task.name in TESTS)
-    tasks = tasks[:1] if short else tasks
+    if short:
+        names = SHORT.get(stage.name, (tasks[0].name,))
+        tasks = tuple(task for task in tasks if task.name in names)
     interpreted = {"TRITON_INTERPRET": "1"}
     if (EMULATED / "_C_cuda.so").is_file():
         interpreted["REFSAM_LIBRARIES"] = str(EMULATED)

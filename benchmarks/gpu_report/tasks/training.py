@@ -47,5 +47,5 @@ def measure(step: Step, dtype: torch.dtype) -> dict[str, Any]:
     if math.isnan(loss):
         return {"wrong": f"the loss is {loss}"}
     memory = peak_bytes(call)
-    found = median_ms(call, 2.0, least=3, most=10)
+    found = median_ms(call, 1.0, least=3, most=10)
     return {"loss": loss, **found, **({"peak_bytes": memory} if memory is not None else {})}
