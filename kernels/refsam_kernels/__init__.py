@@ -17,7 +17,7 @@ from refsam_kernels.decomposition import decompositions
 from refsam_kernels.dense_attention.op import dense_attention
 from refsam_kernels.feed_forward.mlp import AdapterWeights
 from refsam_kernels.fingerprint import Fingerprint
-from refsam_kernels.int8_linear.op import int8_linear, int8_mlp, multiplies_int8
+from refsam_kernels.int8_linear.op import int8_linear, int8_mlp, multiplies_int8, say_if_slow
 from refsam_kernels.int8_linear.weights import Int8Weights, quantise_weights
 from refsam_kernels.mask_loss.op import mask_loss
 from refsam_kernels.mask_postprocess.op import mask_postprocess
@@ -28,7 +28,7 @@ from refsam_kernels.mask_postprocess.packed import (
     mask_postprocess_rle,
 )
 from refsam_kernels.mask_upscale.op import mask_upscale
-from refsam_kernels.packed_linear import PackedLinear, can_prepack
+from refsam_kernels.packed_linear import PackedLinear, can_prepack, has_bfloat16
 from refsam_kernels.rel_pos_attention.op import rel_pos_attention, resize_table
 from refsam_kernels.token_image_attention.op import AttentionWeights, token_image_attention
 
@@ -47,6 +47,7 @@ __all__ = [
     "decompositions",
     "dense_attention",
     "flop_formulas",
+    "has_bfloat16",
     "int8_linear",
     "int8_mlp",
     "is_capturing",
@@ -59,6 +60,7 @@ __all__ = [
     "quantise_weights",
     "rel_pos_attention",
     "resize_table",
+    "say_if_slow",
     "settle",
     "token_image_attention",
     "use_backend",

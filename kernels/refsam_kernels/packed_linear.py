@@ -5,7 +5,7 @@ calls (`torch.ops.mkldnn`), if they are there.
 """
 
 from collections.abc import Hashable
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,12 @@ def can_prepack(weight: Tensor) -> bool:
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     )
+
+
+def has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself (AMX or AVX-512), as far as torch can say."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 class PackedLinear:

@@ -1,15 +1,12 @@
 """A block of the image encoder in 8-bit integers, for inference on a CPU."""
 
-import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from refsam.model.block import VIT_EPS, AdapterWeights, Block, BlockWeights, attend
-from refsam_kernels import Int8Weights, int8_linear, int8_mlp, multiplies_int8, quantise_weights
-
-logger = logging.getLogger("refsam")
+from refsam_kernels import Int8Weights, int8_linear, int8_mlp, quantise_weights, say_if_slow
 
 
 class Int8Block:
@@ -72,10 +69,7 @@ def check_int8(parameters: Sequence[nn.Parameter]) -> None:
                 f"dtype: got torch.int8 for {parameter.dtype} parameters on {parameter.device}, wanted "
                 "torch.float32 or torch.bfloat16 parameters on a CPU"
             )
-    if not multiplies_int8():
-        logger.warning(
-            "int8: this CPU has no instructions for 8-bit products (AVX-512 VNNI, AVX-VNNI): slower ones are used"
-        )
+    say_if_slow()
 
 
 def norm_of(block: Block) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from refsam_kernels import (
     Fingerprint,
     PackedLinear,
     can_prepack,
+    has_bfloat16,
     is_capturing,
     settle,
 )
@@ -98,12 +99,6 @@ def automatic_dtype(weight: Tensor) -> torch.dtype:
     if weight.device.type == "cpu" and weight.dtype == torch.float32 and is_wide and has_bfloat16():
         return torch.bfloat16
     return weight.dtype
-
-
-def has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 itself (AMX or AVX-512), as far as torch can say."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def arrange_block(block: Block, dtype: torch.dtype) -> RunBlock:

@@ -1,5 +1,7 @@
 """Registration and public functions of `int8_linear`."""
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from refsam_kernels.core.registration import Operator, needs_gradient
 from refsam_kernels.int8_linear.inputs import Inputs
 from refsam_kernels.int8_linear.weights import Int8Weights
 
+logger = logging.getLogger("refsam_kernels")
 DTYPES = (torch.float32, torch.bfloat16)
 
 operator = Operator("int8_linear", Inputs)
@@ -85,6 +88,15 @@ def multiplies_int8() -> bool:
     except (ImportError, OSError):
         return False
     return bool(library.multiplies_int8(libraries.instruction_set()))
+
+
+def say_if_slow() -> None:
+    """Warns, in the log, where the CPU has no instructions for 8-bit products."""
+    if not multiplies_int8():
+        logger.warning(
+            "int8: this CPU has no instructions for 8-bit products (AVX-512 VNNI, AVX-VNNI), or the library was not "
+            "built: slower ones are used"
+        )
 
 
 def _run(

@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from refsam_kernels.core.checks import require
+from refsam_kernels.int8_linear.op import say_if_slow
 from refsam_kernels.integrations import (
     segment_anything_generator,
     segment_anything_masks,
     transformers_masks,
 )
 from refsam_kernels.integrations.encoders import Block, find_blocks, norm_replacements
+from refsam_kernels.integrations.modules import Int8Attend
 from refsam_kernels.integrations.probe import probe_reasons
 from refsam_kernels.integrations.replacement import Optimization, Replacement, refuse
 
@@ -51,7 +53,7 @@ _ADVICE = {
 }
 
 
-def optimize(model: Any, *, check: bool = True) -> Optimization:
+def optimize(model: Any, *, dtype: torch.dtype | None = None, check: bool = True) -> Optimization:
     """Make a SAM, or any model with SAM's image encoder inside, use this library's operators, in place.
 
     It serves training and inference. The image encoder's attention never materialises its probabilities or
@@ -71,12 +73,17 @@ def optimize(model: Any, *, check: bool = True) -> Optimization:
     logits of masks by 1e-4, and masks only where a logit is within 1e-5 of the threshold, relative to
     the largest logit; in bfloat16, features have at most twice the original's error.
 
+    With dtype=torch.int8, where a CPU computes without autograd, the linear layers of the blocks are in 8-bit integers
+    (`int8_linear`), attention is in bfloat16 on CPUs that multiply it: faster, and off by some percent. Layers that
+    are wrapped or hooked stay as they are.
+
     Args:
         model: a module of any class with blocks as segment-anything, detectron2 (ViTDet), timm and
             transformers write them, with or without SAM's mask decoder, or the decoder alone; or
             segment-anything's `SamPredictor` or `SamAutomaticMaskGenerator`, or one of transformers'
             processors of SAM; the last two then refuse logits that are not finite.
             `python -m refsam_kernels.integrations --list` lists the models. Any dtype, device and size.
+        dtype: torch.int8, or None for the model's own.
         check: whether to compare each kind of block before and after, on a few random tokens.
 
     Returns:
@@ -88,10 +95,19 @@ def optimize(model: Any, *, check: bool = True) -> Optimization:
             dropout in attention, pooled queries, no relative positions), computes something else, or comes from
             a version of its library whose methods take other arguments; it is unchanged then.
     """
-    return Optimization(_replacements(model, check))
+    is_known = dtype in (None, torch.int8)
+    require(is_known, "dtype", dtype, "torch.int8, or None for the model's own")
+    found = _replacements(model, check, dtype == torch.int8)
+    if dtype == torch.int8:
+        parts = [part for item in found for part in getattr(item.function, "args", ())]
+        is_served = any(isinstance(part, Int8Attend) for part in parts)
+        got = f"torch.int8 for a {type(model).__name__} without SAM's image encoder"
+        require(is_served, "dtype", got, "a model that has one")
+        say_if_slow()
+    return Optimization(found)
 
 
-def _replacements(model: Any, check: bool) -> list[Replacement]:
+def _replacements(model: Any, check: bool, in_int8: bool) -> list[Replacement]:
     """All replacements in a model or in what holds one. Raises `ValueError` where there are none."""
     names = [parent.__name__ for parent in type(model).__mro__]
     holder = next((name for name in names if name in HOLDERS), None)
@@ -99,11 +115,15 @@ def _replacements(model: Any, check: bool) -> list[Replacement]:
         found = HOLDERS[holder](model, "model")
         path = HELD.get(holder)
         return (
-            found if path is None else found + _of_module(_at(model, path), f"model.{path}", check)
+            found
+            if path is None
+            else found + _of_module(_at(model, path), f"model.{path}", check, in_int8)
         )
     compiled = names[0] == "OptimizedModule"
     found = (
-        _of_module(model, "model", check) if isinstance(model, nn.Module) and not compiled else []
+        _of_module(model, "model", check, in_int8)
+        if isinstance(model, nn.Module) and not compiled
+        else []
     )
     wanted = f"one of Sam, ImageEncoderViT, {', '.join([*list(PARTS)[1:], *HOLDERS])}, or a model with blocks as theirs"
     require(bool(found), "model", f"a {names[0]}", wanted + _advice(names))
@@ -116,7 +136,7 @@ def _at(model: Any, path: str) -> Any:
     return model
 
 
-def _of_module(model: nn.Module, path: str, check: bool) -> list[Replacement]:
+def _of_module(model: nn.Module, path: str, check: bool, in_int8: bool) -> list[Replacement]:
     """The replacements in a module and all below it."""
     found = []
     for name, module in model.named_modules():
@@ -134,7 +154,7 @@ def _of_module(model: nn.Module, path: str, check: bool) -> list[Replacement]:
     refuse([reason for item in found for reason in item.reasons()])
     if check:
         _check(blocks)
-    of_blocks = [item for block in blocks for item in block.replacements()]
+    of_blocks = [item for block in blocks for item in block.replacements(in_int8)]
     return found + of_blocks + (list(norm_replacements(model, path)) if blocks else [])
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refsam_kernels.integrations.modules import Attend, layer_norm_2d, mlp_replacement
+from refsam_kernels.integrations.modules import Attend, Int8Attend, layer_norm_2d, mlp_replacement
 from refsam_kernels.integrations.replacement import Replacement, members_of
 
 ATTENTION = {"qkv", "proj", "rel_pos_h", "rel_pos_w"}
@@ -150,15 +150,16 @@ class Block:
         if not isinstance(self.window_size, int):
             yield f"{self.path}.window_size: got {self.window_size!r}, wanted one number"
 
-    def replacements(self) -> Iterator[Replacement]:
-        """The methods to replace."""
+    def replacements(self, in_int8: bool = False) -> Iterator[Replacement]:
+        """The methods to replace; linear layers may be computed in 8-bit integers."""
         kind, attention, path = self.kind, self.attention, f"{self.path}.{self.kind.attention}"
         if kind.block_takes:
             yield Replacement(self.path, self.module, unwindowed, parameters=kind.block_takes)
-        attend = Attend(num_heads=getattr(attention, kind.heads), window_size=self.window_size)
+        make = Int8Attend if in_int8 else Attend
+        attend = make(num_heads=getattr(attention, kind.heads), window_size=self.window_size)
         takes = kind.attention_takes
         yield Replacement(path, attention, partial(kind.attend, attend), parameters=takes)
-        yield from mlp_replacement(f"{self.path}.mlp", self.module.mlp)
+        yield from mlp_replacement(f"{self.path}.mlp", self.module.mlp, in_int8)
 
 
 def find_blocks(model: nn.Module, path: str = "model") -> list[Block]:

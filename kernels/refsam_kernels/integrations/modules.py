@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from refsam_kernels.int8_linear.copy import Int8Copy
+from refsam_kernels.int8_linear.op import int8_mlp
 from refsam_kernels.integrations.replacement import Replacement
-from refsam_kernels.packed_linear import PackedCopy, is_plain_linear, is_unhooked
+from refsam_kernels.packed_linear import PackedCopy, has_bfloat16, is_plain_linear, is_unhooked
 from refsam_kernels.rel_pos_attention.op import rel_pos_attention
 
 # Tokens that an MLP computes at a time on a CPU, so that intermediate results stay in the cache.
@@ -53,6 +55,32 @@ class Attend:
         return F.pad(tokens, (0, 0, 0, right, 0, bottom))
 
 
+class Int8Attend(Attend):
+    """`Attend` with qkv and projection in 8-bit integers, attention in bfloat16 on a CPU that multiplies it; where neither
+    layer is another than a plain one, and autograd is off.
+    """
+
+    def __init__(self, *, num_heads: int, window_size: int) -> None:
+        super().__init__(num_heads=num_heads, window_size=window_size)
+        self.int8_qkv, self.int8_proj = Int8Copy(), Int8Copy()
+
+    def __call__(self, attention: Any, tokens: Tensor) -> Tensor:
+        """Tokens (B, h, w, D) float to the same shape."""
+        qkv, proj = attention.qkv, attention.proj
+        if not all(Int8Copy.is_supported(module, tokens) for module in (qkv, proj)):
+            return super().__call__(attention, tokens)
+        dtype = torch.bfloat16 if has_bfloat16() else tokens.dtype
+        attended = rel_pos_attention(
+            self.int8_qkv(qkv, tokens, dtype),
+            attention.rel_pos_h.to(dtype),
+            attention.rel_pos_w.to(dtype),
+            num_heads=self.num_heads,
+            window_size=self.window_size,
+            qkv_bias=None if qkv.bias is None else qkv.bias.to(dtype),
+        )
+        return self.int8_proj(proj, attended, tokens.dtype)
+
+
 def _linear(copy: PackedCopy, module: Any, x: Tensor) -> Tensor:
     return copy(module, x) if copy.is_supported(module, x) else module(x)
 
@@ -83,13 +111,29 @@ class Perceptron:
         return result.view(x.shape)
 
 
+class Int8Perceptron(Perceptron):
+    """`Perceptron` in 8-bit integers, where its layers are plain ones and autograd is off."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first, second)
+        self.int8_first, self.int8_second = Int8Copy(), Int8Copy()
+
+    def __call__(self, mlp: Any, x: Tensor) -> Tensor:
+        """(..., D) float to the same shape."""
+        first, second = (getattr(mlp, name) for name in self.names)
+        plain = all(Int8Copy.is_supported(module, x) for module in (first, second))
+        if not (plain and all(_is_idle(part) for part in mlp.children())):
+            return super().__call__(mlp, x)
+        return int8_mlp(x, self.int8_first.weights(first), self.int8_second.weights(second))
+
+
 def _is_idle(module: nn.Module) -> bool:
     """Whether nothing is lost where the module is not called: it has no hooks and drops nothing."""
     drops = isinstance(module, nn.Dropout) and module.training and module.p > 0
     return is_unhooked(module) and not drops
 
 
-def mlp_replacement(path: str, mlp: Any) -> Iterator[Replacement]:
+def mlp_replacement(path: str, mlp: Any, in_int8: bool) -> Iterator[Replacement]:
     """The replacement of an MLP; none for one that is another inside, which goes on as it is."""
     parts = dict(mlp.named_children())
     for first, second in LAYERS:
@@ -97,7 +141,8 @@ def mlp_replacement(path: str, mlp: Any) -> Iterator[Replacement]:
         if {first, second, "act"} <= parts.keys() and not mlp._parameters and idle <= IDLE:
             does_nothing = all(isinstance(parts[name], nn.Identity | nn.Dropout) for name in idle)
             if does_nothing and _is_exact_gelu(parts["act"]):
-                yield Replacement(path, mlp, Perceptron(first, second))
+                kind = Int8Perceptron if in_int8 else Perceptron
+                yield Replacement(path, mlp, kind(first, second))
 
 
 def _is_exact_gelu(activation: Any) -> bool:
