@@ -218,7 +218,7 @@ def test_the_stages_fit_into_ten_minutes() -> None:
     assert sum(limits) <= 600
     names = [task.name for stage in STAGES for task in stage.tasks]
     assert "kernels/triton/test_rel_pos_attention.py" in names
-    assert "session/test_graphs.py" in names
+    assert "session/test_cuda_graphs.py" in names
 
 
 def test_a_rehearsal_runs_every_stage(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_files() -> tuple[Task, ...]:
         *sorted((ROOT / "tests" / "kernels" / "triton").glob("test_*.py")),
         *sorted((ROOT / "tests" / "kernels" / "cuda").glob("test_*.py")),
         ROOT / "tests" / "kernels" / "test_rel_pos_attention_augmented.py",
-        ROOT / "tests" / "session" / "test_graphs.py",
+        ROOT / "tests" / "session" / "test_cuda_graphs.py",
         ROOT / "tests" / "session" / "test_together.py",
     ]
     options = ["-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider"]

@@ -21,7 +21,7 @@ HANG_LIMIT = 45.0  # seconds for a task that was made to hang: it must first hav
 TESTS = {  # of all files one of each kind, in its quickest part
     "kernels/triton/test_mask_upscale.py": "repeats",
     "kernels/cuda/test_dense_attention.py": "repeats",
-    "session/test_graphs.py": "least_recently or own",
+    "session/test_cuda_graphs.py": "least_recently or own",
 }
 
 

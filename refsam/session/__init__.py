@@ -2,7 +2,7 @@
 
 from refsam.renamed import module_getattr
 from refsam.runtime.shard import Shard
-from refsam.session.graphs import FrameGraphs
+from refsam.session.cuda_graphs import FrameGraphs
 from refsam.session.preparation import EncodedFrame, FramePreparer, PreparedFrame, encode_now
 from refsam.session.streaming import prefetch_frames, segment_video
 from refsam.session.track_state import TrackState

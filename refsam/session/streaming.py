@@ -15,7 +15,7 @@ from torch import Tensor
 from refsam.runtime.device import autocast, choose_dtype
 from refsam.runtime.malloc import keep_freed_memory
 from refsam.runtime.threads import available_cores, chosen_threads
-from refsam.session.graphs import FrameGraphs
+from refsam.session.cuda_graphs import FrameGraphs
 from refsam.session.preparation import EncodedFrame, PreparedFrame, prepare_all
 from refsam.session.video_session import FrameResult, VideoSession
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refsam.session.graphs import FrameGraphs
+from refsam.session.cuda_graphs import FrameGraphs
 from refsam.session.preparation import EncodedFrame, PreparedFrame, prepare_now
 from refsam.session.track_state import TrackState
 from refsam_kernels import mask_postprocess

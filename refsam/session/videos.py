@@ -14,7 +14,7 @@ from refsam import renamed
 from refsam.errors import UserError
 from refsam.runtime.files import BusyError
 from refsam.runtime.shard import Shard
-from refsam.session.graphs import FrameGraphs
+from refsam.session.cuda_graphs import FrameGraphs
 from refsam.session.preparation import EncodedFrame, PreparedFrame
 from refsam.session.streaming import prefetch_frames
 from refsam.session.video_folders import Source, VideoJob, assign_folders, finished, make_jobs

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from refsam import RefSAM, VideoSession
 from refsam.session import FrameGraphs
-from refsam.session.graphs import WORDS, GraphCache, WeightsWatch, at_least, pad_expressions
+from refsam.session.cuda_graphs import WORDS, GraphCache, WeightsWatch, at_least, pad_expressions
 from tests.session import cuda_stand_in
 from tests.tiny_model import tiny_model
 
@@ -183,7 +183,7 @@ def test_a_second_gpus_work_is_captured_there(cuda: None, monkeypatch: pytest.Mo
     cache, given = GraphCache(4), torch.arange(3.0)
     for index in (0, 1, 0):
         device = torch.device("cuda", index)
-        monkeypatch.setattr("refsam.session.graphs.device_of", lambda inputs, d=device: d)
+        monkeypatch.setattr("refsam.session.cuda_graphs.device_of", lambda inputs, d=device: d)
         monkeypatch.setattr(cuda_stand_in.STATE, "of_work", index)
         (found,) = cache.run(("double", index), None, doubled, [given])
         assert torch.equal(found, 2 * given)
