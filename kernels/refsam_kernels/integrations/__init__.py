@@ -16,6 +16,7 @@ from refsam_kernels.integrations import (
     segment_anything_generator,
     segment_anything_masks,
     transformers_masks,
+    transformers_sam2,
 )
 from refsam_kernels.integrations.encoders import Block, find_blocks, norm_replacements
 from refsam_kernels.integrations.modules import Int8Attend
@@ -29,27 +30,26 @@ PARTS: dict[str, Callable[[Any, str], list[Replacement]]] = {
     "Sam": segment_anything_masks.of_sam,
     "MaskDecoder": segment_anything_masks.of_decoder,
     "SamMaskDecoder": transformers_masks.of_decoder,
+    **dict.fromkeys(sorted(transformers_sam2.DECODERS), transformers_sam2.of_decoder),
 }
 # The same for holders, which are no modules, and where the module stands that they hold.
 HOLDERS: dict[str, Callable[[Any, str], list[Replacement]]] = {
     "SamPredictor": segment_anything_masks.of_predictor,
     "SamAutomaticMaskGenerator": segment_anything_generator.of_generator,
     "SamProcessor": transformers_masks.of_processor,
+    "SamHQProcessor": transformers_masks.of_processor,
     "SamImageProcessor": transformers_masks.of_processor,
     "SamImageProcessorPil": transformers_masks.of_processor,
+    **dict.fromkeys(sorted(transformers_sam2.PROCESSORS), transformers_sam2.of_processor),
 }
 HELD = {"SamPredictor": "model", "SamAutomaticMaskGenerator": "predictor.model"}
 
-_NEWER = "SAM 2 and later have another image encoder: nothing here can stand for its parts"
+_OF_SAM2 = "of SAM 2 and SAM 3, transformers' mask decoders and processors are known, not the sam2 library's"
 _ADVICE = {
     "TinyViT": "MobileSAM has SAM's mask decoder: give model.mask_decoder to optimize() instead",
     "OptimizedModule": "give the model to optimize() before torch.compile",
-    "SAM2Base": _NEWER,
-    "SAM2ImagePredictor": _NEWER,
-    "Sam2Model": _NEWER,
-    "Sam2VideoModel": _NEWER,
-    "Sam2VisionModel": _NEWER,
-    "Sam3Model": _NEWER,
+    "SAM2Base": _OF_SAM2,
+    "SAM2ImagePredictor": _OF_SAM2,
 }
 
 

@@ -28,10 +28,19 @@ def upscaling_reasons(
             yield f"{path}, its activation: got {activation}, wanted the exact GELU"
 
 
-def upscale(features: Tensor, hyper: Tensor, conv1: Any, norm: Any, conv2: Any) -> Tensor:
+def upscale(
+    features: Tensor,
+    hyper: Tensor,
+    conv1: Any,
+    norm: Any,
+    conv2: Any,
+    *,
+    feat_s1: Tensor | None = None,
+    feat_s0: Tensor | None = None,
+) -> Tensor:
     """Tokens (P, h, w, C) and hypernetworks' outputs (P, M, C/8) to logits (P, M, 4h, 4w).
 
-    The modules' parameters are read, the modules not called.
+    The modules' parameters are read, the modules not called. `feat_s1` and `feat_s0` are those of `mask_upscale`.
     """
     return mask_upscale(
         features,
@@ -42,5 +51,7 @@ def upscale(features: Tensor, hyper: Tensor, conv1: Any, norm: Any, conv2: Any) 
         norm.bias,
         conv2.weight,
         conv2.bias,
+        feat_s1=feat_s1,
+        feat_s0=feat_s0,
         eps=norm.eps,
     )
