@@ -42,7 +42,8 @@ class ImageEncoderConfig:
     image_size and patch_size are in pixels, window_size in tokens. adapter_ratio is the hidden
     width of an adapter over embed_dim; 0 leaves the adapters out. padding: `square` fills frames up
     to image_size on both sides, as SAM does; `none` to whole patches, so that a 16:9 frame takes 44 %
-    fewer tokens. trunk_width is that of a MobileNetV2 beside the patches; 0 leaves it out.
+    fewer tokens. trunk_width is that of a MobileNetV2 beside the patches; 0 leaves it out. detector:
+    whether a YOLOX-Nano beside the trunk names things too.
     """
 
     image_size: PositiveInt = 1024
@@ -56,11 +57,13 @@ class ImageEncoderConfig:
     adapter_ratio: NonNegativeFloat = 0.25
     padding: Literal["square", "none"] = "square"
     trunk_width: NonNegativeFloat = 0.0
+    detector: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> ImageEncoderConfig:
         _demand(
             patch_size_must_be_16_with_a_trunk=not self.trunk_width or self.patch_size == 16,
+            detector_must_be_beside_a_trunk=bool(self.trunk_width) or not self.detector,
             image_size_must_be_a_multiple_of_patch_size=self.image_size % self.patch_size == 0,
             embed_dim_must_be_a_multiple_of_num_heads=self.embed_dim % self.num_heads == 0,
             global_blocks_must_be_increasing_and_below_depth=(

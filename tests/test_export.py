@@ -1,6 +1,7 @@
 """Exported graphs against the model: torch.export and ONNX Runtime on the CPU; bad input."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from refsam.errors import UserError
 from refsam.export import TOLERANCE, Graph, export_model, graphs_of
 from refsam.export.files import compare, results_of
 from refsam.model import RefSAM
-from tests.tiny_model import tiny_model, tiny_trunk_model
+from tests.tiny_model import tiny_detecting_model, tiny_model, tiny_trunk_model
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -85,9 +86,10 @@ def test_a_video_by_onnx_runtime_is_the_models_own(model: RefSAM, exported: Path
                 assert_close(found, exact)
 
 
+@pytest.mark.parametrize("make", [tiny_trunk_model, tiny_detecting_model])
 @torch.no_grad()
-def test_a_trunks_maps_go_from_graph_to_graph() -> None:
-    model = tiny_trunk_model()
+def test_a_trunks_maps_go_from_graph_to_graph(make: Callable[[], RefSAM]) -> None:
+    model = make()
     encoder, decoder = graphs_of(model)
     assert encoder.outputs == ("levels", "fine", "names")
     pixels = torch.randn(1, 3, 64, 64)
@@ -103,7 +105,8 @@ def test_a_trunks_maps_go_from_graph_to_graph() -> None:
     wanted = model.decode(model.encode_image(pixels), model.project_text(encoded))
     assert_close(found[0], wanted.logits)
     program = encoder.export()
-    assert_close(program.module()(pixels=pixels)[1], maps["fine"])
+    for name, map_ in zip(encoder.outputs, program.module()(pixels=pixels), strict=True):
+        assert_close(map_, maps[name])
 
 
 def test_no_operator_of_ours_is_left(exported: Path) -> None:

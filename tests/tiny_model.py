@@ -33,14 +33,19 @@ def tiny_model(seed: int = 0) -> RefSAM:
     return model
 
 
-def tiny_trunk_model(seed: int = 0) -> RefSAM:
+def tiny_trunk_model(seed: int = 0, *changes: str) -> RefSAM:
     """The model with a trunk beside its encoder and frames that are padded to whole patches only."""
     torch.manual_seed(seed)
-    changes = ("image_encoder.trunk_width=0.5", "image_encoder.padding=none")
+    changes = ("image_encoder.trunk_width=0.5", "image_encoder.padding=none", *changes)
     model = RefSAM(RefSAMConfig.from_dict(CONFIG).override(*changes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # A convolutional trunk of seventeen layers would blow up.
-            if not name.startswith("trunk.network."):
+            # Convolutional networks of many layers would blow up.
+            if not name.startswith(("trunk.network.", "trunk.detector.")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+def tiny_detecting_model(seed: int = 0) -> RefSAM:
+    """The model with a trunk and a detector beside its encoder."""
+    return tiny_trunk_model(seed, "image_encoder.detector=true")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from refsam.model import EVFSAM, PromptedSAM, RefSAM, TextPrompt
 from refsam.model.features import ImageFeatures
-from refsam.model.trunk_features import FINE_CHANNELS, NAME_CHANNELS
+from refsam.model.trunk_features import FINE_CHANNELS, name_channels
 from refsam_kernels import decompositions
 
 Model = TypeVar("Model", bound=PromptedSAM)
@@ -209,7 +209,8 @@ def _refsam_graphs(model: RefSAM) -> tuple[Graph, Graph]:
     trunk = {}
     if model.trunk is not None:
         fine = random(1, FINE_CHANNELS, 4 * side, 4 * side)
-        trunk = {"fine": fine, "names": random(1, side * side, NAME_CHANNELS)}
+        names = name_channels(config.image_encoder.detector)
+        trunk = {"fine": fine, "names": random(1, side * side, names)}
     encoder = Graph("image_encoder", ImageEncoderGraph(model), pixels, ("levels", *trunk), {})
     expressions, words = {0: "expressions"}, {0: "expressions", 1: "words"}
     decoder = Graph(

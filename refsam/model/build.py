@@ -19,7 +19,7 @@ from refsam.model.text_encoder import (
     word_tokenizer,
 )
 from refsam.model.tracking import TrackingModule
-from refsam.model.trunk_features import FINE_CHANNELS, NAME_CHANNELS, TrunkFeatures
+from refsam.model.trunk_features import FINE_CHANNELS, TrunkFeatures, name_channels
 from refsam.model.two_way_transformer import TwoWayTransformer
 
 
@@ -44,7 +44,9 @@ def build_image_encoder(config: RefSAMConfig | EVFConfig) -> ImageEncoder:
 def build_trunk(config: RefSAMConfig) -> TrunkFeatures | None:
     """A network of photographs beside SAM's ViT, where asked."""
     sizes = config.image_encoder
-    return TrunkFeatures(sizes.trunk_width, sizes.embed_dim) if sizes.trunk_width else None
+    if not sizes.trunk_width:
+        return None
+    return TrunkFeatures(sizes.trunk_width, sizes.embed_dim, sizes.detector)
 
 
 def build_outline_head(config: RefSAMConfig) -> OutlineHead | None:
@@ -55,8 +57,10 @@ def build_outline_head(config: RefSAMConfig) -> OutlineHead | None:
 
 def build_noun_match(config: RefSAMConfig) -> NounMatch | None:
     """The module that compares words with the trunk's places, None without a trunk."""
-    has_trunk = config.image_encoder.trunk_width
-    return NounMatch(config.prompt_dim, NAME_CHANNELS) if has_trunk else None
+    sizes = config.image_encoder
+    if not sizes.trunk_width:
+        return None
+    return NounMatch(config.prompt_dim, name_channels(sizes.detector))
 
 
 def build_prompt_encoder(

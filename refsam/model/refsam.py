@@ -23,8 +23,7 @@ from refsam.model.adapter import Adapter
 from refsam.model.features import ImageFeatures, TextPrompt
 from refsam.model.prompted_sam import PromptedSAM, Prompts, add_image
 from refsam.model.text_encoder import CachedTextEncoder, EncodedText
-
-TRUNK_GREY = 128.0  # the trunk sees (value - 128) / 128
+from refsam.model.trunk_features import GREY
 
 log = logging.getLogger(__name__)
 
@@ -260,7 +259,7 @@ class RefSAM(
         seen = None
         if self.trunk is not None:
             values = pixels * self.pixel_std + self.pixel_mean
-            seen = self.trunk((values - TRUNK_GREY) / TRUNK_GREY)
+            seen = self.trunk((values - GREY) / GREY)
         features, intermediates = self.image_encoder(pixels, seen.added if seen else None)
         more = [seen.level] if seen else []
         embedding = F.normalize(features.flatten(1, 2), dim=-1)

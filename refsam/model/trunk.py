@@ -1,10 +1,11 @@
 """MobileNetV2 with DeepLabv3's small head: what a network that was trained on photographs sees in a frame."""
 
-import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn import functional as F
 
 from refsam_kernels import can_prepack
 
@@ -22,6 +23,9 @@ _RESIDUALS = (
 _STRIDE_4, _STRIDE_8, _STRIDE_16 = 3, 6, 13
 _CONTEXT_CHANNELS = 256
 STRIDE = 16
+
+Activation = Literal["relu6", "relu", "silu"]
+_ONEDNN_NAMES = {None: "none", "relu6": "hardtanh", "relu": "relu", "silu": "swish"}
 
 
 class TrunkMaps(NamedTuple):
@@ -49,7 +53,7 @@ class TrunkChannels(NamedTuple):
 
 
 class Conv(nn.Conv2d):
-    """A convolution with bias that keeps the grid, and ReLU6, ReLU or nothing behind it: `ceiling` 6, infinity or None."""
+    """A convolution with bias that keeps the grid, and what is behind it: relu6, relu, silu or nothing."""
 
     is_packed = False
 
@@ -61,30 +65,49 @@ class Conv(nn.Conv2d):
         stride: int = 1,
         dilation: int = 1,
         groups: int = 1,
-        ceiling: float | None = None,
+        activation: Activation | None = None,
     ) -> None:
         super().__init__(
             channels_in, channels_out, size, stride, dilation * (size // 2), dilation, groups
         )
-        self.ceiling = ceiling
+        self.activation = activation
+        # The weight as oneDNN wants it for inputs of that shape.
+        self._packed: tuple[torch.Size, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) to (B, C', h / stride, w / stride)."""
         if self.is_packed:
             return self._convolve_at_once(x)
-        x = super().forward(x)
-        return x if self.ceiling is None else x.clamp(0, self.ceiling)
+        x = self._convolve(x)
+        return x if self.activation is None else getattr(F, self.activation)(x)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        """The convolution; where gradients are wanted, a dilated depthwise one as several undilated ones: theirs are quick."""
+        step = self.dilation[0]
+        if step == 1 or self.groups == 1 or not torch.is_grad_enabled() or is_compiling():
+            return super().forward(x)
+        height, width = x.shape[2:]
+        x = F.pad(x, (0, -width % step, 0, -height % step))
+        # Places that are `step` apart see only each other.
+        apart = x.unflatten(3, (-1, step)).unflatten(2, (-1, step)).permute(3, 5, 0, 1, 2, 4)
+        y = apart.flatten(0, 2).contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(
+            y, self.weight, self.bias, self.stride, self.padding[0] // step, 1, self.groups
+        )
+        y = y.view(apart.shape).permute(2, 3, 4, 0, 5, 1).flatten(4, 5).flatten(2, 3)
+        return y[:, :, :height, :width].contiguous(memory_format=torch.channels_last)
 
     def _convolve_at_once(self, x: Tensor) -> Tensor:
-        """The same with the limits inside oneDNN's convolution, by the operator that torch.compile calls."""
-        limits: dict[float | None, tuple[str, list[float | None]]] = {
-            None: ("none", []),
-            math.inf: ("relu", []),
-        }
-        activation, values = limits.get(self.ceiling, ("hardtanh", [0.0, self.ceiling]))
+        """The same with the activation inside oneDNN's convolution, by the operator that torch.compile calls."""
+        limits: list[float | None] = [0.0, 6.0] if self.activation == "relu6" else []
+        name = _ONEDNN_NAMES[self.activation]
         sizes = (self.padding, self.stride, self.dilation, self.groups)
+        if self._packed is None or self._packed[0] != x.shape:
+            weight = self.weight.to_mkldnn()  # type: ignore[operator]
+            weight = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, *sizes, x.shape)
+            self._packed = x.shape, weight
         return torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, *sizes, activation, values, ""
+            x, self._packed[1], self.bias, *sizes, name, limits, ""
         )
 
 
@@ -93,7 +116,7 @@ class FirstLayer(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = Conv(3, channels, 3, stride=2, ceiling=6)
+        self.conv = Conv(3, channels, 3, stride=2, activation="relu6")
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, C, H / 2, W / 2)."""
@@ -108,8 +131,10 @@ class InvertedResidual(nn.Module):
     ) -> None:
         super().__init__()
         inner = channels_in * expansion
-        self.expand = Conv(channels_in, inner, ceiling=6) if expansion > 1 else nn.Identity()
-        self.depthwise = Conv(inner, inner, 3, stride, dilation, groups=inner, ceiling=6)
+        self.expand = (
+            Conv(channels_in, inner, activation="relu6") if expansion > 1 else nn.Identity()
+        )
+        self.depthwise = Conv(inner, inner, 3, stride, dilation, groups=inner, activation="relu6")
         self.project = Conv(inner, channels_out)
         self.is_residual = stride == 1 and channels_in == channels_out
 
@@ -124,9 +149,9 @@ class ContextHead(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.pool = Conv(channels, _CONTEXT_CHANNELS, ceiling=math.inf)
-        self.conv = Conv(channels, _CONTEXT_CHANNELS, ceiling=math.inf)
-        self.project = Conv(2 * _CONTEXT_CHANNELS, _CONTEXT_CHANNELS, ceiling=math.inf)
+        self.pool = Conv(channels, _CONTEXT_CHANNELS, activation="relu")
+        self.conv = Conv(channels, _CONTEXT_CHANNELS, activation="relu")
+        self.project = Conv(2 * _CONTEXT_CHANNELS, _CONTEXT_CHANNELS, activation="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) to (B, 256, h, w)."""
@@ -168,10 +193,11 @@ def channels(width: float) -> TrunkChannels:
     return TrunkChannels(*[*counts, _CONTEXT_CHANNELS])
 
 
-def pack_convolutions(trunk: Trunk) -> None:
-    """From now on compute each convolution and its limits as one, for inference; where torch cannot, nothing changes."""
-    weight = trunk.aspp.conv.weight
-    can = can_prepack(weight) and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    for module in trunk.modules():
+def pack_convolutions(network: nn.Module) -> None:
+    """From now on compute each `Conv` and its activation as one, for inference; where torch cannot, nothing changes."""
+    for module in network.modules():
         if isinstance(module, Conv):
-            module.is_packed = can
+            has_operators = hasattr(torch.ops.mkldnn, "_convolution_pointwise") and hasattr(
+                torch._C._nn, "mkldnn_reorder_conv2d_weight"
+            )
+            module.is_packed = can_prepack(module.weight) and has_operators

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from refsam.model.detector import BOX_CHANNELS, DETECTOR_CLASSES, Detector, box_maps
 from refsam.model.packing import Packing
-from refsam.model.trunk import Trunk, TrunkMaps, channels, pack_convolutions
+from refsam.model.trunk import STRIDE, Trunk, TrunkMaps, channels, pack_convolutions
 
 FINE_CHANNELS = 32
 NAME_CHANNELS = 128
+GREY = 128.0  # pixels are seen as (value - 128) / 128
 
 
 class PlaceNorm(nn.LayerNorm):
@@ -39,12 +41,13 @@ class TrunkOutput(NamedTuple):
 class TrunkFeatures(nn.Module):
     """Projections of a trunk's maps, each of them normalised first: its values reach far beyond a linear layer's.
 
-    The addition to the tokens starts at zero, so an encoder that gets a trunk computes the same as before.
+    The addition to the tokens starts at zero, so an encoder that gets a trunk computes the same as before. With a
+    detector, its boxes are added to the tokens too, and their scores are further names.
     """
 
     packing: Packing | None = None
 
-    def __init__(self, width: float, embed_dim: int) -> None:
+    def __init__(self, width: float, embed_dim: int, detector: bool = False) -> None:
         super().__init__()
         counts = channels(width)
         self.network = Trunk(width)
@@ -66,6 +69,10 @@ class TrunkFeatures(nn.Module):
         )
         nn.init.zeros_(self.tokens.weight)
         nn.init.zeros_(self.tokens.bias)
+        self.detector = Detector() if detector else None
+        if detector:
+            self.boxes = nn.Linear(BOX_CHANNELS, embed_dim, bias=False)
+            nn.init.zeros_(self.boxes.weight)
 
     def forward(self, pixels: Tensor) -> TrunkOutput:
         """Pixels (B, 3, H, W), (value - 128) / 128 of 0..255, H and W multiples of 16."""
@@ -106,7 +113,18 @@ class TrunkFeatures(nn.Module):
         # The head's own values, not normalised: the published class scores are linear in them.
         context = maps.context.permute(0, 2, 3, 1)
         names = self.names(torch.cat([places, context], -1)).flatten(1, 2)
-        return TrunkOutput(self.tokens(places), self.level(places), names, self.smooth(fine))
+        added = self.tokens(places)
+        if self.detector is not None:
+            height, width = pixels.shape[2:]
+            found = box_maps(self.detector(GREY * pixels + GREY), height, width, STRIDE)
+            names = torch.cat([names, found.names.to(names.dtype)], -1)
+            added = added + self.boxes(found.best.to(added.dtype)).view_as(added)
+        return TrunkOutput(added, self.level(places), names, self.smooth(fine))
+
+
+def name_channels(detector: bool) -> int:
+    """How many values nouns are compared with at a place: the trunk's, then a detector's for its classes."""
+    return NAME_CHANNELS + (len(DETECTOR_CLASSES) if detector else 0)
 
 
 def _arrange(module: TrunkFeatures, dtype: torch.dtype) -> Callable[[Tensor], TrunkOutput]:
@@ -114,5 +132,5 @@ def _arrange(module: TrunkFeatures, dtype: torch.dtype) -> Callable[[Tensor], Tr
     arranged = copy.deepcopy(module).deoptimize()
     # torch's types leave the memory format out.
     arranged.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    pack_convolutions(arranged.network)
+    pack_convolutions(arranged)
     return arranged._compute

@@ -16,6 +16,7 @@ _HARMLESS = (
     "init_from",
     "sam",
     "trunk",
+    "detector",
     "text_cache",
     "validation",
     "device",

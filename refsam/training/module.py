@@ -77,7 +77,7 @@ class TrainingModule(nn.Module):
         self.model = model
         self.head = ObjectHead(model.config.prompt_dim, model.config.image_encoder.patch_size)
         has_nouns = settings.loss.nouns and model.noun_match is not None
-        self.nouns = NounLoss(model.text_encoder) if has_nouns else None
+        self.nouns = NounLoss(model) if has_nouns else None
         is_trained = any(p.requires_grad for p in model.text_encoder.parameters())
         self.features = (
             None if is_trained else TextFeatures(model.text_encoder, settings.text_cache)

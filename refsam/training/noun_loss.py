@@ -1,11 +1,14 @@
-"""Teaches which of the trunk's published classes a noun means, without any picture."""
+"""Teaches which of the published classes of trunk and detector a noun means, without any picture."""
+
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from refsam.data.photographs.words import load_words, split_words
 from refsam.model import RefSAM, SmallTextEncoder
-from refsam.model.trunk_features import NAME_CHANNELS
+from refsam.model.detector import DETECTOR_CLASSES
+from refsam.model.trunk_features import NAME_CHANNELS, name_channels
 from refsam.model.trunk_weights import TRUNK_CLASSES
 
 
@@ -15,26 +18,35 @@ class NounLoss:
     Of the list's nouns those count of which the text encoder knows every word.
     """
 
-    def __init__(self, encoder: nn.Module) -> None:
-        number = {name: index for index, name in enumerate(TRUNK_CLASSES)}
-        rows: list[tuple[str, list[int]]] = []
-        for noun in load_words().nouns:
-            known = [number[name] for name in noun.classes if name in number]
-            rows += [(f"the {noun.word}", known), (f"the {noun.plural}", known)]
+    def __init__(self, model: RefSAM) -> None:
+        encoder = model.text_encoder
+        rows = [
+            (f"the {text}", n.classes) for n in load_words().nouns for text in (n.word, n.plural)
+        ]
         if isinstance(encoder, SmallTextEncoder):
             words = encoder.tokenizer.get_vocab()
             rows = [(text, known) for text, known in rows if words.keys() >= {*split_words(text)}]
         self.texts = [text for text, _ in rows]
-        self.wanted = torch.zeros(len(rows), len(TRUNK_CLASSES))
-        for row, (_, known) in zip(self.wanted, rows, strict=True):
-            row[known] = 1.0
-            row[0] = -1.0 if known else 0.0
+        of_trunk = torch.stack([_marked(TRUNK_CLASSES, known) for _, known in rows])
+        of_trunk[:, 0] = -of_trunk.any(1).float()  # less the background's score
+        self.wanted = of_trunk
+        if model.config.image_encoder.detector:
+            of_boxes = torch.stack([_marked(DETECTOR_CLASSES, known) for _, known in rows])
+            self.wanted = torch.cat([of_trunk, of_boxes], 1)
 
     def __call__(self, model: RefSAM) -> Tensor:
         """Scalar: squared errors of the wanted scores, summed over the classes, mean over the nouns."""
         assert model.noun_match is not None
         wanted = self.wanted.to(model.device)
-        scores = torch.eye(NAME_CHANNELS, device=model.device)[: len(TRUNK_CLASSES)]
+        channels = name_channels(model.config.image_encoder.detector)
+        of_trunk = torch.arange(len(TRUNK_CLASSES), device=model.device)
+        of_boxes = torch.arange(NAME_CHANNELS, channels, device=model.device)
+        scores = torch.eye(channels, device=model.device)[torch.cat([of_trunk, of_boxes])]
         image = torch.zeros(len(self.texts), dtype=torch.long, device=model.device)
         found = model.noun_match(model.encode_text(self.texts), scores[None], image)
         return (found - wanted).square().sum(1).mean()
+
+
+def _marked(classes: Sequence[str], wanted: Sequence[str]) -> Tensor:
+    """One for each of the classes that is wanted, else zero."""
+    return torch.tensor([float(name in wanted) for name in classes])

@@ -177,7 +177,8 @@ class TrainingSettings:
     `model` is a preset by name with entries to change, as in `{preset: vit_b, prompt_dim: 128}`, or a whole RefSAMConfig;
     `init_from` a checkpoint to begin from, over whose configuration the entries of `model` are put (a preset must be its size);
     `sam` SAM's file or folder if that one is a delta;
-    `trunk` the published weights that a new model's trunk begins with (docs/training.md says where they are);
+    `trunk` and `detector` the published weights that these parts of a new model begin with (docs/training.md says where they
+    are);
     `output` the folder of log, state and models; `workers` processes draw the batches ahead (0: the training's own).
     `text_cache` is a folder that keeps what a frozen text encoder says about each expression.
 
@@ -193,6 +194,7 @@ class TrainingSettings:
     init_from: str | None = None
     model: dict[str, Any] = Field(default_factory=dict)
     trunk: str | None = None
+    detector: str | None = None
     sam: str | None = None
     text_cache: str | None = None
     data: DataSettings = Field(default_factory=DataSettings)
@@ -266,6 +268,9 @@ class TrainingSettings:
             ),
             "trunk: a checkpoint has its own, want init_from or trunk": (
                 self.trunk is not None and self.init_from is not None
+            ),
+            "detector: a checkpoint has its own, want init_from or detector": (
+                self.detector is not None and self.init_from is not None
             ),
             "sam: only an init_from that is a delta stands on it": self.sam and not self.init_from,
         }

@@ -16,6 +16,7 @@ from refsam.data.photographs.scenes import SceneDrawer
 from refsam.data.photographs.words import load_words
 from refsam.errors import ConfigError, ExpressionError, UserError
 from refsam.model import RefSAM, SmallTextEncoder, word_tokenizer
+from refsam.model.detector_weights import load_detector
 from refsam.model.text_encoder import CachedTextEncoder
 from refsam.model.trunk_weights import load_trunk
 from refsam.model.vocabulary import extend_vocabulary, mark_untaught
@@ -40,6 +41,8 @@ def build_model(
         model = RefSAM(settings.architecture, tokenizer=word_tokenizer(known))
         if settings.trunk is not None:
             load_trunk(model, settings.trunk)
+        if settings.detector is not None:
+            load_detector(model, settings.detector)
         return model
     stored = checkpoint.load(settings.init_from, sam=settings.sam)
     model = RefSAM.from_checkpoint(_changed(stored, settings, known))

@@ -13,7 +13,7 @@ from refsam.errors import ConfigError
 from refsam.model import RefSAM
 from refsam.model.trunk import Trunk
 
-_SMALL = ("padding=square", "trunk_width=0", "image_size=64", "patch_size=16", "embed_dim=32", "depth=2",
+_SMALL = ("padding=square", "trunk_width=0", "detector=false", "image_size=64", "patch_size=16", "embed_dim=32", "depth=2",
           "num_heads=2", "window_size=2", "global_blocks=[0,1]")  # fmt: skip
 # Where the published weights lie, with what the published network makes of them; they are no part of the project.
 WEIGHTS = os.environ.get("REFSAM_TRUNK_WEIGHTS")

@@ -67,7 +67,7 @@ def test_a_missing_file_and_a_model_without_trunk_are_told(tmp_path: Path) -> No
 def test_nouns_are_learnt_without_pictures() -> None:
     model = tiny_trunk_model().train()
     extend_vocabulary(model.text_encoder, load_words().vocabulary())
-    loss = NounLoss(model.text_encoder)
+    loss = NounLoss(model)
     swan = loss.texts.index("the swan")
     assert loss.wanted[swan].nonzero().flatten().tolist() == [0, TRUNK_CLASSES.index("bird")]
     assert not loss.wanted[loss.texts.index("the toothbrush")].any()
@@ -81,7 +81,7 @@ def test_nouns_are_learnt_without_pictures() -> None:
 
 
 def test_nouns_of_unknown_words_are_left_out() -> None:
-    texts = NounLoss(tiny_trunk_model().text_encoder).texts
+    texts = NounLoss(tiny_trunk_model()).texts
     assert "the dog" in texts and "the toothbrush" not in texts
 
 
