@@ -39,7 +39,7 @@ def _convolutions(path: Path) -> list[tuple[Tensor, Tensor]]:
     """Weight and bias of each convolution of a graph, in its order."""
     try:
         import onnx
-        from google.protobuf.message import DecodeError
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     except ImportError as error:
         raise CheckpointError(
             f"detector: reading {path} needs onnx ({error}): pip install 'refsam[export]'"

@@ -1,6 +1,6 @@
 """MobileNetV2 with DeepLabv3's small head: what a network that was trained on photographs sees in a frame."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +91,8 @@ class Conv(nn.Conv2d):
         # Places that are `step` apart see only each other.
         apart = x.unflatten(3, (-1, step)).unflatten(2, (-1, step)).permute(3, 5, 0, 1, 2, 4)
         y = apart.flatten(0, 2).contiguous(memory_format=torch.channels_last)
-        y = F.conv2d(
-            y, self.weight, self.bias, self.stride, self.padding[0] // step, 1, self.groups
-        )
+        padding = self.kernel_size[0] // 2
+        y = F.conv2d(y, self.weight, self.bias, self.stride, padding, 1, self.groups)
         y = y.view(apart.shape).permute(2, 3, 4, 0, 5, 1).flatten(4, 5).flatten(2, 3)
         return y[:, :, :height, :width].contiguous(memory_format=torch.channels_last)
 
@@ -103,9 +102,8 @@ class Conv(nn.Conv2d):
         name = _ONEDNN_NAMES[self.activation]
         sizes = (self.padding, self.stride, self.dilation, self.groups)
         if self._packed is None or self._packed[0] != x.shape:
-            weight = self.weight.to_mkldnn()  # type: ignore[operator]
-            weight = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, *sizes, x.shape)
-            self._packed = x.shape, weight
+            reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its types are wrong
+            self._packed = x.shape, reorder(self.weight.to_mkldnn(), *sizes, x.shape)
         return torch.ops.mkldnn._convolution_pointwise(
             x, self._packed[1], self.bias, *sizes, name, limits, ""
         )
