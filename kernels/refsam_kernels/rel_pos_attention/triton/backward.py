@@ -10,7 +10,6 @@ import triton.language as tl
 from refsam_kernels.rel_pos_attention.triton.tiles import (
     LOG2E,
     _add_relative,
-    _biases,
     _head_pointers,
     _key_grid,
     _key_tile,
@@ -77,7 +76,11 @@ def _query_gradient_kernel(
     tables = (table_h, table_w)
     _store_relative(q, tables, (rel_h, rel_w), query, tokens, WINDOW, HEAD, CHUNK)
 
-    k_bias, v_bias = _biases(qkv_bias, head, heads, HEAD_DIM)
+    k_bias = qkv_bias
+    v_bias = qkv_bias
+    if qkv_bias is not None:
+        k_bias = qkv_bias + channels + head * HEAD_DIM
+        v_bias = k_bias + channels
     key_height, key_width = _key_grid(window, WINDOW, PADDED)
     dq0, dq1 = _zeros(BLOCK, HEAD)
     for column in range(0, key_width, COLUMNS):
@@ -208,7 +211,11 @@ def _key_gradient_kernel(
     tokens = h * w
     channels = heads * HEAD_DIM
     q_base, k_base, v_base = _head_pointers(qkv, image, head, heads, stride_b, stride_c, HEAD_DIM)
-    k_bias, v_bias = _biases(qkv_bias, head, heads, HEAD_DIM)
+    k_bias = qkv_bias
+    v_bias = qkv_bias
+    if qkv_bias is not None:
+        k_bias = qkv_bias + channels + head * HEAD_DIM
+        v_bias = k_bias + channels
     offsets = _offsets(window, key_y, key_x, stride_y, stride_x)
     k0 = _load_keys(k_base, offsets, is_real, stride_c, k_bias, HEAD_DIM, 0, D0, PADDED)
     v0 = _load_keys(v_base, offsets, is_real, stride_c, v_bias, HEAD_DIM, 0, D0, PADDED)

@@ -6,7 +6,6 @@ import triton.language as tl
 from refsam_kernels.rel_pos_attention.triton.tiles import (
     LN2,
     LOG2E,
-    _biases,
     _head_pointers,
     _key_grid,
     _key_tile,
@@ -68,7 +67,11 @@ def _forward_kernel(
     _store_relative(q, (table_h, table_w), (rel_h, rel_w), query, tokens, WINDOW, HEAD, CHUNK)
     tl.debug_barrier()  # other threads of this program read what was stored
 
-    k_bias, v_bias = _biases(qkv_bias, head, heads, HEAD_DIM)
+    k_bias = qkv_bias
+    v_bias = qkv_bias
+    if qkv_bias is not None:
+        k_bias = qkv_bias + channels + head * HEAD_DIM
+        v_bias = k_bias + channels
     key_height, key_width = _key_grid(window, WINDOW, PADDED)
     m_i = tl.full([BLOCK], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK], tl.float32)

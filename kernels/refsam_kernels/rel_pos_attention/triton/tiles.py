@@ -52,17 +52,6 @@ def _head_pointers(qkv, image, head, heads, stride_b, stride_c, HEAD_DIM: tl.con
 
 
 @triton.jit
-def _biases(qkv_bias, head, heads, HEAD_DIM: tl.constexpr):
-    """A head's biases of k and v, None without a bias."""
-    k_bias = qkv_bias
-    v_bias = qkv_bias
-    if qkv_bias is not None:
-        k_bias = qkv_bias + heads * HEAD_DIM + head * HEAD_DIM
-        v_bias = k_bias + heads * HEAD_DIM
-    return k_bias, v_bias
-
-
-@triton.jit
 def _key_grid(window, WINDOW: tl.constexpr, PADDED: tl.constexpr):
     """Rows and columns of a window's keys: the real ones, or with padding all."""
     key_height = window[2]
