@@ -5,7 +5,8 @@ import json
 import os
 import resource
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,8 @@ class Log:
         if self.curves is not None:
             for name, value in numbers.items():
                 self.curves.add_scalar(name, value, record["step"])
-        if self.wandb is not None and numbers:
-            self.wandb.log(numbers, step=record["step"])
+        if numbers:
+            self._to_wandb(lambda run: run.log(numbers, step=record["step"]))
 
     def picture(self, name: str, image: NDArray[np.uint8], step: int) -> None:
         """An image (H, W, 3) uint8 RGB beside the curves."""
@@ -120,8 +121,7 @@ class Log:
         """Flush TensorBoard and Weights & Biases."""
         if self.curves is not None:
             self.curves.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        self._to_wandb(lambda run: run.finish())
 
     def _open_wandb(self, folder: Path, project: str) -> None:
         """Open a run of the project that a resumed training continues."""
@@ -131,9 +131,24 @@ class Log:
             self.problems.append("no Weights & Biases: pip install wandb")
             return
         name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-        self.wandb = wandb.init(
-            project=project, name=folder.name, id=name, resume="allow", dir=str(folder)
-        )
+        try:
+            self.wandb = wandb.init(
+                project=project, name=folder.name, id=name, resume="allow", dir=str(folder)
+            )
+        except (
+            Exception
+        ) as error:  # no key, no network, no disk: the log is in its file all the same
+            self.problems.append(f"no Weights & Biases: {error}")
+
+    def _to_wandb(self, act: Callable[[Any], object]) -> None:
+        """Do something with the run at Weights & Biases, if there is one; training never ends because of it."""
+        if self.wandb is None:
+            return
+        try:
+            act(self.wandb)
+        except Exception as error:
+            self.wandb = None
+            warnings.warn(f"Weights & Biases gets nothing more: {error}", stacklevel=2)
 
     def _take_back(self, step: int) -> None:
         if not self.path.exists():

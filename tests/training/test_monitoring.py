@@ -1,8 +1,11 @@
 """What a run tells: scores on clips that it is not trained on, curves, examples, operations of a step."""
 
 import json
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -264,3 +267,33 @@ def test_models_that_stand_on_sam_are_saved_as_deltas(folder: Path) -> None:
     assert all(torch.equal(state[n], t) for n, t in base.state_dict().items() if is_base(n))
     list(Trainer(run_settings(folder, "whole", init_from=str(sam), delta=False)).run())
     assert json.loads((folder / "whole/model/config.json").read_text())["kind"] == "full"
+
+
+@pytest.mark.parametrize("fails", ["", "init", "log", "finish"])
+def test_weights_and_biases_get_the_log_and_never_end_a_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    seen: list[tuple[str, Any]] = []
+
+    def act(name: str) -> Any:
+        def called(*values: object, **named: object) -> object:
+            if name == fails:
+                raise RuntimeError("no API key")
+            seen.append((name, values or named))
+            return run
+
+        return called
+
+    run = SimpleNamespace(log=act("log"), finish=act("finish"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=act("init")))
+    said: list[str] = []
+    trainer = Trainer(run_settings(folder, "run", steps=2, wandb="project"), said.append)
+    with (
+        pytest.warns(UserWarning, match="no API key")
+        if fails in ("log", "finish")
+        else nullcontext()
+    ):
+        losses_of(trainer)
+    assert ("log: no Weights & Biases: no API key" in said) == (fails == "init")
+    logged = [values[0] for name, values in seen if name == "log" and "total" in values[0]]
+    assert len(logged) == (0 if fails in ("init", "log") else 2)
