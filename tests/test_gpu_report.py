@@ -336,7 +336,7 @@ def test_the_parcel_holds_wheels_and_libraries(
 
 
 def leave_rehearsal(folder: Path, plant: str | None, outcome: str) -> None:
-    """What a short rehearsal leaves whose tasks all wrote a row and ended so."""
+    """Leaves files and rows as a short rehearsal does whose tasks all wrote a row and ended so."""
     folder.mkdir(parents=True)
     for name in rehearsed.FILES:
         (folder / name).touch()

@@ -85,7 +85,7 @@ def attempt(rows: Rows, measuring: Callable[[], dict[str, Any]], **facts: Any) -
 
 
 def made(rows: Rows, making: Callable[[], Made], **facts: Any) -> Made | None:
-    """What `making` makes, which is then measured; None, and a row with `wrong`, if it fails."""
+    """Calls `making`, whose result is then measured; None, and a row with `wrong`, if it fails."""
     try:
         return making()
     except Exception as error:

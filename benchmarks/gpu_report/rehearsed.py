@@ -16,7 +16,7 @@ from benchmarks.gpu_report.stand_in import shortened
 
 FILES = ("rows.jsonl", "report.log", "summary.txt")
 MOST_FILES = 6
-# What is planted into every task, and how its outcome then begins.
+# How the outcome of a task begins by what was planted into it.
 PLANTED = {"fail": "failed", "hang": "killed"}
 
 
