@@ -11,6 +11,7 @@ from torch import Tensor
 from refsam_kernels import (
     AttentionWeights,
     dense_attention,
+    mask_loss,
     mask_postprocess,
     token_image_attention,
 )
@@ -75,6 +76,17 @@ def test_heights_of_masks(seen: Seen) -> None:
     kinds = {tuple(sorted(signature)) for found in seen.values() for signature, _ in found}
     heights = {dict(kind)["height"] for kind in kinds}
     assert heights == {"i32"}
+
+
+def test_masks_and_sizes_of_mask_loss(seen: Seen) -> None:
+    """Clips of a batch differ in size, and steps in how many expressions they have."""
+    for count, size in ((1, (65, 130)), (2, (80, 128)), (16, (96, 144)), (7, (70, 99))):
+        logits = torch.randn(count, 16, 16, requires_grad=True)
+        targets = torch.zeros(count, *size, dtype=torch.bool)
+        losses = mask_loss(logits, targets, image_size=64, input_size=(40, 64), backend="triton")
+        sum(loss.sum() for loss in losses).backward()  # type: ignore[union-attr]
+    assert {name: len(found) for name, found in seen.items()} == dict.fromkeys(seen, 1)
+    assert len(seen) == 3
 
 
 def test_integers_are_specialised_unless_they_must_not() -> None:

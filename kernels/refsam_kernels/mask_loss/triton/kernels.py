@@ -54,7 +54,7 @@ def target_tile(targets, ignore, ys, xs, height, width, HAS_IGNORE: tl.constexpr
     return target, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def _sums_kernel(
     logits,  # (P, 4h, 4w) float32
     targets,  # (P, H, W)
@@ -98,7 +98,7 @@ def column_sum(partial, tiles, BLOCK: tl.constexpr):
     return tl.sum(total, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["masks", "tiles"])
 def _losses_kernel(
     partial,  # (P, tiles, 5) float32
     focal,  # (P,) float32
@@ -133,7 +133,7 @@ def weights_tile(start, weights, stride, outputs, inputs, count, TAPS: tl.conste
     return matrix
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["masks", "height", "width"])
 def _gradient_kernel(
     grad_focal,  # (P,) float32
     grad_dice,  # (P,) float32
