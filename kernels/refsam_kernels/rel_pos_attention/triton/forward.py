@@ -6,6 +6,7 @@ import triton.language as tl
 from refsam_kernels.rel_pos_attention.triton.tiles import (
     LN2,
     LOG2E,
+    _check_tile,
     _head_pointers,
     _key_grid,
     _key_tile,
@@ -42,9 +43,7 @@ def _forward_kernel(
     WINDOW: tl.constexpr = (WINDOW_H, WINDOW_W)
     HEAD: tl.constexpr = (HEAD_DIM, D0, D1)
     KEYS: tl.constexpr = (ROWS, COLUMNS)
-    # A tile that does not fit the window must not pass for one that does.
-    tl.static_assert(MASKED or (WINDOW_H % ROWS == 0 and WINDOW_W % COLUMNS == 0))
-    tl.static_assert(MASKED or PADDED or not PARTIAL)
+    _check_tile(WINDOW, KEYS, PARTIAL, PADDED, MASKED)
     tile, head, image, window = _locate(tiles, heads, h, w, WINDOW, PARTIAL)
     _, _, height, width = window
     if tile * BLOCK >= height * width:

@@ -21,6 +21,16 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def _check_tile(
+    WINDOW: tl.constexpr, KEYS: tl.constexpr,
+    PARTIAL: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """A tile that does not fit the window must not pass for one that does."""
+    tl.static_assert(MASKED or (WINDOW[0] % KEYS[0] == 0 and WINDOW[1] % KEYS[1] == 0))
+    tl.static_assert(MASKED or PADDED or not PARTIAL)
+
+
+@triton.jit
 def _locate(tiles, heads, h, w, WINDOW: tl.constexpr, PARTIAL: tl.constexpr):
     """This program's tile, head, image and window, whose height and width are constants where no window is partial."""
     program = tl.program_id(0)
