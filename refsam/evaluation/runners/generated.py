@@ -64,7 +64,7 @@ def benchmark_arguments(index: int) -> dict[str, Any]:
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as a Markdown table: a row per kind of expression, then what is marked where nothing should be."""
-    lines = ["| sentences that name | number | J | F | J&F |", "|---|--:|--:|--:|--:|"]
+    lines = ["| expressions that name | number | J | F | J&F |", "|---|--:|--:|--:|--:|"]
     for name, row in summary["accuracy"].items():
         if row["sentences"]:
             scores = " | ".join(f"{row[key]:.3f}" for key in ("J", "F", "J&F"))
@@ -73,7 +73,7 @@ def table(summary: dict[str, Any]) -> str:
         lines.append("")
         lines.append(
             f"Falsely marked area where the object is absent: {100 * summary['false_area']:.3f} % of the frame "
-            f"({summary['sentences_with_absent_frames']} sentences)."
+            f"({summary['sentences_with_absent_frames']} expressions)."
         )
     return "\n".join(lines)
 
