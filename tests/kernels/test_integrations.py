@@ -269,7 +269,8 @@ def test_sam_from_points_to_masks(multimask: bool) -> None:
     optimize(model)
     calls = calls_of(lambda: batch.append(model(batch[:1], multimask_output=multimask)[0]))
     found = batch[1]
-    assert calls == {"rel_pos_attention": 2, "mask_upscale": 1, "mask_postprocess": 1}
+    own = {"rel_pos_attention": 2, "mask_upscale": 1, "mask_postprocess": 1}
+    assert calls == own | {"token_image_attention": 5}
     assert found.keys() == wanted.keys()
     assert_close(found["low_res_logits"], wanted["low_res_logits"], 1e-4)
     assert_close(found["iou_predictions"], wanted["iou_predictions"], 1e-4)

@@ -18,7 +18,7 @@ def valid_positions(lengths: Tensor, size: int) -> Tensor:
 def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
     """Raises `ValueError` unless low <= values <= high, where they can be seen."""
     if _can_be_seen(tensor):
-        least, greatest = (value.item() for value in tensor.aminmax())
+        least, greatest = (value.item() for value in tensor.detach().aminmax())
         got = f"values from {least} to {greatest}"
         require(low <= least and greatest <= high, name, got, f"values from {low} to {high}")
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refsam_kernels.integrations import two_way_transformer
 from refsam_kernels.integrations.encoders import find_blocks
 from refsam_kernels.integrations.mask_decoder import upscale, upscaling_reasons
 from refsam_kernels.integrations.replacement import Replacement, refuse, structure_reasons
@@ -54,9 +55,10 @@ def makes_masks(predictor: Any) -> bool:
 
 
 def of_decoder(decoder: Any, path: str) -> list[Replacement]:
-    """The replacements for a `MaskDecoder`. Raises `ValueError` if it is modified inside."""
+    """The replacements for a `MaskDecoder` and its transformer. Raises `ValueError` if it is modified inside."""
     refuse(list(_decoder_reasons(path, decoder)))
-    return [Replacement(path, decoder, _predict_masks, "predict_masks", EMBEDDINGS)]
+    found = two_way_transformer.replacements(f"{path}.transformer", decoder.transformer)
+    return [Replacement(path, decoder, _predict_masks, "predict_masks", EMBEDDINGS), *found]
 
 
 def inherits(instance: object, method: str, class_name: str) -> bool:
@@ -91,15 +93,21 @@ def _predict_masks(
     own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     count = len(sparse_prompt_embeddings)
     tokens = torch.cat([own.expand(count, -1, -1), sparse_prompt_embeddings], dim=1)
-    image = image_embeddings.repeat_interleave(count, dim=0) + dense_prompt_embeddings
-    positions = image_pe.repeat_interleave(count, dim=0)
-    tokens, pixels = decoder.transformer(image, positions, tokens)
+    image = _for_each(image_embeddings, count) + dense_prompt_embeddings
+    tokens, pixels = decoder.transformer(image, _for_each(image_pe, count), tokens)
     mask_tokens = tokens[:, 1 : 1 + decoder.num_mask_tokens]
     hyper = [mlp(mask_tokens[:, i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)]
     conv1, norm, _, conv2, _ = decoder.output_upscaling
     features = pixels.unflatten(1, image.shape[2:])
     masks = upscale(features, torch.stack(hyper, dim=1), conv1, norm, conv2)
     return masks, decoder.iou_prediction_head(tokens[:, 0])
+
+
+def _for_each(of_image: Tensor, count: int) -> Tensor:
+    """What belongs to an image (1, C, h, w), for each of its prompts, without copies."""
+    if len(of_image) == 1:
+        return of_image.expand(count, -1, -1, -1)
+    return of_image.repeat_interleave(count, dim=0)
 
 
 @torch.no_grad()

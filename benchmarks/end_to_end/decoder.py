@@ -1,0 +1,83 @@
+"""`python -m benchmarks.end_to_end.decoder --out FILE.json`: segment-anything's mask decoder, as it is and by `optimize()`.
+
+`optimize()` is timed with its attentions between tokens and pixels as the original's, and as `token_image_attention`: `FASTER` of
+refsam_kernels/integrations/two_way_transformer.py follows from the rows. Times are the processor's, of one thread, the ways in
+turn: so that what else the machine does is not in them.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.provenance import collect
+from refsam_kernels.integrations import optimize, two_way_transformer
+from tests.sam_modeling import sam_mask_decoder
+
+ROUNDS = {1: 9, 4: 5}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Way = Callable[[], tuple[Tensor, Tensor]]
+
+
+def measure(prompts: int, tokens: int, dtype: torch.dtype) -> dict[str, float]:
+    """Medians in milliseconds of each way on an image of 64 x 64 tokens; `tokens` are those of the transformer."""
+    decoder: Any = sam_mask_decoder(dim=256, mlp_dim=2048).to(dtype)
+    inputs = {
+        "image_embeddings": torch.randn(1, 256, 64, 64, dtype=dtype),
+        "image_pe": torch.randn(1, 256, 64, 64, dtype=dtype),
+        "sparse_prompt_embeddings": torch.randn(prompts, tokens - 5, 256, dtype=dtype),
+        "dense_prompt_embeddings": torch.randn(1, 256, 1, 1, dtype=dtype).expand(
+            prompts, -1, 64, 64
+        ),
+    }
+
+    def optimized(by_operator: bool) -> float:
+        chosen = mock.patch.object(two_way_transformer, "is_faster", return_value=by_operator)
+        with optimize(decoder, check=False), chosen:
+            return seconds()
+
+    def seconds() -> float:
+        start = time.thread_time()
+        decoder(**inputs, multimask_output=True)
+        return time.thread_time() - start
+
+    ways: dict[str, Callable[[], float]] = {
+        "original_ms": seconds,
+        "attention_as_there_ms": lambda: optimized(False),
+        "attention_as_operator_ms": lambda: optimized(True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS.get(prompts, 3)):
+        for name, way in ways.items():
+            times[name].append(1e3 * way())
+    return {name: round(statistics.median(values), 1) for name, values in times.items()}
+
+
+def main() -> None:
+    """Measures and writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[7, 20, 21, 32])
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for prompts in arguments.prompts:
+        for tokens in arguments.tokens:
+            with torch.inference_mode():
+                row = measure(prompts, tokens, DTYPES[arguments.dtype])
+            rows.append({"dtype": arguments.dtype, "prompts": prompts, "tokens": tokens} | row)
+            print(rows[-1], flush=True)
+    arguments.out.write_text(json.dumps(collect("cpu") | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
