@@ -37,10 +37,10 @@ class TrainingBatch:
 
 
 class GeneratedStream(Dataset[TrainingBatch | DataError]):
-    """Batch number `index` of a run is drawn from (seed, index) alone; `image_size` is the model's, in pixels.
+    """Draws batch number `index` of a run from (seed, index) alone; `image_size` is the model's, in pixels.
 
-    It is made of photographs, by `drawer`, or generated, as the stage mixes them. A step takes `batches` of them, over all
-    processes and accumulated ones. A DataError is handed over as by `DatasetStream`.
+    A batch is made of photographs, by `drawer`, or generated, as the stage mixes them. A step takes `batches` of
+    them, over all processes and accumulation. A DataError is returned, as by `DatasetStream`.
     """
 
     def __init__(
@@ -110,10 +110,10 @@ class GeneratedStream(Dataset[TrainingBatch | DataError]):
 
 
 class DatasetStream(Dataset[TrainingBatch | DataError]):
-    """Batch number `index` takes the clips that follow those of the batches before it in an endless mixture of the datasets.
+    """Makes batch number `index` of the next clips in an endless mixture of the datasets.
 
-    A step takes `batches` of them, over all processes and accumulated ones. A DataError is handed over, not raised: on its way
-    out of another process a raised one would lose its one line.
+    A step takes `batches` of them, over all processes and accumulation. A DataError is returned, not raised: raised
+    in another process, it would lose its one-line message.
     """
 
     def __init__(
@@ -209,9 +209,10 @@ def batches(
     ranks: int = 1,
     pin: bool = False,
 ) -> Iterator[TrainingBatch]:
-    """Those of steps `begin` to `end`, the end not included, that fall to one of `ranks` processes.
+    """Yield the batches of steps `begin` to `end`, the end excluded, of one of `ranks` processes.
 
-    In order, drawn ahead by `workers` other processes, as `refsam.training.loading` says; raises DataError and UserError.
+    They come in order, drawn ahead by `workers` other processes; see `refsam.training.loading`. Raises DataError and
+    UserError.
     """
     order = range(begin * stream.batches + rank, end * stream.batches, ranks)
     for batch in draw(stream, order, workers, pin):

@@ -20,8 +20,8 @@ def mask_losses(
 ) -> dict[str, Tensor]:
     """Scalar losses of P predicted masks against masks (P, H, W) bool (paper, section 3.4).
 
-    `ignore (P, H, W)` bool: pixels that do not count, None for none. `scale` takes the loss at that fraction of the image size,
-    against masks averaged down by as much; there a pixel does not count if any part of it does not.
+    `ignore (P, H, W)` bool: ignored pixels, None for none. `scale` divides the size at which the loss is taken,
+    against masks averaged down alike; a pixel with any ignored part is ignored.
     """
     targets = masks
     if scale > 1:

@@ -36,14 +36,14 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True, config=_CLOSED)
 class StageSettings:
-    """A stretch of training on batches of one make.
+    """A stage of training, with one kind of batch.
 
-    `steps` it has; with `epochs` no more of them than so many passes over the datasets take.
-    `clips` per batch, `frames` per clip, `expressions` per clip (0: only the image encoder is trained, by `loss.objects`);
-    `image_size` that the frames are drawn and seen at, in pixels (None: the model's); `style` of the generated scenes;
-    `photographs` is the share of its batches that are made of `data.photographs`, the others are generated;
-    `loss_scale` shrinks the size at which the mask loss is taken; `tbptt_frames`: gradients reach back through track tokens by so
-    many frames at most (None: the whole clip).
+    `steps`: number of steps, at most `epochs` passes over the datasets. `clips` per batch, `frames` and `expressions`
+    per clip (0 expressions: only the image encoder is trained, by `loss.objects`). `image_size` of the frames in
+    pixels (None: the model's). `style` of generated scenes. `photographs`: share of batches made of
+    `data.photographs`; the others are generated. `loss_scale`: factor by which the mask loss is taken at a smaller
+    size. `tbptt_frames`: number of frames through which gradients flow back along track tokens (None: the whole
+    clip).
     """
 
     steps: PositiveInt
@@ -62,16 +62,14 @@ class StageSettings:
 class OptimiserSettings:
     """AdamW, linear warm-up and cosine decay to `final_rate` of the learning rate.
 
-    `muon` steps the weights of linear layers by Muon at the same rate: a model that starts from nothing learns in fewer steps.
-    `lr_overrides` gives parts of the model, such as mask_decoder or trunk.network, their own learning rate with the same
-    schedule; the narrowest counts.
-    `max_grad_norm` clips the gradients of all parameters together (None: they are only measured). `betas` are AdamW's;
-    `decay_norms`: norms, biases, tokens and position tables decay too. `lr_batch` is the number of clips in a step that the
-    learning rates are meant for: with more or less, over all processes, they are scaled linearly (None: they are what they
-    are).
-    `gradient_accumulation_steps` batches make one step.
-    `ema_decay` is the decay of the moving average of the weights, which is validated and saved as the model; with None the
-    weights themselves are.
+    `muon`: optimise the weights of linear layers by Muon at the same rate; a model that starts from random weights
+        needs fewer steps. `lr_overrides`: learning rates of parts of the model, such as mask_decoder or
+        trunk.network, with the same schedule; the narrowest part wins. `max_grad_norm`: limit of the norm of all
+        gradients together (None: it is only logged). `betas` of AdamW; `decay_norms`: apply weight decay to norms,
+        biases, tokens and position tables, too. `lr_batch`: number of clips in a step that the learning rates are
+        meant for; they are scaled linearly to the actual number, over all processes (None: no scaling).
+        `gradient_accumulation_steps`: batches per step. `ema_decay` of the moving average of the weights, which is
+        validated and saved as the model (None: the weights themselves are).
     """
 
     muon: bool = False
@@ -90,8 +88,11 @@ class OptimiserSettings:
 
 @dataclass(frozen=True, config=_CLOSED)
 class LossSettings:
-    """Weights of the losses of `refsam.training.losses`; `objects` and `target`, of what `ObjectHead` reads from image
-    and decoder, need generated clips; `nouns` compares what nouns mean with the classes that a trunk was published with."""
+    """Weights of the losses of `refsam.training.losses`.
+
+    `objects` and `target` weigh the predictions of `ObjectHead` from image and decoder; `objects` needs generated
+    clips. `nouns` weighs the loss that ties nouns to the classes of a published trunk.
+    """
 
     focal: NonNegativeFloat = 1.0
     dice: NonNegativeFloat = 1.0
@@ -103,7 +104,7 @@ class LossSettings:
 
 @dataclass(frozen=True, config=_CLOSED)
 class DatasetSettings:
-    """A dataset as `refsam.data.open_dataset` takes it, and how often an epoch goes through it.
+    """A dataset, as `refsam.data.open_dataset` takes it; an epoch passes `weight` times over it.
 
     `split_by` and `exclude_shared` are for the RefCOCO family.
     """
@@ -141,7 +142,7 @@ class PhotographSettings:
 class DataSettings:
     """The training data: generated clips and `photographs`, as the stages mix them, unless `datasets` are listed.
 
-    `unreadable`: whether an image or mask that cannot be decoded stops the run, or its sample is skipped and the log counts it.
+    `unreadable`: stop the run at an image or mask that cannot be decoded, or skip its sample and count it in the log.
     """
 
     datasets: tuple[DatasetSettings, ...] = ()
@@ -154,10 +155,11 @@ class DataSettings:
 class ValidationSettings:
     """The validation data; the model is scored every `every` steps and at the end (None: never).
 
-    `clips` videos of `dataset`, spread evenly over its list, or generated clips of what training never draws; the first `frames`
-    annotated frames of each (None: the whole video, online, as it will be used), `most_frames` in all, so that as many videos
-    are taken as they hold; pictures of the first `examples` of them. `keep` models of the highest scores are kept below `top/`.
-    `patience`: the run ends after so many validations without a better score (None: never).
+    `clips`: number of videos of `dataset`, spread evenly over its list, or of generated clips that training never
+        draws. `frames`: annotated frames of each, from the first (None: the whole video, online, as in use);
+        `most_frames`: limit over all videos, which reduces their number. `examples`: clips with pictures. `keep`:
+        number of models with the highest scores to keep below `top/`. `patience`: validations without a better score
+        after which the run ends (None: never).
     """
 
     every: PositiveInt | None = None

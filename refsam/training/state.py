@@ -54,10 +54,10 @@ def write_state(
     progress: Progress,
     configuration: Mapping[str, Any],
 ) -> None:
-    """Write the state under another name and rename it; the newest there was stays as the previous one.
+    """Write the state under another name and rename it; the last one stays as the previous one.
 
-    `configuration` is what `refsam.training.configuration.learnt` tells. Raises OSError or SafetensorError, and leaves nothing
-    unfinished behind, where it cannot be written.
+    `configuration` is the result of `refsam.training.configuration.learnt`. Raises OSError or SafetensorError, and
+    leaves no partial file, if it cannot be written.
     """
     path = folder / STATE
     temporary = path.with_suffix(".tmp")
@@ -82,10 +82,10 @@ def write_state(
 def read_state(
     folder: Path,
 ) -> tuple[dict[str, Tensor], Progress, dict[str, Any], list[str]] | None:
-    """The newest state that is whole, and in words what is wrong with a newer one; None where there is none at all.
+    """Read the newest undamaged state, and describe the problem of a newer one; None if there is no state.
 
-    Beside tensors and progress it is the configuration, empty in a state of an earlier version.
-    Raises UserError where there are states and none of them is whole.
+    Returns tensors, progress, configuration (empty in states of earlier versions) and problems. Raises UserError if
+    all states are damaged.
     """
     problems: list[str] = []
     for path in (folder / STATE, folder / PREVIOUS):
