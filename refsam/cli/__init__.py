@@ -116,13 +116,10 @@ def _show_version(wanted: bool) -> None:
 def _root(
     context: typer.Context,
     version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks; works anywhere on the line.")
-    ] = False,
-) -> None:
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; works anywhere on the line.")] = False,
+) -> None:  # fmt: skip
     """Say what you want segmented in a video; get its masks, frame by frame.
 
     Try `refsam demo`, then `refsam segment clip.mp4 --text "the red car" --out out`.

@@ -16,15 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 @app.command()
 def bench(
     operators: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[OPERATOR]...", help="Operators to measure; all by default."),
+        list[str] | None, typer.Argument(metavar="[OPERATOR]...", help="Operators to measure; all by default.")
     ] = None,
     full: Annotated[
-        bool,
-        typer.Option(
-            "--full",
-            help="Every size, and training too: an hour or more; some ten minutes without.",
-        ),
+        bool, typer.Option("--full", help="Every size, and training too: an hour or more; some ten minutes without.")
     ] = False,
     device: Annotated[
         str, typer.Option(help="auto (the GPU if there is one), cpu or cuda.", metavar="NAME")
@@ -32,23 +27,15 @@ def bench(
     seconds: Annotated[
         float, typer.Option(help="Time for each case; slow ones take five rounds anyway.", min=0)
     ] = 5.0,
-    out: Annotated[
-        Path, typer.Option(help="Folder for the rows (JSON lines) and the plots.")
-    ] = Path("out/bench"),
+    out: Annotated[Path, typer.Option(help="Folder for the rows (JSON lines) and the plots.")] = Path("out/bench"),
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(
-            metavar="BEFORE AFTER",
-            help="Measure nothing: compare two such folders or files.",
-        ),
+        typer.Option(metavar="BEFORE AFTER", help="Measure nothing: compare two such folders or files."),
     ] = None,
     threshold: Annotated[
-        float,
-        typer.Option(
-            help="With --compare: exit with code 1 beyond this many percent slower.", min=0
-        ),
+        float, typer.Option(help="With --compare: exit with code 1 beyond this many percent slower.", min=0)
     ] = 10.0,
-) -> None:
+) -> None:  # fmt: skip
     """Measure the operators, whole image encoders and whole frames against the alternatives.
 
     A result is checked before and after it is timed. The limit is what this machine's memory and arithmetic reach in the same

@@ -83,11 +83,9 @@ def evf(
         ),
     ],
     out: _Out,
-    dtype: Annotated[
-        str, typer.Option(help="Of the tensors written: float32, bfloat16 or float16.")
-    ] = "float32",
+    dtype: Annotated[str, typer.Option(help="Of the tensors written: float32, bfloat16 or float16.")] = "float32",
     overwrite: _Overwrite = False,
-) -> None:
+) -> None:  # fmt: skip
     """EVF-SAM's published files: a model that segments by text, as it is."""
     from refsam.checkpoint import read_evf
     from refsam.model import EVFSAM

@@ -14,17 +14,14 @@ app = typer.Typer(
 
 @app.command()
 def check(
-    root: Annotated[
-        Path, typer.Argument(help="Folder of the dataset, as docs/data.md lays it out.")
-    ],
+    root: Annotated[Path, typer.Argument(help="Folder of the dataset, as docs/data.md lays it out.")],
     dataset: Annotated[
-        str | None,
-        typer.Option(help="Which dataset it should be; recognised by its files unless given."),
+        str | None, typer.Option(help="Which dataset it should be; recognised by its files unless given.")
     ] = None,
     decode: Annotated[
         bool, typer.Option("--decode", help="Decode every image and mask, too; this takes a while.")
     ] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Print what is present, missing and broken, and where to get each file.
 
     The exit code is 2 if something is broken, or if no split is there.
@@ -57,15 +54,11 @@ def check(
 
 @app.command("prepare-davis17")
 def prepare_davis17(
-    davis: Annotated[
-        Path, typer.Argument(help="DAVIS 2017: JPEGImages, Annotations_unsupervised, ImageSets.")
-    ],
+    davis: Annotated[Path, typer.Argument(help="DAVIS 2017: JPEGImages, Annotations_unsupervised, ImageSets.")],
     texts: Annotated[Path, typer.Argument(help="The unpacked davis_text_annotations.zip.")],
     out: Annotated[Path, typer.Option("--out", help="The new folder to write.")],
-    copy: Annotated[
-        bool, typer.Option("--copy", help="Copy frames and masks instead of linking to them.")
-    ] = False,
-) -> None:
+    copy: Annotated[bool, typer.Option("--copy", help="Copy frames and masks instead of linking to them.")] = False,
+) -> None:  # fmt: skip
     """Make Ref-DAVIS17 from DAVIS 2017 and the four text files; DAVIS is not changed."""
     from refsam.data.ref_davis17 import prepare
 
@@ -78,15 +71,11 @@ def prepare_davis17(
 def split(
     root: Annotated[Path, typer.Argument(help="Your own videos, as docs/data.md lays them out.")],
     out: Annotated[Path, typer.Option("--out", help="The new folder to write.")],
-    validation: Annotated[
-        float, typer.Option(help="Share of the videos to validate on, between 0 and 1.")
-    ] = 0.2,
+    validation: Annotated[float, typer.Option(help="Share of the videos to validate on, between 0 and 1.")] = 0.2,
     source: Annotated[str, typer.Option("--split", help="The split of ROOT to divide.")] = "train",
     seed: Annotated[int, typer.Option(help="Another seed draws other videos.", min=0)] = 0,
-    copy: Annotated[
-        bool, typer.Option("--copy", help="Copy frames and masks instead of linking to them.")
-    ] = False,
-) -> None:
+    copy: Annotated[bool, typer.Option("--copy", help="Copy frames and masks instead of linking to them.")] = False,
+) -> None:  # fmt: skip
     """Divide your own videos into train and validation, whole videos each; they stay where they are."""
     from refsam.data.splitting import split_folder
 

@@ -15,24 +15,16 @@ app = typer.Typer(rich_markup_mode="markdown")
 def export(
     out: Annotated[Path, typer.Option(help="Folder for the files; it must not exist yet.")],
     checkpoint: CheckpointOption = "nano",
-    sam: Annotated[
-        Path | None, typer.Option(help="SAM's file, for a checkpoint that is a delta.")
-    ] = None,
+    sam: Annotated[Path | None, typer.Option(help="SAM's file, for a checkpoint that is a delta.")] = None,
     formats: Annotated[
-        list[str] | None,
-        typer.Option("--format", help="onnx or torch; repeat it for both, which is the default."),
+        list[str] | None, typer.Option("--format", help="onnx or torch; repeat it for both, which is the default.")
     ] = None,
     image_size: Annotated[
-        int | None,
-        typer.Option(help="Side of the model's square in pixels, if not the checkpoint's."),
+        int | None, typer.Option(help="Side of the model's square in pixels, if not the checkpoint's.")
     ] = None,
-    check: Annotated[
-        bool, typer.Option("--check/--no-check", help="Run every file and compare the results.")
-    ] = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier export in the folder.")
-    ] = False,
-) -> None:
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Run every file and compare the results.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in the folder.")] = False,
+) -> None:  # fmt: skip
     """Export the image encoder and the mask decoder as ONNX and torch.export graphs.
 
     Writes into the folder OUT:

@@ -45,19 +45,14 @@ def segment(
             "URL, or - for standard input.",
         ),
     ],
-    text: Annotated[
-        list[str],
-        typer.Option(help="Object to segment, such as 'the red car'; repeat it for more."),
-    ],
+    text: Annotated[list[str], typer.Option(help="Object to segment, such as 'the red car'; repeat it for more.")],
     out: OutOption,
     model: ModelChoice,
     compute: ComputeOptions,
     masks: MaskOptions,
     reading: ReadingOptions,
     overwrite: OverwriteOption = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an earlier run in OUT was ended.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run in OUT was ended.")] = False,
     json: Annotated[
         str | None,
         typer.Option(
@@ -66,7 +61,7 @@ def segment(
         ),
     ] = None,
     quiet: QuietOption = False,
-) -> None:
+) -> None:  # fmt: skip
     """Segment the objects that the text names, in every frame.
 
     Writes into the folder OUT:

@@ -32,16 +32,13 @@ app = typer.Typer(rich_markup_mode="markdown")
 @app.command()
 @grouped
 def segment_videos(
-    out: Annotated[
-        Path, typer.Option(help="Folder for the results: a new one, or that of an earlier run.")
-    ],
+    out: Annotated[Path, typer.Option(help="Folder for the results: a new one, or that of an earlier run.")],
     model: ModelChoice,
     compute: ComputeOptions,
     masks: MaskOptions,
     reading: ReadingOptions,
     sources: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="SOURCE...", help="Video files, folders of images or images."),
+        list[str] | None, typer.Argument(metavar="SOURCE...", help="Video files, folders of images or images.")
     ] = None,
     text: Annotated[
         list[str] | None,
@@ -65,7 +62,7 @@ def segment_videos(
         ),
     ] = None,
     quiet: QuietOption = False,
-) -> None:
+) -> None:  # fmt: skip
     """Segment many videos; run it again to continue.
 
     Writes `OUT/<name of the video>/` as `refsam segment` does. Finished videos are skipped. A source that cannot be

@@ -18,10 +18,7 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file, such as configs/nano.yaml.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...",
-            help="Entries to change, such as optimiser.learning_rate=3e-4.",
-        ),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Entries to change, such as optimiser.learning_rate=3e-4."),
     ] = None,
     allow_changes: Annotated[
         bool,
@@ -30,7 +27,7 @@ def train(
             help="Go on with a run whose configuration was another; what is new is noted in its log.",
         ),
     ] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Train a model; run again to resume where it stopped, also after a kill. On several GPUs: torchrun -m refsam train CONFIG.
 
     Writes log, curves, the resumable state and, at the end, the model into the folder that the configuration names. SIGUSR1 saves

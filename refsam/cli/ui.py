@@ -19,12 +19,8 @@ _LOCAL = ("127.0.0.1", "localhost", "::1")
 @grouped
 def ui(
     model: ModelChoice,
-    host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="The first free one from 7860 on.")
-    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="The first free one from 7860 on.")] = None,
     folder: Annotated[
         Path | None,
         typer.Option(
@@ -37,7 +33,7 @@ def ui(
     max_frames: Annotated[int, typer.Option(min=1, help="Length of a clip.")] = 1800,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-) -> None:
+) -> None:  # fmt: skip
     """Segment clips in the browser: upload, webcam or a sample; masks and overlay to download.
 
     Needs `pip install 'refsam[ui]'`. It listens on this machine only, unless `--host` is given; there is no

@@ -13,13 +13,9 @@ from refsam.cli.progress import progress
 @grouped
 def generated(
     model: ModelChoice,
-    clips: Annotated[
-        int, typer.Option(help="Number of clips, from the first of the 240.", min=1, max=240)
-    ] = 240,
-    json: Annotated[
-        Path | None, typer.Option(help="Write everything, each expression included.")
-    ] = None,
-) -> None:
+    clips: Annotated[int, typer.Option(help="Number of clips, from the first of the 240.", min=1, max=240)] = 240,
+    json: Annotated[Path | None, typer.Option(help="Write everything, each expression included.")] = None,
+) -> None:  # fmt: skip
     """Run a model on the frozen benchmark of generated clips and score it, by kind of expression."""
     from refsam.evaluation.runners.generated import evaluate_generated, table
     from refsam.evaluation.scoring.results import as_json, check_writable, write_whole
