@@ -70,6 +70,19 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
 
+    @classmethod
+    def choosing(
+        cls,
+        kernel: Any,
+        programs: tuple[int, ...],
+        tensors: Mapping[str, Any],
+        sizes: Mapping[str, Any],
+    ) -> "Launch":
+        """A launch of 8 warps and one stage with those tensors, whose names lack `_ptr`, and sizes that the kernel takes."""
+        arguments = {f"{name}_ptr": tensor for name, tensor in tensors.items()} | dict(sizes)
+        taken = {name: arguments[name] for name in kernel.arg_names}
+        return cls(kernel, programs, taken, num_warps=8, num_stages=1)
+
     def run(self) -> None:
         """Launches the kernel on the current device and stream."""
         options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}

@@ -104,13 +104,6 @@ def _tile(tensors: dict[str, Tensor]) -> tuple[int, dict[str, int]]:
     return tiles, sizes | {"words": words, "channels": channels} | blocks
 
 
-def _launch(kernel: Any, programs: tuple[int, int], tensors: dict[str, Any], sizes: Any) -> Launch:
-    """The kernel with those of the arguments that it takes."""
-    arguments = {f"{name}_ptr": tensor for name, tensor in tensors.items()} | sizes
-    taken = {name: arguments[name] for name in kernel.arg_names}
-    return Launch(kernel, programs, taken, num_warps=8, num_stages=1)
-
-
 def _forward_launch(
     tensors: dict[str, Tensor], weight: Tensor, bias: Tensor, dense: Tensor
 ) -> Launch:
@@ -118,7 +111,7 @@ def _forward_launch(
     if dense.element_size() == 4:
         sizes["COLUMNS"] = 16  # beside the mixtures no more fits the registers
     arguments = tensors | {"weight": weight, "bias": bias.contiguous(), "dense": dense}
-    return _launch(_forward_kernel, (tiles, sizes["expressions"]), arguments, sizes)
+    return Launch.choosing(_forward_kernel, (tiles, sizes["expressions"]), arguments, sizes)
 
 
 def _text_outputs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -135,7 +128,9 @@ def _text_outputs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _text_launch(tensors: dict[str, Tensor], outputs: dict[str, Tensor]) -> Launch:
     tiles, sizes = _tile(tensors)
-    return _launch(_text_backward_kernel, (tiles, sizes["expressions"]), tensors | outputs, sizes)
+    return Launch.choosing(
+        _text_backward_kernel, (tiles, sizes["expressions"]), tensors | outputs, sizes
+    )
 
 
 def _image_outputs(tensors: dict[str, Tensor], needs_features: bool) -> dict[str, Any]:
@@ -159,7 +154,7 @@ def _image_launch(
 ) -> Launch:
     tiles, sizes = _tile(tensors)
     arguments = tensors | outputs | {"grad_similarity": grad_similarity, "weight": weight}
-    return _launch(_image_backward_kernel, (tiles, sizes["images"]), arguments, sizes)
+    return Launch.choosing(_image_backward_kernel, (tiles, sizes["images"]), arguments, sizes)
 
 
 def compile_cases() -> list[CompileCase]:

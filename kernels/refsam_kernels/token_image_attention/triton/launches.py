@@ -63,21 +63,12 @@ def _added(projection: Projection, count: int, name: str) -> dict[str, Any]:
     return {f"{name}_ptr": added, **dict(zip(names, strides, strict=True))}
 
 
-def _launch(
-    kernel: Any, programs: tuple[int, ...], tensors: dict[str, Any], sizes: dict[str, Any]
-) -> Launch:
-    """The kernel with those of the arguments that it takes."""
-    arguments = {f"{name}_ptr": tensor for name, tensor in tensors.items()} | sizes
-    taken = {name: arguments[name] for name in kernel.arg_names}
-    return Launch(kernel, programs, taken, num_warps=8, num_stages=1)
-
-
 def few_keys_launch(to_q: Projection, tensors: dict[str, Any], sizes: dict[str, Any]) -> Launch:
     """The launch from pixels to tokens; `tensors` by the kernel's names, `sizes` those of `sizes_of`."""
     tensors = tensors | {"tokens": to_q.tokens.contiguous(), "q_weight": to_q.weight.contiguous()}
     sizes = sizes | _added(to_q, sizes["queries"], "q_added")
     tiles = triton.cdiv(sizes["queries"], sizes["QUERIES"])
-    return _launch(_few_keys_kernel, (tiles, len(to_q.tokens)), tensors, sizes)
+    return Launch.choosing(_few_keys_kernel, (tiles, len(to_q.tokens)), tensors, sizes)
 
 
 def many_keys_launches(
@@ -97,12 +88,12 @@ def many_keys_launches(
         "totals": new(sums),
     }
     sizes = sizes | {"tiles": tiles} | _added(to_k, sizes["keys"], "k_added")
-    attend = _launch(_many_keys_kernel, (tiles, expressions), tensors, sizes)
+    attend = Launch.choosing(_many_keys_kernel, (tiles, expressions), tensors, sizes)
     # A program of the second kernel adds up several parts at a time, as many as registers hold.
     at_a_time = min(triton.next_power_of_2(tiles), max(1, 512 // sizes["HEAD"]))
     sizes = sizes | {"QUERIES": ROWS, "TILES": at_a_time}
     programs = (triton.cdiv(sizes["queries"], ROWS), expressions)
-    return [attend, _launch(_join_kernel, programs, tensors, sizes)]
+    return [attend, Launch.choosing(_join_kernel, programs, tensors, sizes)]
 
 
 def backward_launch(
@@ -127,4 +118,4 @@ def backward_launch(
     sizes["HAS_ALL_KEYS"] = tiles[1] == 1
     programs = (*tiles, expressions * num_heads)
     arguments = tensors | written | {"lengths": key_lengths}
-    return _launch(_backward_kernel, programs, arguments, sizes), parts
+    return Launch.choosing(_backward_kernel, programs, arguments, sizes), parts
