@@ -78,6 +78,14 @@ def test_faster_sam(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(re.findall(r"differ by (\S+)", output)[0]) <= 1e-5
 
 
+def test_ocr_encoder(capsys: pytest.CaptureFixture[str]) -> None:
+    load("ocr_encoder").main(["--pixels", "320", "--depth", "3", "--dim", "128"])
+    output = capsys.readouterr().out
+    assert re.search(r"[\d.]+ s -> [\d.]+ s, [\d.]+x as fast", output)
+    theirs, ours = map(float, re.findall(r"by (\d\S+e-\d+)", output))
+    assert ours <= 2 * theirs
+
+
 def test_adapters(capsys: pytest.CaptureFixture[str]) -> None:
     load("adapters").main(["--image-size", "64", "--depth", "2", "--steps", "6"])
     output = capsys.readouterr().out

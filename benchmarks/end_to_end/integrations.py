@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import peak_memory, resident, time_interleaved
+from benchmarks.measure import peak_memory, resident, summarise, time_cpu
 from benchmarks.provenance import ROOT, collect
 from refsam_kernels.integrations import optimize
-from tests.kernels.encoder_models import cellpose, of_transformers
+from tests.kernels.encoder_models import cellpose, of_transformers, processor_of
 from tests.sam_modeling import sam_image_encoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -38,7 +38,7 @@ class Case:
     """A model, the side of the pixels that it takes, and whether a training step or a call is timed."""
 
     model: str
-    make: Callable[[], nn.Module]
+    make: Callable[[], Any]
     pixels: int
     task: str = "features"
 
@@ -86,6 +86,7 @@ CASES = {
     "slanext": Case("SLANeXt (transformers, eager)", of_transformers(*TABLES, {"image_size": 512}), 512),
     "cellpose": Case("Cellpose-SAM, ViT-L (segment-anything)", partial(cellpose, 8, **VIT_L, img_size=1024), 256),
     "vitdet": Case("ViTDet-B (transformers, eager)", of_transformers("vitdet", "VitDetConfig", "VitDetModel", VITDET), 1024),
+    "masks": Case("16 masks to 1080p (SAM 2's processor in transformers)", partial(processor_of, "sam2"), 256, "masks"),
     "lora": Case(
         "SAM ViT-B with LoRA (segment-anything)",
         lambda: low_rank(sam_image_encoder(**VIT_B, img_size=512)),
@@ -95,13 +96,22 @@ CASES = {
 }  # fmt: skip
 
 
+def masks_of(processor: Any) -> Tensor:
+    """16 objects' logits to masks of a frame of 1080p."""
+    logits = torch.randn(16, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+    logits = nn.functional.interpolate(logits, size=(256, 256), mode="bicubic")
+    return processor.post_process_masks([logits], [(1080, 1920)])[0]
+
+
 def features_of(output: Any) -> Tensor:
     """The features, whether a model returns them alone or in an object."""
     return output if isinstance(output, Tensor) else output.last_hidden_state
 
 
-def call_of(case: Case, model: nn.Module, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """What is timed: features of one image, or the gradients of the adapters."""
+def call_of(case: Case, model: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """What is timed: features of one image, the gradients of the adapters, or masks."""
+    if case.task == "masks":
+        return partial(masks_of, model)
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(1, 3, case.pixels, case.pixels, generator=generator).to(dtype)
 
@@ -118,22 +128,27 @@ def call_of(case: Case, model: nn.Module, dtype: torch.dtype) -> Callable[[], Te
     return gradients if case.task == "training step" else features
 
 
-def measure(case: Case, dtype: str, seconds: float) -> dict[str, Any]:
-    """The row of a case, without its memory."""
+def measure(case: Case, dtype: str, rounds: int) -> dict[str, Any]:
+    """The row of a case, without its memory. The calls that are compared are the warm-up."""
     plain = case.make()
-    exact = call_of(case, plain, torch.float32)()
-    plain = plain.to(DTYPES[dtype])
+    exact = call_of(case, plain, torch.float32)().float()
+    if isinstance(plain, nn.Module):
+        plain = plain.to(DTYPES[dtype])
     optimized = copy.deepcopy(plain)
     handle = optimize(optimized)
-    calls = {
-        name: call_of(case, model, DTYPES[dtype])
-        for name, model in (("before", plain), ("after", optimized))
-    }
+    models = {"before": plain, "after": optimized}
+    calls = {name: call_of(case, model, DTYPES[dtype]) for name, model in models.items()}
+    found = {"after": calls["after"]()}
+    found["before"] = exact if dtype == "float32" else calls["before"]()
     errors = {
-        name: float((call().float() - exact).abs().max() / exact.abs().max())
-        for name, call in calls.items()
+        name: float((result.float() - exact).abs().max() / exact.abs().max())
+        for name, result in found.items()
     }
-    times = time_interleaved(calls, "cpu", seconds)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            samples[name].append(time_cpu(call))
+    times = {name: summarise(values) for name, values in samples.items()}
     row: dict[str, Any] = {name: asdict(each) for name, each in times.items()}
     speedup = times["before"].median_ms / times["after"].median_ms
     return row | {"speedup": speedup, "errors": errors, "replaced": repr(handle)}
@@ -151,16 +166,21 @@ def memory_of(name: str, dtype: str) -> dict[str, Any]:
 
 
 def print_memory(case: Case, dtype: str, which: str) -> None:
-    """The process that `memory_of` starts: what a first call leaves behind, and the peak of a second one."""
-    model = case.make().to(DTYPES[dtype])
+    """The process that `memory_of` starts: the peak of a call; of an optimized model's second one, and what the first left."""
+    model = case.make()
+    if isinstance(model, nn.Module):
+        model = model.to(DTYPES[dtype])
     call = call_of(case, model, DTYPES[dtype])
     if which == "after":
         optimize(model)
     lying = resident("VmRSS")
     first = peak_memory(call, "cpu")
+    if which == "before":
+        print(json.dumps({"call": first, "kept": 0}))
+        return
     second = peak_memory(call, "cpu")
-    kept = max(resident("VmRSS") - lying, 0) if which == "after" else 0
-    print(json.dumps({"first_call": first, "call": second, "kept": kept}))
+    peak_memory(lambda: None, "cpu")  # gives freed memory back
+    print(json.dumps({"first_call": first, "call": second, "kept": resident("VmRSS") - lying}))
 
 
 def main() -> int:
@@ -171,7 +191,7 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], metavar="CASE")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("out/bench/models_cpu.jsonl"))
     parser.add_argument("--memory-of", choices=["before", "after"], help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -183,7 +203,7 @@ def main() -> int:
             print_memory(case, options.dtype, options.memory_of)
             continue
         labels = {"case": name, "model": case.model, "pixels": case.pixels, "task": case.task}
-        row = labels | {"dtype": options.dtype} | measure(case, options.dtype, options.seconds)
+        row = labels | {"dtype": options.dtype} | measure(case, options.dtype, options.rounds)
         row["memory"] = memory_of(name, options.dtype)
         row["provenance"] = collect("cpu")
         options.out.parent.mkdir(parents=True, exist_ok=True)

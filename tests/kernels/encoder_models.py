@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.sam_modeling import load_sam_modeling, randomise, sam_image_encoder
-from tests.timm_modeling import timm_image_encoder
+from tests.timm_modeling import timm_image_encoder, torchvision_to_import
 
 # Two blocks: one of windows that stick out of the grid of 8 x 8 tokens, one that attends globally.
 SAM: dict[str, Any] = {
@@ -77,6 +77,16 @@ def of_transformers(
         return randomise(getattr(modeling, model)._from_config(made, attn_implementation=attention))
 
     return make
+
+
+def processor_of(library: str) -> Any:
+    """The image processor of "sam2" or "sam3"; its import needs torchvision, of which `post_process_masks` uses nothing."""
+    importlib.import_module("transformers.models.auto.image_processing_auto")
+    with torchvision_to_import():
+        folder = f"transformers.models.{library}"
+        module = importlib.import_module(f"{folder}.image_processing_{library}")
+    kind = getattr(module, f"{library.capitalize()}ImageProcessor")
+    return kind.__new__(kind)
 
 
 def deepseek_vl_hybrid() -> Any:

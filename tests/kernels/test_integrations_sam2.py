@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from refsam_kernels.integrations import optimize
+from tests.kernels.encoder_models import processor_of
 from tests.kernels.test_integrations import (
     GRADIENT_TOLERANCE,
     assert_close,
@@ -16,7 +17,6 @@ from tests.kernels.test_integrations import (
     calls_of,
 )
 from tests.sam_modeling import randomise
-from tests.timm_modeling import torchvision_to_import
 
 pytest.importorskip("transformers")
 LIBRARIES = {
@@ -107,17 +107,6 @@ def test_a_changed_decoder_is_refused_in_words() -> None:
     decoder.gate = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"model: got members .*'gate'"):
         optimize(decoder)
-
-
-def processor_of(library: str) -> Any:
-    """Its import needs torchvision, of which `post_process_masks` uses nothing."""
-    name = {"sam2": "Sam2ImageProcessor", "sam3": "Sam3ImageProcessor"}[library]
-    with torchvision_to_import():
-        module = importlib.import_module(
-            f"transformers.models.{library}.image_processing_{library}"
-        )
-    kind = getattr(module, name)
-    return kind.__new__(kind)
 
 
 @pytest.mark.parametrize("library", ["sam2", "sam3"])
