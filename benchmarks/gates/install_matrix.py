@@ -74,6 +74,7 @@ CONDITIONS = (
     "spaces",
     "not root",
     "editable",
+    "wheel",
 )
 ROWS = (
     *(
@@ -190,7 +191,13 @@ class Environment:
                 self.pip("uninstall", "--quiet", "--yes", "setuptools", check=False)
         if self.row.condition == "editable":
             options.append("--editable")
-        return self.pip("install", *options, self.source, check=False)
+        if self.row.condition != "wheel":
+            return self.pip("install", *options, self.source, check=False)
+        made = self.pip("wheel", *options, "--wheel-dir", self.folder, self.source, check=False)
+        if made.returncode:
+            return made
+        shutil.rmtree(self.source)  # the wheel has all that is installed
+        return self.pip("install", *options, *self.folder.glob("*.whl"), check=False)
 
 
 def find_python(version: str) -> Path:
