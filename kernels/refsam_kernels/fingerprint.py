@@ -4,7 +4,6 @@
 without a new version. So on a CPU the values are sampled, too: some in every row and every column of a matrix.
 """
 
-import math
 from collections.abc import Hashable, Iterable
 from typing import Any
 
@@ -28,14 +27,14 @@ class Fingerprint:
         self._seen: _Samples | None = None
 
     def __call__(self, tensors: Iterable[Tensor]) -> Hashable:
-        """A key that changes with any of the tensors: their memory, dtype, device or, after writes in place, their
-        values.
+        """A key that changes with any of the tensors: their memory, layout, dtype, device or, after writes in place,
+        their values.
 
         Writes are detected by torch's version counter and, on a CPU, by the values, if a whole row or column of a
         matrix changes. On other devices, where reading values would stop the stream, only the counter is used.
         """
         tensors = list(tensors)
-        places = tuple([(t.data_ptr(), t.dtype, t.device) for t in tensors])
+        places = tuple([(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in tensors])
         seen = self._seen
         if seen is None or seen.places != places or not seen.are_there():
             self._seen = seen = _Samples(tensors, places)
@@ -54,7 +53,7 @@ class _Samples:
         self.places = places
         # Copied, not shared with numpy: that would forbid FSDP to free a storage.
         with torch.inference_mode(False), torch.no_grad():
-            self._views = [view for tensor in tensors if (view := sampled(tensor)) is not None]
+            self._views = [view for tensor in tensors for view in sampled(tensor)]
             sizes = [-(-view.numel() * view.element_size() // 8) * 8 for view in self._views]
             self._bytes = torch.zeros(sum(sizes), dtype=torch.uint8)
             parts = zip(self._bytes.split(sizes), self._views, strict=True)
@@ -75,26 +74,23 @@ class _Samples:
         return hash(self._bytes.numpy().tobytes())
 
 
-def sampled(tensor: Tensor) -> Tensor | None:
-    """A view of the bits of values in every row and column; None where they cannot be looked at."""
+def sampled(tensor: Tensor) -> list[Tensor]:
+    """Views of the bits of values in every row and every column; none where they cannot be looked at.
+
+    Most of the time goes into fetching memory, page by page. So rows are looked at where two of them meet, and columns
+    in the last row.
+    """
     is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     bits = BITS.get(tensor.element_size())
     if not is_plain or tensor.device.type != "cpu" or bits is None or tensor.data_ptr() == 0:
-        return None  # FSDP has parameters without memory
+        return []  # FSDP has parameters without memory
     values = tensor.detach().view(bits)
     values = values.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
     if not values.is_contiguous():
-        return values  # all of them: between a slice's rows there is no one step
-    rows = len(values) if values.dim() > 1 else 1
-    return values.view(-1)[:: step_of(rows, values.numel() // rows)]
-
-
-def step_of(rows: int, columns: int) -> int:
-    """A stride in row-major order that visits every row and every column."""
-    if rows == 1:
-        return max(1, columns // SAMPLES)
-    # Below a row's length, no row is skipped; at most the number of rows and prime to a row's length, no column is.
-    step = max(1, min(rows, columns - 1))
-    while math.gcd(step, columns) > 1:
-        step -= 1
-    return step
+        return [values]  # all of them: between a slice's rows there is no one step
+    if values.dim() < 2:
+        return [values.view(-1)[:: max(1, values.numel() // SAMPLES)]]
+    rows, columns = values.flatten(1).shape
+    # The last value of a row and the first one of the next, of rows 0 and 1, 2 and 3, ...
+    borders = values.view(-1)[columns - 1 :].as_strided((rows // 2, 2), (2 * columns, 1))
+    return [borders, values[-1].flatten()]

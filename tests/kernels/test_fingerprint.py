@@ -133,18 +133,40 @@ def test_remembered_projections_of_positions(change: Change) -> None:
     torch.testing.assert_close(found, nn.functional.linear(positions, weight, bias).mT)
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_a_row_or_a_column_is_enough(data: st.DataObject) -> None:
-    shape = data.draw(st.tuples(st.integers(1, 300), st.integers(1, 300)))
-    weight = torch.zeros(shape, dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
-    weight = data.draw(st.sampled_from([weight, weight.mT, weight.expand(2, *shape)[1]]))
+    shape = data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=4))
+    weight = torch.zeros(shape, dtype=data.draw(st.sampled_from(DTYPES)))
+    if len(shape) > 1:
+        weight = data.draw(
+            st.sampled_from([weight, weight.mT, weight.expand(2, *shape)[1], weight[..., 1:-1]])
+        )
+    if not weight.numel():
+        return
     fingerprint = Fingerprint()
     key = fingerprint([weight])
     assert fingerprint([weight]) == key
-    dim = data.draw(st.integers(0, 1))
-    weight.data.select(dim, data.draw(st.integers(0, weight.shape[dim] - 1))).fill_(1e-30)
+    dim = data.draw(st.integers(0, weight.dim() - 1))
+    if weight.dim() == 1:  # any value of a short vector
+        changed = weight.data[data.draw(st.integers(0, weight.numel() - 1))]
+    else:
+        changed = weight.data.select(dim, data.draw(st.integers(0, weight.shape[dim] - 1)))
+    changed.fill_(1)
     assert fingerprint([weight]) != key
+
+
+def test_every_bit_of_a_value_counts() -> None:
+    for dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
+        vector, fingerprint = torch.zeros(5, dtype=dtype), Fingerprint()
+        keys = {fingerprint([vector])}
+        for bit in range(8 * dtype.itemsize):
+            vector.data[3] = 1 << bit if bit < 8 * dtype.itemsize - 1 else -1 << bit
+            keys.add(fingerprint([vector]))
+        assert len(keys) == 8 * dtype.itemsize + 1
 
 
 def test_a_storage_may_be_freed_and_come_back() -> None:
@@ -161,15 +183,21 @@ def test_a_storage_may_be_freed_and_come_back() -> None:
     assert fingerprint([weight]) == fingerprint([weight])
 
 
-@pytest.mark.parametrize("change", ["dtype", "place", "version"])
-def test_what_torch_itself_counts(change: str) -> None:
+OTHERS: dict[str, Callable[[Any], object]] = {
+    "version": lambda weight: weight.detach()[0, 0].add_(1),
+    "dtype": lambda weight: setattr(weight, "data", weight.data.double()),
+    "place": lambda weight: setattr(weight, "data", weight.data.clone()),
+    "strides": lambda weight: setattr(weight, "data", weight.data.T),
+    "shape": lambda weight: setattr(weight, "data", weight.data.view(1, 9)),
+}
+
+
+@pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
+def test_another_tensor_in_its_place(change: Callable[[Any], object]) -> None:
     weight = nn.Parameter(torch.zeros(3, 3))
     fingerprint = Fingerprint()
     key = fingerprint([weight])
-    if change == "version":
-        weight.detach()[0, 0] += 1
-    else:
-        weight.data = weight.data.double() if change == "dtype" else weight.data.clone()
+    change(weight)
     assert fingerprint([weight]) != key
 
 
