@@ -1,7 +1,7 @@
-"""`python -m benchmarks.gates.attention_loops --out FILE`: the loops of rel_pos_attention's Triton kernels on an H200, without one.
+"""`python -m benchmarks.gates.attention_loops --out FILE`: what rel_pos_attention's Triton kernels should take on an H200.
 
-Each kernel is compiled for sm_90 with its default tile, by the Triton that is installed; rows of another Triton, and of an earlier
-state of the code, stay in the file. `expected_us` says how long a kernel should take by what is counted.
+Each kernel is compiled for sm_90 with its default tile, by the Triton that is installed; rows of another Triton, and of an
+earlier state of the code, stay in the file. `expected_us` says how long a kernel should take by what is counted.
 """
 
 import argparse
@@ -140,7 +140,8 @@ def table(result: Mapping[str, Any]) -> str:
         " | registers | copies under way at a wait | expected, µs | measured, µs"
     )
     origin = result["provenance"]
-    note = f"One image of 64 x 64 tokens, sm_90, Triton {newest}, bfloat16. Before: commit {origin['before']}; after: {origin['commit'][:7]}."
+    commits = f"before: commit {origin['before']}, after: {origin['commit'][:7]}"
+    note = f"One image of {GRID} x {GRID} tokens, bfloat16, sm_90, Triton {newest}; {commits}."
     return markdown(header, lines, note, text=2)
 
 

@@ -342,6 +342,13 @@ def cuda_resources() -> str:
 
 
 @_table
+def attention_loops() -> str:
+    from benchmarks.gates.attention_loops import table
+
+    return table(read_result("attention_loops"))
+
+
+@_table
 def training_cpu() -> str:
     result = read_result("training_cpu")
     baseline = result["rows"][0]

@@ -28,7 +28,7 @@ SPLITS = 128
 TABLE_BLOCK, TABLE_CHUNK = 64, 32  # tokens and rows of the table at a time
 # Rows of a table that queries are multiplied with at a time: more of them are spilled.
 CHUNK = 16
-# Keys of a window from which on its forward takes blocks of 128 queries: fewer programs read the keys.
+# Keys of a window from which on an H200 takes its largest tiles: global attention.
 LARGE_WINDOW = 1024
 KERNELS = ("forward", "query_gradient", "key_gradient")
 
@@ -148,18 +148,19 @@ def default_tile(kernel: str, problem: Problem) -> Tile:
 
 
 def hopper_tile(kernel: str, problem: Problem, block: int, keys: int) -> Tile:
-    """The tile for sm_90: a third stage, so that two copies are under way; larger ones where attention is global.
+    """The tile for sm_90: a third stage, so that two copies are under way, and larger ones.
 
-    There the tiles that others read again, keys by blocks of queries and queries by tiles of keys, are most of what goes
-    through the L2 cache.
+    Keys that every block of queries reads again, and queries that every tile of keys reads again, are most of what goes through
+    the L2 cache: the larger the tile, the less.
     """
-    is_global = problem.window_h * problem.window_w >= LARGE_WINDOW
-    columns = columns_for(problem.window_w, 64 if is_global else keys)
-    if not is_global:
-        return Tile(block, keys // columns, columns, num_warps=4, num_stages=3)
-    if kernel == "key_gradient":
-        return Tile(64, 128 // columns, columns, num_warps=8, num_stages=3)
-    return Tile(128, 64 // columns, columns, num_warps=8, num_stages=3)
+    area = problem.window_h * problem.window_w
+    if area >= LARGE_WINDOW:
+        block, keys = (64, 128) if kernel == "key_gradient" else (128, 64)
+    elif area > block and kernel != "key_gradient":
+        block = 128
+    columns = columns_for(problem.window_w, min(keys, 64))
+    num_warps = 8 if max(block, keys) == 128 else 4
+    return Tile(block, keys // columns, columns, num_warps, num_stages=3)
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
