@@ -168,6 +168,57 @@ def _encoder_line(row: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
 
 
 @_table
+def int8_cpu() -> str:
+    """The encoder in each dtype against OpenVINO and ONNX Runtime; speed-ups over our float32 of the same shape."""
+    rows = read_rows("int8_cpu")
+    ours = {
+        (row["model"], row["threads"], row["wide"]): row["median_ms"]
+        for row in rows
+        if (row["name"], row["dtype"]) == ("refsam", "float32") and "median_ms" in row
+    }
+    lines = [_int8_line(row, ours) for row in rows]
+    origin = rows[0]["provenance"]
+    header = "encoder | threads | frame | dtype | of | median (p20 to p80), s | refsam float32 takes | error | memory, MiB"
+    machine = f"{origin['hardware']['processor']}, torch {origin['versions']['torch']}"
+    note = (
+        f"{rows[0]['image_size']} pixels, one image, random weights, {machine}. Error: mean difference to segment-anything in "
+        "float32 over the mean size. Memory is that above the weights."
+    )
+    return markdown(header, lines, note, text=5)
+
+
+def _int8_line(row: dict[str, Any], ours: dict[tuple[Any, ...], float]) -> list[str]:
+    frame = "16:9, no padding" if row["wide"] else "square"
+    name = [row["model"], str(row["threads"]), frame, row["dtype"], row["name"]]
+    if problem := failure(row):
+        return [*name, problem, "", "", ""]
+    baseline = ours.get((row["model"], row["threads"], row["wide"]))
+    speedup = f"{baseline / row['median_ms']:.2f}x" if baseline else ""
+    error = "" if row["error"] is None else f"{100 * row['error']:.2g} %"
+    memory = row.get("peak_memory_bytes")
+    return [*name, spread(row, 1e-3), speedup, error, mebibytes(memory) if memory else ""]
+
+
+@_table
+def int8_accuracy() -> str:
+    """nano's scores in float32 and int8, and the errors of the last block."""
+    result = read_result("int8_accuracy")
+    both = [result[dtype] for dtype in ("float32", "int8")]
+    rows = [
+        ["four DAVIS sequences, mean J", *(f"{r['davis']['summary']['J']:.3f}" for r in both)],
+        ["falsely marked share", *(f"{r['davis']['summary']['false_area']:.4f}" for r in both)],
+        [
+            f"the first {result['clips']} frozen clips, mean J&F",
+            *(f"{r['generated']['accuracy']['everything']['J&F']:.3f}" for r in both),
+        ],
+    ]
+    for name in ("nano", "vit_b, random weights"):
+        last = result[name][-1]["up_to_it"]
+        rows.append([f"tokens behind the last block, relative error ({name})", "0", f"{last:.3f}"])
+    return markdown(" | float32 | int8", rows)
+
+
+@_table
 def integrations_cpu() -> str:
     """Each library's encoder before and after `optimize()`, by the best backend."""
     rows = {(row["name"], row["dtype"]): row for row in read_rows("integrations_cpu")}

@@ -129,7 +129,7 @@ def test_bfloat16(checkpoint: Path, clip: Path, out: Path) -> None:
         (["--device", "tpu"], ["--device tpu", "want auto, cpu, cuda or cuda:N"]),
         (["--device", "cuda:93"], ["--device cuda:93", "use --device cpu"]),
         (["--cuda-graphs"], ["--cuda-graphs", "the model is on cpu; want --device cuda"]),
-        (["--dtype", "float8"], ["--dtype float8", "want auto, float32 or bfloat16"]),
+        (["--dtype", "float8"], ["--dtype float8", "want auto, float32, bfloat16 or int8"]),
         (["--text", ""], ["--text is empty", "say what to segment"]),
         (["--text", " \t"], ["--text is empty"]),
         (["--text", "xqzzy wqrtl"], ["xqzzy", "wqrtl"]),

@@ -1,0 +1,269 @@
+"""`python -m benchmarks.end_to_end.int8 --out FILE`: the image encoder on a CPU in each dtype, against OpenVINO and ONNX Runtime.
+
+All share one set of random weights and are timed in turn. `--prepare FOLDER` first exports the peers' models;
+OpenVINO's int8 is NNCF's, calibrated on the timed image. Without it, or without their packages (the extra bench-cpu),
+peers are left out with the reason. Errors are relative to segment-anything in float32: the mean of the difference over
+the mean size. Rows with `wide` are of a 16:9 frame of the same width without padding. Memory is that of a first call in
+a process of its own, above the weights; those of int8 replaced the others.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.end_to_end.encoder import random_sam, time_in_turn
+from benchmarks.measure import peak_memory
+from benchmarks.provenance import ROOT, collect
+from refsam.config import RefSAMConfig
+from refsam.model.build import build_image_encoder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+OURS, OPENVINO, ONNXRUNTIME = "refsam", "OpenVINO", "ONNX Runtime"
+ONNX, FLOAT_MODEL, INT8_MODEL = "encoder.onnx", "encoder.xml", "encoder_int8.xml"
+Encode = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to encode; `wide` frames are 16:9 without padding."""
+
+    name: str
+    dtype: str
+    wide: bool = False
+
+    @property
+    def label(self) -> str:
+        """What it is called in tables."""
+        return f"{self.name}, {self.dtype}{', 16:9' if self.wide else ''}"
+
+
+PROVIDERS = (
+    *(Provider(OURS, dtype) for dtype in DTYPES),
+    *(Provider(OURS, dtype, wide=True) for dtype in DTYPES),
+    *(Provider(OPENVINO, dtype) for dtype in DTYPES),
+    Provider(ONNXRUNTIME, "float32"),
+)
+
+
+def make(provider: Provider, config: RefSAMConfig, sam: nn.Module, folder: Path | None) -> Encode:
+    """The provider with segment-anything's weights: pixels (1, 3, h, w) float32 to (1, C, h / 16, w / 16)."""
+    if provider.name == OURS:
+        return make_ours(provider, config, sam)
+    if folder is None:
+        raise RuntimeError("no --prepare FOLDER with the peers' models")
+    threads = torch.get_num_threads()
+    if provider.name == ONNXRUNTIME:
+        return onnxruntime_encoder(folder / ONNX, threads)
+    name = INT8_MODEL if provider.dtype == "int8" else FLOAT_MODEL
+    # The rest of an int8 model in bfloat16, as is fastest.
+    precision = "f32" if provider.dtype == "float32" else "bf16"
+    return openvino_encoder(folder / name, threads, precision)
+
+
+def make_ours(
+    provider: Provider, config: RefSAMConfig, sam: nn.Module, *, release: bool = False
+) -> Encode:
+    """refsam's encoder around segment-anything's tensors."""
+    encoder = build_image_encoder(config.override("image_encoder.adapter_ratio=0.0")).eval()
+    encoder.load_state_dict(sam.state_dict(), strict=False, assign=True)
+    encoder.optimize(DTYPES[provider.dtype], release_weights=release)
+    return lambda pixels: encoder(pixels)[0].permute(0, 3, 1, 2)
+
+
+def openvino_encoder(model: Path, threads: int, precision: str) -> Encode:
+    """OpenVINO's compiled model, its float operations in f32 or bf16."""
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
+    compiled = openvino.Core().compile_model(
+        model, "CPU", {"PERFORMANCE_HINT": "LATENCY"} | settings
+    )
+    return lambda pixels: torch.from_numpy(compiled(pixels.numpy())[0])
+
+
+def onnxruntime_encoder(model: Path, threads: int) -> Encode:
+    """ONNX Runtime's session."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda pixels: torch.from_numpy(session.run(None, {name: pixels.numpy()})[0])
+
+
+def prepare(sam: nn.Module, pixels: Tensor, folder: Path) -> Iterator[str]:
+    """Writes the peers' models of segment-anything's encoder that are not there yet; yields what was left out, and why."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, write in (
+        (ONNX, export_onnx),
+        (FLOAT_MODEL, export_openvino),
+        (INT8_MODEL, quantise),
+    ):
+        if not (folder / name).is_file():
+            try:
+                write(sam, pixels, folder / name)
+            except ImportError as error:
+                yield f"{name}: {error}"
+
+
+def export_onnx(sam: nn.Module, pixels: Tensor, path: Path) -> None:
+    """For ONNX Runtime."""
+    torch.onnx.export(sam, (pixels,), path, dynamo=False, opset_version=17)
+
+
+def export_openvino(sam: nn.Module, pixels: Tensor, path: Path) -> None:
+    """For OpenVINO, with float32 weights."""
+    import openvino
+
+    model = openvino.convert_model(sam, example_input=pixels, input=[tuple(pixels.shape)])
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def quantise(sam: nn.Module, pixels: Tensor, path: Path) -> None:
+    """For OpenVINO, by NNCF's post-training quantisation for transformers, calibrated on the one image."""
+    import nncf
+    import openvino
+
+    model = openvino.Core().read_model(path.with_name(FLOAT_MODEL))
+    images = nncf.Dataset([pixels.numpy()])
+    kind = nncf.ModelType.TRANSFORMER
+    quantised = nncf.quantize(model, images, model_type=kind, subset_size=1)
+    openvino.save_model(quantised, path, compress_to_fp16=False)
+
+
+def error_of(found: Tensor, exact: Tensor) -> float:
+    """The mean size of the difference over that of the exact values."""
+    return float((found.float() - exact).abs().mean() / exact.abs().mean())
+
+
+def run_all(
+    providers: list[Provider], config: RefSAMConfig, folder: Path | None, repeats: int
+) -> Iterator[dict[str, Any]]:
+    """One row for each provider, timed in turn; a skipped one has its reason."""
+    sam, pixels = seeded_sam(config), image(config)
+    rows = round(pixels.shape[-1] * 9 / 16 / 16) * 16  # whole patches
+    inputs = {False: pixels, True: pixels[:, :, :rows]}
+    exact = {False: sam(pixels), True: None}
+    calls, skipped = {}, {}
+    for provider in providers:
+        try:
+            call = partial(make(provider, config, sam, folder), inputs[provider.wide])
+            call()
+        except (ImportError, RuntimeError, OSError) as error:
+            skipped[provider] = str(error).splitlines()[0]
+            continue
+        calls[provider.label] = call
+    times = time_in_turn(calls, repeats)
+    origin = collect("cpu") | {"threads": torch.get_num_threads()}
+    for provider in providers:
+        row = asdict(provider) | {"provenance": origin}
+        if provider in skipped:
+            yield row | {"skipped": skipped[provider]}
+            continue
+        wanted = exact[provider.wide]
+        error = None if wanted is None else error_of(calls[provider.label](), wanted)
+        yield row | {"error": error} | asdict(times[provider.label])
+
+
+def seeded_sam(config: RefSAMConfig) -> nn.Module:
+    """segment-anything's encoder, its random weights always the same: the peers' models are of another process."""
+    torch.manual_seed(0)
+    return random_sam(config)
+
+
+def image(config: RefSAMConfig) -> Tensor:
+    """Normal noise in place of a normalised image (1, 3, S, S)."""
+    side = config.image_encoder.image_size
+    return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def memory_of(provider: Provider, options: argparse.Namespace) -> int | None:
+    """Bytes that a first call of ours needs at its peak, in a process of its own."""
+    task = json.dumps(asdict(provider))
+    command = [sys.executable, "-m", "benchmarks.end_to_end.int8", *sizes_of(options)]
+    result = subprocess.run(
+        [*command, "--memory-of", task], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def sizes_of(options: argparse.Namespace) -> list[str]:
+    """The arguments that say which encoder."""
+    return ["--model", options.model, "--image-size", str(options.image_size)]
+
+
+def main() -> None:
+    """Measures, prints and writes one JSON line for each provider."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.end_to_end.int8", description=__doc__
+    )
+    parser.add_argument("--model", choices=["vit_b", "vit_l", "vit_h"], default="vit_b")
+    parser.add_argument("--image-size", type=int, default=1024)
+    parser.add_argument(
+        "--threads", type=int, help="of every provider; torch's choice if not given"
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="+", default=(), metavar="LABEL", help="providers by label")
+    parser.add_argument(
+        "--prepare", type=Path, metavar="FOLDER", help="of the peers' models, written if missing"
+    )
+    parser.add_argument("--prepare-only", action="store_true")
+    parser.add_argument(
+        "--memory", action="store_true", help="measure it too, in processes of their own"
+    )
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=Path("out/bench/int8_cpu.jsonl"))
+    options = parser.parse_args()
+    config = RefSAMConfig.preset(options.model).override(
+        f"image_encoder.image_size={options.image_size}"
+    )
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with torch.inference_mode():
+        if options.memory_of:
+            provider = Provider(**json.loads(options.memory_of))
+            encode = make_ours(
+                provider, config, seeded_sam(config), release=provider.dtype == "int8"
+            )
+            print(json.dumps(peak_memory(partial(encode, image(config)), "cpu")))
+            return
+        if options.prepare:
+            for reason in prepare(seeded_sam(config), image(config), options.prepare):
+                print(f"left out: {reason}", file=sys.stderr)
+        if options.prepare_only:
+            return
+        chosen = [p for p in PROVIDERS if not options.only or p.label in options.only]
+        rows = list(run_all(chosen, config, options.prepare, options.repeats))
+    for row in rows:
+        provider = Provider(row["name"], row["dtype"], row["wide"])
+        row |= {"model": options.model, "image_size": options.image_size}
+        row |= {"threads": torch.get_num_threads()}
+        if options.memory and provider.name == OURS and not provider.wide:
+            row["peak_memory_bytes"] = memory_of(provider, options)
+        print(line_of(provider, row), flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def line_of(provider: Provider, row: dict[str, Any]) -> str:
+    """One row for people."""
+    if "skipped" in row:
+        return f"{provider.label:32} skipped: {row['skipped']}"
+    error = "" if row["error"] is None else f"error {100 * row['error']:.2f} %"
+    memory = row.get("peak_memory_bytes")
+    used = "" if memory is None else f"{memory / 2**20:.0f} MiB"
+    return f"{provider.label:32} {row['median_ms']:8.0f} ms ({row['p20_ms']:.0f} to {row['p80_ms']:.0f})  {error}  {used}"
+
+
+if __name__ == "__main__":
+    main()

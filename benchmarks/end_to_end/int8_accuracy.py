@@ -1,0 +1,99 @@
+"""`python -m benchmarks.end_to_end.int8_accuracy DAVIS --out FILE`: what 8-bit integers in the image encoder change.
+
+By block: the error on one image relative to float32, of the block alone, which is handed float32's tokens, and of all
+blocks up to it; for random weights and for nano. Of nano's answers: the scores of the first `--clips` frozen clips and
+of four DAVIS sequences (see `davis`), with the encoder in float32 and in int8.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.end_to_end import davis
+from benchmarks.end_to_end.encoder import random_sam
+from benchmarks.end_to_end.int8 import image
+from benchmarks.provenance import collect
+from refsam.config import RefSAMConfig
+from refsam.evaluation.runners.generated import evaluate_generated
+from refsam.model import RefSAM
+from refsam.model.build import build_image_encoder
+from refsam.model.image_encoder import ImageEncoder
+from refsam.model.packing import arrange_block
+from refsam.model.refsam import TRUNK_GREY
+
+DTYPES = {"float32": torch.float32, "int8": torch.int8}
+
+
+def errors_by_block(
+    encoder: ImageEncoder, pixels: Tensor, added: Tensor | None = None
+) -> list[dict[str, float]]:
+    """One row for each block: the norm of what int8 changes over that of what the block adds, and of the tokens."""
+    exact = encoder.patch_embed(pixels)
+    exact = exact + encoder.position_table(*exact.shape[1:3])
+    exact = exact if added is None else exact + added
+    through, rows = exact, []
+    for index, block in enumerate(encoder.blocks):
+        in_integers = arrange_block(block, torch.int8)
+        after, _ = block(exact, block.norm1(exact), None)
+        alone, _ = in_integers(exact, None, None)
+        through, _ = in_integers(through, None, None)
+        change = float((alone - after).norm() / (after - exact).norm())
+        total = float((through - after).norm() / after.norm())
+        rows.append({"block": index, "alone": change, "up_to_it": total})
+        exact = after
+    return rows
+
+
+def random_encoder(name: str, image_size: int) -> tuple[ImageEncoder, Tensor]:
+    """A preset's encoder with segment-anything's tensors drawn at random, and an image."""
+    config = RefSAMConfig.preset(name).override(
+        f"image_encoder.image_size={image_size}", "image_encoder.adapter_ratio=0.0"
+    )
+    encoder = build_image_encoder(config).eval()
+    encoder.load_state_dict(random_sam(config).state_dict(), strict=False, assign=True)
+    return encoder, image(config)
+
+
+def main() -> None:
+    """Measures, prints and writes one JSON object."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.end_to_end.int8_accuracy", description=__doc__
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="DAVIS", help="as benchmarks.end_to_end.davis takes it"
+    )
+    parser.add_argument("--clips", type=int, default=240)
+    parser.add_argument("--image-size", type=int, default=512, help="of the random encoder")
+    parser.add_argument("--out", type=Path, default=Path("out/bench/int8_accuracy.json"))
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    result: dict[str, Any] = {"clips": options.clips, "image_size": options.image_size}
+    with torch.inference_mode():
+        result["vit_b, random weights"] = errors_by_block(
+            *random_encoder("vit_b", options.image_size)
+        )
+        print(json.dumps(result), flush=True)
+        nano = RefSAM.from_pretrained("nano").eval()
+        frame = davis.Image.open(sorted((options.folder / "dog").glob("*.jpg"))[0]).convert("RGB")
+        pixels, _ = nano.preprocess(torch.from_numpy(davis.np.array(frame))[None])
+        seen = nano.trunk((pixels * nano.pixel_std + nano.pixel_mean - TRUNK_GREY) / TRUNK_GREY)
+        result["nano"] = errors_by_block(nano.image_encoder, pixels, seen.added)
+        print(json.dumps(result["nano"]), flush=True)
+    for name, dtype in DTYPES.items():
+        model = nano.optimize(dtype)
+        rows = davis.score(model, options.folder)
+        result[name] = {"davis": {"summary": davis.summary(rows), "rows": rows}}
+        print(name, json.dumps(davis.summary(rows)), flush=True)
+        result[name]["generated"] = evaluate_generated(model, options.clips)["summary"]
+        print(name, json.dumps(result[name]["generated"]), flush=True)
+    result["provenance"] = collect("cpu")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The benchmarks of int8 at a tiny size: rows for all of ours, reasons for peers that are not there, errors by block."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks.end_to_end import int8
+from benchmarks.end_to_end.int8_accuracy import errors_by_block
+from benchmarks.report import tables
+from refsam import RefSAMConfig
+from tests.model.test_image_encoder import build_encoder
+from tests.tiny_model import CONFIG
+
+
+@torch.inference_mode()
+def rows_of(folder: Path | None = None) -> list[dict[str, Any]]:
+    config = RefSAMConfig.from_dict(CONFIG)
+    return list(int8.run_all(list(int8.PROVIDERS), config, folder, repeats=1))
+
+
+def test_ours_are_timed_and_peers_say_why_they_are_not() -> None:
+    rows = rows_of()
+    ours = [row for row in rows if row["name"] == int8.OURS]
+    assert len(ours) == 6 and len(rows) == len(int8.PROVIDERS)
+    assert all(row["median_ms"] > 0 for row in ours)
+    errors = {row["dtype"]: row["error"] for row in ours if not row["wide"]}
+    assert errors["float32"] < 1e-5 < errors["int8"] < 0.1
+    theirs = [row for row in rows if row["name"] != int8.OURS]
+    assert all("--prepare" in row["skipped"] for row in theirs)
+
+
+def test_missing_packages_are_told(tmp_path: Path) -> None:
+    config = RefSAMConfig.from_dict(CONFIG)
+    sam, pixels = int8.seeded_sam(config), int8.image(config)
+    with (
+        mock.patch.object(int8, "export_onnx"),
+        mock.patch.dict("sys.modules", {"openvino": None, "nncf": None}),
+    ):
+        reasons = list(int8.prepare(sam, pixels, tmp_path))
+    assert [reason.partition(":")[0] for reason in reasons] == [int8.FLOAT_MODEL, int8.INT8_MODEL]
+
+
+def test_the_table_shows_what_was_measured() -> None:
+    rows = [row | {"model": "tiny", "image_size": 64, "threads": 1} for row in rows_of()]
+    with mock.patch.object(tables, "read_rows", return_value=rows):
+        lines = tables.int8_cpu().splitlines()
+    assert len([line for line in lines if line.startswith("| tiny")]) == len(rows)
+    assert any("1.00x" in line for line in lines) and any("skipped" in line for line in lines)
+
+
+def test_memory_is_asked_of_a_process_with_the_same_sizes() -> None:
+    options = argparse.Namespace(model="vit_b", image_size=64)
+    answer = mock.Mock(stdout="noise\n123\n")
+    with mock.patch.object(int8.subprocess, "run", return_value=answer) as run:
+        assert int8.memory_of(int8.PROVIDERS[2], options) == 123
+    command = run.call_args.args[0]
+    assert command[-6:-2] == ["--model", "vit_b", "--image-size", "64"]
+    assert json.loads(command[-1])["dtype"] == "int8"
+
+
+@pytest.mark.parametrize("size", [160])
+def test_errors_grow_from_block_to_block_but_stay_small(size: int) -> None:
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        rows = errors_by_block(build_encoder(), pixels)
+    assert [row["block"] for row in rows] == [0, 1, 2, 3]
+    assert all(0 < row["alone"] < 0.05 and 0 < row["up_to_it"] < 0.05 for row in rows)
