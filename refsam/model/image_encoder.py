@@ -1,8 +1,8 @@
 """SAM's ViT with adapters, channels-last from the patch embedding on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from refsam import renamed
 from refsam.model.block import Block
-from refsam.model.int8_block import check_int8
+from refsam.model.int8_block import Int8Neck, Int8Patches, check_int8
 from refsam.model.layer_norm import LayerNorm2d
 from refsam.model.packing import Packing, RunBlock, arrange_block
 
@@ -26,6 +26,34 @@ class PatchEmbedding(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) normalised pixels to (B, h, w, D)."""
         return self.proj(pixels).permute(0, 2, 3, 1)
+
+
+class Parts(NamedTuple):
+    """What computes the patch embedding, each block and the neck, (B, h, w, D) to (B, h, w, C).
+
+    dtype is that of normalised tokens, None for the tokens' own.
+    """
+
+    embed: Callable[[Tensor], Tensor]
+    blocks: Sequence[RunBlock]
+    neck: Callable[[Tensor], Tensor]
+    dtype: torch.dtype | None
+
+
+def _run_neck(neck: nn.Module, x: Tensor) -> Tensor:
+    # Inside segment-anything the tokens lie channels-first in memory; a convolution's bits depend on it.
+    features: Tensor = neck(x.permute(0, 3, 1, 2).contiguous())
+    return features.permute(0, 2, 3, 1)
+
+
+def _arrange(module: Any, dtype: torch.dtype) -> Any:
+    """What computes a part of the encoder with products in this dtype; only torch.int8 changes the ends."""
+    if isinstance(module, Block):
+        return arrange_block(module, dtype)
+    is_neck = isinstance(module, nn.Sequential)
+    if dtype == torch.int8:
+        return Int8Neck(module) if is_neck else Int8Patches(module.proj)
+    return partial(_run_neck, module) if is_neck else module
 
 
 class ImageEncoder(nn.Module):
@@ -101,21 +129,19 @@ class ImageEncoder(nn.Module):
                 f"pixels: got shape {tuple(pixels.shape)}, wanted (B, 3, H, W) with H and W "
                 f"multiples of {self.patch_size}"
             )
-        x = self.patch_embed(pixels)
+        parts = self._parts()
+        x = parts.embed(pixels)
         x = x + self.position_table(x.shape[1], x.shape[2])
         if added is not None:
             x = x + added
         norms: list[Any] = [*(block.norm1 for block in self.blocks), None]
-        blocks, dtype = self._runners(x)
-        normed = None if dtype == torch.int8 else norms[0](x).to(dtype)
+        normed = norms[0](x).to(parts.dtype or x.dtype) if parts.dtype != torch.int8 else None
         intermediates = []
-        for index, (run, next_norm) in enumerate(zip(blocks, norms[1:], strict=True)):
+        for index, (run, next_norm) in enumerate(zip(parts.blocks, norms[1:], strict=True)):
             x, normed = run(x, normed, next_norm)
             if index in self.intermediate_blocks:
                 intermediates.append(x)
-        # Inside segment-anything the tokens lie channels-first in memory; a convolution's bits depend on it.
-        features = self.neck(x.permute(0, 3, 1, 2).contiguous())
-        return features.permute(0, 2, 3, 1), intermediates
+        return parts.neck(x), intermediates
 
     def position_table(self, height: int, width: int) -> Tensor:
         """The absolute positions (1, height, width, D), bicubic where the grid, or the square that is cropped, differs."""
@@ -152,10 +178,10 @@ class ImageEncoder(nn.Module):
         if self.packing is None or self.packing.dtype != dtype:
             self._refuse_if_released("optimize with another dtype")
             if dtype == torch.int8:
-                check_int8([*self.blocks.parameters()])
-            self.packing = Packing(dtype, arrange_block)
+                check_int8([*self.parameters()])
+            self.packing = Packing(dtype, _arrange)
         if release_weights and not self.packing.is_frozen:
-            self.packing.freeze([*self.blocks])
+            self.packing.freeze([self.patch_embed, *self.blocks, self.neck])
             self._release()
         return self
 
@@ -194,16 +220,18 @@ class ImageEncoder(nn.Module):
         """The dtype of the blocks' matrix products where autograd is off."""
         return self.packing.dtype_of(self.pos_embed) if self.packing else self.pos_embed.dtype
 
-    def _runners(self, x: Tensor) -> tuple[Sequence[RunBlock], torch.dtype]:
-        """The function that computes a block, and the dtype of its normalised input."""
-        blocks, recording = [*self.blocks], torch.is_grad_enabled()
-        is_frozen = self.packing is not None and self.packing.is_frozen
+    def _parts(self) -> Parts:
+        """What computes the encoder now."""
+        recording, packing = torch.is_grad_enabled(), self.packing
         if recording:
             self._refuse_if_released("autograd")
-        if self.packing and not recording and (is_frozen or not torch.compiler.is_compiling()):
-            dtype = self.packing.dtype_of(self.pos_embed)
-            return self.packing.arranged(blocks, dtype), dtype
+        if packing and not recording and (packing.is_frozen or not torch.compiler.is_compiling()):
+            dtype = packing.dtype_of(self.pos_embed)
+            modules = [self.patch_embed, *self.blocks, self.neck]
+            embed, *arranged, neck = packing.arranged(modules, dtype)
+            return Parts(embed, arranged, neck, dtype)
+        blocks: list[Any] = [*self.blocks]
         if self.activation_checkpointing and recording:
             again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-            return [partial(again, block) for block in blocks], x.dtype
-        return blocks, x.dtype
+            blocks = [partial(again, block) for block in blocks]
+        return Parts(self.patch_embed, blocks, partial(_run_neck, self.neck), None)

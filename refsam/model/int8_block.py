@@ -1,9 +1,10 @@
-"""A block of the image encoder in 8-bit integers, for inference on a CPU."""
+"""The image encoder's patch embedding, blocks and neck in 8-bit integers, for inference on a CPU."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from refsam.model.block import VIT_EPS, AdapterWeights, Block, BlockWeights, attend
 from refsam_kernels import Int8Weights, int8_linear, int8_mlp, quantise_weights, say_if_slow
@@ -54,6 +55,39 @@ class Int8Block:
             projected = int8_linear(attention, self.proj, dtype=x.dtype)
             x = int8_mlp(projected, *self.space_adapter, residual=x + projected)
         return int8_mlp(x, *self.mlp, norm=self.norm2, residual=x, eps=VIT_EPS), None
+
+
+class Int8Patches:
+    """A patch embedding: each patch is a row."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        self.size = convolution.kernel_size[0]
+        self.weights = quantise_weights(convolution.weight.flatten(1), convolution.bias)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised pixels to (B, h, w, D)."""
+        size = self.size
+        patches = pixels.unflatten(2, (-1, size)).unflatten(4, (-1, size))  # (B, 3, h, s, w, s)
+        return int8_linear(patches.permute(0, 2, 4, 1, 3, 5).flatten(3), self.weights)
+
+
+class Int8Neck:
+    """The neck: the second convolution's row is a token and its eight neighbours."""
+
+    def __init__(self, neck: nn.Sequential) -> None:
+        first, norm1, second, norm2 = neck
+        self.norms = [
+            (n.weight.shape, n.weight.clone(), n.bias.clone(), n.eps) for n in (norm1, norm2)
+        ]
+        self.first = quantise_weights(first.weight.flatten(1))
+        self.second = quantise_weights(second.weight.permute(0, 2, 3, 1).flatten(1))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, h, w, D) to (B, h, w, C)."""
+        x = F.layer_norm(int8_linear(x, self.first), *self.norms[0])
+        windows = F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)  # (B, h, w, C, 3, 3)
+        neighbours = windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
+        return F.layer_norm(int8_linear(neighbours, self.second), *self.norms[1])
 
 
 def _quantised(weights: AdapterWeights) -> tuple[Int8Weights, Int8Weights]:

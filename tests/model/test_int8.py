@@ -44,7 +44,7 @@ def test_near_the_float_results_and_undone_exactly(encoder: ImageEncoder) -> Non
     before = run(encoder)
     found = run(encoder.optimize(torch.int8))
     assert encoder.product_dtype == torch.int8
-    assert all(isinstance(block, Int8Block) for block in encoder.packing._made[1])
+    assert all(isinstance(block, Int8Block) for block in encoder.packing._made[1][1:-1])
     assert_near(found, before)
     assert all(map(torch.equal, run(encoder), found))
     assert all(torch.equal(encoder.state_dict()[name], state[name]) for name in state)
