@@ -5,12 +5,12 @@ project, the SHA-256 of its list stands in the result. See `refsam.evaluation.ru
 """
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import collect
+from refsam.checkpoint.files import file_sha256
 from refsam.evaluation.runners.composites import evaluate_composites
 from refsam.model import RefSAM
 
@@ -30,8 +30,7 @@ def main() -> None:
     model = RefSAM.from_pretrained(arguments.model).eval()
     result = evaluate_composites(model, arguments.folder, arguments.clips)
     print(table(result))
-    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
-    content = {**origin, "manifest_sha256": digest, **result}
+    content = {**origin, "manifest_sha256": file_sha256(manifest), **result}
     arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -6,7 +6,6 @@ morphology: J against it says whether a model marks the coloured things, not how
 """
 
 import argparse
-import hashlib
 import json
 import subprocess
 import tempfile
@@ -19,7 +18,7 @@ import numpy as np
 from scipy import ndimage
 
 from benchmarks.provenance import collect
-from refsam.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE
+from refsam.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, file_sha256
 from refsam.metrics import region_similarity
 from refsam.model import RefSAM
 from refsam.session import VideoSession
@@ -156,7 +155,7 @@ def main() -> None:
     clips = {name: arguments.folder / f"{name}.mp4" for name in SENTENCES}
     if missing := [str(path) for path in clips.values() if not path.is_file()]:
         parser.error(f"folder: missing {', '.join(missing)}")
-    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in clips.items()}
+    digests = {name: file_sha256(path) for name, path in clips.items()}
     with tempfile.TemporaryDirectory() as folder:
         base = weights_at(arguments.before, Path(folder))
         before = score(RefSAM.from_pretrained(folder).eval(), arguments.folder)

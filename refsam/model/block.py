@@ -42,7 +42,7 @@ class BlockWeights(NamedTuple):
     crops: bool = False
 
 
-class AttentionWeights(nn.Module):
+class RelPosAttention(nn.Module):
     """Parameters of one attention with decomposed relative positions, named as in SAM."""
 
     def __init__(self, dim: int, num_heads: int, size: int) -> None:
@@ -84,7 +84,7 @@ class Block(nn.Module):
         self.crops = crops
         self.window_size = window_size
         self.norm1 = nn.LayerNorm(dim, eps=VIT_EPS)
-        self.attn = AttentionWeights(dim, num_heads, window_size or grid_size)
+        self.attn = RelPosAttention(dim, num_heads, window_size or grid_size)
         self.norm2 = nn.LayerNorm(dim, eps=VIT_EPS)
         self.mlp = MLP(dim, mlp_dim)
         self.Space_Adapter = Adapter(dim, adapter_dim) if adapter_dim else None
