@@ -177,7 +177,7 @@ def convert_official(
 
     files: `resizer_*`, `mask_decoder_*`, `dense_conv_*`, `track_net_*` and, where they were trained,
     `image_encoder_blocks_*` (low-rank updates are merged). text_encoder is the Hub id if the file names
-    do not tell. The authors' model has no intermediate levels and a fixed scale; their adapters
+    do not give. The authors' model has no intermediate levels and a fixed scale; their adapters
     were not saved, without `image_encoder_blocks_*` there are none. Raises CheckpointError.
     """
     paths = [Path(file) for file in files]

@@ -45,7 +45,7 @@ def check(
         if row.state != "ok":
             sources.setdefault(row.source, []).append(f"{row.dataset} {row.split} {row.part}")
     if sources:
-        typer.echo("\nwhere it is to be had")
+        typer.echo("\nwhere to get it")
     for source, parts in sources.items():
         typer.echo(f"  {', '.join(parts)}: {source}")
     if any(row.state == "broken" for row in findings) or all(row.state != "ok" for row in findings):

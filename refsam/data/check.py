@@ -23,7 +23,7 @@ _NAMED = 3
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the report: a part of a split, its state, what was found, and where it is to be had unless it is ok.
+    """One row of the report: a part of a split, its state, what was found, and where to get it unless it is ok.
 
     "not there" is what the split can be used without.
     """

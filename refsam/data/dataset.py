@@ -15,7 +15,7 @@ from refsam.errors import UserError
 
 
 class DataError(UserError):
-    """A dataset that is not where it should be, or not in its format; the message says where it is to be had."""
+    """A dataset that is missing or not in its format; the message says where to get it."""
 
 
 class UnreadableError(DataError):
@@ -40,7 +40,8 @@ class Expression:
     """A referring expression about a video.
 
     `expression_id` is unique within the video, as the dataset spells it; `object_ids` says which of the truth's objects are meant
-    (none: nothing in the video; None: the dataset does not tell); `annotator` counts the persons of Ref-DAVIS17, 0 to 3.
+    (none: nothing in the video; None: not given by the
+    dataset); `annotator` counts the persons of Ref-DAVIS17, 0 to 3.
     """
 
     video: str

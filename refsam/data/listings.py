@@ -24,7 +24,7 @@ class FrameFolder:
 
 @dataclass(frozen=True)
 class Part:
-    """A file or folder that a split is made of, and where it is to be had; not all of them are needed to open the split."""
+    """A file or folder of a split, and where to get it; `needed` ones are required to open the split."""
 
     path: Path
     source: str
@@ -38,7 +38,7 @@ def check_split(name: str, split: str, splits: Collection[str]) -> None:
 
 
 def demand(name: str, path: Path, source: str) -> Path:
-    """The path itself; raises DataError with the place where it is to be had if there is nothing."""
+    """The path itself; raises DataError, which says where to get it, if it does not exist."""
     if not path.exists():
         raise DataError(f"{name}: no {path}; it comes from {source}")
     return path
@@ -99,7 +99,7 @@ def records(
     untold = [f"{e.video}/{e.expression_id}" for e in every if e.object_ids is None]
     if annotated and 0 < len(untold) < len(every):
         raise DataError(
-            f"{path}: {len(untold)} of {len(every)} expressions do not tell their objects: {named(untold)}"
+            f"{path}: {len(untold)} of {len(every)} expressions name no objects: {named(untold)}"
         )
     return tuple(found), by_video
 

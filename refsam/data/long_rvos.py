@@ -30,7 +30,7 @@ class ObjectFolders:
     folder: Path
 
     def __call__(self, expression: Expression, frame: str, size: tuple[int, int]) -> Mask | None:
-        """The union of the expression's objects; None if the dataset does not tell these."""
+        """The union of the expression's objects; None if the dataset does not give them."""
         if expression.object_ids is None:
             return None
         files = [self.file(expression.video, number, frame) for number in expression.object_ids]

@@ -95,7 +95,7 @@ class RunLengthMasks:
     position: Callable[[str, str], int]
 
     def __call__(self, expression: Expression, frame: str, size: Size) -> Mask | None:
-        """The union of the expression's objects; nothing where there are none. None if the dataset does not tell them.
+        """The union of the expression's objects; empty if there are none, None if the dataset does not give them.
 
         Codes of another size than the frame are scaled to it if the aspect is the same; raises DataError if it is not.
         """

@@ -36,7 +36,7 @@ class BusyError(UserError):
 
 @contextmanager
 def only_writer(path: Path, *, wait: bool, again: bool = False) -> Iterator[None]:
-    """Hold the lock file `<path>.lock` within; it is let go of when the process ends, however that ends.
+    """Hold the lock file `<path>.lock` within the block; it is released when the process ends in any way.
 
     With `again` one thread may hold it several times. With `wait`, wait for another holder; without, raise UserError if
     there is one. Raises UserError where it cannot be made.

@@ -41,4 +41,6 @@ class TrackState:
                 track, tuple(map(bool, facts["has_track"])), int(facts["frame_index"])
             )
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"the state of the run cannot be read ({error}): begin anew") from error
+            raise UserError(
+                f"the state of the run cannot be read ({error}): start again with --overwrite"
+            ) from error

@@ -141,6 +141,6 @@ def _check_shapes(tensors: dict[str, Tensor], expected: dict[str, Tensor], place
             "the expressions have other words than when the run was begun: put the data back, or "
         )
     raise UserError(
-        f"{place}: its state is of another model ({shorten(wrong, 2)}): {hint}begin anew in another output, with "
-        f"init_from={place}/best to keep what was learnt"
+        f"{place}: its state is of another model ({shorten(wrong, 2)}): {hint}start a new run in another "
+        f"output, with init_from={place}/best to keep what was learnt"
     )

@@ -241,7 +241,7 @@ class TrainingSettings:
     @model_validator(mode="after")
     def _check(self) -> "TrainingSettings":
         problems = {
-            "loss.objects: datasets do not tell what it needs, want 0": (
+            "loss.objects: datasets lack its labels, want 0": (
                 self.data.datasets and self.loss.objects
             ),
             "stages: expressions is 0 somewhere, which datasets do not allow": (

@@ -100,7 +100,7 @@ def read_state(
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             problems.append(f"{path} is damaged ({error})")
     if problems:
-        raise UserError(f"{'; '.join(problems)}: remove what is damaged to begin anew")
+        raise UserError(f"{'; '.join(problems)}: remove the damaged files to start again")
     if (folder / _FORMER).exists():
         raise UserError(
             f"{folder / _FORMER} is the state of an earlier version, which this one cannot read: move it, or take another output"

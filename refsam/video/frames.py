@@ -17,8 +17,7 @@ class FrameDecodeError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame as a viewer shows it: rotated and mirrored as the file says, transparency on white, pixels in their
-    own shape.
+    """One frame as a viewer shows it: rotated, mirrored, transparency on white; pixels keep their shape.
 
     Attributes:
         index: number of the frame in the source, from 0; there are gaps where frames were left out.

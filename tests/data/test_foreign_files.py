@@ -181,7 +181,7 @@ def test_expressions_that_do_not_tell_their_objects_are_all_named(
             del video["expressions"]["1"][key]
 
     change_json(root / listing / "meta_expressions.json", forget)
-    with pytest.raises(DataError, match=r"do not tell their objects: \w+/1") as error:
+    with pytest.raises(DataError, match=r"name no objects: \w+/1") as error:
         open_dataset(name, root, "train")
     assert str(error.value).count("/1") >= 1
 

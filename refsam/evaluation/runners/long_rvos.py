@@ -1,4 +1,4 @@
-"""Long-RVOS: each expression by itself, as on MeViS, and how well its times are told: tIoU and vIoU."""
+"""Long-RVOS: scores of single expressions, as on MeViS, and of their times: tIoU and vIoU."""
 
 import csv
 import io
