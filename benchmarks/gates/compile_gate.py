@@ -18,11 +18,14 @@ from refsam_kernels.core.triton_aot import (
     operators_with_triton,
 )
 
+Row = dict[str, Any]
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints a table of registers, shared memory and spills; returns 1 if a case fails to compile or spills too much.
 
-    With --out the rows of the operators and architectures named, or of all, replace those in the file; others stay.
+    With --out the rows of the operators and architectures named, or of all, replace those in the file as they are found; others
+    stay. With --resume rows that this commit wrote there are not made again.
     The file says which Triton it was: results/compile_gate.json is the pinned one's, compile_gate_oldest.json that of 3.6.
     """
     known = operators_with_triton()
@@ -32,32 +35,39 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help="all if none is named")
     parser.add_argument("--architecture", type=int, action="append", choices=ARCHITECTURES)
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
+    parser.add_argument("--resume", action="store_true", help="go on where an ended run stopped")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.operators) - set(known))
     if unknown:
         parser.error(f"operator: got {', '.join(unknown)}, wanted some of {', '.join(known)}")
-    operators = options.operators or known
+    file = RowsFile(options.out, provenance.collect("cpu"))
+    planned = list(planned_rows(options.operators or known, options.architecture or ARCHITECTURES))
+    file.forget_others([row for row, _ in planned])
     rows = []
-    for operator in operators:
-        for row in compile_operator(operator, options.architecture or ARCHITECTURES):
-            rows.append(row)
-            print(table_line(row), flush=True)
-    if options.out:
-        write(rows, operators, options.architecture or ARCHITECTURES, options.out)
+    for names, case in planned:
+        row = options.resume and file.made_by_this_commit(names)
+        if not row:
+            row = names | judge(case, names["architecture"])
+            file.put(row)
+        rows.append(row)
+        print(table_line(row), flush=True)
     return int(any("wrong" in row for row in rows))
 
 
-def compile_operator(operator: str, architectures: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """A row for every shipped configuration and architecture."""
-    for case in cases_of(operator):
-        for architecture in architectures:
-            if architecture in case.architectures:
-                row = {"operator": operator, "case": case.name, "architecture": architecture}
-                row |= {"num_warps": case.num_warps, "num_stages": case.num_stages}
-                yield row | judge(case, architecture)
+def planned_rows(
+    operators: Sequence[str], architectures: Sequence[int]
+) -> Iterator[tuple[Row, CompileCase]]:
+    """The names of a row, and its case, for every shipped configuration and architecture."""
+    for operator in operators:
+        for case in cases_of(operator):
+            for architecture in architectures:
+                if architecture in case.architectures:
+                    row = {"operator": operator, "case": case.name, "architecture": architecture}
+                    row |= {"num_warps": case.num_warps, "num_stages": case.num_stages}
+                    yield row, case
 
 
-def judge(case: CompileCase, architecture: int) -> dict[str, Any]:
+def judge(case: CompileCase, architecture: int) -> Row:
     """The resources of a case, and `wrong` in words if it must not be shipped."""
     try:
         resources = compile_ahead(case, architecture)
@@ -69,7 +79,7 @@ def judge(case: CompileCase, architecture: int) -> dict[str, Any]:
     return judged
 
 
-def table_line(row: dict[str, Any]) -> str:
+def table_line(row: Row) -> str:
     """One row for people."""
     name = f"{row['operator']:22} {row['case']:44} sm_{row['architecture']:<4}"
     used = ""
@@ -80,24 +90,43 @@ def table_line(row: dict[str, Any]) -> str:
     return f"{name} {used}{' WRONG: ' if wrong else ''}{wrong}"
 
 
-def write(
-    rows: list[dict[str, Any]], operators: list[str], architectures: Sequence[int], path: Path
-) -> None:
-    """Replaces the rows of these operators and architectures in the file."""
-    origin = provenance.collect("cpu")
-    kept = json.loads(path.read_text())["rows"] if path.is_file() else []
-    kept = [
-        row
-        for row in kept
-        if row["operator"] not in operators or row["architecture"] not in architectures
-    ]
-    merged = sorted(kept + [row | {"commit": origin["commit"]} for row in rows], key=row_order)
-    lines = ",\n".join(json.dumps(row) for row in merged)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{"provenance": {json.dumps(origin)},\n"rows": [\n{lines}\n]}}\n')
+class RowsFile:
+    """The rows in a JSON file, by operator, case and architecture; no file without a path."""
+
+    def __init__(self, path: Path | None, origin: Row) -> None:
+        self.path, self.origin = path, origin
+        known = json.loads(path.read_text())["rows"] if path and path.is_file() else []
+        self.rows: dict[tuple[str, str, int], Row] = {row_order(row): row for row in known}
+
+    def forget_others(self, planned: Sequence[Row]) -> None:
+        """Drops rows of the planned operators and architectures whose cases are gone."""
+        places = {(row["operator"], row["architecture"]) for row in planned}
+        cases = {row_order(row) for row in planned}
+        self.rows = {
+            key: row
+            for key, row in self.rows.items()
+            if key in cases or (key[0], key[2]) not in places
+        }
+
+    def made_by_this_commit(self, names: Row) -> Row | None:
+        """The row of that name if this commit, and nothing that is not committed, made it."""
+        row = self.rows.get(row_order(names))
+        is_same = row and row["commit"] == self.origin["commit"] and names.items() <= row.items()
+        return row if is_same and not self.origin["uncommitted_changes"] else None
+
+    def put(self, row: Row) -> None:
+        """Adds a row, and writes the file."""
+        self.rows[row_order(row)] = row | {"commit": self.origin["commit"]}
+        if self.path is None:
+            return
+        lines = ",\n".join(json.dumps(self.rows[key]) for key in sorted(self.rows))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(
+            f'{{"provenance": {json.dumps(self.origin)},\n"rows": [\n{lines}\n]}}\n'
+        )
 
 
-def row_order(row: dict[str, Any]) -> tuple[str, str, int]:
+def row_order(row: Row) -> tuple[str, str, int]:
     """Rows in the file are ordered by operator, case and architecture."""
     return row["operator"], row["case"], row["architecture"]
 

@@ -95,6 +95,40 @@ def test_gate_fails_for_spills_and_for_what_does_not_compile(
     assert (row["case"], row["registers"], row["architecture"]) == ("listed", 99, 80)
 
 
+def test_gate_goes_on_where_it_was_ended(gate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    origin = {"commit": "first", "uncommitted_changes": False}
+    monkeypatch.setattr(compile_gate.provenance, "collect", lambda device: dict(origin))
+    seen: list[str] = []
+
+    def judge(case: triton_aot.CompileCase, architecture: int) -> dict[str, Any]:
+        seen.append(case.name)
+        if case.name == "killed":
+            raise KeyboardInterrupt
+        return {"registers": 1, "shared_bytes": 0, "spill_bytes": 0, "loop_instructions": 0}
+
+    monkeypatch.setattr(compile_gate, "judge", judge)
+    monkeypatch.setattr(
+        compile_gate,
+        "cases_of",
+        lambda _: [case_named(name, architectures=(90,)) for name in ("done", "killed", "behind")],
+    )
+    with pytest.raises(KeyboardInterrupt):
+        compile_gate.main(["one", "--out", str(gate)])
+    assert [row["case"] for row in json.loads(gate.read_text())["rows"]] == ["done"]
+    monkeypatch.setattr(
+        compile_gate,
+        "cases_of",
+        lambda _: [case_named(name, architectures=(90,)) for name in ("done", "behind")],
+    )
+    seen.clear()
+    assert compile_gate.main(["one", "--resume", "--out", str(gate)]) == 0
+    assert seen == ["behind"]
+    seen.clear()
+    origin["commit"] = "second"
+    compile_gate.main(["one", "--resume", "--out", str(gate)])
+    assert seen == ["done", "behind"]
+
+
 def test_gate_replaces_the_rows_of_its_operators_only(
     gate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
