@@ -295,6 +295,21 @@ def test_a_library_that_cannot_be_loaded_is_a_wrong_result(
     assert "cannot be loaded: " in libraries_task.described("cpu", reason)["wrong"]
 
 
+def test_libraries_that_cannot_be_loaded_are_built_where_they_are_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Path] = []
+    monkeypatch.setenv("REFSAM_LIBRARIES", str(tmp_path))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    monkeypatch.setattr(libraries_task, "IS_REHEARSAL", False)
+    monkeypatch.setattr(libraries_task, "refusal", lambda name: None if built else "no such file")
+    monkeypatch.setattr(libraries_task.build, "build_all", built.append)
+    libraries_task.run(rows.Rows(tmp_path / "rows.jsonl", "libraries", "libraries"))
+    assert built == [tmp_path]
+    told = [(row["library"], "wrong" in row) for row in rows.read(tmp_path / "rows.jsonl")]
+    assert told == [("cpu", True), ("cuda", True), ("cpu", False), ("cuda", False)]
+
+
 def test_a_planted_failure_comes_after_the_first_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,7 +85,9 @@ GROUPS = (
 )
 STAGES = (
     Stage("precompile", 170, of("precompile", "shipped", "tuning"), 2, is_background=True),
-    Stage("start", 40, (Task("libraries", "libraries"), Task("machine", "machine")), 2),
+    # At once if the carried libraries load; else they are built here.
+    Stage("libraries", 170, (Task("libraries", "libraries"),), is_background=True),
+    Stage("start", 40, (Task("machine", "machine"),)),
     Stage("smoke", 80, smoke_tasks(), parallel=10),
     Stage("tests", 80, test_files(), parallel=8),
     Stage("encoder", 120, of("encoder", *MODELS), is_timed=True),
