@@ -42,7 +42,7 @@ class Provider:
 
     @property
     def label(self) -> str:
-        """What it is called in tables."""
+        """Its name in tables."""
         return f"{self.name}, {self.dtype}{', 16:9' if self.wide else ''}"
 
 

@@ -109,7 +109,7 @@ def features_of(output: Any) -> Tensor:
 
 
 def call_of(case: Case, model: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """What is timed: features of one image, the gradients of the adapters, or masks."""
+    """The timed results: features of one image, the gradients of the adapters, or masks."""
     if case.task == "masks":
         return partial(masks_of, model)
     generator = torch.Generator().manual_seed(1)

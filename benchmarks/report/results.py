@@ -1,10 +1,11 @@
 """Reads committed results, and says on which machine they were measured."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+TABLES: dict[str, Callable[[], str]] = {}
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -48,3 +49,9 @@ def failure(row: dict[str, Any]) -> str | None:
 def mebibytes(count: float, digits: int = 0) -> str:
     """Bytes in MiB."""
     return f"{count / 2**20:.{digits}f}"
+
+
+def table(make: Callable[[], str]) -> Callable[[], str]:
+    """Registers a table of the pages under the function's name."""
+    TABLES[make.__name__] = make
+    return make

@@ -1,17 +1,18 @@
 """`python -m benchmarks.report.tables [--check]`: writes the tables of README and docs from the results.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is that of a function of this module.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is that of a function under `@table`.
 """
 
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from benchmarks.report import nano_tables  # noqa: F401, registers its tables
 from benchmarks.report.results import (
+    TABLES,
     failure,
     machine_of,
     markdown,
@@ -19,6 +20,7 @@ from benchmarks.report.results import (
     read_result,
     read_rows,
     spread,
+    table,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -32,69 +34,14 @@ PAGES = (
     "refsam/weights/nano/README.md",
 )
 _REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_TABLES: dict[str, Callable[[], str]] = {}
 
 
 def fill(text: str) -> str:
     """The page's text with every marked table made anew."""
-    return _REGION.sub(lambda match: match[1] + _TABLES[match[2]]() + "\n" + match[3], text)
+    return _REGION.sub(lambda match: match[1] + TABLES[match[2]]() + "\n" + match[3], text)
 
 
-def _table(make: Callable[[], str]) -> Callable[[], str]:
-    _TABLES[make.__name__] = make
-    return make
-
-
-@_table
-def nano_generated() -> str:
-    from refsam.evaluation.runners.generated import table
-
-    return table(read_result("nano_generated")["summary"])
-
-
-@_table
-def nano_real_clips() -> str:
-    from benchmarks.end_to_end.real_clips import table
-
-    result = read_result("nano_real_clips")
-    commits = f"Before: commit {result['base'][:7]}; now: {result['commit'][:7]}."
-    return f"{table(result['before'], result['now'])}\n\n{commits}"
-
-
-@_table
-def nano_davis() -> str:
-    from benchmarks.end_to_end.davis import table
-
-    return table(read_result("nano_davis")["rows"])
-
-
-@_table
-def nano_photographs() -> str:
-    from benchmarks.end_to_end.photographs import table
-
-    return table(read_result("nano_photographs")["summary"])
-
-
-@_table
-def nano_composites() -> str:
-    from benchmarks.end_to_end.composites import table
-
-    return table(read_result("nano_composites"))
-
-
-@_table
-def segment_nano_cpu() -> str:
-    speed = read_result("segment_nano_cpu")
-    medians = speed["medians"]
-    rows = {
-        "`refsam segment`, 720p, frames/s": medians["frames_per_second"],
-        "first mask after the command, s": medians["first_mask_seconds"],
-    }
-    conditions = f"{machine_of(speed, 'cores')}, one expression, default settings, medians of {len(speed['runs'])} runs."
-    return markdown(" | measured", ((what, f"{got:.3g}") for what, got in rows.items()), conditions)
-
-
-@_table
+@table
 def speed_cpu() -> str:
     """The README's four rows: the encoder in both dtypes, and a frame of several expressions."""
     encoders = {
@@ -120,7 +67,7 @@ def speed_cpu() -> str:
     )
 
 
-@_table
+@table
 def evf_cpu() -> str:
     result = read_result("evf_cpu")
     origin = result["provenance"]
@@ -139,7 +86,7 @@ def _machine(origin: dict[str, Any]) -> str:
     return f"{machine_of(origin, 'threads')}, commit {origin['commit'][:7]}"
 
 
-@_table
+@table
 def encoder_cpu() -> str:
     rows = read_rows("encoder_cpu")
     baseline = {row["dtype"]: row for row in rows if row["name"] == "segment-anything"}
@@ -167,7 +114,7 @@ def _encoder_line(row: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
     return [*name, spread(row, 1e-3), f"{row['speedup']:.2f}x", *share, f"{row['error']:.0e}"]
 
 
-@_table
+@table
 def int8_cpu() -> str:
     """The encoder in each dtype against OpenVINO and ONNX Runtime; speed-ups over our float32 of the same shape."""
     rows = read_rows("int8_cpu")
@@ -199,7 +146,7 @@ def _int8_line(row: dict[str, Any], ours: dict[tuple[Any, ...], float]) -> list[
     return [*name, spread(row, 1e-3), speedup, error, mebibytes(memory) if memory else ""]
 
 
-@_table
+@table
 def int8_accuracy() -> str:
     """nano's scores in float32 and int8, and the errors of the last block."""
     result = read_result("int8_accuracy")
@@ -218,7 +165,7 @@ def int8_accuracy() -> str:
     return markdown(" | float32 | int8", rows)
 
 
-@_table
+@table
 def integrations_cpu() -> str:
     """Each library's encoder before and after `optimize()`, by the best backend."""
     rows = {(row["name"], row["dtype"]): row for row in read_rows("integrations_cpu")}
@@ -242,7 +189,7 @@ def _before_and_after(before: dict[str, Any], after: dict[str, Any]) -> list[str
     return [f"{times[0]:.2f}", f"{times[1]:.2f}", f"{times[0] / times[1]:.2f}x", *memory]
 
 
-@_table
+@table
 def operators_cpu() -> str:
     rows = read_rows("rel_pos_attention_cpu") + read_rows("masks_cpu")
     lines = (
@@ -261,7 +208,7 @@ def operators_cpu() -> str:
     )
 
 
-@_table
+@table
 def ui_cpu() -> str:
     result = read_result("ui_cpu")
     rows = {
@@ -274,7 +221,7 @@ def ui_cpu() -> str:
     return markdown(" | measured", lines, conditions)
 
 
-@_table
+@table
 def frame_cpu() -> str:
     result = read_result("frame_cpu")
     before, after = result["medians"]["before"], result["medians"]["after"]
@@ -285,7 +232,7 @@ def frame_cpu() -> str:
     return markdown("core-milliseconds of a frame | before | after", lines, note)
 
 
-@_table
+@table
 def memory_cpu() -> str:
     result = read_result("memory_cpu")
     rows, growth = result["rows"], result["growth"]["host_mib_for_each_thousand_frames"]
@@ -298,7 +245,7 @@ def memory_cpu() -> str:
     )
 
 
-@_table
+@table
 def loop_cpu() -> str:
     rows = read_rows("loop_cpu")
     header = " | dtype | a frame (p20 to p80), s | frames/s | against the loop | encoder, s | decoder, s | rest, %"
@@ -321,7 +268,7 @@ def _loop_line(row: dict[str, Any]) -> list[str]:
     return [*name, spread(row, 1e-3), rate, f"{row['speedup']:.2f}x", *parts]
 
 
-@_table
+@table
 def expressions_cpu() -> str:
     rows = read_rows("expressions_cpu")
     lines = []
@@ -335,7 +282,7 @@ def expressions_cpu() -> str:
     return markdown(header, lines, f"{what}, {_machine(origin)}.")
 
 
-@_table
+@table
 def bench_cpu() -> str:
     rows = read_rows("bench/cpu")
     header = " | | median (p20 to p80), ms | against the first | of the limit | memory, MiB"
@@ -356,7 +303,7 @@ def _bench_line(row: dict[str, Any]) -> list[str]:
     return [*name, spread(row), speedup, ", ".join(limits), used]
 
 
-@_table
+@table
 def errors() -> str:
     """The messages that users meet, from docs/errors.yaml, by what they are about."""
     lines = []
@@ -369,7 +316,7 @@ def errors() -> str:
     return "\n".join(lines)
 
 
-@_table
+@table
 def cuda_resources() -> str:
     result = read_result("cuda_resources")
     kernels: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -392,14 +339,14 @@ def cuda_resources() -> str:
     )
 
 
-@_table
+@table
 def attention_loops() -> str:
     from benchmarks.gates.attention_loops import table
 
     return table(read_result("attention_loops"))
 
 
-@_table
+@table
 def training_cpu() -> str:
     result = read_result("training_cpu")
     baseline = result["rows"][0]

@@ -175,14 +175,14 @@ class Detector(nn.Module):
 
 
 class BoxMaps(NamedTuple):
-    """What boxes say of N places: names (B, N, 80), a value for each class, and best (B, N, 7), of the box that says most."""
+    """Maps of boxes onto N places: names (B, N, 80), a value per class, and best (B, N, 7), of the box with the best score."""
 
     names: Tensor
     best: Tensor
 
 
 def box_maps(found: Boxes, height: int, width: int, stride: int) -> BoxMaps:
-    """What the boxes in a frame of height x width pixels say of its places, one every `stride` pixels."""
+    """Map the boxes of a frame of height x width pixels onto its places, one every `stride` pixels."""
     corners, scores = found
     kept = scores.amax(2).topk(min(_KEPT, scores.shape[1]), 1).indices[..., None]
     scores = scores.take_along_dim(kept, 1)

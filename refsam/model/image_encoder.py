@@ -29,7 +29,7 @@ class PatchEmbedding(nn.Module):
 
 
 class Parts(NamedTuple):
-    """What computes the patch embedding, each block and the neck, (B, h, w, D) to (B, h, w, C).
+    """Callables for the patch embedding, each block and the neck, (B, h, w, D) to (B, h, w, C).
 
     dtype is that of normalised tokens, None for the tokens' own.
     """
@@ -47,7 +47,7 @@ def _run_neck(neck: nn.Module, x: Tensor) -> Tensor:
 
 
 def _arrange(module: Any, dtype: torch.dtype) -> Any:
-    """What computes a part of the encoder with products in this dtype; only torch.int8 changes the ends."""
+    """A callable for a part of the encoder with products in this dtype; only torch.int8 changes the ends."""
     if isinstance(module, Block):
         return arrange_block(module, dtype)
     is_neck = isinstance(module, nn.Sequential)
@@ -221,7 +221,7 @@ class ImageEncoder(nn.Module):
         return self.packing.dtype_of(self.pos_embed) if self.packing else self.pos_embed.dtype
 
     def _parts(self) -> Parts:
-        """What computes the encoder now."""
+        """The callables that compute the encoder now."""
         recording, packing = torch.is_grad_enabled(), self.packing
         if recording:
             self._refuse_if_released("autograd")

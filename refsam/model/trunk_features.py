@@ -123,7 +123,7 @@ class TrunkFeatures(nn.Module):
 
 
 def name_channels(detector: bool) -> int:
-    """How many values nouns are compared with at a place: the trunk's, then a detector's for its classes."""
+    """Number of values that nouns are compared with at a place: the trunk's, then a detector's for its classes."""
     return NAME_CHANNELS + (len(DETECTOR_CLASSES) if detector else 0)
 
 

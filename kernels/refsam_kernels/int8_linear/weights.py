@@ -29,7 +29,7 @@ class Int8Weights(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the operator takes beside the numbers of channels."""
+        """The operator's tensors, without the numbers of channels."""
         return self[:4]
 
 

@@ -1,4 +1,4 @@
-"""What stands for single modules of a SAM image encoder: its attention, its MLP, its neck's norm."""
+"""Replacements of single modules of a SAM image encoder: its attention, its MLP, its neck's norm."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -90,7 +90,7 @@ def _add_masks(generator: Any, data: Any) -> None:
 
 
 def run_lengths(ends: Tensor, crop_box: Box, size: tuple[int, ...]) -> dict[str, list[int]]:
-    """Where the runs but the last of a mask of the crop end, to uncompressed run lengths in the frame (height, width)."""
+    """Convert the ends of all runs but the last of a crop's mask to uncompressed run lengths in the frame (height, width)."""
     (left, top, right, bottom), (height, width) = crop_box, size[:2]
     rows, ends = bottom - top, ends.long()
     if len(ends) % 2:  # the last run is of pixels inside

@@ -104,7 +104,7 @@ def _predict_masks(
 
 
 def _for_each(of_image: Tensor, count: int) -> Tensor:
-    """What belongs to an image (1, C, h, w), for each of its prompts, without copies."""
+    """Expand a tensor of one image (1, C, h, w) to its prompts, without copies."""
     if len(of_image) == 1:
         return of_image.expand(count, -1, -1, -1)
     return of_image.repeat_interleave(count, dim=0)

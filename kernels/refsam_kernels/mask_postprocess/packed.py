@@ -134,7 +134,7 @@ def mask_runs(
     stability_offset: float,
     backend: str | None = None,
 ) -> tuple[Sequence[Tensor], list[Size], Tensor]:
-    """What `mask_postprocess_rle` encodes, on the CPU.
+    """The runs that `mask_postprocess_rle` encodes, on the CPU.
 
     Returns:
         Where each mask's runs but the last end, (n,) int32 ascending in column-major order; the masks' sizes; statistics (P, 7)

@@ -48,7 +48,7 @@ def backward(
 
 
 def _per_expression(tensors: Sequence[Tensor | None]) -> list[bool]:
-    """Which tensors have a part for each expression: features, hypernetworks' outputs and what is added, unless it is shared."""
+    """Whether each tensor has a part per expression: features, hypernetworks' outputs and additions that are not shared."""
     features, *_ = tensors
     shared = [x is None or len(x) != len(features) for x in tensors[-2:]]
     return [True, True] + [False] * 6 + [not x for x in shared]

@@ -97,7 +97,7 @@ class Problem:
 
     @property
     def tuned_keys(self) -> tuple[str, ...]:
-        """Where this GPU's tuned tiles stand: under its name, else under its architecture."""
+        """Keys of this GPU's tuned tiles: its name, then its architecture."""
         return tuple(filter(None, (self.device_name, f"sm_{self.architecture}")))
 
     def tile(self, kernel: str) -> Tile:
