@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import inspect
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -480,6 +481,24 @@ def test_a_sam_with_another_decoder_keeps_it() -> None:
     optimize(model)
     assert_close(model.image_encoder(pixels), wanted)
     assert "forward" not in vars(model)
+
+
+def test_a_decoder_that_computes_something_else_is_refused() -> None:
+    """As a copy of segment-anything may: the same members and arguments, another result."""
+    model = sam()
+    kind = type(model.mask_decoder)
+
+    def predict_masks(self: Any, *embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        masks, iou = kind.predict_masks(self, *embeddings)
+        return masks.sigmoid(), iou
+
+    predict_masks.__signature__ = inspect.signature(kind.predict_masks)  # type: ignore[attr-defined]
+    model.mask_decoder.__class__ = type("MaskDecoder", (kind,), {"predict_masks": predict_masks})
+    with pytest.raises(
+        ValueError, match=r"model\.mask_decoder: computes something else than SAM's"
+    ):
+        optimize(model)
+    optimize(model, check=False)
 
 
 def test_a_refused_model_is_unchanged() -> None:

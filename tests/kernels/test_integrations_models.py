@@ -3,14 +3,17 @@
 import copy
 import pickle
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from refsam_kernels.integrations import encoders, optimize
-from tests.kernels.encoder_models import MODELS, Example
+from tests.kernels.encoder_models import MODELS, Example, pixels_of
 from tests.kernels.test_integrations import assert_close
 
 each_model = pytest.mark.parametrize("example", MODELS.values(), ids=MODELS.keys())
@@ -185,7 +188,7 @@ def two_window_sizes(model: Any) -> None:
 
 
 REFUSED = {
-    other_formula: r"model\.blocks\.1: computes something else than SAM's block: on random tokens",
+    other_formula: r"model\.blocks\.1: computes something else than SAM's block: on random numbers",
     pooled: r"model\.blocks\.0\.attn: got pooled queries or keys \(pool_q\), wanted as many as tokens",
     other_positions: r"got an? Attention with positions of another kind, rel_pos \(a Embedding\)",
     other_scale: r"model\.blocks\.0\.attn\.scale: got 1\.0, wanted 16 \*\* -0\.5",
@@ -277,3 +280,58 @@ def test_pickles() -> None:
     optimize(model)
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(MODELS["GotOcr2"].features(again), MODELS["GotOcr2"].features(model))
+
+
+def test_ddp_around_a_model_is_seen_through(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        example = MODELS["GotOcr2"]
+        plain = example.make()
+        parallel = DistributedDataParallel(copy.deepcopy(plain))
+        optimize(parallel)
+        for model in (plain, parallel):
+            example.features(model).sum().backward()
+        for ours, theirs in zip(parallel.parameters(), plain.parameters(), strict=True):
+            atol = 1e-4 * max(float(theirs.grad.abs().max()), 1e-3)
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=atol)
+    finally:
+        dist.destroy_process_group()
+
+
+@torch.no_grad()
+def test_fsdp_may_wrap_an_optimized_model(tmp_path: Path) -> None:
+    """FSDP2 shards the parameters of each block and gathers them for its call."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        example = MODELS["GotOcr2"]
+        model = example.make()
+        wanted = example.features(model)
+        optimize(model)
+        mesh = init_device_mesh("cpu", (1,))
+        for block in blocks_of(model):
+            fully_shard(block.module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        assert_close(model(pixels_of()).last_hidden_state, wanted)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_compiled_model_is_refused_in_words() -> None:
+    model = torch.compile(MODELS["segment-anything"].make(), backend="eager")
+    with pytest.raises(ValueError, match=r"got a OptimizedModule, .*before torch\.compile"):
+        optimize(model)
+
+
+@torch.no_grad()
+def test_half_precision() -> None:
+    example = MODELS["GotOcr2"]
+    model = example.make()
+    exact = example.features(model)
+    theirs = example.features(model.half())
+    optimize(model)
+    ours = example.features(model)
+    assert ours.dtype == torch.float16
+    assert (ours.float() - exact).abs().max() <= 2 * (theirs.float() - exact).abs().max()

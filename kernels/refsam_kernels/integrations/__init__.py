@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from refsam_kernels.core.checks import require
 from refsam_kernels.int8_linear.op import say_if_slow
@@ -20,7 +20,7 @@ from refsam_kernels.integrations import (
 )
 from refsam_kernels.integrations.encoders import Block, find_blocks, norm_replacements
 from refsam_kernels.integrations.modules import Int8Attend
-from refsam_kernels.integrations.probe import probe_reasons
+from refsam_kernels.integrations.probe import block_reasons, decoder_reasons
 from refsam_kernels.integrations.replacement import Optimization, Replacement, refuse
 
 __all__ = ["Optimization", "optimize"]
@@ -31,6 +31,12 @@ PARTS: dict[str, Callable[[Any, str], list[Replacement]]] = {
     "MaskDecoder": segment_anything_masks.of_decoder,
     "SamMaskDecoder": transformers_masks.of_decoder,
     **dict.fromkeys(sorted(transformers_sam2.DECODERS), transformers_sam2.of_decoder),
+}
+# How to call the decoders among them on random numbers, for the check.
+EXAMPLES: dict[str, Callable[..., Tensor]] = {
+    "MaskDecoder": segment_anything_masks.example,
+    "SamMaskDecoder": transformers_masks.example,
+    **dict.fromkeys(sorted(transformers_sam2.DECODERS), transformers_sam2.example),
 }
 # The same for holders, which are no modules, and where the module stands that they hold.
 HOLDERS: dict[str, Callable[[Any, str], list[Replacement]]] = {
@@ -138,35 +144,47 @@ def _at(model: Any, path: str) -> Any:
 
 def _of_module(model: nn.Module, path: str, check: bool, in_int8: bool) -> list[Replacement]:
     """The replacements in a module and all below it."""
-    found = []
-    for name, module in model.named_modules():
-        kind = next(
-            (each.__name__ for each in type(module).__mro__ if each.__name__ in PARTS), None
-        )
-        if kind:
-            try:
-                found += PARTS[kind](module, f"{path}.{name}" if name else path)
-            except ValueError as error:
-                advice = _advice(type(part).__name__ for part in module.children())
-                raise ValueError(f"{error}{advice}") from None
+    parts = list(_parts(model, path))
+    found = [item for where, kind, module in parts for item in _of_part(where, kind, module)]
     blocks = find_blocks(model, path)
     refuse([reason for block in blocks for reason in block.reasons()])
     refuse([reason for item in found for reason in item.reasons()])
     if check:
-        _check(blocks)
+        _check(blocks, parts)
     of_blocks = [item for block in blocks for item in block.replacements(in_int8)]
     return found + of_blocks + (list(norm_replacements(model, path)) if blocks else [])
 
 
+def _parts(model: nn.Module, path: str) -> Iterator[tuple[str, str, Any]]:
+    """Modules of known names: where each stands, by which name it is known, and itself."""
+    for name, module in model.named_modules():
+        for parent in type(module).__mro__:
+            if parent.__name__ in PARTS:
+                yield (f"{path}.{name}" if name else path), parent.__name__, module
+                break
+
+
+def _of_part(path: str, kind: str, module: Any) -> list[Replacement]:
+    try:
+        return PARTS[kind](module, path)
+    except ValueError as error:
+        advice = _advice(type(part).__name__ for part in module.children())
+        raise ValueError(f"{error}{advice}") from None
+
+
 @torch.no_grad()
-def _check(blocks: list[Block]) -> None:
-    """Raises `ValueError` unless the replacement of one block of each kind computes the same as the block."""
+def _check(blocks: list[Block], parts: list[tuple[str, str, Any]]) -> None:
+    """Raises `ValueError` unless decoders, and one block of each kind, compute the same before and after."""
     different = {block.likeness: block for block in reversed(blocks)}
     reasons: list[str] = []
     for block in reversed(different.values()):
         refuse([reason for item in block.replacements() for reason in item.reasons()])
         with torch.autocast(block.attention.rel_pos_h.device.type, enabled=False):
-            reasons += probe_reasons(block)
+            reasons += block_reasons(block)
+    for path, kind, module in parts:
+        if kind in EXAMPLES:
+            with torch.autocast(module.mask_tokens.weight.device.type, enabled=False):
+                reasons += decoder_reasons(path, module, EXAMPLES[kind], PARTS[kind])
     refuse(reasons)
 
 

@@ -1,43 +1,76 @@
-"""Compares a block before and after its methods are replaced, on random tokens and without touching the model."""
+"""Compares a block or a mask decoder before and after its methods are replaced, on random numbers; the model is not touched."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from refsam_kernels.integrations.encoders import Block
-from refsam_kernels.integrations.replacement import Optimization
+from refsam_kernels.integrations.replacement import Optimization, Replacement
 from refsam_kernels.packed_linear import is_plain_linear
 
 # Of the largest value. Rounding is a hundred times smaller; another formula differs by more.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def probe_reasons(block: Block) -> Iterator[str]:
-    """Why the block's replacement does not compute the same as the block."""
+def block_reasons(block: Block) -> Iterator[str]:
+    """Why a block's replacement does not compute the same as the block."""
     twin = Block(block.path, _twin(block.module), block.kind)
     _randomise(twin.attention)
     tokens = _tokens(block)
+    compute = partial(block.kind.compute, twin.module, tokens)
+    yield from _differences(block.path, "SAM's block", compute, lambda: list(twin.replacements()))
+
+
+def decoder_reasons(
+    path: str,
+    decoder: Any,
+    example: Callable[[Any, Callable[..., Tensor]], Tensor],
+    replacements: Callable[[Any, str], list[Replacement]],
+) -> Iterator[str]:
+    """Why a mask decoder's replacement does not compute the same; `example` calls it on what a generator of tensors gives."""
+    twin, generator = _twin(decoder), torch.Generator().manual_seed(1)
+    like = decoder.mask_tokens.weight
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(like)
+
+    def compute() -> Tensor:
+        generator.manual_seed(1)
+        return example(twin, normal)
+
+    yield from _differences(path, "SAM's mask decoder", compute, lambda: replacements(twin, path))
+
+
+def _differences(
+    path: str,
+    what: str,
+    compute: Callable[[], Tensor],
+    replacements: Callable[[], list[Replacement]],
+) -> Iterator[str]:
+    """Why the result is another one while the methods are replaced."""
     try:
-        wanted = block.kind.compute(twin.module, tokens)
+        wanted = compute()
     except Exception as error:  # whatever the foreign code raises
         yield (
-            f"{block.path}: its own code fails on random tokens {tuple(tokens.shape)}: {error} "
-            "(check=False leaves this check out)"
+            f"{path}: its own code fails on random numbers: {error} (check=False leaves this check out)"
         )
         return
-    with Optimization(list(twin.replacements())):
+    with Optimization(replacements()):
         try:
-            found = block.kind.compute(twin.module, tokens)
+            found = compute()
         except Exception as error:  # of a structure that only looks like SAM's
-            yield f"{block.path}: computes something else than SAM's block: {error}"
+            yield f"{path}: computes something else than {what}: {error}"
             return
-    difference = float((found - wanted).abs().max() / wanted.abs().max())
-    if found.shape != wanted.shape or not difference <= TOLERANCES.get(tokens.dtype, 5e-2):
+    difference = float("inf")
+    if found.shape == wanted.shape:
+        difference = float((found - wanted).abs().max() / wanted.abs().max())
+    if not difference <= TOLERANCES.get(wanted.dtype, 5e-2):
         yield (
-            f"{block.path}: computes something else than SAM's block: on random tokens its result differs by {difference:.1e} of "
-            "the largest value"
+            f"{path}: computes something else than {what}: on random numbers its result differs by {difference:.1e} of the "
+            "largest value"
         )
 
 

@@ -1,6 +1,6 @@
 """segment-anything's `Sam`, `MaskDecoder` and `SamPredictor`: from the image encoder's features to masks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from inspect import signature
 from typing import Any
 
@@ -59,6 +59,13 @@ def of_decoder(decoder: Any, path: str) -> list[Replacement]:
     refuse(list(_decoder_reasons(path, decoder)))
     found = two_way_transformer.replacements(f"{path}.transformer", decoder.transformer)
     return [Replacement(path, decoder, _predict_masks, "predict_masks", EMBEDDINGS), *found]
+
+
+def example(decoder: Any, normal: Callable[..., Tensor]) -> Tensor:
+    """Logits of two prompts, by a generator of random tensors of a shape."""
+    width = decoder.mask_tokens.weight.shape[1]
+    image, positions = normal(1, width, 4, 5), normal(1, width, 4, 5)
+    return decoder.predict_masks(image, positions, normal(2, 3, width), normal(2, width, 4, 5))[0]
 
 
 def inherits(instance: object, method: str, class_name: str) -> bool:

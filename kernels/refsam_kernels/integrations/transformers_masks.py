@@ -1,6 +1,6 @@
 """transformers' `SamModel`, `SamMaskDecoder` and the processors of SAM: from features to masks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,14 @@ def of_decoder(decoder: Any, path: str) -> list[Replacement]:
     """The replacements for a `SamMaskDecoder`. Raises `ValueError` if it is modified inside."""
     refuse(list(_decoder_reasons(path, decoder)))
     return [Replacement(path, decoder, _decoder, parameters=EMBEDDINGS)]
+
+
+def example(decoder: Any, normal: Callable[..., Tensor], **more: Any) -> Tensor:
+    """Logits of two prompts, by a generator of random tensors of a shape; `more` is given to the decoder, too."""
+    width = decoder.mask_tokens.weight.shape[1]
+    image, positions, dense = (normal(1, width, 4, 5) for _ in range(3))
+    tokens = normal(1, 2, 3, width)
+    return decoder(image, positions, tokens, dense, multimask_output=True, **more)[0]
 
 
 def of_processor(processor: Any, path: str) -> list[Replacement]:

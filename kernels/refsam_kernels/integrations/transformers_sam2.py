@@ -4,7 +4,7 @@ One class was copied under six names (`DECODERS`). It adds features of higher re
 convolutions, and gives tokens and scores of objects beside the masks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,13 @@ def of_decoder(decoder: Any, path: str) -> list[Replacement]:
     """The replacements for one of these mask decoders. Raises `ValueError` if it is modified inside."""
     refuse(list(_decoder_reasons(path, decoder)))
     return [Replacement(path, decoder, _decoder, parameters=TAKES)]
+
+
+def example(decoder: Any, normal: Callable[..., Tensor]) -> Tensor:
+    """Logits of two prompts, by a generator of random tensors of a shape."""
+    width = decoder.mask_tokens.weight.shape[1]
+    features = [normal(1, width // 8, 16, 20), normal(1, width // 4, 8, 10)]
+    return transformers_masks.example(decoder, normal, high_resolution_features=features)
 
 
 def of_processor(processor: Any, path: str) -> list[Replacement]:
