@@ -214,7 +214,8 @@ def test_unknown_stages_and_no_gpu_are_said(
 
 def test_the_stages_fit_into_ten_minutes() -> None:
     """One after the other; what runs in the background runs beside them."""
-    limits = [s.limit_s for s in STAGES if s.name in FIRST and not s.is_background]
+    assert FIRST[-1] == "peers"  # which gets what is left
+    limits = [s.limit_s for s in STAGES if s.name in FIRST[:-1] and not s.is_background]
     assert sum(limits) <= 600
     names = [task.name for stage in STAGES for task in stage.tasks]
     assert "kernels/triton/test_rel_pos_attention.py" in names

@@ -101,8 +101,8 @@ STAGES = (
         tuple(Task(group[0], "operators", group) for group in GROUPS),
         is_timed=True,
     ),
-    # Peers that are compiled for half a minute before they can be timed.
-    Stage("peers", 30, of("peers", "64", "80"), is_timed=True),
+    # Peers that are compiled for half a minute before they can be timed get what is left.
+    Stage("peers", 90, of("peers", "64", "80"), is_timed=True),
     # For a second call: what failed in the first one's rows, under compute-sanitizer.
     Stage("memcheck", 200, of("memcheck", *OPERATORS), parallel=4),
 )
