@@ -23,7 +23,7 @@ from refsam.model import RefSAM
 from refsam.model.build import build_image_encoder
 from refsam.model.image_encoder import ImageEncoder
 from refsam.model.packing import arrange_block
-from refsam.model.refsam import TRUNK_GREY
+from refsam.model.trunk_features import GREY
 
 DTYPES = {"float32": torch.float32, "int8": torch.int8}
 
@@ -80,7 +80,7 @@ def main() -> None:
         nano = RefSAM.from_pretrained("nano").eval()
         frame = davis.Image.open(sorted((options.folder / "dog").glob("*.jpg"))[0]).convert("RGB")
         pixels, _ = nano.preprocess(torch.from_numpy(davis.np.array(frame))[None])
-        seen = nano.trunk((pixels * nano.pixel_std + nano.pixel_mean - TRUNK_GREY) / TRUNK_GREY)
+        seen = nano.trunk((pixels * nano.pixel_std + nano.pixel_mean - GREY) / GREY)
         result["nano"] = errors_by_block(nano.image_encoder, pixels, seen.added)
         print(json.dumps(result["nano"]), flush=True)
     for name, dtype in DTYPES.items():
