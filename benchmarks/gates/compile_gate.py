@@ -1,6 +1,7 @@
 """`python -m benchmarks.gates.compile_gate [OPERATOR ...] [--out FILE]`: compile every Triton kernel without a GPU."""
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints a table of registers, shared memory and spills; returns 1 if a case fails to compile or spills too much.
 
     With --out the rows of the operators and architectures named, or of all, replace those in the file as they are found; others
-    stay. With --resume rows that this commit wrote there are not made again.
+    stay. With --resume rows are not made again that the same Triton made of the same source and arguments.
     The file says which Triton it was: results/compile_gate.json is the pinned one's, compile_gate_oldest.json that of 3.6.
     """
     known = operators_with_triton()
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     file.forget_others([row for row, _ in planned])
     rows = []
     for names, case in planned:
-        row = options.resume and file.made_by_this_commit(names)
+        row = options.resume and file.made_before(names)
         if not row:
             row = names | judge(case, names["architecture"])
             file.put(row)
@@ -64,7 +65,16 @@ def planned_rows(
                 if architecture in case.architectures:
                     row = {"operator": operator, "case": case.name, "architecture": architecture}
                     row |= {"num_warps": case.num_warps, "num_stages": case.num_stages}
-                    yield row, case
+                    yield row | {"key": key_of(case)}, case
+
+
+def key_of(case: CompileCase) -> str:
+    """A digest of Triton's version, the kernel's source with all that it calls, and the arguments."""
+    import triton
+
+    source = getattr(case.kernel, "cache_key", None)
+    parts = (triton.__version__, source, case.signature, case.constants, case.precision)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def judge(case: CompileCase, architecture: int) -> Row:
@@ -108,11 +118,10 @@ class RowsFile:
             if key in cases or (key[0], key[2]) not in places
         }
 
-    def made_by_this_commit(self, names: Row) -> Row | None:
-        """The row of that name if this commit, and nothing that is not committed, made it."""
+    def made_before(self, names: Row) -> Row | None:
+        """The row with these names, the key of what is compiled among them."""
         row = self.rows.get(row_order(names))
-        is_same = row and row["commit"] == self.origin["commit"] and names.items() <= row.items()
-        return row if is_same and not self.origin["uncommitted_changes"] else None
+        return row if row and names.items() <= row.items() else None
 
     def put(self, row: Row) -> None:
         """Adds a row, and writes the file."""

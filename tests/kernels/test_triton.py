@@ -96,8 +96,6 @@ def test_gate_fails_for_spills_and_for_what_does_not_compile(
 
 
 def test_gate_goes_on_where_it_was_ended(gate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    origin = {"commit": "first", "uncommitted_changes": False}
-    monkeypatch.setattr(compile_gate.provenance, "collect", lambda device: dict(origin))
     seen: list[str] = []
 
     def judge(case: triton_aot.CompileCase, architecture: int) -> dict[str, Any]:
@@ -124,7 +122,7 @@ def test_gate_goes_on_where_it_was_ended(gate: Path, monkeypatch: pytest.MonkeyP
     assert compile_gate.main(["one", "--resume", "--out", str(gate)]) == 0
     assert seen == ["behind"]
     seen.clear()
-    origin["commit"] = "second"
+    monkeypatch.setattr(compile_gate, "key_of", lambda case: "another source")
     compile_gate.main(["one", "--resume", "--out", str(gate)])
     assert seen == ["done", "behind"]
 
