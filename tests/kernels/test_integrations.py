@@ -310,7 +310,7 @@ def test_transformers_sam_from_points_to_masks(multimask: bool) -> None:
     optimize(model)
     outputs: list[Any] = []
     calls = calls_of(lambda: outputs.append(model(**inputs)))
-    assert calls == {"rel_pos_attention": 2, "mask_upscale": 1}
+    assert calls == {"rel_pos_attention": 2, "mask_upscale": 1, "token_image_attention": 4}
     assert_close(outputs[0].pred_masks, wanted.pred_masks, 1e-4)
     assert_close(outputs[0].iou_scores, wanted.iou_scores, 1e-4)
 

@@ -62,7 +62,7 @@ def test_masks_scores_and_tokens_are_the_original_ones(library: str, images: int
         found: list[Any] = []
         with optimize(decoder):
             run = lambda: found.extend(decoder(**inputs, multimask_output=multimask))  # noqa: B023, E731
-            assert calls_of(run) == {"mask_upscale": 1}
+            assert calls_of(run) == {"mask_upscale": 1, "token_image_attention": 4}
         for ours, theirs in zip(found, wanted, strict=True):
             assert_close(ours, theirs, 1e-4)
 
@@ -100,6 +100,24 @@ def test_trains_as_before(multimask: bool) -> None:
         if ours is not None and theirs is not None:
             atol = GRADIENT_TOLERANCE * max(float(theirs.abs().max()), 1e-3 * largest)
             torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+
+
+@torch.no_grad()
+def test_hooks_and_similarities_are_left_to_the_blocks_own_code() -> None:
+    decoder, inputs = make_decoder("sam2"), inputs_of(1, 1)
+    options: dict[str, Any] = {
+        "multimask_output": True,
+        "attention_similarity": torch.randn(1, 1, 1, 30),
+    }
+    wanted = decoder(**inputs, **options)
+    seen: list[int] = []
+    with optimize(decoder):
+        found = decoder(**inputs, **options)
+        for layer in decoder.transformer.layers:
+            layer.cross_attn_image_to_token.q_proj.register_forward_hook(lambda *_: seen.append(1))
+        decoder(**inputs, multimask_output=True)
+    assert len(seen) == 2
+    assert_close(found[0], wanted[0], 1e-4)
 
 
 def test_a_changed_decoder_is_refused_in_words() -> None:

@@ -66,7 +66,7 @@ def test_either_side_of_the_choice_computes_the_same(
 ) -> None:
     model, values = decoder(), inputs(prompts, tokens)
     wanted = run(model, values)
-    with optimize(model):
+    with optimize(model, check=False):
         found = run(model, values)
     assert len(calls) == (ATTENTIONS if is_chosen else 0)
     for ours, theirs in zip(found, wanted, strict=True):
@@ -84,7 +84,7 @@ def test_dtypes_that_were_not_measured_faster_are_computed_as_there(
     wanted = model.transformer(
         values["image_embeddings"], values["image_pe"], torch.ones(1, 7, 32, dtype=dtype)
     )
-    with optimize(model):
+    with optimize(model, check=False):
         found = model.transformer(
             values["image_embeddings"], values["image_pe"], torch.ones(1, 7, 32, dtype=dtype)
         )
@@ -144,7 +144,7 @@ def test_what_is_put_around_modules_is_heeded(
 
 def test_training_and_autocast_are_computed_as_there(calls: list[Tensor]) -> None:
     model, values = decoder(), inputs(2, 7)
-    optimize(model)
+    optimize(model, check=False)
     run(model, values)[0].sum().backward()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         run(model, values)

@@ -274,13 +274,13 @@ def _drop_windows(block: Any, attended: Tensor) -> Tensor:
     )
 
 
-def are_weights_wanted(asked: bool | None) -> bool:
+def are_weights_wanted(asked: bool | None, name: str = "attentions") -> bool:
     """Whether attention's weights are asked for, by argument or, as transformers' encoders do it, for all that runs now."""
     if asked or torch.compiler.is_compiling():
         return bool(asked)
     capturing = sys.modules.get("transformers.utils.output_capturing")
     collector = getattr(capturing, "_active_collector", None)
-    return "attentions" in ((collector.get() or ()) if collector else ())
+    return name in ((collector.get() or ()) if collector else ())
 
 
 @cache

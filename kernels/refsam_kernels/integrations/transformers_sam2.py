@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refsam_kernels.integrations import transformers_masks
+from refsam_kernels.integrations import transformers_masks, transformers_two_way
 from refsam_kernels.integrations.mask_decoder import upscale, upscaling_reasons
 from refsam_kernels.integrations.replacement import Replacement, refuse, structure_reasons
 from refsam_kernels.mask_postprocess.op import mask_postprocess
@@ -42,7 +42,8 @@ SIZES = (
 def of_decoder(decoder: Any, path: str) -> list[Replacement]:
     """The replacements for one of these mask decoders. Raises `ValueError` if it is modified inside."""
     refuse(list(_decoder_reasons(path, decoder)))
-    return [Replacement(path, decoder, _decoder, parameters=TAKES)]
+    two_way = transformers_two_way.replacements(f"{path}.transformer", decoder.transformer)
+    return [Replacement(path, decoder, _decoder, parameters=TAKES), *two_way]
 
 
 def example(decoder: Any, normal: Callable[..., Tensor]) -> Tensor:

@@ -86,7 +86,8 @@ def attend(
     attention: Any, norm: Any, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor
 ) -> Tensor:
     """`norm(queries + attention)` like the queries (P, T, C): one operator where that is faster and nobody would notice."""
-    if not (is_faster(queries, keys) and _is_plain(attention, norm)):
+    is_known = type(attention).__name__ == "Attention"
+    if not (is_known and is_faster(queries, keys) and is_plain(attention, norm, PROJECTIONS)):
         return norm(queries + attention(q=queries + query_pe, k=keys + key_pe, v=keys))
     layers = [getattr(attention, name) for name in PROJECTIONS]
     weights = AttentionWeights(*(t for layer in layers for t in (layer.weight, layer.bias)))
@@ -113,16 +114,15 @@ def is_faster(queries: Tensor, keys: Tensor) -> bool:
     )
 
 
-def _is_plain(attention: Any, norm: Any) -> bool:
+def is_plain(attention: Any, norm: Any, projections: tuple[str, ...]) -> bool:
     """Whether calling these modules does nothing but compute with their weights, without gradient, autocast or tracing."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    layers = [getattr(attention, name, None) for name in PROJECTIONS]
+    layers = [getattr(attention, name, None) for name in projections]
     return (
-        type(attention).__name__ == "Attention"
-        and is_unhooked(attention)
+        is_unhooked(attention)
         and all(is_plain_linear(layer) and layer.bias is not None for layer in layers)
         and type(norm) is nn.LayerNorm
         and is_unhooked(norm)
