@@ -222,6 +222,18 @@ def test_the_stages_fit_into_ten_minutes() -> None:
     assert "session/test_cuda_graphs.py" in names
 
 
+def test_every_file_with_tests_for_a_gpu_is_a_task() -> None:
+    (stage,) = (stage for stage in STAGES if stage.name == "tests")
+    listed = {Path(task.command[-1]) for task in stage.tasks}
+    tests = Path(__file__).parent
+    marked = {
+        path
+        for path in tests.rglob("test_*.py")
+        if path.parent.name in ("triton", "cuda") or "@pytest.mark.gpu" in path.read_text()
+    }
+    assert listed == marked - {Path(__file__)}
+
+
 def test_a_rehearsal_runs_every_stage(tmp_path: Path) -> None:
     wanted = shortened(STAGES, short=True, plant=None)
     assert [stage.name for stage in wanted] == [stage.name for stage in STAGES]
