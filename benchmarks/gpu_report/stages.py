@@ -54,7 +54,7 @@ def test_files() -> tuple[Task, ...]:
         *sorted((ROOT / "tests" / "kernels" / "cuda").glob("test_*.py")),
         ROOT / "tests" / "kernels" / "test_rel_pos_attention_augmented.py",
         ROOT / "tests" / "session" / "test_cuda_graphs.py",
-        ROOT / "tests" / "session" / "test_together.py",
+        ROOT / "tests" / "session" / "test_uploads.py",
     ]
     options = ["-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider"]
     options += ["-p", "benchmarks.gpu_report.pytest_rows", "-m", "gpu"]

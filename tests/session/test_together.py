@@ -152,13 +152,3 @@ def test_uploads_go_through_two_buffers(model: RefSAM, monkeypatch: pytest.Monke
     prepare(video(0)[2])
     prepare(video(1)[0])
     assert made[2:] == [(64, 64, 3)]
-
-
-@pytest.mark.gpu
-def test_uploads_on_a_gpu_arrive_whole() -> None:
-    model = tiny_model().to("cuda")
-    prepare, frames = FramePreparer(model), video(0, frames=40)
-    prepared = [prepare(frame) for frame in frames]
-    for frame, ready in zip(frames, prepared, strict=True):
-        expected, _ = model.preprocess(torch.from_numpy(frame)[None])
-        assert torch.equal(ready.wait(), expected)
