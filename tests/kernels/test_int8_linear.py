@@ -6,8 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from refsam_kernels import BackendError, Int8Weights, int8_linear, int8_mlp, quantise_weights
+from refsam_kernels import (
+    BackendError,
+    Int8Weights,
+    flop_formulas,
+    int8_linear,
+    int8_mlp,
+    quantise_weights,
+)
 from refsam_kernels.core import libraries
 from refsam_kernels.int8_linear import reference
 from refsam_kernels.int8_linear.weights import unpack
@@ -253,3 +261,15 @@ def test_no_backend_of_another_device() -> None:
     with pytest.raises(BackendError):
         int8_linear(X, layer(6, 8), backend="triton")
     assert checks.outputs_of(int8_linear(X, layer(6, 8)))
+
+
+def test_products_are_counted() -> None:
+    layers = [quantise_weights(normal(*shape).float()) for shape in ((6, 4), (4, 6))]
+    x = normal(2, 3, 4).float()
+    for call, wanted in (
+        (lambda: int8_linear(x, layers[0], backend="fallback"), 2 * 6 * 4 * 6),
+        (lambda: int8_mlp(x, *layers, backend="fallback"), 2 * 6 * 6 * (4 + 4)),
+    ):
+        with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+            call()
+        assert counter.get_total_flops() == wanted

@@ -41,8 +41,9 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
     formulas: dict[Any, Callable[..., int]] = {}
     for operator, products in _PRODUCTS.items():
         formulas[getattr(packets, operator.name)] = partial(_forward, operator, products)
-        backward = getattr(packets, f"{operator.name}_backward")
-        formulas[backward] = partial(_backward, operator, products)
+        if operator.is_differentiable:
+            backward = getattr(packets, f"{operator.name}_backward")
+            formulas[backward] = partial(_backward, operator, products)
     return formulas
 
 

@@ -1,12 +1,15 @@
 """Registration and public functions of `int8_linear`."""
 
 import logging
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from refsam_kernels.core import libraries
 from refsam_kernels.core.checks import check_same_device, check_shape, require
+from refsam_kernels.core.flops import Product, counts
 from refsam_kernels.core.registration import Operator, needs_gradient
 from refsam_kernels.int8_linear.inputs import Inputs
 from refsam_kernels.int8_linear.weights import Int8Weights
@@ -21,6 +24,14 @@ operator = Operator("int8_linear", Inputs)
 def _forward(inputs: Inputs) -> Tensor:
     dtype = torch.bfloat16 if inputs.as_bfloat16 else torch.float32
     return inputs.x.new_empty((*inputs.x.shape[:-1], inputs.out_channels), dtype=dtype)
+
+
+@counts(operator)
+def _products(inputs: Any) -> list[Product]:
+    rows, hidden = prod(inputs.x[:-1]), inputs.hidden_channels
+    if not hidden:
+        return [(2 * rows * inputs.in_channels * inputs.out_channels, None)]
+    return [(2 * rows * hidden * (inputs.in_channels + inputs.out_channels), None)]
 
 
 def int8_linear(
