@@ -445,7 +445,7 @@ def without_positions() -> nn.Module:
         ),
         (
             lambda: of_class("SamHQModel"),
-            "got a SamHQModel, wanted .*or a model with blocks as theirs",
+            "got a SamHQModel, wanted .*or another model with SAM's blocks",
         ),
         (
             of_another_version,

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import runpy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -335,3 +336,22 @@ def test_half_precision() -> None:
     ours = example.features(model)
     assert ours.dtype == torch.float16
     assert (ours.float() - exact).abs().max() <= 2 * (theirs.float() - exact).abs().max()
+
+
+def test_the_list_names_every_model_that_is_tested(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["integrations", "--list"])
+    runpy.run_module("refsam_kernels.integrations", run_name="__main__")
+    printed = capsys.readouterr().out
+    for name in MODELS:
+        assert name.split("'")[0].split(",")[0] in printed.replace("SegGPT", "SegGpt")
+
+
+def test_the_list_wants_its_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["integrations"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("refsam_kernels.integrations", run_name="__main__")
+    assert "--list" in capsys.readouterr().err

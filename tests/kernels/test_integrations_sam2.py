@@ -146,3 +146,16 @@ def test_processors_make_masks(library: str) -> None:
         assert torch.equal(same, exact)
     assert [mask.shape for mask in arrays] == [mask.shape for mask in wanted]
     assert oblong[0].all()
+
+
+@torch.no_grad()
+def test_a_model_that_holds_a_decoder_is_served() -> None:
+    """As `Sam2Model`, whose image encoder is another."""
+    decoder, inputs = make_decoder("edgetam"), inputs_of(1, 1)
+    model = torch.nn.ModuleDict({"vision_encoder": torch.nn.Linear(2, 2), "mask_decoder": decoder})
+    wanted = decoder(**inputs, multimask_output=True)
+    with optimize(model) as handle:
+        assert (
+            repr(handle) == "Optimization(3 methods replaced)"
+        )  # the decoder's and its two blocks'
+        assert_close(decoder(**inputs, multimask_output=True)[0], wanted[0], 1e-4)

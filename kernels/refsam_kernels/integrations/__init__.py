@@ -5,6 +5,7 @@ libraries is imported.
 """
 
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -50,6 +51,10 @@ HOLDERS: dict[str, Callable[[Any, str], list[Replacement]]] = {
 }
 HELD = {"SamPredictor": "model", "SamAutomaticMaskGenerator": "predictor.model"}
 
+_WANTED = (
+    "one of Sam, ImageEncoderViT, SamPredictor, SamModel, or another model with SAM's blocks "
+    "(python -m refsam_kernels.integrations --list)"
+)
 _OF_SAM2 = "of SAM 2 and SAM 3, transformers' mask decoders and processors are known, not the sam2 library's"
 _ADVICE = {
     "TinyViT": "MobileSAM has SAM's mask decoder: give model.mask_decoder to optimize() instead",
@@ -118,28 +123,14 @@ def _replacements(model: Any, check: bool, in_int8: bool) -> list[Replacement]:
     names = [parent.__name__ for parent in type(model).__mro__]
     holder = next((name for name in names if name in HOLDERS), None)
     if holder:
-        found = HOLDERS[holder](model, "model")
-        path = HELD.get(holder)
-        return (
-            found
-            if path is None
-            else found + _of_module(_at(model, path), f"model.{path}", check, in_int8)
-        )
-    compiled = names[0] == "OptimizedModule"
-    found = (
-        _of_module(model, "model", check, in_int8)
-        if isinstance(model, nn.Module) and not compiled
-        else []
-    )
-    wanted = f"one of Sam, ImageEncoderViT, {', '.join([*list(PARTS)[1:], *HOLDERS])}, or a model with blocks as theirs"
-    require(bool(found), "model", f"a {names[0]}", wanted + _advice(names))
+        found, held = HOLDERS[holder](model, "model"), HELD.get(holder)
+        if held:
+            found += _of_module(attrgetter(held)(model), f"model.{held}", check, in_int8)
+        return found
+    is_module = isinstance(model, nn.Module) and names[0] != "OptimizedModule"
+    found = _of_module(model, "model", check, in_int8) if is_module else []
+    require(bool(found), "model", f"a {names[0]}", _WANTED + _advice(names))
     return found
-
-
-def _at(model: Any, path: str) -> Any:
-    for name in path.split("."):
-        model = getattr(model, name)
-    return model
 
 
 def _of_module(model: nn.Module, path: str, check: bool, in_int8: bool) -> list[Replacement]:

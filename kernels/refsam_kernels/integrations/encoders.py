@@ -75,8 +75,8 @@ def _of_seggpt(block: Any, tokens: Tensor) -> Tensor:
     return block(tokens, ensemble_cond=1)[0]
 
 
-KINDS = {
-    "segment-anything, detectron2, timm": Kind(
+KINDS = (
+    Kind(  # segment-anything, detectron2, timm
         attention="attn",
         members=frozenset({"norm1", "attn", "norm2", "mlp"}),
         beside=frozenset(
@@ -86,7 +86,7 @@ KINDS = {
         compute=lambda block, tokens: block(tokens),
         block_takes=("x",),
     ),
-    "transformers' SamVisionLayer": Kind(
+    Kind(  # transformers' SamVisionLayer
         attention="attn",
         members=frozenset({"layer_norm1", "attn", "layer_norm2", "mlp"}),
         attend=_pair,
@@ -95,7 +95,7 @@ KINDS = {
         block_takes=("hidden_states",),
         attention_takes=("hidden_states", "output_attentions"),
     ),
-    "transformers' VitDetLayer": Kind(
+    Kind(  # transformers' VitDetLayer
         attention="attention",
         members=frozenset({"norm1", "attention", "norm2", "mlp", "drop_path"}),
         beside=frozenset({"residual"}),
@@ -104,7 +104,7 @@ KINDS = {
         block_takes=("hidden_states", "output_attentions"),
         attention_takes=("hidden_state", "output_attentions"),
     ),
-    "transformers' SegGptLayer": Kind(
+    Kind(  # transformers' SegGptLayer
         attention="attention",
         members=frozenset({"layernorm_before", "attention", "layernorm_after", "mlp", "drop_path"}),
         attend=_pair,
@@ -112,7 +112,7 @@ KINDS = {
         heads="num_attention_heads",
         attention_takes=("hidden_states", "output_attentions"),
     ),
-}  # fmt: skip
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,9 @@ def _kind_of(block: nn.Module, child: str, attention: nn.Module) -> Kind:
         return kind.members <= found, kind.attention_takes == takes, len(kind.members & found)
 
     return max(
-        (kind for kind in KINDS.values() if kind.attention == child),
+        (kind for kind in KINDS if kind.attention == child),
         key=likeness,
-        default=next(iter(KINDS.values())),
+        default=KINDS[0],
     )
 
 
