@@ -159,7 +159,7 @@ def session_facts(session: "VideoSession", precision: "torch.dtype") -> dict[str
         "refsam": __version__,
         "device": str(session.model.device),
         **precision_facts(session.model, precision),
-        **graph_facts(session.cuda_graphs),
+        **graph_facts(session.graphs),
     }
 
 
