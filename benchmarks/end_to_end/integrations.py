@@ -2,7 +2,8 @@
 
 Weights are random, of the real shapes. A model and its optimized copy are checked against each other, then called in turn.
 Memory is the peak of a second call above all that lies there before it; packed copies of weights, which the first call leaves,
-are a figure of their own. Both are measured in processes of their own. Rows are appended; `--list` names the cases.
+are a figure of their own. Both are measured in processes of their own. Rows are appended, one for times and one for memory;
+`--list` names the cases.
 """
 
 import argparse
@@ -191,6 +192,7 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], metavar="CASE")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--measure", choices=["time", "memory"], default="time")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("out/bench/models_cpu.jsonl"))
     parser.add_argument("--memory-of", choices=["before", "after"], help=argparse.SUPPRESS)
@@ -203,13 +205,16 @@ def main() -> int:
             print_memory(case, options.dtype, options.memory_of)
             continue
         labels = {"case": name, "model": case.model, "pixels": case.pixels, "task": case.task}
-        row = labels | {"dtype": options.dtype} | measure(case, options.dtype, options.rounds)
-        row["memory"] = memory_of(name, options.dtype)
+        row: dict[str, Any] = labels | {"dtype": options.dtype, "measured": options.measure}
+        if options.measure == "time":
+            row |= measure(case, options.dtype, options.rounds)
+        else:
+            row |= memory_of(name, options.dtype)
         row["provenance"] = collect("cpu")
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(json.dumps({key: row[key] for key in ("case", "speedup", "errors", "memory")}))
+        print(json.dumps({key: row[key] for key in row if key != "provenance"}))
     return 0
 
 
