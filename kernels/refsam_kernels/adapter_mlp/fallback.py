@@ -39,11 +39,11 @@ def backward(
 ) -> list[Tensor]:
     """One gradient for each tensor of the inputs."""
     normed, scale = inputs.normed, inputs.scale
-    statistics = (outputs.x, outputs.mean, outputs.rstd)
-    norm = (inputs.norm_weight, inputs.norm_bias)
+    (grad_x, grad_next), norm = grads, (inputs.norm_weight, inputs.norm_bias)
+    summed = (grad_x, grad_next, outputs.x, outputs.mean, outputs.rstd, *norm)
     needs_sum = needs[5] or needs[9]
     total, grad, column_sum, *grad_norm = steps.add_and_norm_backward(
-        SumBackward(*grads, *statistics, *norm, normed.dtype, needs_sum, needs[10:])
+        SumBackward(*summed, normed.dtype, needs_sum, needs[10:])
     )
     tokens = rows(normed)
     kept = (outputs.hidden, outputs.activated)

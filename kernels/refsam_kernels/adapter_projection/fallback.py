@@ -23,8 +23,9 @@ def forward(inputs: Inputs, steps: Steps = TORCH_STEPS) -> Outputs:
         adapted, *kept = mlp_forward(steps, projected, inputs.adapter, keep=keep)
         terms = (adapted, projected)  # in this order, since the first may be overwritten
         saved = (projected, *kept) if keep else saved
-    norm = (inputs.norm_weight, inputs.norm_bias, inputs.eps)
-    x, normed, *statistics = steps.add_and_norm(Sum(inputs.residual, *terms, 1.0, *norm, keep))
+    first, second = terms
+    norm = (inputs.norm_weight, inputs.norm_bias, inputs.eps, keep)
+    x, normed, *statistics = steps.add_and_norm(Sum(inputs.residual, first, second, 1.0, *norm))
     return Outputs(x, or_empty(normed, attention), *statistics, *saved)
 
 
@@ -37,11 +38,11 @@ def backward(
 ) -> list[Tensor]:
     """One gradient for each tensor of the inputs."""
     attention, adapter = inputs.attention, inputs.adapter
-    statistics = (outputs.x, outputs.mean, outputs.rstd)
-    norm = (inputs.norm_weight, inputs.norm_bias)
+    (grad_x, grad_normed), norm = grads, (inputs.norm_weight, inputs.norm_bias)
+    summed = (grad_x, grad_normed, outputs.x, outputs.mean, outputs.rstd, *norm)
     needs_sum = needs[3] if adapter is None else needs[7]
     total, grad, column_sum, *grad_norm = steps.add_and_norm_backward(
-        SumBackward(*grads, *statistics, *norm, attention.dtype, needs_sum, needs[8:])
+        SumBackward(*summed, attention.dtype, needs_sum, needs[8:])
     )
     grad_adapter: list[Tensor | None] = [None] * 4
     grad_bias = column_sum

@@ -6,6 +6,7 @@ order without atomics. Tensors are contiguous, statistics and sums float32, offs
 """
 
 import itertools
+from typing import Any
 
 import torch
 import triton
@@ -166,8 +167,8 @@ def row_tile(width: int) -> tuple[int, int, int]:
 
 def add_and_norm_launch(terms: Sum) -> tuple[Launch, Normed]:
     """The launch that computes `torch_steps.add_and_norm`, and its results, still empty."""
-    terms = Sum(*(x.contiguous() if isinstance(x, Tensor) else x for x in terms))
-    residual, first, second, scale, norm_weight, norm_bias, eps, keep = terms
+    made: Any = [x.contiguous() if isinstance(x, Tensor) else x for x in terms]
+    residual, first, second, scale, norm_weight, norm_bias, eps, keep = Sum(*made)
     x = residual.new_empty(residual.shape, dtype=sum_dtype(residual, first))
     normed = None if norm_weight is None else torch.empty_like(first)
     mean, rstd = empty_statistics(x, keep and normed is not None)
