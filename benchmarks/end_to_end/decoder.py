@@ -1,4 +1,4 @@
-"""`python -m benchmarks.end_to_end.decoder --out FILE.json`: segment-anything's mask decoder, as it is and by `optimize()`.
+"""`python -m benchmarks.end_to_end.decoder --out FILE.jsonl`: segment-anything's mask decoder, as it is and by `optimize()`.
 
 `optimize()` is timed with its attentions between tokens and pixels as the original's, and as `token_image_attention`: `FASTER` of
 refsam_kernels/integrations/two_way_transformer.py follows from the rows. Times are the processor's, of one thread, the ways in
@@ -21,7 +21,8 @@ from benchmarks.provenance import collect
 from refsam_kernels.integrations import optimize, two_way_transformer
 from tests.sam_modeling import sam_mask_decoder
 
-ROUNDS = {1: 9, 4: 5}
+ROUNDS = 3
+SIZES = ("64x7", "1x7", "1x20", "1x21", "1x32", "2x7", "2x21", "2x32", "4x7", "4x21", "4x32")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Way = Callable[[], tuple[Tensor, Tensor]]
 
@@ -54,29 +55,28 @@ def measure(prompts: int, tokens: int, dtype: torch.dtype) -> dict[str, float]:
         "attention_as_operator_ms": lambda: optimized(True),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(ROUNDS.get(prompts, 3)):
+    for _ in range(ROUNDS):
         for name, way in ways.items():
             times[name].append(1e3 * way())
     return {name: round(statistics.median(values), 1) for name, values in times.items()}
 
 
 def main() -> None:
-    """Measures and writes the file."""
+    """Measures, and adds a row for each size to the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[7, 20, 21, 32])
+    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="PROMPTSxTOKENS")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for prompts in arguments.prompts:
-        for tokens in arguments.tokens:
-            with torch.inference_mode():
-                row = measure(prompts, tokens, DTYPES[arguments.dtype])
-            rows.append({"dtype": arguments.dtype, "prompts": prompts, "tokens": tokens} | row)
-            print(rows[-1], flush=True)
-    arguments.out.write_text(json.dumps(collect("cpu") | {"rows": rows}, indent=1) + "\n")
+    for size in arguments.sizes:
+        prompts, tokens = map(int, size.split("x"))
+        with torch.inference_mode():
+            times = measure(prompts, tokens, DTYPES[arguments.dtype])
+        row = {"dtype": arguments.dtype, "prompts": prompts, "tokens": tokens} | times
+        print(row, flush=True)
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(row | {"provenance": collect("cpu")}) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ PAGE = ROOT / "docs" / "platforms.md"
 MARK = "<!-- table: install-matrix -->"
 LIMIT = 3600  # seconds for one command
 NOBODY = "nobody"
+UNTRIED = "not tried: a row takes minutes of a machine"
 USER_SITE = "import site; print(site.getusersitepackages())"
 # Imports, says which libraries there are, and computes: against the formula, and compiled in one graph.
 PROBE = """
@@ -167,6 +168,7 @@ class Environment:
         if not (library / "ensurepip").is_dir() or prefix == Path("/usr"):
             raise Unavailable("needs a Python that stands in a folder of its own")
         shutil.copytree(prefix, self.folder / "python", symlinks=True)
+        self.variables["LD_LIBRARY_PATH"] = str(self.folder / "python" / "lib")  # its own libpython
         return self.folder / "python" / "bin" / f"python{self.row.python}"
 
     def install_torch(self, python: Path) -> None:
@@ -270,7 +272,7 @@ def table(found: dict[str, dict[str, object]]) -> str:
     """All rows as a table in Markdown: those that were not run too."""
     lines = ["| Python | torch | condition | result | what it said |", "|---|---|---|---|---|"]
     for row in ROWS:
-        entry = found.get(row.name, {"state": "not run", "detail": ""})
+        entry = found.get(row.name, {"state": "not run", "detail": UNTRIED})
         cells = (row.python, row.torch or "none", row.condition, entry["state"], entry["detail"])
         lines.append(f"| {' | '.join(str(cell).replace('|', ';') for cell in cells)} |")
     return "\n".join(lines)

@@ -53,10 +53,12 @@ def run(model: Any, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     ("prompts", "tokens", "is_chosen"),
     [
         (1, 7, True),
-        (1, 20, True),
-        (1, 21, False),
-        (3, 21, False),
-        (4, 21, False),
+        (1, 16, True),
+        (1, 17, False),
+        (3, 17, False),
+        (4, 17, True),
+        (5, 32, True),
+        (4, 33, False),
         (9, 5, True),
     ],
 )
