@@ -24,7 +24,9 @@ def run(rows: Rows, *operators: str) -> None:
     for case in load_cases([*operators], DEVICE):
         facts = {"operator": case.operator, "case": case.name}
         workload = made(rows, partial(case.make, DEVICE), **facts)
-        for name in workload.providers if workload else ():
+        if workload is None:
+            continue
+        for name in workload.providers:
             attempt(rows, partial(measure, workload, name), **facts, provider=name)
         del workload
         torch.cuda.empty_cache()
