@@ -7,6 +7,7 @@ from refsam.errors import CheckpointError
 from refsam.model.beit3 import BEiT3
 from refsam.model.cross_modal_mlp import CrossModalMLP
 from refsam.model.dense_attention import HierarchicalDenseAttention
+from refsam.model.detector import DETECTOR_CLASSES
 from refsam.model.image_encoder import ImageEncoder
 from refsam.model.mask_decoder import MaskDecoder, PromptEncoder
 from refsam.model.noun_match import NounMatch
@@ -19,7 +20,7 @@ from refsam.model.text_encoder import (
     word_tokenizer,
 )
 from refsam.model.tracking import TrackingModule
-from refsam.model.trunk_features import FINE_CHANNELS, TrunkFeatures, name_channels
+from refsam.model.trunk_features import FINE_CHANNELS, NAME_CHANNELS, TrunkFeatures
 from refsam.model.two_way_transformer import TwoWayTransformer
 
 
@@ -60,7 +61,8 @@ def build_noun_match(config: RefSAMConfig) -> NounMatch | None:
     sizes = config.image_encoder
     if not sizes.trunk_width:
         return None
-    return NounMatch(config.prompt_dim, name_channels(sizes.detector))
+    classes = len(DETECTOR_CLASSES) if sizes.detector else 0
+    return NounMatch(config.prompt_dim, NAME_CHANNELS, classes)
 
 
 def build_prompt_encoder(

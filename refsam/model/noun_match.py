@@ -4,18 +4,23 @@ import torch
 from torch import Tensor, nn
 
 from refsam.model.features import TextPrompt
+from refsam.model.mask_decoder import HeadMLP
 
 
 class NounMatch(nn.Module):
     """Compares words with what the trunk saw at each place, as a classifier would; the decoder is told the result.
 
-    Each word names something, and has a share in what the expression names: "the dog on the left" names a dog.
+    Each word names something, and has a share in what the expression names: "the dog on the left" names a dog. Beside
+    `name_channels` values that it gives freely, a word means each of a detector's `classes` or not.
     """
 
-    def __init__(self, dim: int, name_channels: int) -> None:
+    def __init__(self, dim: int, name_channels: int, classes: int = 0) -> None:
         super().__init__()
         self.share = nn.Linear(dim, 1)
         self.name = nn.Linear(dim, name_channels)
+        self.classes = HeadMLP(dim, 2 * dim, classes, num_layers=2) if classes else None
+        if self.classes is not None:
+            nn.init.constant_(self.classes.last.bias, -3.0)  # at first no word means any of them
         self.prompt = nn.Parameter(0.1 * torch.randn(dim))
 
     def forward(self, text: TextPrompt, names: Tensor, image_index: Tensor) -> Tensor:
@@ -23,7 +28,10 @@ class NounMatch(nn.Module):
         is_padding = torch.arange(text.words.shape[1], device=names.device) >= text.lengths[:, None]
         words = text.words.masked_fill(is_padding[..., None], 0)
         shares = self.share(words)[..., 0].masked_fill(is_padding, -torch.inf).softmax(-1)
-        wanted = (shares[:, None] @ self.name(words))[:, 0]
+        named = self.name(words)
+        if self.classes is not None:
+            named = torch.cat([named, self.classes(words).sigmoid()], -1)
+        wanted = (shares[:, None] @ named)[:, 0]
         if len(names) == 1:
             return wanted @ names[0].T
         return (names[image_index] @ wanted[..., None])[..., 0]

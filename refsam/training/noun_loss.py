@@ -11,6 +11,8 @@ from refsam.model.detector import DETECTOR_CLASSES
 from refsam.model.trunk_features import NAME_CHANNELS, name_channels
 from refsam.model.trunk_weights import TRUNK_CLASSES
 
+_SURE = 1e-3
+
 
 class NounLoss:
     """Loss that makes "the swan" ask for the score of birds over that of the background; a mask loss alone learns it late.
@@ -35,7 +37,7 @@ class NounLoss:
             self.wanted = torch.cat([of_trunk, of_boxes], 1)
 
     def __call__(self, model: RefSAM) -> Tensor:
-        """Scalar: squared errors of the wanted scores, summed over the classes, mean over the nouns."""
+        """Scalar: squared errors of the trunk's scores, cross entropy of the detector's classes, mean over the nouns."""
         assert model.noun_match is not None
         wanted = self.wanted.to(model.device)
         channels = name_channels(model.config.image_encoder.detector)
@@ -44,7 +46,15 @@ class NounLoss:
         scores = torch.eye(channels, device=model.device)[torch.cat([of_trunk, of_boxes])]
         image = torch.zeros(len(self.texts), dtype=torch.long, device=model.device)
         found = model.noun_match(model.encode_text(self.texts), scores[None], image)
-        return (found - wanted).square().sum(1).mean()
+        count = len(TRUNK_CLASSES)
+        errors = (found - wanted)[:, :count].square().sum(1)
+        return (errors + _surprise(found[:, count:].float(), wanted[:, count:]).sum(1)).mean()
+
+
+def _surprise(chances: Tensor, wanted: Tensor) -> Tensor:
+    """Binary cross entropy of chances in 0..1, whose gradient stays finite at both ends."""
+    chances = _SURE + (1 - 2 * _SURE) * chances
+    return -torch.where(wanted > 0, chances, 1 - chances).log()
 
 
 def _marked(classes: Sequence[str], wanted: Sequence[str]) -> Tensor:
