@@ -338,6 +338,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "global_blocks": (2, 5, 6),
             "padding": "none",
             "trunk_width": 1.0,
+            "detector": True,
         },
         "text_encoder": {"kind": "small"},
         # Trained from scratch, the paper's nearly uniform attention would hardly move.

@@ -21,8 +21,8 @@ _STRIDES = (8, 16, 32)
 _HEAD_CHANNELS = 64
 _GREY = 114.0  # what the published network saw beside its frames
 _KEPT = 64  # boxes of a frame, those of the highest scores
-# A box's score as a value that nouns are compared with: nothing at a score of 0.2, 3.2 at a sure one.
-_SCORE_SCALE, _SCORE_ZERO = 4.0, 0.2
+# A box's score as a value that nouns are compared with: nothing at a score of 0.2, 6.4 at a sure one.
+_SCORE_SCALE, _SCORE_ZERO = 8.0, 0.2
 # Of the best box around a place: score, middle, sides, and where in the box the place lies.
 BOX_CHANNELS = 7
 
