@@ -20,10 +20,14 @@ CODE = (
 
 
 def shown() -> dict[str, str]:
-    """Expression to the file that shows it: what `--text` is given, lists in Python, the page's placeholder."""
+    """Expression to the file that shows it: what `--text` is given, lists in Python, the page's placeholder.
+
+    A line that names a checkpoint is about another model.
+    """
     found: dict[str, str] = {}
     for name in (*SHOWN, *CODE):
-        text = (ROOT / name).read_text(encoding="utf-8")
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        text = "\n".join(line for line in lines if "--checkpoint" not in line)
         quoted = re.findall(r"--text ([\"'])(\w[^\"']*)\1", text)
         listed = re.findall(r"\[(\"the [^\]\n]*\")\]", text)
         words = [e for _, e in quoted] + [
