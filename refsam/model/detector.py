@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refsam.model.trunk import Conv
+from refsam.model.trunk import TRUNK_CLASSES, Conv
 
 # What the published scores stand for, in their order, by the nouns of `refsam.data.photographs`.
 DETECTOR_CLASSES = tuple(
@@ -21,8 +21,10 @@ _STRIDES = (8, 16, 32)
 _HEAD_CHANNELS = 64
 _GREY = 114.0  # what the published network saw beside its frames
 _KEPT = 64  # boxes of a frame, those of the highest scores
-# A box's score as a value that nouns are compared with: nothing at a score of 0.2, 6.4 at a sure one.
-_SCORE_SCALE, _SCORE_ZERO = 8.0, 0.2
+# A box's score as a value that nouns are compared with: nothing at a score of 0.2, and more where the trunk, which was
+# published with twenty classes, has no score of its own for the noun.
+_SCORE_ZERO = 0.2
+_SCORE_SCALE, _SCORE_SCALE_OF_TRUNK = 12.0, 4.0
 # Of the best box around a place: score, middle, sides, and where in the box the place lies.
 BOX_CHANNELS = 7
 
@@ -204,7 +206,11 @@ def box_maps(found: Boxes, height: int, width: int, stride: int) -> BoxMaps:
     offset = (places - middle) / sides.clamp(min=1)
     parts = [middle / frame - 0.5, sides / frame, offset.clamp(-1, 1)]
     best = torch.cat([score[..., None], *(part * score[..., None] for part in parts)], -1)
-    return BoxMaps(_SCORE_SCALE * (names - _SCORE_ZERO), best)
+    scales = [
+        _SCORE_SCALE_OF_TRUNK if name in TRUNK_CLASSES else _SCORE_SCALE
+        for name in DETECTOR_CLASSES
+    ]
+    return BoxMaps(names.new_tensor(scales) * (names - _SCORE_ZERO), best)
 
 
 def _gathered(pixels: Tensor) -> Tensor:

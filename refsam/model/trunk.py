@@ -24,6 +24,26 @@ _STRIDE_4, _STRIDE_8, _STRIDE_16 = 3, 6, 13
 _CONTEXT_CHANNELS = 256
 STRIDE = 16
 
+# Classes of the published scores, as nouns of `refsam.data.photographs`; the first is the background.
+TRUNK_CLASSES = (
+    *(
+        "background",
+        "airplane",
+        "bicycle",
+        "bird",
+        "boat",
+        "bottle",
+        "bus",
+        "car",
+        "cat",
+        "chair",
+        "cow",
+        "table",
+        "dog",
+    ),
+    *("horse", "motorcycle", "person", "potted plant", "sheep", "sofa", "train", "tv"),
+)
+
 Activation = Literal["relu6", "relu", "silu"]
 _ONEDNN_NAMES = {None: "none", "relu6": "hardtanh", "relu": "relu", "silu": "swish"}
 

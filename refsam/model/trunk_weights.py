@@ -7,26 +7,8 @@ import torch
 from refsam.checkpoint.files import check_keys, read_safetensors
 from refsam.errors import CheckpointError
 from refsam.model.refsam import RefSAM
+from refsam.model.trunk import TRUNK_CLASSES
 
-# Classes of the published scores, as nouns of `refsam.data.photographs`; the first is the background.
-TRUNK_CLASSES = (
-    *(
-        "background",
-        "airplane",
-        "bicycle",
-        "bird",
-        "boat",
-        "bottle",
-        "bus",
-        "car",
-        "cat",
-        "chair",
-        "cow",
-        "table",
-        "dog",
-    ),
-    *("horse", "motorcycle", "person", "potted plant", "sheep", "sofa", "train", "tv"),
-)
 SCORE_SCALE = 0.2  # of the published scores among the names
 _NAME_SCALE = 0.1  # of the names that stand for nothing yet
 _GAIN = (

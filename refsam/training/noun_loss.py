@@ -8,8 +8,8 @@ from torch import Tensor
 from refsam.data.photographs.words import load_words, split_words
 from refsam.model import RefSAM, SmallTextEncoder
 from refsam.model.detector import DETECTOR_CLASSES
+from refsam.model.trunk import TRUNK_CLASSES
 from refsam.model.trunk_features import NAME_CHANNELS, name_channels
-from refsam.model.trunk_weights import TRUNK_CLASSES
 
 _SURE = 1e-3
 

@@ -13,8 +13,7 @@ from refsam.data.photographs.words import load_words
 from refsam.errors import CheckpointError, ConfigError
 from refsam.model.detector import DETECTOR_CLASSES, Boxes, Detector, box_maps
 from refsam.model.detector_weights import load_detector
-from refsam.model.trunk import Conv, pack_convolutions
-from refsam.model.trunk_weights import TRUNK_CLASSES
+from refsam.model.trunk import TRUNK_CLASSES, Conv, pack_convolutions
 from refsam.model.vocabulary import extend_vocabulary
 from refsam.training.noun_loss import NounLoss
 from tests.tiny_model import tiny_detecting_model, tiny_model, tiny_trunk_model
@@ -103,9 +102,9 @@ def test_places_learn_of_the_boxes_that_they_lie_in() -> None:
     corners = torch.tensor([[[-8.0, -8, 32, 40], [32, -8, 72, 40]]])
     maps = box_maps(Boxes(corners, scores), 32, 64, 16)
     names = maps.names.view(2, 4, 80)
-    torch.testing.assert_close(names[:, 0, dog], torch.full((2,), 8 * (0.9 - 0.2)))
-    torch.testing.assert_close(names[:, 2:, dog], torch.full((2, 2), 8 * (0.0 - 0.2)))
-    torch.testing.assert_close(names[:, 3, cat], torch.full((2,), 8 * (0.5 - 0.2)))
+    torch.testing.assert_close(names[:, 0, dog], torch.full((2,), 4 * (0.9 - 0.2)))
+    torch.testing.assert_close(names[:, 2:, dog], torch.full((2, 2), 4 * (0.0 - 0.2)))
+    torch.testing.assert_close(names[:, 3, cat], torch.full((2,), 4 * (0.5 - 0.2)))
     best = maps.best.view(2, 4, 7)
     torch.testing.assert_close(best[0, 0, 0], torch.tensor(0.9))
     # Middle at (12, 16) of 64 x 32, sides of 40 and 48; the first place's middle lies at (8, 8).

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from refsam.config import config_from_dict
 from refsam.data.photographs.words import load_words
 from refsam.errors import CheckpointError, ConfigError, UserError
-from refsam.model.trunk import Trunk
-from refsam.model.trunk_weights import TRUNK_CLASSES, load_trunk
+from refsam.model.trunk import TRUNK_CLASSES, Trunk
+from refsam.model.trunk_weights import load_trunk
 from refsam.model.vocabulary import extend_vocabulary
 from refsam.training.noun_loss import NounLoss
 from refsam.training.optim import build_optimisers
