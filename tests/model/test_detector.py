@@ -105,6 +105,10 @@ def test_places_learn_of_the_boxes_that_they_lie_in() -> None:
     torch.testing.assert_close(names[:, 0, dog], torch.full((2,), 4 * (0.9 - 0.2)))
     torch.testing.assert_close(names[:, 2:, dog], torch.full((2, 2), 4 * (0.0 - 0.2)))
     torch.testing.assert_close(names[:, 3, cat], torch.full((2,), 4 * (0.5 - 0.2)))
+    # The trunk has no score for forks: the detector's counts three times as much.
+    torch.testing.assert_close(
+        names[..., DETECTOR_CLASSES.index("fork")], torch.full((2, 4), 12 * (0.0 - 0.2))
+    )
     best = maps.best.view(2, 4, 7)
     torch.testing.assert_close(best[0, 0, 0], torch.tensor(0.9))
     # Middle at (12, 16) of 64 x 32, sides of 40 and 48; the first place's middle lies at (8, 8).
