@@ -27,6 +27,7 @@ def write_graph(path: Path, detector: Detector) -> Path:
     onnx = pytest.importorskip("onnx")
     nodes, tensors = [], []
     for number, conv in enumerate(m for m in detector.modules() if isinstance(m, Conv)):
+        assert conv.bias is not None
         weight = conv.weight.detach()
         if number == 0:
             weight = weight.unflatten(1, (4, 3)).flip(2).flatten(1, 2)
@@ -135,7 +136,7 @@ def test_a_detector_changes_no_token_at_first_and_adds_names(size: tuple[int, in
 @torch.no_grad()
 def test_packed_convolutions_find_the_same() -> None:
     torch.manual_seed(2)
-    detector = Detector().eval().to(memory_format=torch.channels_last)
+    detector = Detector().eval()
     pixels = 255 * torch.rand(1, 3, 64, 96)
     plain = detector(pixels)
     pack_convolutions(detector)
