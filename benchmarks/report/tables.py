@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.report import nano_tables  # noqa: F401, registers its tables
+from benchmarks.report import model_tables, nano_tables  # noqa: F401, they register their tables
 from benchmarks.report.results import (
     TABLES,
     failure,
@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = (
     "README.md",
     "docs/evf_sam.md",
+    "docs/faster_models.md",
     "docs/status.md",
     "docs/performance.md",
     "docs/training.md",

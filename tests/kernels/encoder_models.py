@@ -136,18 +136,18 @@ def deepseek_ocr() -> Any:
     return nn.Sequential(encoder, nn.Conv2d(16, 8, 3, 2, 1)).eval()
 
 
-def cellpose(patch_size: int = 4, **changes: Any) -> Any:
+def cellpose(patch: int = 4, **changes: Any) -> Any:
     """Cellpose-SAM: smaller patches, a part of the positions, every block global with the tables of windows."""
     sizes = SAM | {"img_size": 64} | changes
     encoder: Any = sam_image_encoder(**sizes)
     width = sizes["embed_dim"]
-    encoder.patch_embed.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+    encoder.patch_embed.proj = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
     encoder.pos_embed = nn.Parameter(encoder.pos_embed[:, ::2, ::2])
     for block in encoder.blocks:
         block.window_size = 0
     forward = {"forward": lambda self, x: self.out(self.encoder(x))}
     model: Any = type("Transformer", (nn.Module,), forward)()
-    model.encoder, model.out = encoder, nn.Conv2d(sizes["out_chans"], 3 * patch_size**2, 1)
+    model.encoder, model.out = encoder, nn.Conv2d(sizes["out_chans"], 3 * patch**2, 1)
     return randomise(model)
 
 
