@@ -27,11 +27,21 @@ from tests.kernels.encoder_models import cellpose, of_transformers, processor_of
 from tests.sam_modeling import sam_image_encoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-VIT_B = {"embed_dim": 768, "depth": 12, "num_heads": 12, "window_size": 14, "out_chans": 256}
-VIT_B |= {"patch_size": 16, "global_attn_indexes": (2, 5, 8, 11)}
+VIT_B: dict[str, Any] = {
+    "embed_dim": 768,
+    "depth": 12,
+    "num_heads": 12,
+    "window_size": 14,
+    "out_chans": 256,
+}
+VIT_B.update(patch_size=16, global_attn_indexes=(2, 5, 8, 11))
 VIT_L = VIT_B | {"embed_dim": 1024, "depth": 24, "num_heads": 16}
-VITDET = {"image_size": 1024, "use_relative_position_embeddings": True, "window_size": 14}
-VITDET |= {"window_block_indices": [0, 1, 3, 4, 6, 7, 9, 10]}
+VITDET: dict[str, Any] = {
+    "image_size": 1024,
+    "use_relative_position_embeddings": True,
+    "window_size": 14,
+}
+VITDET.update(window_block_indices=[0, 1, 3, 4, 6, 7, 9, 10])
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,14 @@ SAM: dict[str, Any] = {
     "out_chans": 16,
 }
 SAM |= {"img_size": 32, "patch_size": 4, "global_attn_indexes": (1,)}
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 32,
     "output_channels": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "mlp_dim": 64,
 }
-VISION |= {"image_size": 32, "patch_size": 4, "window_size": 3, "global_attn_indexes": [1]}  # fmt: skip
+VISION.update(image_size=32, patch_size=4, window_size=3, global_attn_indexes=[1])
 
 
 @dataclass(frozen=True)
@@ -258,21 +258,21 @@ def seggpt_inputs() -> dict[str, Tensor]:
     }
 
 
-VITDET = {
+VITDET: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "image_size": 32,
     "patch_size": 4,
 }
-VITDET |= {
-    "pretrain_image_size": 32,
-    "window_size": 3,
-    "window_block_indices": [0],
-    "residual_block_indices": [1],
-}
+VITDET.update(
+    pretrain_image_size=32,
+    window_size=3,
+    window_block_indices=[0],
+    residual_block_indices=[1],
+)
 VITDET |= {"use_relative_position_embeddings": True}
-SEGGPT = {
+SEGGPT: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 3,
     "num_attention_heads": 2,

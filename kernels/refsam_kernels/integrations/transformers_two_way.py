@@ -84,7 +84,10 @@ def _attend(
     layers = [getattr(attention, name) for name in _projections(attention)]
     weights = AttentionWeights(*(t for layer in layers for t in (layer.weight, layer.bias)))
     return token_image_attention(
-        *(each.flatten(0, 1) for each in (queries, keys, query_pe, key_pe)),
+        queries.flatten(0, 1),
+        keys.flatten(0, 1),
+        query_pe.flatten(0, 1),
+        key_pe.flatten(0, 1),
         weights,
         norm.weight,
         norm.bias,

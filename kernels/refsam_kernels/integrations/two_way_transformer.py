@@ -94,10 +94,12 @@ def attend(
         return norm(queries + attention(q=queries + query_pe, k=keys + key_pe, v=keys))
     layers = [getattr(attention, name) for name in PROJECTIONS]
     weights = AttentionWeights(*(t for layer in layers for t in (layer.weight, layer.bias)))
+    query_pe, key_pe = (pe[:1] if pe.stride(0) == 0 else pe for pe in (query_pe, key_pe))
     return token_image_attention(
         queries,
         keys,
-        *(pe[:1] if pe.stride(0) == 0 else pe for pe in (query_pe, key_pe)),
+        query_pe,
+        key_pe,
         weights,
         norm.weight,
         norm.bias,
@@ -123,7 +125,7 @@ def is_plain(attention: Any, norm: Any, projections: tuple[str, ...]) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    layers = [getattr(attention, name, None) for name in projections]
+    layers: list[Any] = [getattr(attention, name, None) for name in projections]
     return (
         is_unhooked(attention)
         and all(is_plain_linear(layer) and layer.bias is not None for layer in layers)
