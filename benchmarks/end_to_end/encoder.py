@@ -11,7 +11,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -260,7 +260,7 @@ def encode_with(made: Callable[[], Callable[[Tensor], Tensor]], pixels: Tensor) 
     return made()(pixels)
 
 
-def time_in_turn(calls: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, Times]:
+def time_in_turn(calls: Mapping[str, Callable[[], Tensor]], repeats: int) -> dict[str, Times]:
     """Times the calls round after round, each round beginning with another one."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)

@@ -26,7 +26,13 @@ from tests.sam_modeling import sam_image_encoder
 Forward = Callable[[], Any]
 WARM_UP = 2
 # Three blocks of ViT-B, one of them global: a quarter of it in both times.
-QUARTER = {"embed_dim": 768, "depth": 3, "num_heads": 12, "window_size": 14, "out_chans": 256}
+QUARTER: dict[str, Any] = {
+    "embed_dim": 768,
+    "depth": 3,
+    "num_heads": 12,
+    "window_size": 14,
+    "out_chans": 256,
+}
 QUARTER |= {"img_size": 1024, "patch_size": 16, "global_attn_indexes": (2,)}
 
 

@@ -171,8 +171,8 @@ def run_all(
             yield row | {"skipped": skipped[provider]}
             continue
         wanted = exact[provider.wide]
-        error = None if wanted is None else error_of(calls[provider.label](), wanted)
-        yield row | {"error": error} | asdict(times[provider.label])
+        off = None if wanted is None else error_of(calls[provider.label](), wanted)
+        yield row | {"error": off} | asdict(times[provider.label])
 
 
 def seeded_sam(config: RefSAMConfig) -> nn.Module:

@@ -8,7 +8,7 @@ of four DAVIS sequences (see `davis`), with the encoder in float32 and in int8.
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from benchmarks.provenance import collect
 from refsam.config import RefSAMConfig
 from refsam.evaluation.runners.generated import evaluate_generated
 from refsam.model import RefSAM
+from refsam.model.block import Block
 from refsam.model.build import build_image_encoder
 from refsam.model.image_encoder import ImageEncoder
 from refsam.model.packing import arrange_block
@@ -36,7 +37,7 @@ def errors_by_block(
     exact = exact + encoder.position_table(*exact.shape[1:3])
     exact = exact if added is None else exact + added
     through, rows = exact, []
-    for index, block in enumerate(encoder.blocks):
+    for index, block in enumerate(cast(list[Block], encoder.blocks)):
         in_integers = arrange_block(block, torch.int8)
         after, _ = block(exact, block.norm1(exact), None)
         alone, _ = in_integers(exact, None, None)
@@ -80,6 +81,7 @@ def main() -> None:
         nano = RefSAM.from_pretrained("nano").eval()
         frame = davis.Image.open(sorted((options.folder / "dog").glob("*.jpg"))[0]).convert("RGB")
         pixels, _ = nano.preprocess(torch.from_numpy(davis.np.array(frame))[None])
+        assert nano.trunk is not None
         seen = nano.trunk((pixels * nano.pixel_std + nano.pixel_mean - GREY) / GREY)
         result["nano"] = errors_by_block(nano.image_encoder, pixels, seen.added)
         print(json.dumps(result["nano"]), flush=True)

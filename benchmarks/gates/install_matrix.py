@@ -177,7 +177,7 @@ class Environment:
         if self.row.condition == "user site":
             wanted += ["--target", self.run(python, "-c", USER_SITE).stdout.strip()]
         if uv := shutil.which("uv"):
-            command = [uv, "pip", "install", "--quiet", "--python", python, *wanted]
+            command = [uv, "pip", "install", "--quiet", "--python", str(python), *wanted]
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT)
         else:
             self.run(python, "-m", "pip", "install", "--quiet", *wanted)

@@ -1,6 +1,7 @@
 """The image encoder's patch embedding, blocks and neck in 8-bit integers, for inference on a CPU."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,8 @@ class Int8Neck:
     """The neck: the second convolution's row is a token and its eight neighbours."""
 
     def __init__(self, neck: nn.Sequential) -> None:
-        first, norm1, second, norm2 = neck
+        layers: list[Any] = list(neck)
+        first, norm1, second, norm2 = layers
         self.norms = [
             (n.weight.shape, n.weight.clone(), n.bias.clone(), n.eps) for n in (norm1, norm2)
         ]

@@ -11,9 +11,9 @@ _library = libraries.load("cpu")
 
 def forward(inputs: Inputs) -> Tensor:
     """See `reference.forward`."""
-    x, *rest = inputs
+    x, tensors, numbers = inputs.x, inputs[1:12], inputs[12:]
     rows = x.reshape(-1, inputs.in_channels)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    tensors = [tensor if tensor is None else tensor.contiguous() for tensor in rest[:11]]
-    result = _library.int8_linear(rows, *tensors, *rest[11:], instruction_set())
+    dense = [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+    result = _library.int8_linear(rows, *dense, *numbers, instruction_set())
     return result.view(*x.shape[:-1], inputs.out_channels)

@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
     def first(self) -> Int8Weights:
         """The first layer."""
         out_channels = self.hidden_channels or self.out_channels
-        return Int8Weights(*self[1:5], self.in_channels, out_channels)  # type: ignore[arg-type]
+        return Int8Weights(*self[1:5], self.in_channels, out_channels)
 
     @property
     def second(self) -> Int8Weights | None:

@@ -131,7 +131,7 @@ def _run(
     tensors = (x, *first.tensors, *behind, norm_weight, norm_bias, residual)
     hidden = 0 if second is None else second.in_channels
     sizes = (first.in_channels, hidden, last.out_channels)
-    inputs = Inputs(*tensors, *sizes, eps, dtype == torch.bfloat16)  # type: ignore[call-arg, arg-type]
+    inputs = Inputs(*tensors, *sizes, eps, dtype == torch.bfloat16)  # type: ignore[call-arg]
     _check(inputs, dtype)
     if needs_gradient(*tensors):
         raise RuntimeError(

@@ -6,6 +6,7 @@ product, so pixels stay rows and channels columns until the end. Only the M mask
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,12 +50,13 @@ def backward(
 
 def _per_expression(tensors: Sequence[Tensor | None]) -> list[bool]:
     """Whether each tensor has a part per expression: features, hypernetworks' outputs and additions that are not shared."""
-    features, *_ = tensors
+    features = tensors[0]
+    assert features is not None
     shared = [x is None or len(x) != len(features) for x in tensors[-2:]]
     return [True, True] + [False] * 6 + [not x for x in shared]
 
 
-def _pack(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _pack(tensors: Sequence[Any]) -> list[Any]:
     """The convolutions' weights as (2 * 2 * out, in), their biases as (2 * 2 * out,), the others as they are."""
     packed = list(tensors)
     for index in (CONV1, CONV2):

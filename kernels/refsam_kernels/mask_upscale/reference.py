@@ -17,8 +17,8 @@ from refsam_kernels.mask_upscale.inputs import Inputs
 
 def forward(inputs: Inputs) -> Tensor:
     """features (P, h, w, C), hyper (P, M, C/8) -> mask logits (P, M, 4h, 4w) like features; in float32 at least."""
-    features, hyper, conv1_weight, conv1_bias, norm_weight, norm_bias, *rest = inputs
-    conv2_weight, conv2_bias, feat_s1, feat_s0, eps = rest
+    features, hyper, conv1_weight, conv1_bias, norm_weight, norm_bias = inputs[:6]
+    conv2_weight, conv2_bias, feat_s1, feat_s0, eps = inputs[6:]
     dtype = torch.promote_types(features.dtype, torch.float32)
     # Viewed as segment-anything views its tokens: for one image the strides, and so the convolution's
     # bits, are not those of `permute`.
