@@ -250,6 +250,8 @@ def test_the_reference_names_all_public_functions(site: Path) -> None:
         "decompositions",
         "PackedLinear",
         "can_prepack",
+        "has_bfloat16",
+        "say_if_slow",
         "Fingerprint",
         "__version__",
     }
