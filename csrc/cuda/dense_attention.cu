@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Matrix<T> own{static_cast<const T*>(call.weight), 2 * call.channels, 1, call.channels,
                       call.channels};
   const Matrix<T> absorbed{static_cast<const T*>(call.absorbed) + first_word, 1, call.channels,
-                         call.channels, length};
+                           call.channels, length};
   T* dense = static_cast<T*>(call.dense) + (expression * call.pixels + first) * call.channels;
   for (int strip = warp_id() * kFragment; strip < call.channels; strip += kWarps * kFragment) {
     float sums[kTiles][2][4] = {};
