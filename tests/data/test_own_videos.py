@@ -154,7 +154,7 @@ def test_tables_as_spreadsheets_save_them(tmp_path: Path, content: bytes) -> Non
     ("content", "message"),
     [
         (b"", "got the columns"),
-        (HEADER.encode(), "no sentence"),
+        (HEADER.encode(), "no expression"),
         (HEADER.encode() + b"\nkitchen,1,\x81\n", "cannot be read as text"),
         (HEADER.encode() + b"\n../kitchen,1,a cup\n", "folder below frames"),
         (HEADER.encode() + b'\nkitchen,1,"a cup\n', "line 2: unexpected end"),

@@ -35,7 +35,7 @@ class TestCuda(CudaCases, DenseAttentionCases):
         ("text", lambda x: x[:, :0], "text's words: got 0, wanted 1 to 128"),
         ("text", lambda x: x[..., :3], "text: got size 3 of dimension 2, wanted 16"),
         ("text", lambda x: x.float(), "text: got dtype Float, wanted Half"),
-        ("folded", lambda x: x[:1], "folded: got size 1 of dimension 0, wanted 2"),
+        ("absorbed", lambda x: x[:1], "absorbed: got size 1 of dimension 0, wanted 2"),
         ("lengths", lambda x: x.int(), "lengths: got dtype Int, wanted Long"),
         ("image_index", lambda x: x[:1], "image_index: got size 1 of dimension 0, wanted 2"),
         ("weight", lambda x: x[:, :16], "weight: got size 16 of dimension 1, wanted 32"),
@@ -49,7 +49,7 @@ def test_checks_its_arguments_in_cpp(name: str, change: Any, message: str) -> No
     for key, tensor in checks.cast(make_inputs(2, 2, 18, 16, 2, 5), torch.float16).items():
         arguments[key] = tensor.to(DEVICE)
         if key == "text":
-            arguments["folded"] = arguments["text"].clone()
+            arguments["absorbed"] = arguments["text"].clone()
     arguments[name] = change(arguments[name])
     with pytest.raises(RuntimeError, match=re.escape(message)):
         libraries.load("cuda").dense_attention(*arguments.values())
