@@ -245,9 +245,19 @@ def _value_reasons(path: str, attention: Any, heads: str) -> Iterator[str]:
 def unwindowed(block: Any, *args: Any, **kwargs: Any) -> Any:
     """A block's own method, its attention being handed the grid."""
     asked = kwargs.get("output_attentions", args[1] if len(args) > 1 else False)
-    # The weights that are asked for are those of windows.
-    itself = block if are_weights_wanted(asked) else _without_windows(block)
-    return type(block).forward(itself, *args, **kwargs)
+    if are_weights_wanted(asked):  # they are those of windows
+        return type(block).forward(block, *args, **kwargs)
+    if torch.compiler.is_compiling() and not _drops_windows(block):
+        # Dynamo before torch 2.13 cannot follow the making of a twin.
+        size, block.window_size = block.window_size, 0
+        result = type(block).forward(block, *args, **kwargs)
+        block.window_size = size
+        return result
+    return type(block).forward(_without_windows(block), *args, **kwargs)
+
+
+def _drops_windows(block: Any) -> bool:
+    return block.training and block.window_size and hasattr(block, "drop_path1")
 
 
 def _without_windows(block: Any) -> Any:
@@ -255,7 +265,7 @@ def _without_windows(block: Any) -> Any:
     twin = object.__new__(type(block))
     twin.__dict__.update(block.__dict__)
     twin.__dict__["window_size"] = 0
-    if block.training and block.window_size and hasattr(block, "drop_path1"):
+    if _drops_windows(block):
         twin.__dict__["drop_path1"] = partial(_drop_windows, block)
     return twin
 
