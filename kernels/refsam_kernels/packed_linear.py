@@ -4,14 +4,17 @@ torch has public functions for that layout only as modules that copy their input
 calls (`torch.ops.mkldnn`), if they are there.
 """
 
-from collections.abc import Hashable
-from typing import Any, TypeGuard
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, Generic, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from refsam_kernels.fingerprint import Fingerprint
+
+Made = TypeVar("Made")
 
 
 def can_prepack(weight: Tensor) -> bool:
@@ -47,43 +50,57 @@ class PackedLinear:
         )
 
 
-class PackedCopy:
-    """A packed copy of a linear module's weights, made at first use and again when `Fingerprint` sees a change."""
+def may_stand_in(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
+    """Whether a copy of its weights may stand for the module: a plain one, without autograd, autocast or tracing."""
+    return (
+        is_plain_linear(module)
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and type(x) is Tensor
+        and x.dtype == module.weight.dtype
+    )
 
-    def __init__(self, *, gelu: bool = False) -> None:
-        self.gelu = gelu
+
+class LinearCopy(Generic[Made]):
+    """What is made of a linear module's weights, at first use and again when `Fingerprint` sees a change."""
+
+    def __init__(self, make: Callable[[Tensor, Tensor | None], Made]) -> None:
+        self._make = make
         self._fingerprint = Fingerprint()
-        self._made: tuple[Hashable, PackedLinear] | None = None
+        self._made: tuple[Hashable, Made] | None = None
 
-    @staticmethod
-    def is_supported(module: nn.Module, x: Tensor) -> bool:
-        """Whether it may stand for the module: a plain one on a CPU, without autograd, autocast or tracing."""
-        return (
-            is_plain_linear(module)
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
-            and type(x) is Tensor
-            and x.dtype == module.weight.dtype
-            and x.numel() > 0
-            and can_prepack(module.weight)
-        )
-
-    def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
-        """(..., in) to (..., out), with an exact GELU behind it if so made; `is_supported` must hold."""
+    def of(self, module: nn.Linear) -> Made:
+        """What the module's weights make as they are now."""
         # Not `parameters()`: FSDP1 gives a module plain tensors in their place.
         tensors = (module.weight, module.bias)
         key = self._fingerprint(tensor for tensor in tensors if tensor is not None)
         if self._made is None or self._made[0] != key:
             # Tensors made in inference mode could not be used outside it.
             with torch.inference_mode(False), torch.no_grad():
-                self._made = key, PackedLinear(module.weight, module.bias, gelu=self.gelu)
-        return self._made[1](x)
+                self._made = key, self._make(module.weight, module.bias)
+        return self._made[1]
 
     def __getstate__(self) -> dict[str, object]:
-        """Copies and pickles leave the packed weights behind: tensors in oneDNN's layout have no storage."""
-        return {"gelu": self.gelu, "_fingerprint": Fingerprint(), "_made": None}
+        """Copies and pickles make their own: tensors in oneDNN's layout have no storage."""
+        return {"_make": self._make, "_fingerprint": Fingerprint(), "_made": None}
+
+
+class PackedCopy(LinearCopy[PackedLinear]):
+    """A packed copy of a linear module's weights."""
+
+    def __init__(self, *, gelu: bool = False) -> None:
+        super().__init__(partial(PackedLinear, gelu=gelu))
+
+    @staticmethod
+    def is_supported(module: nn.Module, x: Tensor) -> bool:
+        """Whether it may stand for the module: `may_stand_in`, and torch packs such weights."""
+        return may_stand_in(module, x) and x.numel() > 0 and can_prepack(module.weight)
+
+    def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), with an exact GELU behind it if so made; `is_supported` must hold."""
+        return self.of(module)(x)
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

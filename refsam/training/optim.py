@@ -68,14 +68,19 @@ def learning_rate(
     step: int, steps: int, settings: OptimiserSettings, clips: int | None = None
 ) -> float:
     """The learning rate at a step of so many clips: linear warm-up, then half a cosine; scaled where `lr_batch` is given."""
-    top = settings.learning_rate
-    if clips is not None and settings.lr_batch is not None:
-        top *= clips / settings.lr_batch
+    top = _peak(settings, clips)
     if step < settings.warm_up_steps:
         return top * (step + 1) / settings.warm_up_steps
     progress = (step - settings.warm_up_steps) / max(1, steps - settings.warm_up_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return top * (settings.final_rate + (1 - settings.final_rate) * cosine)
+
+
+def _peak(settings: OptimiserSettings, clips: int | None) -> float:
+    """The learning rate behind the warm-up, for steps of so many clips."""
+    if clips is None or settings.lr_batch is None:
+        return settings.learning_rate
+    return settings.learning_rate * (clips / settings.lr_batch)
 
 
 def describe_batches(settings: TrainingSettings, processes: int) -> list[str]:
@@ -84,7 +89,6 @@ def describe_batches(settings: TrainingSettings, processes: int) -> list[str]:
     accumulated, lines = optimiser.gradient_accumulation_steps, []
     for clips in dict.fromkeys(stage.clips for stage in settings.stages):
         together = clips * processes * accumulated
-        peak = optimiser.learning_rate * together / (optimiser.lr_batch or together)
         scaling = (
             f"scaled for that from {optimiser.learning_rate:g} for {optimiser.lr_batch}"
             if optimiser.lr_batch is not None
@@ -92,7 +96,7 @@ def describe_batches(settings: TrainingSettings, processes: int) -> list[str]:
         )
         lines.append(
             f"{together} clips a step: {clips} on each of {processes} processes, "
-            f"{accumulated} accumulated; learning rate {peak:g}, {scaling}"
+            f"{accumulated} accumulated; learning rate {_peak(optimiser, together):g}, {scaling}"
         )
     return lines
 

@@ -27,6 +27,16 @@ def build_encoder(adapter_dim: int = 12, image_size: int = 160, seed: int = 0) -
     return encoder
 
 
+def build_trained_encoder() -> ImageEncoder:
+    """Such an encoder whose later adapters change what they see, as training leaves them."""
+    encoder = build_encoder()
+    for block in encoder.blocks[2:]:
+        for adapter in (block.Space_Adapter, block.MLP_Adapter):
+            nn.init.normal_(adapter.D_fc2.weight, std=0.1)
+            nn.init.normal_(adapter.D_fc2.bias)
+    return encoder
+
+
 def available_backends() -> Iterator[str]:
     """Every backend that can run all of the encoder's operators on the CPU."""
     operators = ("rel_pos_attention", "adapter_projection", "adapter_mlp")

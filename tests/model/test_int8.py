@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from refsam.model.image_encoder import ImageEncoder
 from refsam.model.int8_block import Int8Block
-from tests.model.test_image_encoder import build_encoder
+from tests.model.test_image_encoder import build_encoder, build_trained_encoder
 from tests.tiny_model import tiny_model
 
 PIXELS = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
@@ -19,12 +19,7 @@ TOLERANCE = 0.02
 
 @pytest.fixture
 def encoder() -> ImageEncoder:
-    encoder = build_encoder()
-    for block in encoder.blocks[2:]:
-        for adapter in (block.Space_Adapter, block.MLP_Adapter):
-            nn.init.normal_(adapter.D_fc2.weight, std=0.1)
-            nn.init.normal_(adapter.D_fc2.bias)
-    return encoder
+    return build_trained_encoder()
 
 
 @torch.no_grad()

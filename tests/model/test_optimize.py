@@ -14,7 +14,7 @@ from refsam.model import packing
 from refsam.model.image_encoder import ImageEncoder
 from refsam.model.packing import PackedBlock, automatic_dtype, fuse
 from tests.kernels.test_fingerprint import Change, each_change
-from tests.model.test_image_encoder import build_encoder
+from tests.model.test_image_encoder import build_encoder, build_trained_encoder
 from tests.tiny_model import tiny_model
 
 # A few roundings, relative to the largest value: sums are taken in another order, GELUs on their way.
@@ -24,12 +24,7 @@ PIXELS = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def encoder() -> ImageEncoder:
-    encoder = build_encoder()
-    for block in encoder.blocks[2:]:
-        for adapter in (block.Space_Adapter, block.MLP_Adapter):
-            nn.init.normal_(adapter.D_fc2.weight, std=0.1)
-            nn.init.normal_(adapter.D_fc2.bias)
-    return encoder
+    return build_trained_encoder()
 
 
 @pytest.fixture(params=["packed", "fused"])

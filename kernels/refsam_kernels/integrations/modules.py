@@ -124,7 +124,7 @@ class Int8Perceptron(Perceptron):
         plain = all(Int8Copy.is_supported(module, x) for module in (first, second))
         if not (plain and all(_is_idle(part) for part in mlp.children())):
             return super().__call__(mlp, x)
-        return int8_mlp(x, self.int8_first.weights(first), self.int8_second.weights(second))
+        return int8_mlp(x, self.int8_first.of(first), self.int8_second.of(second))
 
 
 def _is_idle(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ SIZES = (
 
 def of_decoder(decoder: Any, path: str) -> list[Replacement]:
     """The replacements for a `SamMaskDecoder`. Raises `ValueError` if it is modified inside."""
-    refuse(list(_decoder_reasons(path, decoder)))
+    refuse(list(decoder_reasons(path, decoder, {"SamMaskDecoder"}, MEMBERS)))
     two_way = transformers_two_way.replacements(f"{path}.transformer", decoder.transformer)
     return [Replacement(path, decoder, _decoder, parameters=EMBEDDINGS), *two_way]
 
@@ -46,8 +46,9 @@ def of_processor(processor: Any, path: str) -> list[Replacement]:
     return [Replacement(path, image_processor, _post_process_masks, method, SIZES)]
 
 
-def _decoder_reasons(path: str, decoder: Any) -> Iterator[str]:
-    reasons = list(structure_reasons(path, decoder, {"SamMaskDecoder"}, MEMBERS))
+def decoder_reasons(path: str, decoder: Any, classes: set[str], members: set[str]) -> Iterator[str]:
+    """Why a decoder of one of these classes, with these members, cannot be replaced."""
+    reasons = list(structure_reasons(path, decoder, classes, members))
     yield from reasons or upscaling_reasons(
         path,
         decoder.upscale_conv1,

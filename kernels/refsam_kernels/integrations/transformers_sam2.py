@@ -4,15 +4,15 @@ One class was copied under six names (`DECODERS`). It adds features of higher re
 convolutions, and gives tokens and scores of objects beside the masks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from refsam_kernels.integrations import transformers_masks, transformers_two_way
-from refsam_kernels.integrations.mask_decoder import upscale, upscaling_reasons
-from refsam_kernels.integrations.replacement import Replacement, refuse, structure_reasons
+from refsam_kernels.integrations.mask_decoder import upscale
+from refsam_kernels.integrations.replacement import Replacement, refuse
 from refsam_kernels.mask_postprocess.op import mask_postprocess
 
 DECODERS = {
@@ -41,7 +41,7 @@ SIZES = (
 
 def of_decoder(decoder: Any, path: str) -> list[Replacement]:
     """The replacements for one of these mask decoders. Raises `ValueError` if it is modified inside."""
-    refuse(list(_decoder_reasons(path, decoder)))
+    refuse(list(transformers_masks.decoder_reasons(path, decoder, DECODERS, MEMBERS)))
     two_way = transformers_two_way.replacements(f"{path}.transformer", decoder.transformer)
     return [Replacement(path, decoder, _decoder, parameters=TAKES), *two_way]
 
@@ -57,17 +57,6 @@ def of_processor(processor: Any, path: str) -> list[Replacement]:
     """The replacements for one of these processors or in its image processor: the way from logits to masks."""
     image_processor = getattr(processor, "image_processor", processor)
     return [Replacement(path, image_processor, _post_process_masks, "post_process_masks", SIZES)]
-
-
-def _decoder_reasons(path: str, decoder: Any) -> Iterator[str]:
-    reasons = list(structure_reasons(path, decoder, DECODERS, MEMBERS))
-    yield from reasons or upscaling_reasons(
-        path,
-        decoder.upscale_conv1,
-        decoder.upscale_layer_norm,
-        (decoder.activation,),
-        decoder.upscale_conv2,
-    )
 
 
 def _decoder(
