@@ -135,9 +135,7 @@ class Log:
             self.wandb = wandb.init(
                 project=project, name=folder.name, id=name, resume="allow", dir=str(folder)
             )
-        except (
-            Exception
-        ) as error:  # no key, no network, no disk: the log is in its file all the same
+        except Exception as error:  # no key, no network, no disk; the log's file has it all
             self.problems.append(f"no Weights & Biases: {error}")
 
     def _to_wandb(self, act: Callable[[Any], object]) -> None:
