@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ WARM_UP_CALLS = 3  # before a capture: kernels are compiled, libraries take thei
 MAXIMUM_ROUNDS = 200
 # Written between calls on a GPU, so that every call starts with a cold L2 cache; larger than any GPU's.
 FLUSH_BYTES = 256 * 2**20
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -38,26 +40,6 @@ def summarise(samples: list[float]) -> Times:
     return Times(median, low, high, len(samples))
 
 
-def time_interleaved(
-    providers: Mapping[str, Callable[[], Any]], device: str, seconds: float
-) -> dict[str, Times]:
-    """Times the providers in turn, round after round, for about `seconds` in all; at least `MINIMUM_ROUNDS`."""
-    timer = time_cuda if device == "cuda" else time_cpu
-    first = {
-        name: timer(provider) for name, provider in providers.items()
-    }  # warm-up, also sizes the rounds
-    again = {name: timer(provider) for name, provider in providers.items()}
-    per_round = sum(min(first[name], again[name]) for name in providers)
-    rounds = int(min(max(seconds / max(per_round, 1e-6), MINIMUM_ROUNDS), MAXIMUM_ROUNDS))
-    samples: dict[str, list[float]] = {name: [] for name in providers}
-    names = list(providers)
-    for number in range(rounds):
-        start = number % len(names)
-        for name in names[start:] + names[:start]:  # no provider always follows the same one
-            samples[name].append(timer(providers[name]))
-    return {name: summarise(values) for name, values in samples.items()}
-
-
 def time_cpu(provider: Callable[[], Any]) -> float:
     """Seconds of one call."""
     start = time.perf_counter()
@@ -74,6 +56,35 @@ def time_cuda(provider: Callable[[], Any]) -> float:
     end.record()
     torch.cuda.synchronize()
     return 1e-3 * start.elapsed_time(end)
+
+
+def time_interleaved(
+    providers: Mapping[str, Callable[[], Any]], device: str, seconds: float
+) -> dict[str, Times]:
+    """Times the providers in turn, round after round, for about `seconds` in all; at least `MINIMUM_ROUNDS`."""
+    timer = time_cuda if device == "cuda" else time_cpu
+    first = {
+        name: timer(provider) for name, provider in providers.items()
+    }  # warm-up, also sizes the rounds
+    again = {name: timer(provider) for name, provider in providers.items()}
+    per_round = sum(min(first[name], again[name]) for name in providers)
+    rounds = int(min(max(seconds / max(per_round, 1e-6), MINIMUM_ROUNDS), MAXIMUM_ROUNDS))
+    return take_turns(providers, rounds, timer)
+
+
+def take_turns(
+    calls: Mapping[K, Callable[[], Any]],
+    rounds: int,
+    timer: Callable[[Callable[[], Any]], float] = time_cpu,
+) -> dict[K, Times]:
+    """Times the calls round after round, each round beginning with another one: none always follows the same one."""
+    samples: dict[K, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for number in range(rounds):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            samples[name].append(timer(calls[name]))
+    return {name: summarise(values) for name, values in samples.items()}
 
 
 def exact_products() -> None:

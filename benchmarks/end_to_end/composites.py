@@ -4,11 +4,10 @@ FOLDER is a folder of photographs as docs/data.md lays it out, of which the `val
 project, the SHA-256 of its list stands in the result. See `refsam.evaluation.runners.composites`.
 """
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.programs import make_parser, write_json
 from benchmarks.provenance import collect
 from refsam.checkpoint.files import file_sha256
 from refsam.evaluation.runners.composites import evaluate_composites
@@ -17,11 +16,10 @@ from refsam.model import RefSAM
 
 def main() -> None:
     """Score, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__file__, __doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="nano")
     parser.add_argument("--clips", type=int, default=40, help="of each kind")
-    parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     manifest = arguments.folder / "manifest.jsonl"
     if not manifest.is_file():
@@ -31,7 +29,7 @@ def main() -> None:
     result = evaluate_composites(model, arguments.folder, arguments.clips)
     print(table(result))
     content = {**origin, "manifest_sha256": file_sha256(manifest), **result}
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.out, content)
 
 
 def table(result: dict[str, Any]) -> str:

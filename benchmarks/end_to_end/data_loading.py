@@ -4,7 +4,6 @@
 the default augmentation, and writes one JSON file: clips per second of so many processes, and processor seconds per clip of one.
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.programs import make_parser, write_json
 from benchmarks.provenance import collect
 from refsam.config import config_from_dict
 from refsam.data import open_dataset
@@ -96,8 +96,7 @@ def seconds_per_clip(root: Path, clips: int) -> float:
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__file__, __doc__)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--clips", type=int, default=400)
     arguments = parser.parse_args()
@@ -118,7 +117,7 @@ def main() -> None:
         f"{content['clips_per_second']:.1f} clips/s with {arguments.workers} processes, "
         f"{1e3 * content['cpu_seconds_per_clip']:.1f} ms of processor time per clip"
     )
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(arguments.out, content)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ FOLDER holds dog, blackswan, car-roundabout and dance-twirl of DAVIS 2016: frame
 not part of the project, and nothing was trained on them; J is taken over all frames.
 """
 
-import argparse
-import json
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.programs import make_parser, write_json
 from benchmarks.provenance import collect
 from refsam.metrics import region_similarity
 from refsam.model import RefSAM
@@ -72,10 +71,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Score, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__file__, __doc__)
     parser.add_argument("folder", type=Path, help="where the four sequences lie")
     parser.add_argument("--checkpoint", default="nano", help="bundled name or folder")
-    parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     if missing := [name for name in SENTENCES if not (arguments.folder / name).is_dir()]:
         parser.error(f"folder: missing {', '.join(missing)}")
@@ -85,7 +83,7 @@ def main() -> None:
     rows = score(model, arguments.folder)
     print(table(rows))
     content = {**origin, "summary": summary(rows), "rows": rows}
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.out, content)
 
 
 if __name__ == "__main__":

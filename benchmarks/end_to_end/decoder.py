@@ -5,18 +5,17 @@ refsam_kernels/integrations/two_way_transformer.py follows from the rows. Times 
 turn: so that what else the machine does is not in them.
 """
 
-import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from benchmarks.measure import take_turns
+from benchmarks.programs import make_parser
 from benchmarks.provenance import collect
 from refsam_kernels.integrations import optimize, two_way_transformer
 from tests.sam_modeling import sam_mask_decoder
@@ -54,17 +53,13 @@ def measure(prompts: int, tokens: int, dtype: torch.dtype) -> dict[str, float]:
         "attention_as_there_ms": lambda: optimized(False),
         "attention_as_operator_ms": lambda: optimized(True),
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(ROUNDS):
-        for name, way in ways.items():
-            times[name].append(1e3 * way())
-    return {name: round(statistics.median(values), 1) for name, values in times.items()}
+    times = take_turns(ways, ROUNDS, lambda way: way())
+    return {name: round(each.median_ms, 1) for name, each in times.items()}
 
 
 def main() -> None:
     """Measures, and adds a row for each size to the file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__file__, __doc__)
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="PROMPTSxTOKENS")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     arguments = parser.parse_args()

@@ -9,20 +9,20 @@ import argparse
 import copy
 import json
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Times, peak_memory, summarise, time_cpu
-from benchmarks.provenance import ROOT, collect
+from benchmarks.measure import peak_memory, take_turns
+from benchmarks.programs import add_sizes, call_process, make_parser, random_config, write_rows
+from benchmarks.provenance import collect
 from benchmarks.registry import backends_of, unusable
+from benchmarks.report.results import failure
 from refsam.config import EVFConfig, RefSAMConfig
 from refsam.model.build import build_image_encoder
 from refsam_kernels import use_backend
@@ -221,7 +221,7 @@ def run_group(
     before = errors({name: call() for name, call in calls.items()}, exact)
     limit = TOLERANCE if dtype == "float32" else 2 * before[BASELINE]
     good = {name: call for name, call in calls.items() if before[name] <= limit}
-    times = time_in_turn(good, repeats)
+    times = take_turns(good, repeats)
     after = errors({name: call() for name, call in good.items()}, exact)
     for name, provider in compared.items():
         if name in skipped:
@@ -260,25 +260,10 @@ def encode_with(made: Callable[[], Callable[[Tensor], Tensor]], pixels: Tensor) 
     return made()(pixels)
 
 
-def time_in_turn(calls: Mapping[str, Callable[[], Tensor]], repeats: int) -> dict[str, Times]:
-    """Times the calls round after round, each round beginning with another one."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for number in range(repeats):
-        start = number % len(names)
-        for name in names[start:] + names[:start]:
-            samples[name].append(time_cpu(calls[name]))
-    return {name: summarise(values) for name, values in samples.items()}
-
-
 def memory_of(provider: Provider, config: RefSAMConfig) -> int | None:
     """Bytes that a first call needs at its peak above the weights: the median of several processes, whose heaps vary."""
     task = json.dumps({"provider": asdict(provider), "config": config.to_dict()})
-    command = [sys.executable, "-m", "benchmarks.end_to_end.encoder", "--memory-of", task]
-    found = []
-    for _ in range(MEMORY_RUNS):
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        found.append(json.loads(result.stdout.splitlines()[-1]))
+    found = [call_process("encoder", "--memory-of", task) for _ in range(MEMORY_RUNS)]
     return None if None in found else int(statistics.median(found))
 
 
@@ -298,12 +283,8 @@ def print_memory(task: str) -> None:
 
 def main() -> int:
     """Measures, prints and writes one JSON line for each provider; returns 1 if a result was wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.end_to_end.encoder", description=__doc__
-    )
-    parser.add_argument("--model", choices=["vit_b", "vit_l", "vit_h"], default="vit_b")
-    parser.add_argument("--image-size", type=int, default=1024)
-    parser.add_argument("--depth", type=int, help="blocks, for a quick try: the last is global")
+    parser = make_parser(__file__, __doc__, "encoder_cpu.jsonl")
+    add_sizes(parser)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument(
         "--only",
@@ -313,20 +294,12 @@ def main() -> int:
         help="providers by name; the baseline is always there",
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("out/bench/encoder_cpu.jsonl"))
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
         print_memory(options.memory_of)
         return 0
-    config = RefSAMConfig.preset(options.model).override(
-        f"image_encoder.image_size={options.image_size}"
-    )
-    if options.depth:
-        config = config.override(
-            f"image_encoder.depth={options.depth}",
-            f"image_encoder.global_blocks=[{options.depth // 2 - 1},{options.depth - 1}]",
-        )
+    config = random_config(options.model, options.image_size, options.depth)
     origin = collect("cpu") | {"model": options.model, "image_size": options.image_size}
     rows = []
     with torch.inference_mode():
@@ -339,18 +312,15 @@ def main() -> int:
             for row in run_group(*group):
                 rows.append(row | {"provenance": origin})
                 print(table_line(row), flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(options.out, rows)
     return int(any("wrong" in row for row in rows))
 
 
 def table_line(row: dict[str, Any]) -> str:
     """One row for people."""
     name = f"{row['dtype']:9} {row['name']:34}"
-    if "skipped" in row:
-        return f"{name} skipped: {row['skipped']}"
-    if "wrong" in row:
-        return f"{name} WRONG: {row['wrong']}"
+    if problem := failure(row):
+        return f"{name} {problem}"
     memory = row["peak_memory_bytes"]
     used = "" if memory is None else f"{memory / 2**20:8.0f} MiB"
     spread = f"({row['p20_ms']:.0f} to {row['p80_ms']:.0f})"

@@ -4,11 +4,9 @@ The other side is EVF-SAM's arrangement: one whole pass per expression, by segme
 layers. Both must give the same logits first.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor
 from benchmarks import provenance
 from benchmarks.end_to_end.encoder import random_sam
 from benchmarks.measure import resident
+from benchmarks.programs import make_parser, write_json
 from refsam.config import EVFConfig
 from refsam.model import EVFSAM, ImageFeatures, TextPrompt
 from refsam.runtime.device import choose_device
@@ -108,15 +107,14 @@ def measure(config: EVFConfig, dtype: torch.dtype, rounds: int) -> dict[str, Any
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__file__, __doc__)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     choose_device("cpu")
     row = measure(EVFConfig(), getattr(torch, options.dtype), options.rounds)
     row["provenance"] = provenance.collect("cpu")
-    options.out.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+    write_json(options.out, row)
     print(json.dumps(row, indent=2))
 
 

@@ -5,21 +5,20 @@ decoder, masks of the frame's own size. Sentences have up to eleven words. Befor
 same logits alone and among others. Each dtype of the image encoder's products is a group of its own.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import summarise, time_cpu
+from benchmarks.measure import take_turns
+from benchmarks.programs import add_sizes, make_parser, random_config, write_rows
 from benchmarks.provenance import collect
-from refsam import RefSAM, RefSAMConfig, VideoSession
+from benchmarks.report.results import failure
+from refsam import RefSAM, VideoSession
 from refsam.runtime.malloc import keep_freed_memory
 
 SIZE = (720, 1280)
@@ -41,27 +40,19 @@ COUNTS = (1, len(SENTENCES))
 
 def make_model(name: str, image_size: int, depth: int | None) -> RefSAM:
     """A model with random weights and the small text encoder: sentences are encoded once for a video."""
-    values = RefSAMConfig.preset(name).to_dict()
-    values["text_encoder"] = {"kind": "small"}
-    values["image_encoder"]["image_size"] = image_size
-    if depth:
-        values["image_encoder"] |= {"depth": depth, "global_blocks": [depth // 2 - 1, depth - 1]}
     torch.manual_seed(0)
-    return RefSAM(RefSAMConfig.from_dict(values)).eval()
+    return RefSAM(random_config(name, image_size, depth)).eval()
 
 
 def run_group(model: RefSAM, frame: Tensor, repeats: int) -> Iterator[dict[str, Any]]:
     """One row for each number of expressions; with wrong results `wrong` in words and no times."""
     sessions = {count: VideoSession(model, SENTENCES[:count]) for count in COUNTS}
+    steps = {count: partial(session.step, frame) for count, session in sessions.items()}
     wrong = check(model, frame)
-    samples: dict[int, list[float]] = {count: [] for count in COUNTS}
-    for number in range(repeats + 1):
-        for count in COUNTS[:: 1 if number % 2 else -1]:
-            seconds = time_cpu(partial(sessions[count].step, frame))
-            if number:  # the first round warms up
-                samples[count].append(seconds)
+    for warm_up in steps.values():
+        warm_up()
+    times = take_turns(steps, repeats)
     wrong = wrong or check(model, frame)
-    times = {count: summarise(values) for count, values in samples.items()}
     for count in COUNTS:
         row: dict[str, Any] = {"expressions": count}
         if wrong:
@@ -82,15 +73,10 @@ def check(model: RefSAM, frame: Tensor) -> str | None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints and writes one JSON line for each row; returns 1 if a result was wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.end_to_end.expressions", description=__doc__
-    )
-    parser.add_argument("--model", choices=["vit_b", "vit_l", "vit_h"], default="vit_b")
-    parser.add_argument("--image-size", type=int, default=1024)
-    parser.add_argument("--depth", type=int, help="blocks, for a quick try: the last is global")
+    parser = make_parser(__file__, __doc__, "expressions_cpu.jsonl")
+    add_sizes(parser)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path("out/bench/expressions_cpu.jsonl"))
     options = parser.parse_args(arguments)
     keep_freed_memory()  # as `refsam segment` does
     origin = collect("cpu") | {"model": options.model, "image_size": options.image_size}
@@ -103,16 +89,15 @@ def main(arguments: list[str] | None = None) -> int:
         for row in run_group(model, frame, options.repeats):
             rows.append({"dtype": dtype} | row | {"provenance": origin})
             print(table_line(rows[-1]), flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(options.out, rows)
     return int(any("wrong" in row for row in rows))
 
 
 def table_line(row: dict[str, Any]) -> str:
     """One row for people."""
     name = f"{row['dtype']:9} {row['expressions']} expressions"
-    if "wrong" in row:
-        return f"{name} WRONG: {row['wrong']}"
+    if problem := failure(row):
+        return f"{name} {problem}"
     spread = f"({row['p20_ms']:.0f} to {row['p80_ms']:.0f})"
     return f"{name} {row['median_ms']:8.0f} ms {spread:18} {row['times_one']:.3f} times one"
 

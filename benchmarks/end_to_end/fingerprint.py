@@ -4,19 +4,17 @@ The time inside `Fingerprint` is taken within forwards, where the weights have l
 the main thread's on a processor, which computes a share of all: so that what else the machine does is not in them.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import nn
 
+from benchmarks.programs import make_parser, write_json
 from benchmarks.provenance import collect
 from refsam import RefSAM
 from refsam_kernels import Fingerprint
@@ -80,8 +78,7 @@ def times(forward: Forward, rounds: int) -> tuple[float, float]:
 
 def main() -> None:
     """Measures and writes the file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__file__, __doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", default="", help="a part of a model's name")
     arguments = parser.parse_args()
@@ -94,7 +91,7 @@ def main() -> None:
         row = {"model": name, "forward_ms": whole, "fingerprint_ms": part}
         rows.append(row | {"share_percent": 100 * part / whole})
         print(rows[-1], flush=True)
-    arguments.out.write_text(json.dumps(collect("cpu") | {"rows": rows}, indent=1) + "\n")
+    write_json(arguments.out, collect("cpu") | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.end_to_end.encoder import random_sam, time_in_turn
-from benchmarks.measure import peak_memory
+from benchmarks.end_to_end.encoder import random_sam
+from benchmarks.measure import peak_memory, take_turns
 from benchmarks.provenance import ROOT, collect
 from refsam.config import RefSAMConfig
 from refsam.model.build import build_image_encoder
@@ -163,7 +163,7 @@ def run_all(
             skipped[provider] = str(error).splitlines()[0]
             continue
         calls[provider.label] = call
-    times = time_in_turn(calls, repeats)
+    times = take_turns(calls, repeats)
     origin = collect("cpu") | {"threads": torch.get_num_threads()}
     for provider in providers:
         row = asdict(provider) | {"provenance": origin}

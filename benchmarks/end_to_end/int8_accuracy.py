@@ -5,7 +5,6 @@ blocks up to it; for random weights and for nano. Of nano's answers: the scores 
 of four DAVIS sequences (see `davis`), with the encoder in float32 and in int8.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +15,7 @@ from torch import Tensor
 from benchmarks.end_to_end import davis
 from benchmarks.end_to_end.encoder import random_sam
 from benchmarks.end_to_end.int8 import image
+from benchmarks.programs import make_parser, write_json
 from benchmarks.provenance import collect
 from refsam.config import RefSAMConfig
 from refsam.evaluation.runners.generated import evaluate_generated
@@ -61,15 +61,12 @@ def random_encoder(name: str, image_size: int) -> tuple[ImageEncoder, Tensor]:
 
 def main() -> None:
     """Measures, prints and writes one JSON object."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.end_to_end.int8_accuracy", description=__doc__
-    )
+    parser = make_parser(__file__, __doc__, "int8_accuracy.json")
     parser.add_argument(
         "folder", type=Path, metavar="DAVIS", help="as benchmarks.end_to_end.davis takes it"
     )
     parser.add_argument("--clips", type=int, default=240)
     parser.add_argument("--image-size", type=int, default=512, help="of the random encoder")
-    parser.add_argument("--out", type=Path, default=Path("out/bench/int8_accuracy.json"))
     options = parser.parse_args()
     torch.manual_seed(0)
     result: dict[str, Any] = {"clips": options.clips, "image_size": options.image_size}
@@ -93,8 +90,7 @@ def main() -> None:
         result[name]["generated"] = evaluate_generated(model, options.clips)["summary"]
         print(name, json.dumps(result[name]["generated"]), flush=True)
     result["provenance"] = collect("cpu")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.out, result)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ encoded before the clocks start. No time is reported for a command whose masks a
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +25,9 @@ from torch import Tensor
 from benchmarks.end_to_end.expressions import SENTENCES, make_model
 from benchmarks.end_to_end.per_expression import PerExpressionLoop
 from benchmarks.measure import summarise, time_cpu
-from benchmarks.provenance import ROOT, collect
+from benchmarks.programs import add_sizes, call_process, make_parser, write_rows
+from benchmarks.provenance import collect
+from benchmarks.report.results import failure
 from refsam import RefSAM
 from refsam.data.generated import generate_clip
 from refsam.video import open_source, read_image
@@ -89,18 +89,8 @@ def written_masks(out: Path, frame: int, count: int) -> Tensor:
 
 def run_segment(task: Task) -> dict[str, float]:
     """`segment_once` in a process of its own, whose threads wait as the command's do."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.end_to_end.loop",
-        "--segment",
-        json.dumps(asdict(task)),
-    ]
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return json.loads(result.stdout.splitlines()[-1])
+    passive = {"OMP_WAIT_POLICY": "PASSIVE"}
+    return call_process("loop", "--segment", json.dumps(asdict(task)), variables=passive)
 
 
 def segment_once(task: Task) -> dict[str, float]:
@@ -204,16 +194,11 @@ def times_of(samples: list[dict[str, float]], baseline_ms: float) -> dict[str, A
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints and writes one JSON line for each row; returns 1 if masks were wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.end_to_end.loop", description=__doc__
-    )
-    parser.add_argument("--model", choices=["vit_b", "vit_l", "vit_h"], default="vit_b")
-    parser.add_argument("--image-size", type=int, default=1024)
-    parser.add_argument("--depth", type=int, help="blocks, for a quick try: the last is global")
+    parser = make_parser(__file__, __doc__, "loop_cpu.jsonl")
+    add_sizes(parser)
     parser.add_argument("--expressions", type=int, default=4)
     parser.add_argument("--frames", type=int, default=6, help="of the clip")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("out/bench/loop_cpu.jsonl"))
     parser.add_argument("--segment", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.segment:
@@ -228,16 +213,15 @@ def main(arguments: list[str] | None = None) -> int:
         for row in measure(model, clip, SENTENCES[: options.expressions], options.rounds):
             rows.append(row | {"provenance": origin})
             print(table_line(row), flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(options.out, rows)
     return int(any("wrong" in row for row in rows))
 
 
 def table_line(row: dict[str, Any]) -> str:
     """One row for people."""
     name = f"{row['provider']:20} {row['dtype']:8}"
-    if "wrong" in row:
-        return f"{name} WRONG: {row['wrong']}"
+    if problem := failure(row):
+        return f"{name} {problem}"
     spread = f"({row['p20_ms']:.0f} to {row['p80_ms']:.0f})"
     line = f"{name} {row['median_ms']:8.0f} ms a frame {spread:18} {row['speedup']:6.2f}x"
     if "overhead_percent" not in row:

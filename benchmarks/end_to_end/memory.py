@@ -5,8 +5,6 @@ command has them; of every 100 frames the most resident memory is noted, and on 
 keep it short: memory does not depend on what they show.
 """
 
-import argparse
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.measure import resident
+from benchmarks.programs import make_parser, write_json
 from benchmarks.provenance import collect
 from refsam import RefSAM, VideoSession
 from refsam.runtime.malloc import keep_freed_memory
@@ -45,12 +45,6 @@ def pictures(frames: int) -> Iterator[np.ndarray]:
         yield image
 
 
-def resident_bytes() -> int:
-    """The process's memory as the system sees it."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
-
-
 def run(model: RefSAM, frames: int, folder: Path) -> list[dict[str, float]]:
     """Segment the clip as the command does; one row for every EVERY frames."""
     clip = folder / "clip.mp4"
@@ -62,7 +56,7 @@ def run(model: RefSAM, frames: int, folder: Path) -> list[dict[str, float]]:
         with writer, closing(prefetch_frames(session, source)) as pairs:
             for frame, prepared in pairs:
                 writer.write(frame, *session.step(prepared).on_host())
-                most = max(most, resident_bytes())
+                most = max(most, resident("VmRSS"))
                 if (frame.index + 1) % EVERY == 0:
                     rows.append(row(frame.index + 1, most, model.device.type))
                     print(rows[-1], flush=True)
@@ -107,12 +101,9 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, write and draw."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.end_to_end.memory", description=__doc__
-    )
+    parser = make_parser(__file__, __doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--frames", type=int, default=FRAMES)
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--plot", type=Path, required=True)
     arguments = parser.parse_args()
     keep_freed_memory()
@@ -126,7 +117,7 @@ def main() -> None:
     summary = {f"{key}_for_each_thousand_frames": growth(rows, key) for key in keys}
     print(summary, f"in {time.perf_counter() - started:.0f} s")
     content = {**origin, "frame_size": SIZE, "growth": summary, "rows": rows}
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(arguments.out, content)
     plot(rows, arguments.plot)
 
 

@@ -4,14 +4,12 @@
 busy machine spoils them little, the least of many rounds. The steps of DAVIS need OpenCV, which refsam itself does not.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 
+from benchmarks.programs import make_parser, write_json
 from benchmarks.provenance import collect
 from refsam.metrics import (
     boundary_radius,
@@ -92,8 +90,7 @@ def measure(
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__file__, __doc__)
     arguments = parser.parse_args()
     if not region_contour.is_native():
         parser.error("refsam.metrics._native is not built")
@@ -102,7 +99,7 @@ def main() -> None:
     for name, value in milliseconds.items():
         print(f"{name:8} {value:8.3f} ms  {value / milliseconds['native']:6.1f} x native")
     content = {**collect("cpu"), "milliseconds_per_pair": milliseconds}
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(arguments.out, content)
 
 
 if __name__ == "__main__":

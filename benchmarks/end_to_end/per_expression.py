@@ -4,8 +4,7 @@ Their structure (arXiv 2307.00997, figure 2, and their code) with the weights of
 same masks. As in our sessions, text is encoded once, padding is left out and the embedding is normalised.
 """
 
-from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +25,9 @@ class AdaptedBlock(nn.Module):
     space: Adapter | None
     parallel: Adapter | None
 
-    def __init__(self, modeling: ModuleType, block: nn.Module, ours: Block) -> None:
+    def __init__(self, block: nn.Module, ours: Block) -> None:
         super().__init__()
-        self.modeling, self.block = modeling.image_encoder, block
+        self.modeling, self.block = load_sam_modeling().image_encoder, block
         self.space, self.parallel = ours.Space_Adapter, ours.MLP_Adapter
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,6 +47,12 @@ class AdaptedBlock(nn.Module):
         return x if self.parallel is None else x + ADAPTER_SCALE * self.parallel(normed)
 
 
+def adapted_blocks(encoder: Any, model: RefSAM) -> list[AdaptedBlock]:
+    """The blocks of segment-anything's encoder with the model's adapters."""
+    ours = cast(list[Block], model.image_encoder.blocks)
+    return [AdaptedBlock(*pair) for pair in zip(encoder.blocks, ours, strict=True)]
+
+
 class PerExpressionLoop:
     """The loop around segment-anything's modules; one track token for each expression is its state.
 
@@ -58,8 +63,8 @@ class PerExpressionLoop:
         self.model, self.autocast = model, autocast
         modeling, config = load_sam_modeling(), model.config
         with torch.device("meta"):
-            self.encoder = _image_encoder(model)
-            self.decoder = _mask_decoder(modeling, model)
+            self.encoder: Any = random_sam(model.config)
+            self.decoder = plain_decoder(model).eval()
             self.positions = modeling.prompt_encoder.PositionEmbeddingRandom(config.prompt_dim // 2)
         copied: tuple[tuple[Any, nn.Module], ...] = (
             (self.encoder, model.image_encoder),
@@ -70,8 +75,7 @@ class PerExpressionLoop:
             theirs.load_state_dict(
                 ours.state_dict(), strict=theirs is not self.encoder, assign=True
             )
-        pairs = zip(self.encoder.blocks, model.image_encoder.blocks, strict=True)
-        self.blocks = [AdaptedBlock(modeling, *pair).eval() for pair in pairs]
+        self.blocks = [block.eval() for block in adapted_blocks(self.encoder, model)]
         self.decoder.transformer.register_forward_hook(self._keep_object_token)
         self.object_token = torch.empty(0)
         self.tracks: dict[int, Tensor] = {}
@@ -136,12 +140,9 @@ class PerExpressionLoop:
         self.object_token = output[0][:, 1]
 
 
-def _image_encoder(model: RefSAM) -> Any:
-    return random_sam(model.config)
-
-
-def _mask_decoder(modeling: ModuleType, model: RefSAM) -> Any:
-    sizes, dim = model.config.mask_decoder, model.config.prompt_dim
+def plain_decoder(model: RefSAM) -> Any:
+    """segment-anything's mask decoder in the model's sizes, its weights as they come."""
+    modeling, sizes, dim = load_sam_modeling(), model.config.mask_decoder, model.config.prompt_dim
     transformer = modeling.TwoWayTransformer(
         depth=sizes.depth,
         embedding_dim=dim,
@@ -154,4 +155,4 @@ def _mask_decoder(modeling: ModuleType, model: RefSAM) -> Any:
         transformer=transformer,
         num_multimask_outputs=sizes.num_masks - 1,
         iou_head_hidden_dim=sizes.iou_hidden_dim,
-    ).eval()
+    )

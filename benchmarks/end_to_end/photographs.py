@@ -4,8 +4,6 @@ FOLDER is laid out as docs/data.md says; of its split `val`, the masks that peop
 cent of a photograph is asked for as "the horse", or "the horses" where several are told apart; unsure pixels do not count.
 """
 
-import argparse
-import json
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.programs import make_parser, write_json
 from benchmarks.provenance import collect
 from refsam.data.photographs.folder import UNSURE, PhotoFolder, Photograph, open_folder
 from refsam.model import RefSAM
@@ -99,10 +98,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Score, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__file__, __doc__)
     parser.add_argument("folder", type=Path, help="a folder of photographs with class masks")
     parser.add_argument("--checkpoint", default="nano", help="bundled name or folder")
-    parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     origin = collect("cpu")
     model = RefSAM.from_pretrained(arguments.checkpoint)
@@ -111,7 +109,7 @@ def main() -> None:
     result = summary(rows)
     print(table(result))
     content = {**origin, "summary": result, "rows": rows}
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.out, content)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ the clips are not part of the project, their SHA-256 stands in the result. A sen
 morphology: J against it says whether a model marks the coloured things, not how exactly it does. Every eighth frame is seen.
 """
 
-import argparse
-import json
 import subprocess
 import tempfile
 from pathlib import Path
@@ -17,6 +15,7 @@ import av
 import numpy as np
 from scipy import ndimage
 
+from benchmarks.programs import make_parser, write_json
 from benchmarks.provenance import collect
 from refsam.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, file_sha256
 from refsam.metrics import region_similarity
@@ -146,10 +145,9 @@ def mean(rows: list[dict[str, Any]], key: str) -> float:
 
 def main() -> None:
     """Score both, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__file__, __doc__)
     parser.add_argument("folder", type=Path, help="where dog.mp4 and blocks.mp4 lie")
     parser.add_argument("--before", required=True, help="commit whose weights are compared")
-    parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     origin = collect("cpu")
     clips = {name: arguments.folder / f"{name}.mp4" for name in SENTENCES}
@@ -163,7 +161,7 @@ def main() -> None:
     print(table(before, now))
     content = {**origin, "base": base, "sha256": digests, "stride": STRIDE}
     content |= {"before": before, "now": now}
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.out, content)
 
 
 def table(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:

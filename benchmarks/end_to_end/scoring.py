@@ -4,8 +4,6 @@ Twice DAVIS 2017's validation set: 60 videos of 67 frames with two objects, as p
 Every run must give the same scores. Each process has one thread: by default threads share a video's frames as well.
 """
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -60,14 +58,12 @@ def measure(predictions: Path, truth: Path, rounds: int) -> dict[str, list[float
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
     # Not above: the processes import this module, and torch, which scoring does without, takes a second.
+    from benchmarks.programs import make_parser, write_json
     from benchmarks.provenance import collect
 
     os.environ["OMP_NUM_THREADS"] = "1"
     keep_freed_memory()  # as the command does
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.end_to_end.scoring", description=__doc__
-    )
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__file__, __doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--videos", type=int, default=VIDEOS)
     parser.add_argument("--frames", type=int, default=FRAMES)
@@ -85,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         "speedup": one / two,
     }
     print(f"one process {one:.2f} s, two {two:.2f} s: {one / two:.2f} times as fast")
-    options.out.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(options.out, content)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ The clip is generated, one expression is asked for, and everything is written: m
 medians of the runs.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.programs import make_parser, write_json
 from benchmarks.provenance import collect
 from refsam.data.generated import generate_clip
 from tests.video.clips import encode_video
@@ -53,9 +53,7 @@ def run_once(clip: Path, expression: str, out: Path) -> dict[str, float]:
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = make_parser(__file__, __doc__).parse_args()
     origin: dict[str, Any] = collect("cpu")
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder) / "clip.mp4"
@@ -65,7 +63,7 @@ def main() -> None:
     for name, value in result.items():
         print(f"{name:34} {value:8.2f}")
     content = {**origin, "frames": FRAMES, "medians": result, "runs": runs}
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(arguments.out, content)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`python -m benchmarks.end_to_end.training --out FILE`: a training step on the CPU against one on segment-anything's modules.
 
 A step is forward, backward, clipping and AdamW on one clip with one sentence, as in stage 2. Both models have the same weights.
-On segment-anything's modules encoder and decoder are its own, adapters are hooks, and the rest is the formulas in plain
+On segment-anything's modules encoder and decoder are its own, adapters stand around its layers, and the rest is plain
 PyTorch; that is measured with autograd through everything, and with the frozen parts frozen as ours are.
 Losses and gradients must agree before and after the timing; learning rate 0 keeps the weights. Each one's memory is that of its
 first step in a process of its own: above the weights (gradients and the optimiser's state count), and of the whole process.
@@ -9,29 +9,28 @@ first step in a process of its own: above the weights (gradients and the optimis
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.measure import peak_memory, resident, summarise, time_cpu
-from benchmarks.provenance import ROOT, collect
+from benchmarks.end_to_end.encoder import random_sam
+from benchmarks.end_to_end.per_expression import adapted_blocks, plain_decoder
+from benchmarks.measure import peak_memory, resident, take_turns
+from benchmarks.programs import add_sizes, call_process, encoder_sizes, make_parser, write_json
+from benchmarks.provenance import collect
+from benchmarks.report.results import failure
 from refsam.config import config_from_dict
 from refsam.data.clips import ClipBatch
 from refsam.model import RefSAM
-from refsam.model.block import Block
 from refsam.training.batches import TrainingBatch
 from refsam.training.module import TrainingModule
 from refsam.training.optim import clip_gradients
 from refsam.training.settings import TrainingSettings
-from tests.sam_modeling import load_sam_modeling
 
 BASELINE = "segment-anything, autograd through everything"
 FROZEN = "segment-anything, frozen parts frozen"
@@ -49,64 +48,28 @@ class SegmentAnythingStep(nn.Module):
     def __init__(self, ours: TrainingModule, *, freeze: bool) -> None:
         super().__init__()
         self.ours = ours
-        model, sizes = ours.model, ours.model.config.image_encoder
-        modeling = load_sam_modeling()
-        self.encoder: Any = modeling.ImageEncoderViT(
-            img_size=sizes.image_size,
-            patch_size=sizes.patch_size,
-            embed_dim=sizes.embed_dim,
-            depth=sizes.depth,
-            num_heads=sizes.num_heads,
-            mlp_ratio=sizes.mlp_ratio,
-            out_chans=model.config.prompt_dim,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=sizes.window_size,
-            global_attn_indexes=sizes.global_blocks,
-        )
+        model = ours.model
+        with torch.device("meta"):
+            self.encoder: Any = random_sam(model.config)
+            self.decoder: Any = plain_decoder(model)
         # The same memory, or a process would hold the weights twice.
         state = model.image_encoder.state_dict()
         self.encoder.load_state_dict(state, strict=False, assign=True)
         self.encoder.requires_grad_(not freeze)
-        decoder = self._build_decoder(modeling, model)
-        decoder.transformer.register_forward_hook(self._keep_tokens)
-        self.decoder: Any = decoder
+        self.decoder.load_state_dict(model.mask_decoder.state_dict(), assign=True)
+        self.decoder.requires_grad_(True)
+        self.decoder.transformer.register_forward_hook(self._keep_tokens)
         self.hidden: Tensor
         self.levels: list[Tensor] = []
-        self._hook_blocks(model)
-
-    @staticmethod
-    def _build_decoder(modeling: Any, model: RefSAM) -> Any:
-        sizes, dim = model.config.mask_decoder, model.config.prompt_dim
-        transformer = modeling.TwoWayTransformer(
-            depth=sizes.depth,
-            embedding_dim=dim,
-            num_heads=sizes.num_heads,
-            mlp_dim=sizes.mlp_dim,
-            attention_downsample_rate=sizes.downsample_rate,
-        )
-        decoder = modeling.MaskDecoder(
-            transformer_dim=dim,
-            transformer=transformer,
-            iou_head_hidden_dim=sizes.iou_hidden_dim,
-        )
-        decoder.load_state_dict(model.mask_decoder.state_dict(), assign=True)
-        return decoder.requires_grad_(True)
+        self.encoder.blocks = nn.ModuleList(adapted_blocks(self.encoder, model))
+        for index in model.image_encoder.intermediate_blocks:
+            self.encoder.blocks[index].register_forward_hook(self._keep_level)
 
     def _keep_tokens(self, _: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
         self.hidden = output[0]
 
-    def _hook_blocks(self, model: RefSAM) -> None:
-        """Adapters after the attention's projection and beside the MLP; what the global blocks but the last give."""
-        for index, (block, own) in enumerate(
-            zip(self.encoder.blocks, model.image_encoder.blocks, strict=True)
-        ):
-            assert isinstance(own, Block)
-            if own.Space_Adapter is not None and own.MLP_Adapter is not None:
-                block.attn.register_forward_hook(partial(_add_adapter, own.Space_Adapter))
-                block.mlp.register_forward_hook(partial(_add_parallel, own.MLP_Adapter))
-            if index in model.image_encoder.intermediate_blocks:
-                block.register_forward_hook(lambda _, __, output: self.levels.append(output))
+    def _keep_level(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        self.levels.append(output)
 
     def forward(self, batch: TrainingBatch, stage: Any) -> dict[str, Tensor]:
         """As `TrainingModule`, for one clip and one sentence."""
@@ -140,16 +103,6 @@ class SegmentAnythingStep(nn.Module):
         return (attention.level_logits.softmax(0)[:, None, None] * dense).sum(0)
 
 
-def _add_adapter(adapter: nn.Module, _: nn.Module, __: Any, output: Tensor) -> Tensor:
-    return output + adapter(output)
-
-
-def _add_parallel(
-    adapter: nn.Module, _: nn.Module, inputs: tuple[Tensor], output: Tensor
-) -> Tensor:
-    return output + 0.5 * adapter(inputs[0])
-
-
 def plain_mask_loss(
     logits: Tensor, truth: Tensor, image_size: int, resized: tuple[int, int]
 ) -> Tensor:
@@ -169,14 +122,10 @@ def plain_mask_loss(
 
 def training_settings(options: argparse.Namespace) -> TrainingSettings:
     """One stage of clips with one sentence; the text encoder is the small one, frozen, so that nothing is downloaded."""
-    encoder = {"image_size": options.image_size}
-    if options.depth:
-        blocks = [options.depth // 2 - 1, options.depth - 1]
-        encoder |= {"depth": options.depth, "global_blocks": blocks}
     values = {
         "model": {
             "preset": options.model,
-            "image_encoder": encoder,
+            "image_encoder": encoder_sizes(options.image_size, options.depth),
             "text_encoder": {"kind": "small"},
         },
         "output": "",
@@ -235,6 +184,7 @@ class Step:
         total = self.losses()
         clip_gradients(self.trained, 1.0)
         self.optimiser.step()
+        self.module.zero_grad(set_to_none=True)
         return total
 
     def gradients(self) -> Tensor:
@@ -267,12 +217,7 @@ def measure(
     steps = {name: Step(name, module, batch) for name in PROVIDERS}
     wrong = check(steps)
     good = [name for name in steps if name not in wrong]
-    samples: dict[str, list[float]] = {name: [] for name in good}
-    for number in range(options.repeats):
-        start = number % len(good)
-        for name in good[start:] + good[:start]:
-            samples[name].append(time_cpu(steps[name]))
-            steps[name].module.zero_grad(set_to_none=True)
+    times = take_turns({name: steps[name] for name in good}, options.repeats)
     wrong = check(steps) | wrong
     rows = []
     for name in PROVIDERS:
@@ -280,25 +225,15 @@ def measure(
         if name in wrong:
             rows.append(row | {"wrong": wrong[name]})
             continue
-        times = summarise(samples[name])
-        row |= asdict(times) | {"steps_per_second": 1e3 / times.median_ms} | memory(name)
-        row["speedup"] = summarise(samples[BASELINE]).median_ms / times.median_ms
-        rows.append(row)
+        median = times[name].median_ms
+        row |= asdict(times[name]) | {"steps_per_second": 1e3 / median} | memory(name)
+        rows.append(row | {"speedup": times[BASELINE].median_ms / median})
     return rows
 
 
 def memory_of(name: str) -> dict[str, Any]:
     """Bytes of a first step in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.end_to_end.training",
-        *sys.argv[1:],
-        "--memory-of",
-        name,
-    ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    found: dict[str, Any] = call_process("training", *sys.argv[1:], "--memory-of", name)
     return found
 
 
@@ -312,15 +247,10 @@ def print_memory(options: argparse.Namespace) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.end_to_end.training", description=__doc__
-    )
-    parser.add_argument("--model", choices=["vit_b", "vit_l", "vit_h"], default="vit_b")
-    parser.add_argument("--image-size", type=int, default=512)
+    parser = make_parser(__file__, __doc__, "training_cpu.json")
+    add_sizes(parser, image_size=512)
     parser.add_argument("--frames", type=int, default=3, help="of the clip")
-    parser.add_argument("--depth", type=int, help="blocks, for a quick try: the last is global")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("out/bench/training_cpu.json"))
     parser.add_argument("--memory-of", choices=PROVIDERS, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -336,16 +266,15 @@ def main() -> int:
     content["rows"] = rows = measure(options, memory_of)
     for row in rows:
         print(table_line(row))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(options.out, content)
     return int(any("wrong" in row for row in rows))
 
 
 def table_line(row: dict[str, Any]) -> str:
     """One row for people."""
     name = f"{row['name']:46}"
-    if "wrong" in row:
-        return f"{name} WRONG: {row['wrong']}"
+    if problem := failure(row):
+        return f"{name} {problem}"
     memory = row["step_memory_bytes"]
     used = "" if memory is None else f"{memory / 2**20:8.0f} MiB"
     times = f"{row['median_ms']:8.0f} ms ({row['p20_ms']:.0f} to {row['p80_ms']:.0f})"

@@ -4,8 +4,6 @@ Wall times, medians of the runs: from the command until the page shows its butto
 overlay of a 720p clip with the bundled model, which is loaded by then. Needs Chromium and playwright.
 """
 
-import argparse
-import json
 import shutil
 import signal
 import subprocess
@@ -17,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.end_to_end.segment import write_clip
+from benchmarks.programs import make_parser, write_json
 from benchmarks.provenance import collect
 
 RUNS = 3
@@ -74,9 +73,7 @@ def main() -> None:
     """Measure, print and write."""
     from playwright.sync_api import sync_playwright
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = make_parser(__file__, __doc__).parse_args()
     origin: dict[str, Any] = collect("cpu")
     path = next(filter(None, map(shutil.which, _BROWSERS)), None)
     if path is None:
@@ -90,9 +87,7 @@ def main() -> None:
     result = {name: median(run[name] for run in runs) for name in runs[0]}
     for name, value in result.items():
         print(f"{name:26} {value:8.2f}")
-    arguments.out.write_text(
-        json.dumps({**origin, "medians": result, "runs": runs}, indent=1) + "\n"
-    )
+    write_json(arguments.out, {**origin, "medians": result, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,70 @@
+"""What the programs in `end_to_end` share: options, sizes of models, processes of their own, files."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provenance import ROOT
+from refsam.config import RefSAMConfig
+
+MODELS = ("vit_b", "vit_l", "vit_h")
+
+
+def make_parser(file: str, doc: str | None, out: str | None = None) -> argparse.ArgumentParser:
+    """A program's parser with `--out`, the file to write: `out/bench/<out>`, or required where no `out` is given."""
+    name = f"python -m benchmarks.end_to_end.{Path(file).stem}"
+    parser = argparse.ArgumentParser(prog=name, description=doc)
+    default = None if out is None else Path("out/bench") / out
+    parser.add_argument("--out", type=Path, default=default, required=out is None)
+    return parser
+
+
+def add_sizes(parser: argparse.ArgumentParser, image_size: int = 1024) -> None:
+    """The options that say which model with random weights: see `random_config`."""
+    parser.add_argument("--model", choices=MODELS, default="vit_b")
+    parser.add_argument("--image-size", type=int, default=image_size)
+    parser.add_argument("--depth", type=int, help="blocks, for a quick try: the last is global")
+
+
+def encoder_sizes(image_size: int, depth: int | None = None) -> dict[str, Any]:
+    """Entries of `image_encoder`; with a depth, the middle block and the last one are global."""
+    blocks = {} if not depth else {"depth": depth, "global_blocks": [depth // 2 - 1, depth - 1]}
+    return {"image_size": image_size, **blocks}
+
+
+def random_config(name: str, image_size: int, depth: int | None = None) -> RefSAMConfig:
+    """A preset's configuration with the small text encoder, for which nothing is downloaded."""
+    values = RefSAMConfig.preset(name).to_dict()
+    values["text_encoder"] = {"kind": "small"}
+    values["image_encoder"] |= encoder_sizes(image_size, depth)
+    return RefSAMConfig.from_dict(values)
+
+
+def call_process(module: str, *words: str, variables: Mapping[str, str] | None = None) -> Any:
+    """The JSON value in the last line that `python -m benchmarks.end_to_end.<module>` prints."""
+    result = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.end_to_end.{module}", *words],
+        cwd=ROOT,
+        env=os.environ | (variables or {}),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON value, indented."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSON object per line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
