@@ -22,6 +22,8 @@ from refsam_kernels.rel_pos_attention.triton.launches import Problem, Tile
 GRID, ARCHITECTURE = 64, 90
 HEADS = {64: 12, 80: 16}  # ViT-B and ViT-H, by channels of a head
 WINDOWS = (14, GRID)
+# Channels of a head, heads, and blocks with global attention.
+GLOBAL = (("ViT-B", 64, 12, 4), ("ViT-L", 64, 16, 4), ("ViT-H", 80, 16, 4))
 KERNELS = ("forward", "query gradient", "key gradient")
 PRODUCTS = {"forward": 2, "query gradient": 3, "key gradient": 4}  # of all pairs, in a kernel
 # An H200: multiprocessors, cycles in a microsecond, instructions and operations of bfloat16 products in a cycle of one of them.
@@ -73,10 +75,12 @@ def compiled() -> Iterator[dict[str, Any]]:
 
 
 def expected_us(row: Mapping[str, Any]) -> float:
-    """Microseconds of a kernel on one image: a quarter more than the longest of issuing, multiplying and reading through the L2.
+    """Microseconds of a kernel on one image: a quarter more than the longest of its times. Waits for memory are not in it."""
+    return SLACK * max(times_us(row))
 
-    Waits for memory are not in it.
-    """
+
+def times_us(row: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Microseconds of issuing the loop's instructions, of multiplying, and of reading tiles through the L2, on one image."""
     tile, window, head_dim = Tile(*row["tile"]), row["window"], row["head_dim"]
     windows = HEADS[head_dim] * (-(-GRID // window)) ** 2
     queries = -(-window * window // tile.block)
@@ -88,7 +92,7 @@ def expected_us(row: Mapping[str, Any]) -> float:
     operations = 2 * PRODUCTS[row["kernel"]] * pairs * head_dim
     multiplying = steps * operations / (PROCESSORS * OPERATIONS * CYCLES)
     reading = steps * bytes_of_step(row["kernel"], tile, head_dim) / L2_BYTES
-    return SLACK * max(issuing, multiplying, reading)
+    return issuing, multiplying, reading
 
 
 def bytes_of_step(kernel: str, tile: Tile, head_dim: int) -> int:
@@ -118,7 +122,7 @@ def table(result: Mapping[str, Any]) -> str:
     newest = max(row["triton"] for row in result["rows"])
     rows = [row for row in result["rows"] if row["triton"] == newest]
     lines = []
-    for after in (row for row in rows if row["state"] == "after"):
+    for after in of_newest(result):
         names = ("kernel", "head_dim", "window")
         before = next(
             row
@@ -143,6 +147,31 @@ def table(result: Mapping[str, Any]) -> str:
     commits = f"before: commit {origin['before']}, after: {origin['commit'][:7]}"
     note = f"One image of {GRID} x {GRID} tokens, bfloat16, sm_90, Triton {newest}; {commits}."
     return markdown(header, lines, note, text=2)
+
+
+def hopper_table(result: Mapping[str, Any]) -> str:
+    """The times of global attention's forward, and what a kernel that waits for nothing but its products would save."""
+    rows = {(row["head_dim"], row["window"], row["kernel"]): row for row in of_newest(result)}
+    lines = []
+    for model, head_dim, heads, blocks in GLOBAL:
+        row = rows[head_dim, GRID, "forward"]
+        share = heads / HEADS[head_dim]
+        times = [share * time for time in times_us(row)]
+        saved = SLACK * (max(times) - times[1])
+        cells = [f"{time:.0f}" for time in (*times, SLACK * max(times), SLACK * times[1])]
+        lines.append([model, *cells, f"{1e-3 * blocks * saved:.2f}"])
+    header = (
+        "model | issuing, µs | multiplying, µs | reading through L2, µs | expected, µs"
+        " | by products alone, µs | saved in all global blocks, ms"
+    )
+    note = "One global block's forward of one image, bfloat16, sm_90, counted as in the table above."
+    return markdown(header, lines, note)
+
+
+def of_newest(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of today's code with the newest Triton."""
+    newest = max(row["triton"] for row in result["rows"])
+    return [r for r in result["rows"] if r["triton"] == newest and r["state"] == "after"]
 
 
 if __name__ == "__main__":
