@@ -24,7 +24,7 @@ test: libraries
 # The kernels' tests with an older torch, OPTIONS for pytest; the libraries are those that the newest torch built. An hour or more:
 # benchmarks/gates/recorded_tests.py says how to run them in parts.
 test-oldest: libraries venv-oldest
-	PYTHONPATH=kernels OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 -p no:benchmark \
+	PYTHONPATH=$(CURDIR)/kernels OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 -p no:benchmark \
 	  $(OPTIONS) $(or $(TESTS),tests/kernels)
 
 # What the default run leaves out for its length: full-size parity, the CUDA build.

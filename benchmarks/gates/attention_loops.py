@@ -164,7 +164,9 @@ def hopper_table(result: Mapping[str, Any]) -> str:
         "model | issuing, µs | multiplying, µs | reading through L2, µs | expected, µs"
         " | by products alone, µs | saved in all global blocks, ms"
     )
-    note = "One global block's forward of one image, bfloat16, sm_90, counted as in the table above."
+    note = (
+        "One global block's forward of one image, bfloat16, sm_90, counted as in the table above."
+    )
     return markdown(header, lines, note)
 
 
