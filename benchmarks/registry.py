@@ -105,7 +105,8 @@ def unusable(provider: Provider) -> str | None:
     return None
 
 
-def backends_of(operator: str, device: str) -> Iterator[str]:
-    """The backends of an operator that can run on a device here."""
+def backends_of(operator: str, device: str, *, with_reference: bool = False) -> Iterator[str]:
+    """The backends of an operator that can run on a device here; the slow reference only if it is wanted."""
     dispatcher = Dispatcher.known[operator]
-    return (name for name in BACKENDS if not dispatcher.environment_reasons(name, device))
+    named = (name for name in BACKENDS if with_reference or name != "reference")
+    return (name for name in named if not dispatcher.environment_reasons(name, device))

@@ -70,14 +70,12 @@ def providers(dtype: str, device: str = "cpu") -> Iterator[Provider]:
     yield Provider(SDPA, dtype)
     yield Provider(TIMM, dtype)
     for backend in backends_of("rel_pos_attention", device):
-        if backend != "reference":
-            ours = f"refsam, {backend}"
-            yield Provider(ours, dtype, backend, packed=True)
-            yield Provider(f"{ours}, not packed", dtype, backend)
-            yield Provider(f"{ours}, with adapters", dtype, backend, packed=True, adapters=True)
-            yield Provider(f"{BASELINE}, optimize(), {backend}", dtype, backend)
-            yield Provider(f"{SDPA}, optimize(), {backend}", dtype, backend)
-            yield Provider(f"{TIMM}, optimize(), {backend}", dtype, backend)
+        ours = f"refsam, {backend}"
+        yield Provider(ours, dtype, backend, packed=True)
+        yield Provider(f"{ours}, not packed", dtype, backend)
+        yield Provider(f"{ours}, with adapters", dtype, backend, packed=True, adapters=True)
+        for theirs in (BASELINE, SDPA, TIMM):
+            yield Provider(f"{theirs}, optimize(), {backend}", dtype, backend)
 
 
 def random_sam(config: RefSAMConfig | EVFConfig) -> nn.Module:

@@ -1,20 +1,13 @@
-"""Shared by adapter_mlp and adapter_projection: sizes, providers, the check of results."""
+"""Shared by adapter_mlp and adapter_projection: sizes and inputs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Workload, backends_of
-
-Tensors = dict[str, Tensor]
-# Of an error, relative to that of the eager formula in the same dtype; as in the tests.
-FACTOR = 3
-# Of the largest value: a few roundings of results that eager happens to hit exactly.
-ROUNDINGS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+from benchmarks.ops._eager import Function, Tensors, against_eager
+from benchmarks.registry import Workload
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ class Random:
         """Normally distributed float32 values."""
         return size * torch.randn(shape, generator=self.generator, device=self.device)
 
-    def perceptron(self, width: int, hidden: int, prefix: str = "") -> Tensors:
+    def perceptron(self, width: int, hidden: int, prefix: str = "") -> dict[str, Tensor]:
         """Two linear layers, width -> hidden -> width."""
         shapes = ((hidden, width), (hidden,), (width, hidden), (width,))
         names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
@@ -71,7 +64,7 @@ class Random:
             for name, shape in zip(names, shapes, strict=True)
         }
 
-    def norm(self, width: int) -> Tensors:
+    def norm(self, width: int) -> dict[str, Tensor]:
         """A layer norm's parameters."""
         return {
             "norm_weight": 1 + self.stream(width, size=0.1),
@@ -79,48 +72,24 @@ class Random:
         }
 
 
-def run(function: Callable[..., tuple[Any, ...]], inputs: Tensors, grads: Tensors) -> Any:
-    """The results, and of those that are trained the gradients."""
-    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
-    if not wanted:
-        with torch.no_grad():
-            return function(**inputs)
-    results = function(**inputs)
-    gradients = torch.autograd.grad(results, wanted, list(grads.values()))
-    return *(result.detach() for result in results), *gradients
-
-
 def workload(
     operator: str,
-    function: Callable[..., tuple[Any, ...]],
-    eager: Callable[..., tuple[Any, ...]],
+    function: Function,
+    eager: Function,
     setting: Setting,
-    inputs: Tensors,
+    inputs: dict[str, Tensor],
     flops: int,
 ) -> Workload:
-    """`function(..., backend=)` against `eager`, checked against eager in float64; `flops` are the forward's."""
+    """`function(..., backend=)` against `eager`; `flops` are the forward's."""
     if setting.trains is not None:
         for name, tensor in inputs.items():
             tensor.requires_grad_(setting.trains(name))
-    device = inputs["residual"].device.type
-    random = Random(setting, device)
+        flops = trained_flops(flops, setting, inputs)
+    random = Random(setting, inputs["residual"].device.type)
     grads = {"x": random.stream(*setting.shape), "normed": random.operand(*setting.shape)}
-    ways: Mapping[str, Callable[..., tuple[Any, ...]]] = {"eager": eager} | {
-        name: partial(function, backend=name)
-        for name in backends_of(operator, device)
-        if name != "reference"
-    }
-    exact = run(eager, *({n: exactly(t) for n, t in x.items()} for x in (inputs, grads)))
-    plain = run(eager, inputs, grads)
-    bounds = [bound(*pair, setting.dtype) for pair in zip(plain, exact, strict=True)]
-    moved = sum(tensor.nbytes for tensor in (*inputs.values(), *plain))
-    return Workload(
-        providers={name: partial(run, way, inputs, grads) for name, way in ways.items()},
-        wrong=partial(further_than_eager, exact=exact, bounds=bounds),
-        moved_bytes=moved,
-        flops=flops if setting.trains is None else trained_flops(flops, setting, inputs),
-        shapes={"tokens": list(setting.shape), "dtype": str(setting.dtype)},
-        dtype=setting.dtype,
+    shapes = {"tokens": list(setting.shape), "dtype": str(setting.dtype)}
+    return against_eager(
+        operator, eager, function, inputs, grads, flops=flops, shapes=shapes, dtype=setting.dtype
     )
 
 
@@ -128,25 +97,3 @@ def trained_flops(flops: int, setting: Setting, inputs: Tensors) -> int:
     """Forward and backward: the tokens' gradient takes as much as the forward, each trained matrix's one product more."""
     matrices = sum(x.numel() for x in inputs.values() if x.requires_grad and x.dim() == 2)
     return 2 * flops + 2 * setting.frames * setting.tokens * matrices
-
-
-def exactly(tensor: Tensor) -> Tensor:
-    """The same values in float64."""
-    return tensor.detach().double().requires_grad_(tensor.requires_grad)
-
-
-def bound(found: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
-    """Largest allowed error of a result."""
-    error = float((found.double() - exact).abs().max())
-    return FACTOR * error + ROUNDINGS[dtype] * float(exact.abs().max())
-
-
-def further_than_eager(
-    found: tuple[Tensor, ...], *, exact: tuple[Tensor, ...], bounds: list[float]
-) -> str | None:
-    """In words which result or gradient is too far from the exact one."""
-    for index, (tensor, wanted, most) in enumerate(zip(found, exact, bounds, strict=True)):
-        error = float((tensor.double() - wanted).abs().max())
-        if not error <= most:
-            return f"result {index} is off by {error:.2e}, at most {most:.2e} may be"
-    return None

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops._feed_forward import bound, exactly, further_than_eager, run
-from benchmarks.registry import Workload, backends_of, register
+from benchmarks.ops._eager import against_eager
+from benchmarks.registry import Workload, register
 from refsam_kernels import dense_attention
 
 
@@ -69,23 +69,13 @@ def workload(
         tensor.requires_grad_(trains and tensor.is_floating_point())
     seeded = torch.Generator(device).manual_seed(1)
     grad = torch.randn(expressions, pixels, channels, generator=seeded, device=device)
-    grads = {"dense": grad.to(dtype)}
-    ways = {"eager": eager} | {
-        name: lambda backend=name, **tensors: (dense_attention(**tensors, backend=backend),)
-        for name in backends_of("dense_attention", device)
-        if name != "reference"
-    }
-    wide = [
-        {name: exactly(x) if x.is_floating_point() else x for name, x in tensors.items()}
-        for tensors in (inputs, grads)
-    ]
-    exact, plain = run(eager, *wide), run(eager, inputs, grads)
-    bounds = [bound(*pair, dtype) for pair in zip(plain, exact, strict=True)]
     flops = 2 * images * pixels * channels**2 + 4 * expressions * pixels * 12 * channels * 3
-    return Workload(
-        providers={name: partial(run, way, inputs, grads) for name, way in ways.items()},
-        wrong=partial(further_than_eager, exact=exact, bounds=bounds),
-        moved_bytes=sum(tensor.nbytes for tensor in (*inputs.values(), *plain)),
+    return against_eager(
+        "dense_attention",
+        eager,
+        lambda **tensors: (dense_attention(**tensors),),
+        inputs,
+        {"dense": grad.to(dtype)},
         flops=3 * flops if trains else flops,
         shapes={name: list(inputs[name].shape) for name in ("features", "text")},
         dtype=dtype,

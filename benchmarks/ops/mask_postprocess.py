@@ -77,8 +77,7 @@ def workload(device: str, *, masks: int, output_size: Size, form: str) -> Worklo
     }  # fmt: skip
     backends = {
         name: partial(functions[form], backend=name)
-        for name in backends_of("mask_postprocess", device)
-        if form == "bytes" or name != "reference"
+        for name in backends_of("mask_postprocess", device, with_reference=form == "bytes")
     }
     batch, loop = (partial(f, logits, output_size) for f in (interpolate_batch, interpolate_loop))
     plain: dict[str, Callable[[], Any]] = {"interpolate batch": batch, "interpolate loop": loop}

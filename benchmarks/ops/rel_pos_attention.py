@@ -14,15 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.ops._eager import bound, exactly, further_than
 from benchmarks.registry import Workload, backends_of, register, unusable
 from refsam_kernels import rel_pos_attention
 from refsam_kernels.rel_pos_attention import reference
 
 OPERATOR = "rel_pos_attention"
 BASELINE = "SDPA with bias"
-# Of an error, relative to the baseline's in the same dtype, and of the largest value: as in the tests.
-FACTOR = 3
-ROUNDINGS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
 
 @dataclass(frozen=True)
@@ -186,15 +184,11 @@ def workload(device: str, *, setting: Setting, with_peers: bool = True) -> Workl
             skipped[name] = reason
         else:
             ways[name] = way
-    for name in backends_of(OPERATOR, device):
-        if name != "reference":
-            ways[name] = partial(attend, backend=name)
-    exact = run(partial(attend, backend="fallback"), *in_float64(inputs, grad))
-    roundings = ROUNDINGS[grad.dtype]
-    bounds = [
-        FACTOR * error_of(plain, wanted) + roundings * float(wanted.abs().max())
-        for plain, wanted in zip(run(ways[BASELINE], inputs, grad), exact, strict=True)
-    ]
+    ways |= {name: partial(attend, backend=name) for name in backends_of(OPERATOR, device)}
+    in_float64 = {name: exactly(tensor) for name, tensor in inputs.items()}
+    exact = run(partial(attend, backend="fallback"), in_float64, grad.double())
+    plain = run(ways[BASELINE], inputs, grad)
+    bounds = [bound(*pair, grad.dtype) for pair in zip(plain, exact, strict=True)]
     with torch.no_grad():
         q, k, v = (x.contiguous() for x in cut(inputs["qkv"], inputs["qkv_bias"], setting))
     apart = {
@@ -205,7 +199,7 @@ def workload(device: str, *, setting: Setting, with_peers: bool = True) -> Workl
     flops = 4 * setting.head_dim * pairs
     return Workload(
         providers={name: partial(run, way, inputs, grad) for name, way in ways.items()},
-        wrong=partial(too_far, exact=exact, bounds=bounds),
+        wrong=partial(further_than, exact=exact, bounds=bounds),
         moved_bytes=sum(tensor.nbytes for tensor in (*inputs.values(), grad)),
         flops=7 * flops // 2 if setting.trains else flops,
         shapes={"qkv": list(inputs["qkv"].shape), "dtype": str(grad.dtype)},
@@ -213,28 +207,6 @@ def workload(device: str, *, setting: Setting, with_peers: bool = True) -> Workl
         dtype=grad.dtype,
         skipped=skipped,
     )
-
-
-def in_float64(inputs: dict[str, Tensor], grad: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """The same values, exactly."""
-    exact = {n: x.detach().double().requires_grad_(x.requires_grad) for n, x in inputs.items()}
-    return exact, grad.double()
-
-
-def error_of(found: Tensor, exact: Tensor) -> float:
-    """The largest difference."""
-    return float((found.double() - exact).abs().max())
-
-
-def too_far(
-    found: tuple[Tensor, ...], *, exact: tuple[Tensor, ...], bounds: list[float]
-) -> str | None:
-    """In words which result or gradient is too far from the exact one."""
-    for index, (tensor, wanted, most) in enumerate(zip(found, exact, bounds, strict=True)):
-        error = error_of(tensor, wanted)
-        if not error <= most:
-            return f"result {index} is off by {error:.1e}, at most {most:.1e} may be"
-    return None
 
 
 for model, heads, head_dim in (("ViT-B", 12, 64), ("ViT-H", 16, 80)):

@@ -59,7 +59,6 @@ def workload(device: str, *, dtype: torch.dtype, heads: int, head_dim: int, grid
             **{
                 name: partial(attend, **inputs, backend=name)
                 for name in backends_of(OPERATOR, device)
-                if name != "reference"
             },
         },
         wrong=partial(too_far, expected=expected, tolerance=2 * error_of(baseline(), expected)),

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops._feed_forward import bound, exactly, further_than_eager, run
-from benchmarks.registry import Workload, backends_of, register
+from benchmarks.ops._eager import against_eager
+from benchmarks.registry import Workload, register
 from refsam_kernels import AttentionWeights, token_image_attention
 
 TOKENS = 15  # five of the decoder's own, and ten words
@@ -88,26 +88,18 @@ def workload(
     seeded = torch.Generator(device).manual_seed(1)
     grad = torch.randn(shape, generator=seeded, device=device).to(dtype)
     lengths = {"key_lengths": inputs.pop("key_lengths"), "num_heads": channels // 32}
-    ways = {"eager": partial(eager, **lengths)} | {
-        name: partial(fused, name, **lengths)
-        for name in backends_of("token_image_attention", device)
-        if name != "reference"
-    }
-    wide = ({name: exactly(x) for name, x in inputs.items()}, {"out": exactly(grad)})
-    exact, plain = run(ways["eager"], *wide), run(ways["eager"], inputs, {"out": grad})
-    bounds = [bound(*pair, dtype) for pair in zip(plain, exact, strict=True)]
-    if trains:  # of k's bias, mathematically zero: as large as that of q's may be off
-        names = [name for name, x in inputs.items() if x.requires_grad]
-        bounds[1 + names.index("k_bias")] = bounds[1 + names.index("q_bias")]
     flops = expressions * (pixels + TOKENS) * 4 * channels * (channels // 2)
     flops += expressions * pixels * TOKENS * 4 * (channels // 2)
-    return Workload(
-        providers={name: partial(run, way, inputs, {"out": grad}) for name, way in ways.items()},
-        wrong=partial(further_than_eager, exact=exact, bounds=bounds),
-        moved_bytes=sum(tensor.nbytes for tensor in (*inputs.values(), *plain)),
+    return against_eager(
+        "token_image_attention",
+        partial(eager, **lengths),
+        partial(fused, **lengths),
+        inputs,
+        {"out": grad},
         flops=3 * flops if trains else flops,
         shapes={name: list(inputs[name].shape) for name in ("queries", "keys")},
         dtype=dtype,
+        zeros={"k_bias": "q_bias"},
     )
 
 

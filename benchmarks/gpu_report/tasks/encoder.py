@@ -60,8 +60,7 @@ def providers(
     config: RefSAMConfig, sam: nn.Module, *, with_others: bool
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Our encoder with each backend of its attention, with the automatic order, with adapters; then what others have."""
-    backends = [name for name in backends_of("rel_pos_attention", DEVICE) if name != "reference"]
-    for name in ("", *backends):
+    for name in ("", *backends_of("rel_pos_attention", DEVICE)):
         # Triton's interpreter, in a rehearsal, knows no bfloat16.
         dtype = "float32" if IS_REHEARSAL and name in ("", "triton") else "bfloat16"
         ours = Provider(f"refsam, {name or 'automatic'}", dtype, name, packed=True)

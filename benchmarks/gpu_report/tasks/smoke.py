@@ -30,7 +30,7 @@ def run(rows: Rows, operator: str, *only: str) -> None:
     exact_products()
     # PyTorch then fills the memory that it gives out, libraries' too.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    there = [*backends_of(operator, DEVICE), AUTOMATIC]
+    there = [*backends_of(operator, DEVICE, with_reference=True), AUTOMATIC]
     for name in (name for name in only if name not in there):
         reasons = Dispatcher.known[operator].environment_reasons(name, DEVICE)
         rows.write(operator=operator, backend=name, skipped="; ".join(reasons))

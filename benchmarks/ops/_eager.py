@@ -1,0 +1,92 @@
+"""What operators are measured against: the same formula with torch's functions, eager, checked in float64."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.registry import Workload, backends_of
+
+Tensors = Mapping[str, Tensor]
+Function = Callable[..., tuple[Any, ...]]
+# Of an error, relative to that of the eager formula in the same dtype; as in the tests.
+FACTOR = 3
+# Of the largest value: a few roundings of results that eager happens to hit exactly.
+ROUNDINGS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+
+
+def against_eager(
+    operator: str,
+    eager: Function,
+    fused: Function,
+    inputs: Tensors,
+    grads: Tensors,
+    *,
+    flops: int,
+    shapes: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    zeros: Mapping[str, str] | None = None,
+    with_compiled: bool = False,
+) -> Workload:
+    """`fused(..., backend=)` by every backend against `eager`, both called with tensors by name.
+
+    Gradients of the results, `grads`, are taken back to the inputs that require one. `zeros` names inputs whose gradient is
+    mathematically zero, each with another whose gradient may be as far off. `with_compiled` adds torch.compile on a GPU.
+    """
+    device = next(iter(inputs.values())).device.type
+    ways: dict[str, Function] = {"eager": eager}
+    if with_compiled and device == "cuda":
+        ways["compiled eager"] = torch.compile(eager)
+    ways |= {name: partial(fused, backend=name) for name in backends_of(operator, device)}
+    exact = run(eager, *({n: exactly(t) for n, t in x.items()} for x in (inputs, grads)))
+    plain = run(eager, inputs, grads)
+    bounds = [bound(*pair, dtype) for pair in zip(plain, exact, strict=True)]
+    trained = [name for name, tensor in inputs.items() if tensor.requires_grad]
+    for zero, other in (zeros or {}).items() if trained else ():
+        first = len(bounds) - len(trained)
+        bounds[first + trained.index(zero)] = bounds[first + trained.index(other)]
+    return Workload(
+        providers={name: partial(run, way, inputs, grads) for name, way in ways.items()},
+        wrong=partial(further_than, exact=exact, bounds=bounds),
+        moved_bytes=sum(tensor.nbytes for tensor in (*inputs.values(), *plain)),
+        flops=flops,
+        shapes=shapes,
+        dtype=dtype,
+    )
+
+
+def run(function: Function, inputs: Tensors, grads: Tensors) -> Any:
+    """The results, and of those that are trained the gradients."""
+    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
+    if not wanted:
+        with torch.no_grad():
+            return function(**inputs)
+    results = function(**inputs)
+    gradients = torch.autograd.grad(results, wanted, list(grads.values()))
+    return *(result.detach() for result in results), *gradients
+
+
+def exactly(tensor: Tensor) -> Tensor:
+    """The same values in float64; what counts or marks stays as it is."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+
+def bound(found: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+    """Largest allowed error of a result."""
+    error = float((found.double() - exact).abs().max())
+    return FACTOR * error + ROUNDINGS[dtype] * float(exact.abs().max())
+
+
+def further_than(
+    found: tuple[Tensor, ...], *, exact: tuple[Tensor, ...], bounds: list[float]
+) -> str | None:
+    """In words which result or gradient is too far from the exact one."""
+    for index, (tensor, wanted, most) in enumerate(zip(found, exact, bounds, strict=True)):
+        error = float((tensor.double() - wanted).abs().max())
+        if not error <= most:
+            return f"result {index} is off by {error:.2e}, at most {most:.2e} may be"
+    return None
