@@ -12,7 +12,7 @@ from refsam.video import FrameSource, ReadOptions, open_source
 
 # Files that name other files (playlists, lists of clips, PostScript) are not among them: nobody may read with their help.
 _CONTAINERS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,ogg,asf,h264,hevc,mjpeg"
-_IMAGES = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+_IMAGES = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "HEIF")
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,10 @@ def _check_file(path: Path, folder: Path, limits: Limits) -> None:
 
 
 def _check_image(path: Path, limits: Limits) -> None:
+    Image.init()
+    readable = [name for name in _IMAGES if name in Image.OPEN]  # AVIF and HEIF are not everywhere
     try:
-        with Image.open(path, formats=_IMAGES) as image:
+        with Image.open(path, formats=readable) as image:
             _check_pixels(path.name, image.width, image.height, limits)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(

@@ -7,9 +7,11 @@ import pytest
 from PIL import Image
 
 from refsam.errors import UserError
+from refsam.images import IMAGE_SUFFIXES
 from refsam.ui.uploads import Limits, open_upload, read_expressions
 from refsam.video import open_source
 from tests.video.clips import write_video
+from tests.video.heif import write_tiled_heif
 
 LIMITS = Limits()
 
@@ -29,11 +31,29 @@ def test_takes_videos_whatever_they_are_called(root: Path, name: str) -> None:
         assert len(list(source)) == 3
 
 
-@pytest.mark.parametrize("name", ["picture.png", "picture.jpg", "picture.webp"])
-def test_takes_images(root: Path, name: str) -> None:
-    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(root / name)
-    with open_upload(root / name, root, LIMITS) as source:
-        assert [frame.image.shape for frame in source] == [(20, 30, 3)]
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
+def test_takes_the_images_that_the_command_line_takes(root: Path, suffix: str) -> None:
+    """Also under another image's name, as phones' photographs arrive."""
+    path, image = root / f"picture{suffix}", np.zeros((64, 128, 3), np.uint8)
+    if suffix in (".heic", ".heif", ".hif"):
+        write_tiled_heif(path, image)
+    else:
+        Image.fromarray(image).save(path)
+    for name in (path.name, "renamed.jpg"):
+        path = path.rename(root / name)
+        with open_upload(path, root, LIMITS) as source:
+            assert [frame.image.shape for frame in source] == [(64, 128, 3)]
+
+
+@pytest.mark.parametrize("missing", ["HEIF", "AVIF"])
+def test_images_are_taken_where_pillow_lacks_a_format(
+    root: Path, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (30, 20)).save(root / "picture.png")
+    monkeypatch.delitem(Image.OPEN, missing)
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != missing])
+    with open_upload(root / "picture.png", root, LIMITS) as source:
+        assert len(list(source)) == 1
 
 
 @pytest.mark.parametrize(
