@@ -46,6 +46,14 @@ class ImageFeatures(NamedTuple):
         joined = (None if maps[0] is None else torch.cat(maps) for maps in more)
         return ImageFeatures(levels[0], levels, parts[0].grid, *joined)
 
+    def split(self) -> list[ImageFeatures]:
+        """The features of each frame by itself, as views; the inverse of `cat`."""
+        levels = self.levels.split(1, dim=1)
+        maps = (self.patches, self.fine, self.names)
+        own = ([None] * len(levels) if map_ is None else map_.split(1) for map_ in maps)
+        frames = zip(levels, *own, strict=True)
+        return [ImageFeatures(level[0], level, self.grid, *more) for level, *more in frames]
+
 
 @dataclass(frozen=True)
 class TextPrompt:

@@ -91,7 +91,7 @@ class Conv(nn.Conv2d):
             channels_in, channels_out, size, stride, dilation * (size // 2), dilation, groups
         )
         self.activation = activation
-        # The weight as oneDNN wants it for inputs of that shape.
+        # The weight as oneDNN wants it for inputs of that shape, however many.
         self._packed: tuple[torch.Size, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,11 +121,13 @@ class Conv(nn.Conv2d):
         limits: list[float | None] = [0.0, 6.0] if self.activation == "relu6" else []
         name = _ONEDNN_NAMES[self.activation]
         sizes = (self.padding, self.stride, self.dilation, self.groups)
-        if self._packed is None or self._packed[0] != x.shape:
+        packed = self._packed  # another thread may pack for another shape meanwhile
+        if packed is None or packed[0] != x.shape[1:]:
             reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its types are wrong
-            self._packed = x.shape, reorder(self.weight.to_mkldnn(), *sizes, x.shape)
+            packed = x.shape[1:], reorder(self.weight.to_mkldnn(), *sizes, x.shape)
+            self._packed = packed
         return torch.ops.mkldnn._convolution_pointwise(
-            x, self._packed[1], self.bias, *sizes, name, limits, ""
+            x, packed[1], self.bias, *sizes, name, limits, ""
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,14 +18,18 @@ from refsam.runtime.malloc import keep_freed_memory
 from refsam.runtime.threads import available_cores, chosen_threads
 from refsam.session.cuda_graphs import FrameGraphs
 from refsam.session.preparation import EncodedFrame, PreparedFrame, prepare_all
-from refsam.session.video_session import FrameResult, VideoSession
+from refsam.session.video_session import FrameResult, VideoSession, image_features
 
 if TYPE_CHECKING:
     from refsam.model import PromptedSAM
     from refsam.video import Frame
+    from refsam.video.prefetch import Prefetched
 
-# Frames whose encoding is under way beside the decoder, each in a thread: a core that waits for the other takes the next one.
+# Threads that encode frames beside the decoder: a core that waits for the other takes the next ones.
 _ENCODERS = 2
+# Frames that such a thread encodes at a time, as far as they have been read: a small encoder spends its time on fetching
+# weights and starting products. Frames of many bytes stay few.
+_MOST_TOGETHER, _BYTES_TOGETHER = 4, 2**25
 
 
 def segment_video(
@@ -68,9 +73,9 @@ def prefetch_frames(
     segmented.
 
     The threads read and resize. If torch computes with one thread on several cores, they also run the image encoder,
-    for two frames at a time, in parallel with the decoder, which alone depends on the frame before. encode=False
-    leaves the encoder to `step_batch`. heed is called every tenth of a second while waiting for a frame, and may
-    raise.
+    each on up to four frames that are there by then, in parallel with the decoder, which alone depends on the frame
+    before. encode=False leaves the encoder to `step_batch`. heed is called every tenth of a second while waiting for
+    a frame, and may raise.
     """
     from refsam.video import prefetch
 
@@ -84,26 +89,42 @@ def prefetch_frames(
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         encoder = partial(_encode, session, dtype)
         with ThreadPoolExecutor(_ENCODERS, "refsam-encoder") as pool:
-            begun = ((frame, pool.submit(encoder, ready)) for frame, ready in prepared)
-            encoded = prefetch(begun, depth=_ENCODERS, heed=heed, patience=60)
+            begun = (
+                ([frame for frame, _ in group], pool.submit(encoder, [ready for _, ready in group]))
+                for group in _groups(prepared)
+            )
+            encoded = prefetch(begun, depth=_ENCODERS - 1, heed=heed, patience=60)
             # Closed from the last to the first: wake, then wait.
             with closing(encoded), closing(prepared):
-                for frame, future in encoded:
-                    yield frame, future.result()
+                for group, future in encoded:
+                    yield from zip(group, future.result(), strict=True)
 
 
 def _has_a_core_for_the_encoder(model: "PromptedSAM") -> bool:
     return model.device.type == "cpu" and torch.get_num_threads() == 1 and available_cores() > 1
 
 
+def _groups(
+    prepared: "Prefetched[tuple[Frame, PreparedFrame]]",
+) -> "Iterator[list[tuple[Frame, PreparedFrame]]]":
+    """Frames to encode at a time: the next one and, without waiting for them, those behind it of the same shape."""
+    for first in prepared:
+        most = min(_MOST_TOGETHER, _BYTES_TOGETHER // first[0].image.nbytes)
+        pairs = [first, *prepared.waiting(most - 1)]
+        for _, group in groupby(pairs, lambda pair: pair[1].pixels.shape):
+            yield list(group)
+
+
 def _encode(
-    session: VideoSession, autocast_dtype: torch.dtype | None, frame: PreparedFrame
-) -> EncodedFrame:
+    session: VideoSession, autocast_dtype: torch.dtype | None, frames: list[PreparedFrame]
+) -> list[EncodedFrame]:
     started = time.perf_counter()
     precision = torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None)
     with torch.no_grad(), precision:
-        image = session._runner.encode_image(*frame.wait())
-    return EncodedFrame(image, frame.size, time.perf_counter() - started)
+        images = image_features(session._runner, frames).split()
+    seconds = (time.perf_counter() - started) / len(frames)
+    pairs = zip(images, frames, strict=True)
+    return [EncodedFrame(image, frame.size, seconds) for image, frame in pairs]
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:

@@ -272,7 +272,9 @@ def _step_asked(
         raise ValueError("turns: got encoded frames among others, want one kind")
     results: dict[int, FrameLogits] = {}
     alike = _alike(frames)
-    images = [_features(sessions[0]._runner, [frames[turn] for turn in places]) for places in alike]
+    images = [
+        image_features(sessions[0]._runner, [frames[turn] for turn in places]) for places in alike
+    ]
     for places in _rounds(sessions):
         for image, encoded in zip(images, alike, strict=True):
             part = [turn for turn in places if turn in encoded]
@@ -293,8 +295,8 @@ def _alike(frames: Sequence[PreparedFrame | EncodedFrame]) -> list[list[int]]:
     return list(places.values())
 
 
-def _features(
-    runner: "PromptedSAM | FrameGraphs", frames: list[PreparedFrame | EncodedFrame]
+def image_features(
+    runner: "PromptedSAM | FrameGraphs", frames: Sequence[PreparedFrame | EncodedFrame]
 ) -> "ImageFeatures":
     """The image encoder's features of frames of one shape."""
     inputs = [frame.wait() for frame in frames if isinstance(frame, PreparedFrame)]

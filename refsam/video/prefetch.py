@@ -38,6 +38,7 @@ class Prefetched(Generic[Item]):
         self, items: Iterable[Item], depth: int, heed: Callable[[], None], patience: float
     ) -> None:
         self._ahead: queue.Queue[tuple[str, object]] = queue.Queue(depth)
+        self._last: tuple[str, object] | None = None  # the end or an error, found by `waiting`
         self._stop = threading.Event()
         self._heed, self._patience = heed, patience
         self._thread = threading.Thread(
@@ -51,7 +52,7 @@ class Prefetched(Generic[Item]):
     def __next__(self) -> Item:
         while not self._stop.is_set():
             try:
-                kind, value = self._ahead.get(timeout=_LOOK)
+                kind, value = self._last or self._ahead.get(timeout=_LOOK)
             except queue.Empty:
                 self._heed()
                 continue
@@ -61,6 +62,20 @@ class Prefetched(Generic[Item]):
             if kind == "error":
                 raise value  # type: ignore[misc]
         raise StopIteration
+
+    def waiting(self, most: int) -> list[Item]:
+        """Those of the next items that are there by now, at most so many; the end or an error comes by `next`."""
+        items: list[Item] = []
+        while len(items) < most and self._last is None and not self._stop.is_set():
+            try:
+                kind, value = self._ahead.get_nowait()
+            except queue.Empty:
+                break
+            if kind == "item":
+                items.append(value)  # type: ignore[arg-type]
+            else:
+                self._last = kind, value
+        return items
 
     def close(self) -> None:
         """Stop; any thread may say so, also while another waits for an item."""

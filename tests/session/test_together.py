@@ -1,5 +1,10 @@
 """Sessions that step together see what they see alone."""
 
+import threading
+from collections.abc import Iterator
+from time import sleep
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +18,10 @@ from refsam.session import (
     prefetch_frames,
     preparation,
     step_batch,
+    streaming,
 )
-from refsam.video import Frame
+from refsam.session.video_session import image_features
+from refsam.video import Frame, FrameDecodeError
 from tests.session import cuda_stand_in
 from tests.tiny_model import tiny_model, tiny_trunk_model
 
@@ -113,6 +120,44 @@ def test_read_ahead_with_and_without_the_encoder(
             assert isinstance(ready, kind if threads == 1 else PreparedFrame)
             assert frame.index == expected.frame_index
             assert_same(session.step(ready), expected)
+
+
+@pytest.mark.parametrize(("source", "together"), [("file", 4), ("live", 1), ("large", 1)])
+def test_frames_are_encoded_together_as_far_as_they_are_there(
+    model: RefSAM, monkeypatch: pytest.MonkeyPatch, source: str, together: int
+) -> None:
+    """A live source gives a frame only when the masks of the one before are known: waiting for it would last for ever."""
+    monkeypatch.setattr(streaming, "_has_a_core_for_the_encoder", lambda model: True)
+    if source == "large":
+        monkeypatch.setattr(streaming, "_BYTES_TOGETHER", 1)
+    sizes: list[int] = []
+
+    def counted(runner: Any, frames: list[PreparedFrame]) -> Any:
+        if source == "file" and not sizes:
+            sleep(0.5)  # until more have been read
+        sizes.append(len(frames))
+        return image_features(runner, frames)
+
+    monkeypatch.setattr(streaming, "image_features", counted)
+    done = threading.Semaphore(1 if source == "live" else 99)
+    images = [*video(0), *video(1)] * 3  # of two sizes
+
+    def frames() -> Iterator[Frame]:
+        for number, image in enumerate(images):
+            assert done.acquire(timeout=60)
+            yield Frame(number, float(number), image)
+        raise FrameDecodeError("broken")
+
+    session, plain = VideoSession(model, ["dog"]), VideoSession(model, ["dog"])
+    ahead = prefetch_frames(session, frames())
+    for number, image in enumerate(images):
+        frame, encoded = next(ahead)
+        assert frame.index == number
+        assert_same(session.step(encoded), plain.step(image))
+        done.release()
+    with pytest.raises(FrameDecodeError, match="broken"):
+        next(ahead)
+    assert max(sizes) == together and sum(sizes) == len(images)
 
 
 def test_rejects_sessions_of_different_models(model: RefSAM) -> None:
