@@ -137,10 +137,12 @@ def default_tile(kernel: str, problem: Problem) -> Tile:
         num_warps = 8
     elif problem.architecture >= 120:
         keys = 32
+    # Of more channels, and in float32, the sums alone fill the registers.
+    side = 16 if problem.dtype == torch.float32 and problem.head_dim > 64 else 32
     if kernel == "query_gradient":
-        keys = 32
+        keys = side
     elif kernel == "key_gradient":
-        block = 32
+        block = side
     if problem.architecture == 90 and problem.dtype != torch.float32:
         return hopper_tile(kernel, problem, block, keys)
     columns = columns_for(problem.window_w, keys)
