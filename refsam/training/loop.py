@@ -2,7 +2,7 @@
 
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from refsam.training.curve import draw_curve
 from refsam.training.distributed import Processes, SharedModule
 from refsam.training.flops import StepFlops
 from refsam.training.module import NotANumberError, TrainingModule
-from refsam.training.monitoring import Log, Meter
+from refsam.training.monitoring import Log, Meter, mean_losses
 from refsam.training.optim import (
     build_optimisers,
     clip_gradients,
@@ -242,7 +242,7 @@ class Trainer:
         for group in (group for each in self.optimisers for group in each.param_groups):
             group["lr"] = rate * group["scale"]
         self.module.zero_grad(set_to_none=True)
-        sums: dict[str, float] = {}
+        found: list[Mapping[str, Tensor]] = []
         status, of_batch = _FINE, 0
         names: tuple[str, ...] = ()
         for number in range(self.accumulation):
@@ -254,8 +254,7 @@ class Trainer:
                 losses, agreed = self._losses(batch, request)
                 status = max(status, agreed)
                 (losses["total"] / self.accumulation).backward()
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) / self.accumulation
+            found.append({name: value.detach() for name, value in losses.items()})
             self.skipped += batch.clips.skipped
         self.shared.finish_gradients()
         norm = clip_gradients(self.model.parameters(), settings.max_grad_norm)
@@ -270,7 +269,7 @@ class Trainer:
         self.progress.counted += 1
         self._flops_of_step = of_batch * together
         self.meter.count(len(names) * self.processes.count, self._flops_of_step)
-        sums |= {"gradient_norm": norm, "learning_rate": rate}
+        sums = mean_losses(found) | {"gradient_norm": norm, "learning_rate": rate}
         for name, of_step in sums.items():
             self.progress.sums[name] = self.progress.sums.get(name, 0.0) + of_step
         return status

@@ -6,13 +6,14 @@ import os
 import resource
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 _GIB = 2**30
 # Side of the square matrices whose product tells what a device reaches, and how often it is taken.
@@ -52,6 +53,16 @@ class Meter:
         """Reset the counters, so that time between a reading and the next step does not count."""
         self.steps, self.clips, self.flops = 0, 0, 0
         self.begin = time.perf_counter()
+
+
+def mean_losses(found: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Means over the batches of a step, by name; the values leave the device together, so that it is waited for once."""
+    pairs = [pair for losses in found for pair in losses.items()]
+    values = torch.stack([value for _, value in pairs]).tolist()
+    means: dict[str, float] = {}
+    for (name, _), value in zip(pairs, values, strict=True):
+        means[name] = means.get(name, 0.0) + value / len(found)
+    return means
 
 
 def peak_memory(device: torch.device) -> int:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from refsam.training import module
 from refsam.training.module import Broken, NotANumberError
+from refsam.training.monitoring import mean_losses
 
 NAMES = ("first", "second", "third")
 
@@ -54,3 +55,23 @@ def test_a_cpu_tells_at_once() -> None:
     broken.add("predicted mask", flags())
     with pytest.raises(NotANumberError, match="loss"):
         broken.add("loss", flags(1))
+
+
+def test_the_losses_of_a_step_are_fetched_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[torch.Size] = []
+    fetch = Tensor.tolist
+
+    def note(tensor: Tensor) -> list[float]:
+        fetched.append(tensor.shape)
+        return fetch(tensor)
+
+    def refuse(tensor: Tensor) -> float:
+        raise AssertionError("a value was fetched alone")
+
+    monkeypatch.setattr(Tensor, "tolist", note)
+    for way in ("item", "__float__"):
+        monkeypatch.setattr(Tensor, way, refuse, raising=False)
+    losses = ({"focal": 1.0, "total": 2.0}, {"focal": 3.0, "total": 5.0})
+    found = mean_losses([{k: torch.tensor(v) for k, v in each.items()} for each in losses])
+    assert found == {"focal": 2.0, "total": 3.5}
+    assert fetched == [torch.Size([4])]
