@@ -18,6 +18,8 @@ H264_OPTIONS: dict[str, object] = {
     "crf": "22",
     "x264-params": "cabac=1:no-deblock=0",
 }
+# Up to this many pixels x264 gets one thread: sharing so little costs a third more (docs/performance.md).
+_PIXELS_OF_ONE_THREAD = 2**20
 _FINEST_TIME_BASE = Fraction(1, 90000)
 _LARGEST_SIDE = 16384  # x264 takes no more
 _BT601, _LIMITED_RANGE = 6, 1  # how PyAV turns RGB into YUV; players would guess by the size
@@ -113,6 +115,8 @@ class OverlayVideo:
         self._stream.pix_fmt = "yuv420p"
         context = self._stream.codec_context
         context.time_base = self._time_base
+        if size[0] * size[1] <= _PIXELS_OF_ONE_THREAD:
+            context.thread_count = 1
         context.colorspace, context.color_range = _BT601, _LIMITED_RANGE
         if aspect != 1:
             context.sample_aspect_ratio = aspect
