@@ -1,10 +1,12 @@
-"""The expressions that help, page, README and docs show are ones that the bundled model was taught, word by word."""
+"""The bundled model knows every word of the expressions that help, page, README and docs show; it takes frames of every shape."""
 
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from refsam import VideoSession
 from refsam.data.photographs.sample import EXPRESSIONS as PHOTOGRAPHED
 from refsam.model import RefSAM
 from refsam.ui.sample import EXPRESSIONS as DRAWN
@@ -55,3 +57,19 @@ def test_bundled_model_knows_every_word_that_is_shown(nano: RefSAM) -> None:
     assert not {
         e: (words, shown()[e]) for e, words in zip(expressions, unknown, strict=True) if words
     }
+
+
+@pytest.mark.parametrize(
+    "size", [(4320, 7680), (90, 360), (360, 90), (64, 64), (16, 64), (320, 180), (181, 181)]
+)
+def test_finds_a_figure_in_frames_of_every_shape(nano: RefSAM, size: tuple[int, int]) -> None:
+    """8K, panorama and tower, 64 pixels, a strip, portrait, square."""
+    height, width = size
+    side, top, left = min(size) // 3, height // 3, width // 5
+    frame, truth = np.full((*size, 3), 110, np.uint8), np.zeros(size, bool)
+    truth[top : top + side, left : left + side] = True
+    frame[truth] = (210, 30, 30)
+    masks = VideoSession(nano, ["the red square", "the blue circle"]).step(frame).masks.numpy()
+    assert masks.shape == (2, *size)
+    assert (masks[0] & truth).sum() > 0.7 * (masks[0] | truth).sum()
+    assert not masks[1].any()
