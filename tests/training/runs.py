@@ -28,7 +28,7 @@ def run_settings(
         "stages": [{"steps": steps, "clips": clips, "frames": 2, "expressions": 2}],
         "loss": {"focal": 1.0, "dice": 1.0, "iou": 0.5},
         "optimiser": {"learning_rate": 1e-3, "warm_up_steps": 0, "final_rate": 1.0},
-        "validation": {"every": 4, "clips": 3, "frames": 2, "dataset": None},
+        "validation": {"every": 4, "clips": 1, "frames": 2, "dataset": None},
         "threads": 1,
         "save_every": 2,
         "log_every": 1,

@@ -1,7 +1,8 @@
 """The trainer: learns, resumes exactly, keeps what it had when something goes wrong."""
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -46,27 +47,48 @@ def settings(output: Path, steps: int = 4, **changes) -> TrainingSettings:
     return config_from_dict(TrainingSettings, values | changes)
 
 
-def test_a_run_writes_a_log_and_a_model_that_loads(tmp_path):
-    records = list(Trainer(settings(tmp_path)).run())
-    assert [record["step"] for record in records] == [1, 2, 3, 4]
-    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+@dataclass(frozen=True)
+class Finished:
+    """A run of four steps that came to its end: its folder, which nobody may change, records and weights."""
+
+    folder: Path
+    records: list
+    weights: dict
+
+    @property
+    def losses(self) -> list[float]:
+        return [record["total"] for record in self.records]
+
+    def copy(self, folder: Path) -> None:
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    trainer = Trainer(settings(folder))
+    records = list(trainer.run())
+    return Finished(folder, records, trainer.model.state_dict())
+
+
+def test_a_run_writes_a_log_and_a_model_that_loads(finished):
+    assert [record["step"] for record in finished.records] == [1, 2, 3, 4]
+    lines = (finished.folder / "log.jsonl").read_text().splitlines()
     steps = [line["step"] for line in map(json.loads, lines) if "total" in line]
     assert steps == [1, 2, 3, 4]
-    model = RefSAM.from_pretrained(str(tmp_path / "model"))
+    model = RefSAM.from_pretrained(str(finished.folder / "model"))
     assert model.config.image_encoder.image_size == 64
     model.encode_text(["the red circle"])
 
 
-def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
-    whole = Trainer(settings(tmp_path / "whole"))
-    losses = [record["total"] for record in whole.run()]
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path, finished):
     first = Trainer(settings(tmp_path / "cut"))
     for index, _ in enumerate(first.run()):
         if index == 2:  # killed after the third step: the state of step 2 is on disk
             break
     second = Trainer(settings(tmp_path / "cut"))
-    assert [record["total"] for record in second.run()] == losses[2:]
-    for name, value in whole.model.state_dict().items():
+    assert [record["total"] for record in second.run()] == finished.losses[2:]
+    for name, value in finished.weights.items():
         assert torch.equal(value, second.model.state_dict()[name]), name
 
 
@@ -81,29 +103,29 @@ def flip_a_bit(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut_off, flip_a_bit])
-def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, damage):
-    losses = [record["total"] for record in Trainer(settings(tmp_path)).run()]
+def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, finished, damage):
+    finished.copy(tmp_path)
     damage(tmp_path / "state.safetensors")
     said: list[str] = []
     again = [record["total"] for record in Trainer(settings(tmp_path), said.append).run()]
-    assert again == losses[2:]
+    assert again == finished.losses[2:]
     assert "state.safetensors is damaged" in said[0]
     assert said[1] == "state: going on from step 2"
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["total"] for line in lines if "total" in line] == losses
+    assert [line["total"] for line in lines if "total" in line] == finished.losses
     assert any("is damaged" in text for line in lines for text in line.get("state", []))
 
 
-def test_without_a_whole_state_nothing_begins_anew(tmp_path):
-    list(Trainer(settings(tmp_path)).run())
+def test_without_a_whole_state_nothing_begins_anew(tmp_path, finished):
+    finished.copy(tmp_path)
     for name in ("state.safetensors", "state.previous.safetensors"):
         cut_off(tmp_path / name)
     with pytest.raises(UserError, match=r"state\.safetensors is damaged .*state\.previous.*remove"):
         next(Trainer(settings(tmp_path)).run())
 
 
-def test_a_state_of_another_model_is_refused(tmp_path):
-    list(Trainer(settings(tmp_path)).run())
+def test_a_state_of_another_model_is_refused(tmp_path, finished):
+    finished.copy(tmp_path)
     wider = settings(tmp_path, model=TINY | {"cross_modal_layers": 2})
     with pytest.raises(UserError, match=r"of another model \(.*cross_modal_mlp.* take another"):
         next(Trainer(wider).run())
@@ -137,8 +159,8 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_state(tmp_path):
 
 def test_loss_falls_on_generated_clips(tmp_path):
     optimiser = {"learning_rate": 3e-3, "warm_up_steps": 3}
-    changes = {"log_every": 10, "save_every": 40, "optimiser": optimiser}
-    trainer = Trainer(settings(tmp_path, steps=40, **changes))
+    changes = {"log_every": 5, "save_every": 40, "optimiser": optimiser}
+    trainer = Trainer(settings(tmp_path, steps=20, **changes))
     records = list(trainer.run())
     assert records[-1]["total"] < 0.8 * records[0]["total"]
 
@@ -150,7 +172,7 @@ def test_batches_drawn_ahead_are_the_same(tmp_path):
 
 
 def test_the_encoder_alone_learns_what_the_objects_are(tmp_path):
-    stage = {"steps": 40, "clips": 8, "expressions": 0, "style": "few and large"}
+    stage = {"steps": 40, "clips": 4, "expressions": 0, "style": "few and large"}
     changes = {
         "stages": [stage],
         "loss": {"objects": 1.0},
@@ -224,13 +246,9 @@ def test_without_a_running_average_the_weights_are_saved(tmp_path):
     assert all(torch.equal(saved[n], value) for n, value in trainer.model.state_dict().items())
 
 
-def test_recomputed_blocks_give_the_same_losses(tmp_path):
-    plain = [r["total"] for r in Trainer(settings(tmp_path / "plain")).run()]
-    again = [
-        r["total"]
-        for r in Trainer(settings(tmp_path / "again", activation_checkpointing=True)).run()
-    ]
-    assert again == plain
+def test_recomputed_blocks_give_the_same_losses(tmp_path, finished):
+    trainer = Trainer(settings(tmp_path, activation_checkpointing=True))
+    assert [record["total"] for record in trainer.run()] == finished.losses
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,21 @@ def _stop_after_the_state_of_step_2(steps: Generator) -> None:
     steps.close()
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run `run` that was stopped after the state of step 2, beside its videos: to be copied."""
+    folder = tmp_path_factory.mktemp("begun")
+    fixtures.write_ref_youtube_vos(folder / "videos")
+    _stop_after_the_state_of_step_2(Trainer(run_settings(folder, "run")).run())
+    return folder
+
+
+@pytest.fixture
+def stopped(begun: Path, tmp_path: Path) -> Path:
+    """A copy of that run's folder, beside the same videos."""
+    return Path(shutil.copytree(begun / "run", begun / tmp_path.name))
+
+
 def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -60,11 +76,9 @@ def optimiser(**changes: object) -> dict:
     ],
 )
 def test_another_configuration_is_refused_with_a_list(
-    folder: Path, changes: dict, named: str
+    stopped: Path, changes: dict, named: str
 ) -> None:
-    steps = Trainer(run_settings(folder, "run")).run()
-    _stop_after_the_state_of_step_2(steps)
-    changed = run_settings(folder, "run", **changes)
+    changed = run_settings(stopped.parent, stopped.name, **changes)
     with pytest.raises(UserError, match="holds a run with another configuration") as error:
         next(Trainer(changed).run())
     assert named in str(error.value) and "--allow-changes" in str(error.value)
@@ -73,13 +87,13 @@ def test_another_configuration_is_refused_with_a_list(
     said: list[str] = []
     next(Trainer(changed, said.append, allow_changes=True).run())
     assert any(named in text for text in said)
-    assert any(named in text for row in log_of(folder / "run") for text in row.get("state", []))
+    assert any(named in text for row in log_of(stopped) for text in row.get("state", []))
 
 
-def test_what_changes_nothing_may_change(folder: Path) -> None:
-    steps = Trainer(run_settings(folder, "run")).run()
-    _stop_after_the_state_of_step_2(steps)
-    changed = run_settings(folder, "run", steps=6, save_every=1, log_every=2, workers=1)
+def test_what_changes_nothing_may_change(stopped: Path) -> None:
+    changed = run_settings(
+        stopped.parent, stopped.name, steps=6, save_every=1, log_every=2, workers=1
+    )
     assert [record["step"] for record in Trainer(changed).run() if "total" in record] == [4, 6]
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = 8
 
 
-def write_stage(folder: Path, name: str, output: str, start: Path) -> Path:
+def write_stage(folder: Path, name: str, output: str, start: Path, workers: int = 1) -> Path:
     """The shipped configuration of ViT-B, with the paths and sizes of this rehearsal."""
     content = yaml.safe_load((ROOT / f"configs/{name}_vit_b.yaml").read_text())
     content |= {
@@ -28,7 +28,13 @@ def write_stage(folder: Path, name: str, output: str, start: Path) -> Path:
         "device": "cpu",
         "dtype": "float32",
     }
-    content |= {"workers": 1, "threads": 1, "peak_tflops": None, "save_every": 2, "log_every": 1}
+    content |= {
+        "workers": workers,
+        "threads": 1,
+        "peak_tflops": None,
+        "save_every": 2,
+        "log_every": 1,
+    }
     content |= {"model": {}, "text_cache": str(folder / "text")}
     if "sam" in content:
         content["sam"] = str(folder / "sam")
@@ -94,7 +100,8 @@ def rehearse(folder: Path, processes: int, thorough: bool) -> None:
     (folder / "refcoco").mkdir()
     fixtures.write_refcoco(folder / "refcoco")
     fixtures.write_ref_youtube_vos(folder / "ref-youtube-vos")
-    images = write_stage(folder, "refcoco", "images", folder / "sam")
+    # A worker of each process costs as much time as the process: here those of the second stage have one.
+    images = write_stage(folder, "refcoco", "images", folder / "sam", workers=int(thorough))
     train(images, processes, kill_after=3)
     train(images, processes)
     assert len(losses(folder / "images")) == STEPS

@@ -114,3 +114,4 @@ def test_killed_twice_and_resumed_the_curve_is_the_same(tmp_path: Path) -> None:
         (tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "cut")
     ]
     assert models[0] == models[1]
+    assert (tmp_path / "cut/curve.png").stat().st_size > 5000

@@ -19,7 +19,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     result = {}
     for parallel in ("ddp", "fsdp"):
-        trainer = Trainer(run_settings(folder, parallel, steps=4, parallel=parallel))
+        trainer = Trainer(run_settings(folder, parallel, steps=2, parallel=parallel))
         result[parallel] = losses_of(trainer)
         parameters = dict(trainer.model.named_parameters())
         sharded = {name for name, value in parameters.items() if isinstance(value, DTensor)}
@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
         result[f"{parallel} share"] = local.numel() / largest.numel()
     # Each way goes on from the state that the other has left.
     for parallel, other in (("fsdp", "ddp"), ("ddp", "fsdp")):
-        trainer = Trainer(run_settings(folder, other, steps=6, parallel=parallel))
+        trainer = Trainer(run_settings(folder, other, steps=3, parallel=parallel))
         result[f"{parallel} from {other}"] = losses_of(trainer)
     if trainer.processes.is_first:
         (folder / "result.json").write_text(json.dumps(result))
