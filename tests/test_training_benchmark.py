@@ -20,7 +20,10 @@ def rows_of() -> dict[str, dict[str, Any]]:
         training.TrainingSettings,
         {"model": model, "output": "", "stages": settings.stages, "loss": {"focal": 1, "dice": 1}},
     )
-    with mock.patch.object(training, "training_settings", return_value=small):
+    with (
+        mock.patch.object(training, "training_settings", return_value=small),
+        mock.patch.object(training, "FRAME", (36, 64)),
+    ):
         rows = training.measure(options, lambda name: NO_MEMORY)
     return {row["name"]: row for row in rows}
 

@@ -148,10 +148,11 @@ def make_module(options: argparse.Namespace) -> TrainingModule:
 
 def make_batch(frames: int) -> TrainingBatch:
     """One clip of noise with a rectangle as its truth."""
+    height, width = FRAME
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (1, frames, *FRAME, 3), dtype=torch.uint8, generator=generator)
     masks = torch.zeros(1, 1, frames, *FRAME, dtype=torch.bool)
-    masks[..., 100:250, 200:400] = True
+    masks[..., height // 4 : 2 * height // 3, width // 3 : 2 * width // 3] = True
     return TrainingBatch(ClipBatch(pixels, masks, (FRAME,), ((TEXT,),), None, ("noise",)))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from refsam.cli.frame_loop import exit_code
 from refsam.runtime.signals import Terminated, defer_interrupts, termination_interrupts
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a process cannot interrupt itself")
@@ -61,11 +62,13 @@ def test_termination_waits_too_and_says_what_it_was(number: signal.Signals) -> N
     assert signal.getsignal(number) is signal.SIG_DFL
 
 
-def test_termination_interrupts_at_once_where_nothing_is_deferred() -> None:
-    with pytest.raises(Terminated), termination_interrupts():
-        os.kill(os.getpid(), signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_termination_interrupts_at_once_where_nothing_is_deferred(number: signal.Signals) -> None:
+    with pytest.raises(Terminated) as interrupt, termination_interrupts():
+        os.kill(os.getpid(), number)
         time.sleep(5)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert exit_code(interrupt.value) == 128 + number
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def test_ignored_interrupts_stay_ignored() -> None:

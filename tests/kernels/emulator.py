@@ -29,14 +29,14 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WATCHED = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
 
 
-def run_emulated(operator: str, *options: str) -> None:
-    """Runs tests/kernels/cuda/test_<operator>.py in the emulator; fails with its report. `options` are pytest's."""
+def run_emulated(operators: Sequence[str], *options: str) -> None:
+    """Runs tests/kernels/cuda/test_<operator>.py in the emulator; fails with the report. `options` are pytest's."""
     target = ROOT / "build" / "emulated"
     try:
         build_emulated(target)
     except prerequisites.BuildSkipped as reason:
         pytest.skip(str(reason))
-    run_tests(FOLDER / f"test_{operator}.py", {"REFSAM_LIBRARIES": str(target)}, *options)
+    run_tests(FOLDER, operators, {"REFSAM_LIBRARIES": str(target)}, *options)
 
 
 def build_emulated(target: Path, sanitize: bool = False, names: Sequence[str] = ("",)) -> None:

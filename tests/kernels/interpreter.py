@@ -4,7 +4,7 @@ TRITON_INTERPRET is read when a kernel is decorated, so these tests need a proce
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ def slow_in_interpreter(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.slow(test) if IS_INTERPRETED else test
 
 
-def run_interpreted(operator: str, *options: str) -> None:
-    """Runs tests/kernels/triton/test_<operator>.py in the interpreter; fails with its report. `options` are pytest's."""
-    run_tests(FOLDER / f"test_{operator}.py", {"TRITON_INTERPRET": "1"}, *options)
+def run_interpreted(operators: Sequence[str], *options: str) -> None:
+    """Runs tests/kernels/triton/test_<operator>.py in the interpreter; fails with the report. `options` are pytest's."""
+    run_tests(FOLDER, operators, {"TRITON_INTERPRET": "1"}, *options)
 
 
 def on_device(operator: Callable[..., Any], device: str = DEVICE) -> Callable[..., Any]:

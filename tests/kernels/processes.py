@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,12 +11,23 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_tests(path: Path, environment: Mapping[str, str], *options: str) -> None:
-    """Runs the file's tests with one thread; fails with their report. `options` are pytest's."""
+def processes_of(operators: Sequence[str]) -> list[tuple[str, ...]]:
+    """The operators whose tests share a process, which takes seconds to start; the longest are alone in theirs."""
+    alone = ("rel_pos_attention", "token_image_attention")
+    together = tuple(name for name in operators if name not in alone)
+    return [*((name,) for name in operators if name in alone), together]
+
+
+def run_tests(
+    folder: Path, operators: Sequence[str], environment: Mapping[str, str], *options: str
+) -> None:
+    """Runs the tests of operators with one thread; fails with their report. `options` are pytest's."""
+    paths = [folder / f"test_{operator}.py" for operator in operators]
+    assert all(path.is_file() for path in paths)
     quiet = {"OMP_NUM_THREADS": "1", "KMP_BLOCKTIME": "0"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [*command, *options, str(path)],
+        [*command, *options, *map(str, paths)],
         cwd=ROOT,
         env={**os.environ, **quiet, **environment},
         capture_output=True,

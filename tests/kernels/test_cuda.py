@@ -7,24 +7,23 @@ import pytest
 
 from refsam_kernels import prerequisites
 from refsam_kernels.core.dispatch import Dispatcher
-from tests.kernels.emulator import EMULATOR, FOLDER, emulating, emulator_flags, run_emulated
-from tests.kernels.processes import ROOT
+from tests.kernels.emulator import EMULATOR, emulating, emulator_flags, run_emulated
+from tests.kernels.processes import ROOT, processes_of
 
 OPERATORS = sorted(
     name for name, dispatcher in Dispatcher.known.items() if dispatcher.exists("cuda")
 )
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_in_the_emulator(operator: str) -> None:
-    assert (FOLDER / f"test_{operator}.py").is_file()
-    run_emulated(operator)
+@pytest.mark.parametrize("operators", processes_of(OPERATORS), ids=" ".join)
+def test_in_the_emulator(operators: tuple[str, ...]) -> None:
+    run_emulated(operators)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_what_is_slow_in_the_emulator(operator: str) -> None:
-    run_emulated(operator, "-m", "slow")
+    run_emulated([operator], "-m", "slow")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import base64
 import hashlib
 import importlib.util
 import json
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 import refsam_kernels
-from refsam_kernels.hub import BACKENDS, NAME, package_files, relative, write
+from refsam_kernels.hub import BACKENDS, NAME, main, package_files, relative, write
 from tests.sam_modeling import sam_image_encoder
 
 
@@ -142,9 +141,15 @@ def test_its_integrations_use_its_own_operators(variant: ModuleType) -> None:
         (["--out", "new", "--repository", "mine"], "--repository: got 'mine', wanted owner/name"),
     ],
 )
-def test_the_command_refuses_in_words(arguments: list[str], words: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "refsam_kernels.hub", *arguments]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert words in result.stderr
+def test_the_command_refuses_in_words(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["hub", *arguments])
+    assert main() == 2
+    assert words in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -9,23 +9,23 @@ import pytest
 from benchmarks.gates import compile_gate
 from refsam_kernels.core import triton_aot
 from refsam_kernels.core.triton_aot import CompilationError, Resources, cases_of, compile_ahead
-from tests.kernels.interpreter import FOLDER, run_interpreted
+from tests.kernels.interpreter import run_interpreted
+from tests.kernels.processes import processes_of
 
 pytest.importorskip("triton")
 
 OPERATORS = triton_aot.operators_with_triton()
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_in_the_interpreter(operator: str) -> None:
-    assert (FOLDER / f"test_{operator}.py").is_file()
-    run_interpreted(operator)
+@pytest.mark.parametrize("operators", processes_of(OPERATORS), ids=" ".join)
+def test_in_the_interpreter(operators: tuple[str, ...]) -> None:
+    run_interpreted(operators)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_what_is_slow_in_the_interpreter(operator: str) -> None:
-    run_interpreted(operator, "-m", "slow")
+    run_interpreted([operator], "-m", "slow")
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
