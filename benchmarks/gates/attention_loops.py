@@ -118,34 +118,35 @@ def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Before and after, with the newer Triton, beside an empty column for what a GPU will show."""
-    newest = max(row["triton"] for row in result["rows"])
-    rows = [row for row in result["rows"] if row["triton"] == newest]
+    """Before and after, with the newer Triton and in brackets the older one, beside an empty column for what a GPU will show."""
+    newest, oldest = (pick(row["triton"] for row in result["rows"]) for pick in (max, min))
+    names = ("kernel", "head_dim", "window")
+    known = {
+        (row["state"], row["triton"], *(row[name] for name in names)): row for row in result["rows"]
+    }
     lines = []
     for after in of_newest(result):
-        names = ("kernel", "head_dim", "window")
-        before = next(
-            row
-            for row in rows
-            if row["state"] == "before" and all(row[n] == after[n] for n in names)
-        )
+        place = [after[name] for name in names]
+        before, older = known["before", newest, *place], known["after", oldest, *place]
         pair = (before, after)
-        place = "global" if after["window"] == GRID else f"windows of {after['window']}"
+        attention = "global" if after["window"] == GRID else f"windows of {after['window']}"
+        loops = " → ".join(" to ".join(map(str, sorted(row["loops"]))) for row in pair)
+        used = [f"{before[n]} → {after[n]} ({older[n]})" for n in ("registers", "spill_bytes")]
         cells = [
             " → ".join(" x ".join(map(str, row["tile"][:3])) for row in pair),
-            " → ".join(" to ".join(map(str, sorted(row["loops"]))) for row in pair),
-            " → ".join(str(row["registers"]) for row in pair),
-            " → ".join(str(row["waits"][0]) for row in pair),
+            f"{loops} ({older['loops'][0]})",
+            *used,
+            f"{before['waits'][0]} → {after['waits'][0]} ({older['waits'][0]})",
             " → ".join(f"{expected_us(row):.0f}" for row in pair),
         ]
-        lines.append([after["kernel"], place, str(after["head_dim"]), *cells, ""])
+        lines.append([after["kernel"], attention, str(after["head_dim"]), *cells, ""])
     header = (
         "kernel | attention | channels | tile: queries x rows x columns of keys | instructions in the loop"
-        " | registers | copies under way at a wait | expected, µs | measured, µs"
+        " | registers | bytes spilled | copies under way at a wait | expected, µs | measured, µs"
     )
     origin = result["provenance"]
     commits = f"before: commit {origin['before']}, after: {origin['commit'][:7]}"
-    note = f"One image of {GRID} x {GRID} tokens, bfloat16, sm_90, Triton {newest}; {commits}."
+    note = f"One image of {GRID} x {GRID} tokens, bfloat16, sm_90, Triton {newest} (in brackets {oldest}); {commits}."
     return markdown(header, lines, note, text=2)
 
 
