@@ -98,7 +98,7 @@ __device__ inline void copy_tile(Element* keys, const Window<Element>& window,
 // Of each of the lane's queries the terms of its four columns of a tile.
 __device__ inline void load_column_terms(float (&of_columns)[2][4], const float* terms,
                                          int stride) {
-  const int row = lane_id() / 4, column = lane_id() % 4 * 2;
+  const int row = fragment_row(), column = fragment_column();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -117,7 +117,7 @@ __device__ inline void begin_scores(float (&scores)[kTileKeys / 8][4], const flo
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float4 rows =
-        *reinterpret_cast<const float4*>(row_terms + (lane_id() / 4 + 8 * half) * stride);
+        *reinterpret_cast<const float4*>(row_terms + (fragment_row() + 8 * half) * stride);
     const float of_rows[kTileRows] = {rows.x, rows.y, rows.z, rows.w};
 #pragma unroll
     for (int n = 0; n < kTileKeys / 8; ++n) {
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, kMostBlocks<kHeadDim>)
   int y[2], x[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int token = min(warp_first + lane_id() / 4 + 8 * half, last);
+    const int token = min(warp_first + fragment_row() + 8 * half, last);
     y[half] = token / window.width;
     x[half] = token % window.width;
   }

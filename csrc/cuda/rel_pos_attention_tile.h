@@ -1,5 +1,5 @@
-// Shared by the attention kernels: where a window's tokens lie, copies to shared memory, products
-// of fragments (see mma.h), relative terms, the online softmax.
+// Shared by the attention kernels, on the tiles of tile.h: where a window's tokens lie, copies of
+// them, products whose left operand stays in registers, relative terms, the online softmax.
 //
 // A warp works on 16 queries; a lane has its part of two of them, rows lane / 4 and lane / 4 + 8 of
 // a fragment. Scores are kept as q k + terms, the terms divided by the scale of q k: scale and
@@ -9,21 +9,19 @@
 #include <cmath>
 
 #include "launch.h"
-#include "mma.h"
 #include "rel_pos_attention.h"
-#include "warp.h"
+#include "tile.h"
 
 namespace refsam::cuda {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kWarpQueries = 16;
-constexpr int kChunk = 8;  // elements of 16 bytes
+constexpr int kWarpQueries = kFragment;
+constexpr int kChunk = kCopyBytes / sizeof(uint16_t);  // elements that a copy takes
 constexpr float kLog2E = 1.4426950408889634f;
 
-// Elements between rows of a tile: eight consecutive rows begin in different banks.
 template <int kHeadDim>
-constexpr int kTileStride = kHeadDim + kChunk;
+constexpr int kTileStride = tile_stride<uint16_t>(kHeadDim);
 
 // A head of a window.
 template <typename Element>
@@ -101,14 +99,13 @@ __device__ inline void copy_rows(Element* rows, int count, int thread, int threa
 
 // Sixteen queries as left operands, one for every 16 channels.
 template <int kHeadDim>
-using Queries = uint32_t[kHeadDim / 16][4];
+using Queries = uint32_t[kHeadDim / kFragment][4];
 
 template <int kHeadDim, typename Element>
 __device__ inline void load_queries(Queries<kHeadDim>& queries, const Element* rows) {
-  const int lane = lane_id();
-  const Element* from = rows + lane % 16 * kTileStride<kHeadDim> + lane / 16 * kChunk;
 #pragma unroll
-  for (int step = 0; step < kHeadDim / 16; ++step) ldmatrix_x4(queries[step], from + 16 * step);
+  for (int step = 0; step < kHeadDim / kFragment; ++step)
+    load_left<false>(queries[step], rows + kFragment * step, kTileStride<kHeadDim>);
 }
 
 // products (16, 8 * kColumns) += queries times rows transposed.
@@ -116,18 +113,14 @@ template <int kHeadDim, typename Element, int kColumns>
 __device__ inline void multiply_rows(float (&products)[kColumns][4],
                                      const Queries<kHeadDim>& queries, const Element* rows) {
   static_assert(kColumns % 2 == 0);
-  const int lane = lane_id();
-  const Element* from =
-      rows + (lane / 16 * 8 + lane % 8) * kTileStride<kHeadDim> + lane / 8 % 2 * kChunk;
+  constexpr int kStride = kTileStride<kHeadDim>;
 #pragma unroll
-  for (int step = 0; step < kHeadDim / 16; ++step) {
+  for (int step = 0; step < kHeadDim / kFragment; ++step) {
 #pragma unroll
     for (int column = 0; column < kColumns; column += 2) {
-      uint32_t pair[4];
-      ldmatrix_x4(pair, from + 8 * column * kTileStride<kHeadDim> + 16 * step);
-      const uint32_t first[2] = {pair[0], pair[1]}, second[2] = {pair[2], pair[3]};
-      mma_m16n8k16<Element>(products[column], queries[step], first);
-      mma_m16n8k16<Element>(products[column + 1], queries[step], second);
+      uint32_t right[4];
+      load_right<false>(right, rows + 8 * column * kStride + kFragment * step, kStride);
+      multiply_fragments<Element>(products[column], products[column + 1], queries[step], right);
     }
   }
 }
@@ -151,21 +144,17 @@ __device__ inline uint32_t pack(float low, float high) {
 template <int kHeadDim, typename Element, int kColumns>
 __device__ inline void multiply_values(float (&result)[kHeadDim / 8][4],
                                        const float (&weights)[kColumns][4], const Element* values) {
-  const int lane = lane_id();
-  const Element* from = values + lane % 16 * kTileStride<kHeadDim> + lane / 16 * kChunk;
+  constexpr int kStride = kTileStride<kHeadDim>;
 #pragma unroll
   for (int step = 0; step < kColumns / 2; ++step) {
-    const float (&left)[4] = weights[2 * step], (&right)[4] = weights[2 * step + 1];
-    const uint32_t operand[4] = {pack<Element>(left[0], left[1]), pack<Element>(left[2], left[3]),
-                                 pack<Element>(right[0], right[1]),
-                                 pack<Element>(right[2], right[3])};
+    const float (&low)[4] = weights[2 * step], (&high)[4] = weights[2 * step + 1];
+    const uint32_t left[4] = {pack<Element>(low[0], low[1]), pack<Element>(low[2], low[3]),
+                              pack<Element>(high[0], high[1]), pack<Element>(high[2], high[3])};
 #pragma unroll
     for (int column = 0; column < kHeadDim / 8; column += 2) {
-      uint32_t pair[4];
-      ldmatrix_x4_trans(pair, from + 16 * step * kTileStride<kHeadDim> + 8 * column);
-      const uint32_t first[2] = {pair[0], pair[1]}, second[2] = {pair[2], pair[3]};
-      mma_m16n8k16<Element>(result[column], operand, first);
-      mma_m16n8k16<Element>(result[column + 1], operand, second);
+      uint32_t right[4];
+      load_right<true>(right, values + kFragment * step * kStride + 8 * column, kStride);
+      multiply_fragments<Element>(result[column], result[column + 1], left, right);
     }
   }
 }
@@ -182,7 +171,7 @@ template <int kColumns>
 __device__ inline void place_terms(float* terms, int stride, const float (&products)[kColumns][4],
                                    int first, const int (&position)[2], int size, int keys,
                                    float factor) {
-  const int row = lane_id() / 4, column = lane_id() % 4 * 2;
+  const int row = fragment_row(), column = fragment_column();
 #pragma unroll
   for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
@@ -243,7 +232,7 @@ template <int kHeadDim, typename Element>
 __device__ inline void store(const Window<Element>& window, int first, Element* rows,
                              const float (&result)[kHeadDim / 8][4], const Statistics& statistics,
                              float scale) {
-  const int row = lane_id() / 4, column = lane_id() % 4 * 2;
+  const int row = fragment_row(), column = fragment_column();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float total = warp_sum<4>(statistics.total[half]);

@@ -54,7 +54,7 @@ __device__ inline void make_terms(float* terms, const Queries<kHeadDim>& queries
 // The terms of all keys, row by row. Two neighbouring keys are in one row: the side is even. The
 // row behind the last one, where the keys end, is masked.
 __device__ inline void load_terms(float (&scores)[kKeys / 8][4], const float* terms) {
-  const int row = lane_id() / 4, column = lane_id() % 4 * 2;
+  const int row = fragment_row(), column = fragment_column();
 #pragma unroll
   for (int n = 0; n < kKeys / 8; ++n) {
     // Seven fragments are four rows, so the places of the first seven are all that registers hold.
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads)
     int y[2], x[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int query = min(token + lane_id() / 4 + 8 * half, last);
+      const int query = min(token + fragment_row() + 8 * half, last);
       y[half] = query / window.width;
       x[half] = query % window.width;
     }
