@@ -17,11 +17,11 @@ from refsam_kernels.fingerprint import Fingerprint
 Made = TypeVar("Made")
 
 
-def can_prepack(weight: Tensor) -> bool:
-    """Whether this torch packs such weights: float32 or bfloat16 on a CPU."""
+def can_prepack(weight: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether this torch packs such weights, in their own dtype or in this one: float32 or bfloat16 on a CPU."""
     return (
         weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
+        and (dtype or weight.dtype) in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
@@ -56,11 +56,14 @@ def may_stand_in(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
         is_plain_linear(module)
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and type(x) is Tensor
+        and not is_followed(x)
         and x.dtype == module.weight.dtype
     )
+
+
+def is_followed(x: Tensor) -> bool:
+    """Whether more than values are wanted of what is computed with x: it is traced, or no plain tensor."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
 
 
 class LinearCopy(Generic[Made]):
@@ -71,15 +74,19 @@ class LinearCopy(Generic[Made]):
         self._fingerprint = Fingerprint()
         self._made: tuple[Hashable, Made] | None = None
 
-    def of(self, module: nn.Linear) -> Made:
-        """What the module's weights make as they are now."""
+    def of(self, module: nn.Linear, dtype: torch.dtype | None = None) -> Made:
+        """What the module's weights make as they are now, in their own dtype or in this one."""
         # Not `parameters()`: FSDP1 gives a module plain tensors in their place.
-        tensors = (module.weight, module.bias)
-        key = self._fingerprint(tensor for tensor in tensors if tensor is not None)
+        weight, bias = module.weight, module.bias
+        key = dtype, self._fingerprint(each for each in (weight, bias) if each is not None)
         if self._made is None or self._made[0] != key:
             # Tensors made in inference mode could not be used outside it.
             with torch.inference_mode(False), torch.no_grad():
-                self._made = key, self._make(module.weight, module.bias)
+                wanted = dtype or weight.dtype
+                self._made = (
+                    key,
+                    self._make(weight.to(wanted), None if bias is None else bias.to(wanted)),
+                )
         return self._made[1]
 
     def __getstate__(self) -> dict[str, object]:

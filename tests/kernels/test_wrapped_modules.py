@@ -166,21 +166,29 @@ def test_quantised_before_optimize(make: Callable[..., nn.Module]) -> None:
 
 @torch.no_grad()
 def test_hooks_of_all_modules_see_every_linear_layer() -> None:
+    """Of a hooked qkv the last call is the grid's; one before it, on a token of zeros, tells what padding becomes."""
     model, pixels = sam_encoder(), pixels_of()
 
-    def linear_calls() -> int:
+    def linear_calls() -> list[tuple[str, tuple[int, ...]]]:
+        names = {module: name for name, module in model.named_modules()}
         calls = []
-        handle = register_module_forward_hook(
-            lambda module, inputs, output: calls.append(type(module) is nn.Linear)
-        )
-        with handle:
+
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            if type(module) is nn.Linear:
+                calls.append((names[module], tuple(inputs[0].shape)))
+
+        with register_module_forward_hook(hook):
             features(model, pixels)
-        return sum(calls)
+        return calls
 
     wanted = linear_calls()
     with optimize(model):
         features(model, pixels)  # packs
-        assert linear_calls() == wanted == 8
+        found = linear_calls()
+    zero = ("blocks.0.attn.qkv", (1, 1, 1, 32))
+    assert found.count(zero) == 1 and found.index(zero) == 0
+    assert [name for name, _ in found[1:]] == [name for name, _ in wanted]
+    assert len(wanted) == 8
 
 
 @each_encoder

@@ -136,8 +136,7 @@ class Block:
     @property
     def likeness(self) -> tuple[object, ...]:
         """Equal for blocks that compute the same but for their weights."""
-        parts = (self.module, self.attention, getattr(self.module, "mlp", None))
-        return (self.window_size, *map(type, parts))
+        return (self.window_size, *map(type, self.module.modules()))
 
     def reasons(self) -> Iterator[str]:
         """Why the block cannot be replaced, in words, the first thing that differs first."""

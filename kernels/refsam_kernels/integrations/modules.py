@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from refsam_kernels.frozen_linear import FrozenCopy
 from refsam_kernels.int8_linear.copy import Int8Copy
 from refsam_kernels.int8_linear.op import int8_mlp
 from refsam_kernels.integrations.replacement import Replacement
@@ -20,6 +21,19 @@ LAYERS = (("lin1", "lin2"), ("fc1", "fc2"))
 IDLE = {"drop", "drop1", "drop2", "norm"}
 
 
+class Linear:
+    """Calls a linear module, or a packed copy of its weights where one may stand for it: in inference, and while it is frozen."""
+
+    def __init__(self) -> None:
+        self.packed, self.frozen = PackedCopy(), FrozenCopy()
+
+    def __call__(self, module: Any, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        if self.packed.is_supported(module, x):
+            return self.packed(module, x)
+        return self.frozen(module, x) if self.frozen.is_supported(module, x) else module(x)
+
+
 class Attend:
     """SAM's attention on a grid of tokens, in the place of an attention module; no windows are copied.
 
@@ -29,30 +43,20 @@ class Attend:
 
     def __init__(self, *, num_heads: int, window_size: int) -> None:
         self.num_heads, self.window_size = num_heads, window_size
-        self.qkv, self.proj = PackedCopy(), PackedCopy()
+        self.qkv, self.proj = Linear(), Linear()
 
     def __call__(self, attention: Any, tokens: Tensor) -> Tensor:
         """Tokens (B, h, w, D) float to the same shape."""
-        height, width = tokens.shape[1:3]
-        pads_itself = is_plain_linear(attention.qkv)
-        if not pads_itself:
-            tokens = self._padded(tokens)
+        padding = _value_at_zero(attention.qkv, tokens) if self.window_size else None
         attended = rel_pos_attention(
-            _linear(self.qkv, attention.qkv, tokens),
+            self.qkv(attention.qkv, tokens),
             attention.rel_pos_h,
             attention.rel_pos_w,
             num_heads=self.num_heads,
             window_size=self.window_size,
-            qkv_bias=attention.qkv.bias if self.window_size and pads_itself else None,
+            qkv_bias=padding,
         )
-        return _linear(self.proj, attention.proj, attended[:, :height, :width])
-
-    def _padded(self, tokens: Tensor) -> Tensor:
-        """With the zeros that fill the last windows: a wrapped layer makes of them more than its bias."""
-        if not self.window_size:
-            return tokens
-        bottom, right = (-side % self.window_size for side in tokens.shape[1:3])
-        return F.pad(tokens, (0, 0, 0, right, 0, bottom))
+        return self.proj(attention.proj, attended)
 
 
 class Int8Attend(Attend):
@@ -81,8 +85,11 @@ class Int8Attend(Attend):
         return self.int8_proj(proj, attended, tokens.dtype)
 
 
-def _linear(copy: PackedCopy, module: Any, x: Tensor) -> Tensor:
-    return copy(module, x) if copy.is_supported(module, x) else module(x)
+def _value_at_zero(qkv: Any, tokens: Tensor) -> Tensor | None:
+    """What qkv makes of a padding token, which is zero: its bias; a wrapped layer may make more of it."""
+    if is_plain_linear(qkv):
+        return qkv.bias
+    return qkv(tokens.new_zeros(1, 1, 1, tokens.shape[-1])).flatten()
 
 
 class Perceptron:
@@ -94,16 +101,21 @@ class Perceptron:
     def __init__(self, first: str, second: str) -> None:
         self.names = first, second
         self.first, self.second = PackedCopy(gelu=True), PackedCopy()
+        self.frozen = FrozenCopy(), FrozenCopy()
 
     def __call__(self, mlp: Any, x: Tensor) -> Tensor:
         """(..., D) float to the same shape."""
         first, second = (getattr(mlp, name) for name in self.names)
-        if not (
-            self.first.is_supported(first, x)
-            and self.second.is_supported(second, x)
-            and all(_is_idle(part) for part in mlp.children())
-        ):
+        if not all(_is_idle(part) for part in mlp.children()):
             return type(mlp).forward(mlp, x)
+        if self.first.is_supported(first, x) and self.second.is_supported(second, x):
+            return self._packed(first, second, x)
+        widen, narrow = self.frozen
+        if widen.is_supported(first, x) and narrow.is_supported(second, x):
+            return narrow(second, F.gelu(widen(first, x)))
+        return type(mlp).forward(mlp, x)
+
+    def _packed(self, first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         result = torch.empty_like(rows)
         for part, target in zip(rows.split(ROWS), result.split(ROWS), strict=True):

@@ -1,0 +1,81 @@
+"""Frozen linear layers in a training step on a CPU, with weights in oneDNN's own layout: what trains are adapters beside them.
+
+Products with such weights are faster than torch's own; a layer that trains would have to be packed at each step.
+"""
+
+import copy
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from refsam_kernels.packed_linear import (
+    LinearCopy,
+    PackedLinear,
+    can_prepack,
+    is_followed,
+    is_plain_linear,
+)
+
+
+class FrozenLinear:
+    """A linear layer of weight (out, in) and bias (out,) or None, packed twice: for the result and for the input's gradient."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        product, transposed = PackedLinear(weight, bias), PackedLinear(weight.T, None)
+        without_bias = copy.copy(product)
+        without_bias.bias = None
+        self._products = product, transposed, without_bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), both in the weights' dtype; differentiable with respect to `x`, any number of times."""
+        result: Tensor = _Product.apply(x, *self._products)
+        return result
+
+
+class _Product(torch.autograd.Function):
+    """`product(x)`; `gradient` makes the input's gradient of the output's, and `again` the gradient of that."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, product: PackedLinear, gradient: PackedLinear, again: PackedLinear
+    ) -> Tensor:
+        return product(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.gradient, ctx.again = inputs[2:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Product.apply(grad, ctx.gradient, ctx.again, ctx.gradient), None, None, None
+
+
+class FrozenCopy(LinearCopy[FrozenLinear]):
+    """A packed copy of a frozen linear module's weights, in their dtype or in autocast's."""
+
+    def __init__(self) -> None:
+        super().__init__(FrozenLinear)
+
+    @staticmethod
+    def is_supported(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
+        """Whether it may stand for the module: a plain one that does not train, in a step that does; torch packs such weights."""
+        return (
+            torch.is_grad_enabled()
+            and is_plain_linear(module)
+            and not any(parameter.requires_grad for parameter in module.parameters())
+            and not is_followed(x)
+            and x.device.type == "cpu"
+            and x.numel() > 0
+            and can_prepack(module.weight, _dtype(x))
+            and (torch.is_autocast_enabled("cpu") or x.dtype == module.weight.dtype)
+        )
+
+    def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
+        """(..., in) to (..., out) in the dtype of x, or of autocast; `is_supported` must hold."""
+        dtype = _dtype(x)
+        return self.of(module, dtype)(x.to(dtype))
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
