@@ -72,10 +72,11 @@ def optimize(model: Any, *, dtype: torch.dtype | None = None, check: bool = True
     masks are made without logits of the frame's size. Parameters, buffers and the state dict stay the same.
     Sub-modules are called as before, so hooks, wrappers (LoRA's, quantised layers) and later changes of
     weights still work; only the upscaling's modules are read, not called. The modules of a windowed
-    attention get the whole grid, not windows. Gradients are those of the original, including the zeros that
+    attention get the whole grid, not windows; a wrapped or hooked `qkv` is first called on one token of zeros,
+    which tells what padding becomes. Gradients are those of the original, including the zeros that
     DistributedDataParallel waits for.
 
-    For inference on a CPU, linear layers are packed, and packed again after their weights change.
+    On a CPU, linear layers are packed for inference, and frozen ones for training; and packed again after their weights change.
     Changes that torch's version counter records are always seen. Changes that it misses
     (`p.data.mul_()`, `torch._foreach_*`, a mean teacher's loop, FSDP's flat parameters) are seen if a
     whole row or column changes; write smaller ones in place under `torch.no_grad()`.

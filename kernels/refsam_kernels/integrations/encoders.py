@@ -31,7 +31,8 @@ class Kind:
     """One way of writing SAM's block.
 
     `attention` and `members` name the block's sub-modules, `beside` those that some of its libraries add. `attend` is called in
-    the place of the attention's method, `compute` calls a block on tokens (B, h, w, D) and gives the same shape.
+    the place of the attention's method, `compute` calls a block on tokens (B, h, w, D) and gives the same shape. `layout` is the
+    order in memory in which a token's channels lie side by side.
     """
 
     attention: str
@@ -41,6 +42,7 @@ class Kind:
     heads: str = "num_heads"
     beside: frozenset[str] = frozenset()
     block_takes: tuple[str, ...] = ()
+    layout: torch.memory_format = torch.contiguous_format
     attention_takes: tuple[str, ...] = ("x",)
 
 
@@ -102,6 +104,7 @@ KINDS = (
         attend=_single,
         compute=_of_vitdet,
         block_takes=("hidden_states", "output_attentions"),
+        layout=torch.channels_last,
         attention_takes=("hidden_state", "output_attentions"),
     ),
     Kind(  # transformers' SegGptLayer
@@ -153,7 +156,8 @@ class Block:
         """The methods to replace; linear layers may be computed in 8-bit integers."""
         kind, attention, path = self.kind, self.attention, f"{self.path}.{self.kind.attention}"
         if kind.block_takes:
-            yield Replacement(self.path, self.module, unwindowed, parameters=kind.block_takes)
+            whole = partial(on_whole_grid, kind.layout)
+            yield Replacement(self.path, self.module, whole, parameters=kind.block_takes)
         make = Int8Attend if in_int8 else Attend
         attend = make(num_heads=getattr(attention, kind.heads), window_size=self.window_size)
         takes = kind.attention_takes
@@ -241,11 +245,24 @@ def _value_reasons(path: str, attention: Any, heads: str) -> Iterator[str]:
         yield f"{path}.scale: got {scale}, wanted {head_dim} ** -0.5"
 
 
-def unwindowed(block: Any, *args: Any, **kwargs: Any) -> Any:
-    """A block's own method, its attention being handed the grid."""
+def on_whole_grid(layout: torch.memory_format, block: Any, *args: Any, **kwargs: Any) -> Any:
+    """A block's own method, its attention being handed the grid; tokens and their gradients lie in `layout`.
+
+    Convolutions before and behind the blocks use another layout, which the sums of residuals would keep in all blocks.
+    """
     asked = kwargs.get("output_attentions", args[1] if len(args) > 1 else False)
     if are_weights_wanted(asked):  # they are those of windows
         return type(block).forward(block, *args, **kwargs)
+    args = tuple(each.contiguous(memory_format=layout) for each in args[:1]) + args[1:]
+    result = unwindowed(block, *args, **kwargs)
+    features = result if isinstance(result, Tensor) else result[0]
+    if features.requires_grad and not torch.compiler.is_compiling():
+        features.register_hook(partial(torch.Tensor.contiguous, memory_format=layout))
+    return result
+
+
+def unwindowed(block: Any, *args: Any, **kwargs: Any) -> Any:
+    """A block's own method, for which its windows have no size."""
     if torch.compiler.is_compiling() and not _drops_windows(block):
         # Dynamo before torch 2.13 cannot follow the making of a twin.
         size, block.window_size = block.window_size, 0

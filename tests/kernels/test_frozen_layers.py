@@ -1,0 +1,185 @@
+"""Frozen layers beside adapters in a training step: packed copies give the same features and gradients."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from refsam_kernels.frozen_linear import FrozenCopy
+from refsam_kernels.integrations import optimize
+from refsam_kernels.integrations.encoders import find_blocks
+from tests.kernels.encoder_models import MODELS, Example, pixels_of
+from tests.kernels.test_integrations import assert_close
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def layer(train: bool = False, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(33, 47, bias=bias).requires_grad_(train)
+
+
+def tokens(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    values = torch.randn(*shape, 33, generator=torch.Generator().manual_seed(1))
+    return values.to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_result_and_gradients_of_both_orders(dtype: torch.dtype, bias: bool) -> None:
+    """Against float64; the result goes through a square, so that its second gradient is not zero."""
+    module, x = layer(bias=bias).to(dtype), tokens(2, 3, 5, dtype=dtype)
+
+    def results(call: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+        y = call(x)
+        (first,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad((first**2).sum(), x)
+        return [y, first, second]
+
+    frozen = FrozenCopy()
+    assert frozen.is_supported(module, x)
+    found = results(lambda x: frozen(module, x), x)
+    theirs = results(module, x)
+    exact = results(copy.deepcopy(module).double(), x.detach().double().requires_grad_())
+    for ours, plain, wanted in zip(found, theirs, exact, strict=True):
+        assert ours.dtype == dtype
+        error, allowed = ((each.double() - wanted).abs().max() for each in (ours, plain))
+        assert error <= 2 * allowed + 1e-6 * wanted.abs().max()
+
+
+def test_autocast_computes_in_its_dtype() -> None:
+    module, x = layer(), tokens(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        frozen = FrozenCopy()
+        assert frozen.is_supported(module, x)
+        found, wanted = frozen(module, x), module(x)
+    assert found.dtype == wanted.dtype == torch.bfloat16
+    assert_close(found.float(), wanted.float(), 1e-2)
+    found.float().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    assert_close(x.grad, module.weight.sum(0).expand(3, 4, 33), 1e-2)
+
+
+def test_changed_weights_are_packed_again() -> None:
+    module, x, frozen = layer(), tokens(3), FrozenCopy()
+    frozen(module, x)
+    with torch.no_grad():
+        module.weight.mul_(2)
+    assert_close(frozen(module, x), module(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert frozen(module, x).dtype == torch.bfloat16
+    assert_close(copy.deepcopy(frozen)(module, x), module(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.requires_grad_(True),
+        lambda module: module.bias.requires_grad_(True),
+        lambda module: module.register_forward_hook(lambda *_: None),
+        lambda module: module.register_full_backward_hook(lambda *_: None),
+        lambda module: module.double(),
+    ],
+    ids=["trains", "its bias trains", "hook", "backward hook", "float64"],
+)
+def test_does_not_stand_in_for_other_layers(change: Callable[[nn.Module], Any]) -> None:
+    module = layer()
+    change(module)
+    assert not FrozenCopy.is_supported(module, tokens(3, dtype=module.weight.dtype))
+
+
+def test_does_not_stand_in_elsewhere() -> None:
+    module, x = layer(), tokens(3)
+    with torch.no_grad():
+        assert not FrozenCopy.is_supported(module, x)
+    with torch.autocast("cpu", torch.float16):
+        assert not FrozenCopy.is_supported(module, x)
+    assert not FrozenCopy.is_supported(module, x.double())
+    assert not FrozenCopy.is_supported(module, x[:0])
+    assert not FrozenCopy.is_supported(module.to("meta"), x)
+
+
+def adapted(example: Example) -> Any:
+    """The model, frozen but for low-rank layers beside each qkv."""
+    from benchmarks.end_to_end.integrations import low_rank
+
+    return low_rank(example.make())
+
+
+@pytest.mark.parametrize("name", ["segment-anything", "detectron2"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_adapters_train_as_in_the_plain_model(name: str, autocast: bool) -> None:
+    example = MODELS[name]
+    model = adapted(example)
+    exact = copy.deepcopy(model)
+
+    def gradients(model: nn.Module, autocast: bool) -> dict[str, Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            features = example.features(model).float()
+        (features * torch.linspace(-1, 1, features.numel()).view(features.shape)).sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    wanted, theirs = gradients(exact, False), gradients(model, autocast)
+    with optimize(model):
+        found = gradients(model, autocast)
+    assert found.keys() == wanted.keys()
+    assert all("up" in name or "down" in name for name in found)
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        allowed = 1e-4 * max(float(gradient.abs().max()), 1e-3 * largest)
+        if autocast:
+            allowed = max(allowed, 2 * float((theirs[name] - gradient).abs().max()))
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=allowed)
+
+
+def test_adapters_see_no_padding_but_a_token_of_zeros() -> None:
+    model, seen = adapted(MODELS["segment-anything"]), []
+    optimize(model)
+    for block in model.blocks:
+        block.attn.qkv.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
+    model(pixels_of())
+    assert [tuple(each.shape) for each in seen] == [(1, 1, 1, 32), (2, 8, 8, 32), (2, 8, 8, 32)]
+    assert not seen[0].any()
+
+
+def test_tokens_and_their_gradients_are_never_transposed() -> None:
+    """The patches' convolution and the neck's have images in another layout."""
+    model = adapted(MODELS["segment-anything"])
+
+    def layouts() -> list[bool]:
+        found: list[bool] = []
+        handles = [
+            block.norm2.register_forward_pre_hook(
+                lambda _, inputs: found.append(inputs[0].is_contiguous())
+            )
+            for block in model.blocks
+        ]
+        watch = lambda gradient: found.append(gradient.is_contiguous())  # noqa: E731
+        handles += [
+            block.mlp.register_forward_hook(lambda *call: call[-1].register_hook(watch) and None)
+            for block in model.blocks
+        ]
+        model(pixels_of()).square().mean().backward()
+        for handle in handles:
+            handle.remove()
+        return found
+
+    assert layouts() == [False] * 4
+    with optimize(model):
+        assert layouts() == [True] * 4
+
+
+@pytest.mark.parametrize("name", ["segment-anything", "VitDet"])
+def test_a_block_may_be_called_by_keyword(name: str) -> None:
+    model = MODELS[name].make()
+    optimize(model)
+    for block in find_blocks(model):
+        shape = (1, 32, 8, 8) if name == "VitDet" else (1, 8, 8, 32)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        found, wanted = block.module(**{block.kind.block_takes[0]: x}), block.module(x)
+        assert_close(found[0], wanted[0])
