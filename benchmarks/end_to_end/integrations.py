@@ -2,8 +2,8 @@
 
 Weights are random, of the real shapes. A model and its optimized copy are checked against each other, then called in turn.
 Memory is the peak of a second call above all that lies there before it; packed copies of weights, which the first call leaves,
-are a figure of their own. Both are measured in processes of their own. Rows are appended, one for times and one for memory;
-`--list` names the cases.
+are a figure of their own. Both are measured in processes of their own. A training step in bfloat16 runs under autocast.
+Rows are appended, one for times and one for memory; `--list` names the cases.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.end_to_end.products import products_of
 from benchmarks.measure import peak_memory, resident, summarise, time_cpu
 from benchmarks.provenance import ROOT, collect
 from refsam_kernels.integrations import optimize
@@ -52,6 +53,15 @@ class Case:
     make: Callable[[], Any]
     pixels: int
     task: str = "features"
+
+    @property
+    def trains(self) -> bool:
+        """Whether a training step is timed."""
+        return self.task == "training step"
+
+    def cast(self, model: Any, dtype: torch.dtype) -> Any:
+        """The model in a dtype; one that trains stays in float32, for autocast."""
+        return model.to(dtype) if isinstance(model, nn.Module) and not self.trains else model
 
 
 def low_rank(encoder: Any) -> nn.Module:
@@ -93,6 +103,7 @@ CASES = {
     "deepseek-1024": Case("DeepSeek-OCR 2 (transformers, SDPA)", deepseek(1024, "sdpa"), 1024),
     "deepseek-640": Case("DeepSeek-OCR 2 (transformers, SDPA)", deepseek(640, "sdpa"), 640),
     "deepseek-eager-1024": Case("DeepSeek-OCR 2 (transformers, eager)", deepseek(1024, "eager"), 1024),
+    "deepseek-eager-640": Case("DeepSeek-OCR 2 (transformers, eager)", deepseek(640, "eager"), 640),
     "formula": Case("PP-FormulaNet (transformers, eager)", of_transformers(*FORMULA, {"image_size": 512}), 512),
     "slanext": Case("SLANeXt (transformers, eager)", of_transformers(*TABLES, {"image_size": 512}), 512),
     "cellpose": Case("Cellpose-SAM, ViT-L (segment-anything)", partial(cellpose, 8, **VIT_L, img_size=1024), 256),
@@ -124,7 +135,9 @@ def call_of(case: Case, model: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
     if case.task == "masks":
         return partial(masks_of, model)
     generator = torch.Generator().manual_seed(1)
-    pixels = torch.randn(1, 3, case.pixels, case.pixels, generator=generator).to(dtype)
+    pixels = torch.randn(1, 3, case.pixels, case.pixels, generator=generator)
+    if not case.trains:
+        pixels = pixels.to(dtype)
 
     def features() -> Tensor:
         with torch.inference_mode():
@@ -132,19 +145,20 @@ def call_of(case: Case, model: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
 
     def gradients() -> Tensor:
         model.zero_grad()
-        features_of(model(pixels)).square().mean().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            features = features_of(model(pixels))
+        features.float().square().mean().backward()
         given = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         return torch.cat(given)
 
-    return gradients if case.task == "training step" else features
+    return gradients if case.trains else features
 
 
 def measure(case: Case, dtype: str, rounds: int) -> dict[str, Any]:
     """The row of a case, without its memory. The calls that are compared are the warm-up."""
     plain = case.make()
     exact = call_of(case, plain, torch.float32)().float()
-    if isinstance(plain, nn.Module):
-        plain = plain.to(DTYPES[dtype])
+    plain = case.cast(plain, DTYPES[dtype])
     optimized = copy.deepcopy(plain)
     handle = optimize(optimized)
     models = {"before": plain, "after": optimized}
@@ -162,7 +176,10 @@ def measure(case: Case, dtype: str, rounds: int) -> dict[str, Any]:
     times = {name: summarise(values) for name, values in samples.items()}
     row: dict[str, Any] = {name: asdict(each) for name, each in times.items()}
     speedup = times["before"].median_ms / times["after"].median_ms
-    return row | {"speedup": speedup, "errors": errors, "replaced": repr(handle)}
+    row |= {"speedup": speedup, "errors": errors, "replaced": repr(handle)}
+    if case.task != "masks":
+        row["products"] = asdict(products_of(calls["after"], DTYPES[dtype]))
+    return row
 
 
 def memory_of(name: str, dtype: str) -> dict[str, Any]:
@@ -178,9 +195,7 @@ def memory_of(name: str, dtype: str) -> dict[str, Any]:
 
 def print_memory(case: Case, dtype: str, which: str) -> None:
     """The process that `memory_of` starts: the peak of a call; of an optimized model's second one, and what the first left."""
-    model = case.make()
-    if isinstance(model, nn.Module):
-        model = model.to(DTYPES[dtype])
+    model = case.cast(case.make(), DTYPES[dtype])
     call = call_of(case, model, DTYPES[dtype])
     if which == "after":
         optimize(model)
