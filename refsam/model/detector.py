@@ -1,5 +1,6 @@
 """YOLOX-Nano: which of COCO's 80 things a frame shows, as boxes with scores (arXiv 2107.08430)."""
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ _STRIDES = (8, 16, 32)
 _HEAD_CHANNELS = 64
 _GREY = 114.0  # what the published network saw beside its frames
 _KEPT = 64  # boxes of a frame, those of the highest scores
+_AT_A_TIME = 16  # of them: what lies between stays in the cache
 # A box's score as a value that nouns are compared with: nothing at a score of 0.2, and more where the trunk, which was
 # published with twenty classes, has no score of its own for the noun.
 _SCORE_ZERO = 0.2
@@ -196,7 +198,8 @@ def box_maps(found: Boxes, height: int, width: int, stride: int) -> BoxMaps:
     inside_y = torch.minimum(y - y0, y1 - y)[:, :, :, None]
     # Half at a box's edge, whole half a place further in.
     inside = (0.5 + torch.minimum(inside_x, inside_y) / stride).clamp(0, 1).flatten(2)  # (B, K, N)
-    names = (inside[..., None] * scores[:, :, None]).amax(1)
+    few = zip(inside.split(_AT_A_TIME, 1), scores.split(_AT_A_TIME, 1), strict=True)
+    names = reduce(torch.maximum, ((i[..., None] * s[:, :, None]).amax(1) for i, s in few))
     told = inside * scores.amax(2)[:, :, None]
     score, which = told.max(1)  # (B, N)
     around = corners.take_along_dim(which[..., None], 1)
