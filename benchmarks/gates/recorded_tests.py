@@ -10,7 +10,7 @@ this commit: a run that was ended goes on where it stopped.
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,38 +70,40 @@ def read(path: Path) -> list[Line]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def summary(lines: Iterable[Line]) -> Line:
-    """Counts of the outcomes at the last commit in a record; a test that failed in any phase failed."""
+def summaries(lines: Iterable[Line]) -> list[Line]:
+    """Counts of the outcomes at each commit in a record, in the order of its lines."""
     lines = list(lines)
-    commit = lines[-1]["commit"]
+    commits = dict.fromkeys(line["commit"] for line in lines)
+    return [summary([line for line in lines if line["commit"] == commit]) for commit in commits]
+
+
+def summary(lines: Sequence[Line]) -> Line:
+    """Counts of the outcomes at one commit; a test that failed in any phase failed."""
     outcomes: dict[str, str] = {}
-    collected, seconds = 0, 0.0
-    for line in (line for line in lines if line["commit"] == commit):
-        if "test" not in line:
-            collected = max(collected, line["collected"])
-            continue
-        seconds += line["seconds"]
+    for line in (line for line in lines if "test" in line):
         if outcomes.get(line["test"]) != "failed":
             outcomes[line["test"]] = line["outcome"]
     counts = Counter(outcomes.values())
+    collected = max(line.get("collected", 0) for line in lines)
     return {
-        "commit": commit,
+        "commit": lines[0]["commit"],
         **{outcome: counts[outcome] for outcome in ("passed", "failed", "skipped")},
         "not_run": collected - len(outcomes),
-        "seconds": round(seconds),
+        "seconds": round(sum(line.get("seconds", 0) for line in lines)),
         "failures": sorted(test for test, outcome in outcomes.items() if outcome == "failed"),
     }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Writes the summary of a record."""
+    """Writes the summaries of a record, and which versions ran."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("record", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     options = parser.parse_args(arguments)
     origin = provenance.collect("cpu")
-    found = {key: origin[key] for key in ("time", "command", "hardware", "versions")}
-    found |= {"tests": "make test-oldest", **summary(read(options.record))}
+    found: dict[str, Any] = {"command": "make test-oldest"}
+    found |= {key: origin[key] for key in ("time", "hardware", "versions")}
+    found["runs"] = summaries(read(options.record))
     options.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
