@@ -42,7 +42,7 @@ sanitize: venv
 	$(BIN)/python -P kernels/refsam_kernels/build.py --sanitize build/sanitized
 	$(SANITIZED) REFSAM_LIBRARIES=build/sanitized $(BIN)/python -m pytest -p no:benchmark \
 	  tests/kernels/test_rel_pos_attention_compiled.py tests/kernels/test_rel_pos_attention.py::TestCpu \
-	  tests/kernels/test_int8_linear.py tests/kernels/test_mask_postprocess.py::TestCpu tests/kernels/test_mask_postprocess.py::TestCpuLibrary
+	  tests/kernels/test_int8_linear.py tests/kernels/test_rel_pos_attention_int8.py tests/kernels/test_mask_postprocess.py::TestCpu tests/kernels/test_mask_postprocess.py::TestCpuLibrary
 	$(BIN)/python -m tests.kernels.emulator --sanitize build/emulated_sanitized
 	$(SANITIZED) REFSAM_LIBRARIES=build/emulated_sanitized $(BIN)/python -m pytest -p no:benchmark $(or $(TESTS),tests/kernels/cuda)
 

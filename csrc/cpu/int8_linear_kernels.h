@@ -8,15 +8,6 @@
 namespace refsam::cpu {
 namespace {
 
-typedef uint8_t ByteVector __attribute__((vector_size(kLanes), may_alias));
-
-REFSAM_INLINE Vector load_elements(const float* from) { return load(from); }
-REFSAM_INLINE Vector load_elements(const Bfloat16* from) {
-  HalfVector halves;
-  memcpy(&halves, from, sizeof(halves));
-  return (Vector)(__builtin_convertvector(halves, BitVector) << 16);
-}
-
 // x * (1 + erf(x / sqrt(2))) / 2. The error function is Abramowitz and Stegun's 7.1.26 (1.5e-7).
 REFSAM_INLINE Vector gelu_of(Vector x) {
   const Vector size = (Vector)((IntVector)x & 0x7fffffff) * 0.70710678118654752f;
@@ -97,16 +88,6 @@ REFSAM_INLINE void normalise(float* row, int64_t count, const float* weight, con
     store(row + k, (load(row + k) - mean) * factor * load(weight + k) + load(bias + k));
   }
   for (int64_t k = whole; k < count; ++k) row[k] = (row[k] - mean) * factor * weight[k] + bias[k];
-}
-
-// One row of a tensor as floats, with zeros up to whole vectors.
-template <class Element>
-REFSAM_INLINE void read_row(const Element* from, int64_t count, float* to) {
-  int64_t k = 0;
-  for (; k + kLanes <= count; k += kLanes) store(to + k, load_elements(from + k));
-  if (k == count) return;
-  store(to + k, Vector{});
-  for (; k < count; ++k) to[k] = to_float(from[k]);
 }
 
 // Computes blocks of rows of a call, x of type In, the result of type Out.
@@ -196,26 +177,38 @@ class Int8Run {
   static void multiply(QuantisedRows from, const Int8Weights& layer, int64_t rows, Put put) {
     const int64_t groups = (layer.in + kInt8Group - 1) / kInt8Group;
     const int64_t blocks = (layer.out + kInt8Block - 1) / kInt8Block;
+    alignas(64) int32_t tile[kTileRows * kTileColumns];
     for (int64_t block = 0; block < blocks; block += kTileBlocks) {
       const int8_t* const weights = layer.packed + block * groups * kGroupBytes;
+      const int64_t tile_blocks = smaller(kTileBlocks, blocks - block);
       for (int64_t top = 0; top < rows; top += kTileRows) {
+        // A part of the next blocks' weights, which come from the third cache.
+        const int8_t* const ahead =
+            weights + kTileBlocks * groups * kGroupBytes + top / kTileRows * groups * kAhead;
+        multiply_blocks(from.bytes + top * from.stride, from.stride, weights, groups, tile_blocks,
+                        ahead, tile, kTileColumns);
         const int64_t tile_rows = smaller(kTileRows, rows - top);
-        multiply_blocks(from.bytes + top * from.stride, from.stride, weights, groups,
-                        smaller(kTileBlocks, blocks - block),
-                        [=](int row, int v, IntVector sum) REFSAM_INLINE_LAMBDA {
-                          if (row >= tile_rows) return;
-                          const int64_t column = block * kInt8Block + v * kLanes;
-                          put(top + row, column, dequantise(sum, from, layer, top + row, column));
-                        });
+        for (int64_t v = 0; v < tile_blocks * kBlockVectors; ++v) {
+          put_column(tile + v * kLanes, from, layer, block * kInt8Block + v * kLanes, top,
+                     tile_rows, put);
+        }
       }
     }
   }
 
-  static REFSAM_INLINE Vector dequantise(IntVector sum, const QuantisedRows& from,
-                                         const Int8Weights& layer, int64_t row, int64_t column) {
-    sum -= from.zero[row] * (IntVector)load(layer.sums + column);
-    const Vector factor = from.scale[row] * load(layer.scale + column);
-    return __builtin_convertvector(sum, Vector) * factor + load(layer.bias + column);
+  // put(row, column, value) for a vector of columns of the tile's rows.
+  template <class Put>
+  static REFSAM_INLINE void put_column(const int32_t* sums, const QuantisedRows& from,
+                                       const Int8Weights& layer, int64_t column, int64_t top,
+                                       int64_t tile_rows, const Put& put) {
+    const IntVector per_zero = (IntVector)load(layer.sums + column);
+    const Vector scale = load(layer.scale + column), bias = load(layer.bias + column);
+    for (int64_t row = 0; row < tile_rows; ++row) {
+      const IntVector sum =
+          (IntVector)load(sums + row * kTileColumns) - from.zero[top + row] * per_zero;
+      const Vector value = __builtin_convertvector(sum, Vector) * (from.scale[top + row] * scale);
+      put(top + row, column, value + bias);
+    }
   }
 
   const Int8Call call_;

@@ -18,6 +18,8 @@ constexpr int kTileRows = kLanes < 8 ? 2 : 6;
 // Vectors of a block of output channels, blocks of a tile.
 constexpr int kBlockVectors = kInt8Block / kLanes;
 constexpr int kTileBlocks = kTileVectors / kBlockVectors;
+constexpr int kTileColumns = kTileVectors * kLanes;
+constexpr int64_t kAhead = 32;
 constexpr int64_t kGroupBytes = kInt8Block * kInt8Group;
 
 // sum + the four products of the bytes `left`, unsigned, with those of each lane of `right`. The
@@ -58,12 +60,14 @@ REFSAM_INLINE IntVector dot(IntVector sum, int32_t left, IntVector right) {
 }
 #endif
 
-// kTileRows x V sums of rows of bytes `row_stride` apart with V vectors of weights; each sum ends
-// in finish(row, vector, sum). A function of its own: see multiply_tile in
-// rel_pos_attention_simd.h.
-template <int V, class Finish>
+// kTileRows x V sums of rows of bytes `row_stride` apart with V vectors of weights, to rows
+// `sum_stride` apart. Meanwhile kAhead bytes for each group come into the second cache from
+// `ahead` on. A function of its own: see multiply_tile in rel_pos_attention_simd.h.
+template <int V>
 __attribute__((noinline)) void multiply_bytes(const uint8_t* left, int64_t row_stride,
-                                              const int8_t* right, int64_t groups, Finish finish) {
+                                              const int8_t* right, int64_t groups,
+                                              const int8_t* ahead, int32_t* sums,
+                                              int64_t sum_stride) {
   IntVector sum[kTileRows][V]{};
   const int64_t block_stride = groups * kGroupBytes;
   for (int64_t group = 0; group < groups; ++group) {
@@ -80,26 +84,31 @@ __attribute__((noinline)) void multiply_bytes(const uint8_t* left, int64_t row_s
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[row][v] = dot(sum[row][v], bytes, column[v]);
     }
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += kAhead;
     left += kInt8Group;
     right += kGroupBytes;
   }
 #pragma GCC unroll 6
   for (int row = 0; row < kTileRows; ++row) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) finish(row, v, sum[row][v]);
+    for (int v = 0; v < V; ++v) store(sums + row * sum_stride + v * kLanes, (Vector)sum[row][v]);
   }
 }
 
 // The same for `blocks` <= kTileBlocks of output channels, known at run time.
-template <class Finish>
-REFSAM_INLINE void multiply_blocks(const uint8_t* left, int64_t row_stride, const int8_t* right,
-                                   int64_t groups, int64_t blocks, Finish finish) {
+inline void multiply_blocks(const uint8_t* left, int64_t row_stride, const int8_t* right,
+                            int64_t groups, int64_t blocks, const int8_t* ahead, int32_t* sums,
+                            int64_t sum_stride) {
   if constexpr (kTileBlocks == 4) {
-    if (blocks == 3) return multiply_bytes<3>(left, row_stride, right, groups, finish);
-    if (blocks == 2) return multiply_bytes<2>(left, row_stride, right, groups, finish);
-    if (blocks == 1) return multiply_bytes<1>(left, row_stride, right, groups, finish);
+    if (blocks == 3)
+      return multiply_bytes<3>(left, row_stride, right, groups, ahead, sums, sum_stride);
+    if (blocks == 2)
+      return multiply_bytes<2>(left, row_stride, right, groups, ahead, sums, sum_stride);
+    if (blocks == 1)
+      return multiply_bytes<1>(left, row_stride, right, groups, ahead, sums, sum_stride);
   }
-  multiply_bytes<kTileVectors>(left, row_stride, right, groups, finish);
+  multiply_bytes<kTileVectors>(left, row_stride, right, groups, ahead, sums, sum_stride);
 }
 
 }  // namespace

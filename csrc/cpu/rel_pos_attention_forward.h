@@ -16,7 +16,43 @@ constexpr int64_t kForwardBlock = 512 / kLanes;  // vectors of keys
 constexpr int64_t kScoreRow =
     kForwardBlock * kLanes + 16;  // rows do not begin at the same cache set
 
+// Keys of a task as right operands, and their products with queries.
 template <class Element, class Operand>
+class Keys {
+ public:
+  using Stored = typename Operand::Stored;
+
+  Keys(const RelPosAttention& call, const Sizes& sizes, Arena& arena)
+      : call_(call),
+        sizes_(sizes),
+        panels_(arena.take<Stored>(sizes.keys * sizes.depth * Operand::kPack)) {}
+
+  void pack(const Task& task) {
+    memset(panels_, 0, sizeof(Stored) * sizes_.keys * sizes_.depth * Operand::kPack);
+    for_each_key<Element>(call_, task, 1, [&](const Element* token, int64_t index) {
+      pack_column<Operand>(token, call_, sizes_, index, panels_);
+    });
+  }
+  void begin_queries(const Task&, int64_t, int64_t) {}
+
+  // Scores of the group's kRows queries from `query` on, whose operands are `queries`, to rows of
+  // kScoreRow; raises their `maxima`.
+  REFSAM_INLINE void score(const Stored* queries, int64_t, const RelativeTerms& terms,
+                           KeyBlock block, float* scores, Vector* maxima) const {
+    compute_scores<Operand>(queries, panels_, sizes_.depth, terms, block,
+                            [=](int row, int64_t vector, Vector value) REFSAM_INLINE_LAMBDA {
+                              store(scores + row * kScoreRow + vector * kLanes, value);
+                              maxima[row] = larger(value, maxima[row]);
+                            });
+  }
+
+ private:
+  const RelPosAttention& call_;
+  const Sizes& sizes_;
+  Stored* const panels_;
+};
+
+template <class Element, class Operand, template <class, class> class TaskKeys = Keys>
 class Forward {
  public:
   using Stored = typename Operand::Stored;
@@ -26,7 +62,7 @@ class Forward {
       : call_(call),
         sizes_(sizes_of<Operand>(call)),
         relative_(call, sizes_, kForwardGroup, arena),
-        keys_(arena.take<Stored>(sizes_.keys * sizes_.depth * kPack)),
+        keys_(call, sizes_, arena),
         values_(arena.take<Stored>(sizes_.keys * sizes_.channels)),
         queries_(arena.take<Stored>(kForwardGroup * sizes_.depth * kPack)),
         scores_(arena.take<float>(kRows * kScoreRow)),
@@ -59,11 +95,8 @@ class Forward {
 
   void pack_keys(const Task& task) {
     relative_.begin_task(task);
-    memset(keys_, 0, sizeof(Stored) * sizes_.keys * sizes_.depth * kPack);
+    keys_.pack(task);
     memset(values_, 0, sizeof(Stored) * sizes_.keys * sizes_.channels);
-    for_each_key<Element>(call_, task, 1, [&](const Element* token, int64_t index) {
-      pack_column<Operand>(token, call_, sizes_, index, keys_);
-    });
     for_each_key<Element>(call_, task, 2, [&](const Element* token, int64_t index) {
       pack_row<Operand>(token, call_, sizes_, index, values_);
     });
@@ -72,6 +105,7 @@ class Forward {
   void begin_queries(const Task& task, int64_t first, int64_t count) {
     pack_queries<Operand, Element>(call_, task, sizes_, first, count, queries_);
     relative_.compute(task, first, count, queries_);
+    keys_.begin_queries(task, first, count);
     memset(out_, 0, sizeof(float) * round_up(count, kRows) * sizes_.channels);
     for (int64_t i = 0; i < kForwardGroup; ++i) {
       maximum_[i] = -__builtin_inff();
@@ -83,13 +117,8 @@ class Forward {
   void attend(int64_t query, KeyBlock block) {
     Vector maxima[kRows];
     for (int row = 0; row < kRows; ++row) maxima[row] = broadcast(maximum_[query + row]);
-    compute_scores<Operand>(
-        queries_ + query * sizes_.depth * kPack, keys_, sizes_.depth, relative_.terms(query), block,
-        [scores = scores_, maxima = &maxima[0]](int row, int64_t vector, Vector value)
-            REFSAM_INLINE_LAMBDA {
-              store(scores + row * kScoreRow + vector * kLanes, value);
-              maxima[row] = larger(value, maxima[row]);
-            });
+    keys_.score(queries_ + query * sizes_.depth * kPack, query, relative_.terms(query), block,
+                scores_, maxima);
     Stored* const probabilities = reinterpret_cast<Stored*>(scores_);  // in the scores' place
     float factor[kRows];
     for (int row = 0; row < kRows; ++row) {
@@ -125,6 +154,7 @@ class Forward {
       Element* const out =
           static_cast<Element*>(call_.out) + (token * call_.heads + task.head) * call_.head_dim;
       store_row(out, out_ + i * sizes_.channels, 1 / sum_[i], call_.head_dim);
+      if (!call_.log_sum_exp) continue;
       call_.log_sum_exp[statistic_place(call_, task, first + i)] =
           maximum_[i] * exponent_scale_ * kLn2 + __builtin_logf(sum_[i]);
     }
@@ -133,7 +163,7 @@ class Forward {
   const RelPosAttention& call_;
   const Sizes sizes_;
   Relative<Element, Operand> relative_;
-  Stored* const keys_;     // panels
+  TaskKeys<Element, Operand> keys_;
   Stored* const values_;   // (keys, channels)
   Stored* const queries_;  // (kForwardGroup, depth)
   float* const scores_;    // (kRows, kScoreRow)

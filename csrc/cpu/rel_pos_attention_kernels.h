@@ -7,12 +7,6 @@
 namespace refsam::cpu {
 namespace {
 
-#ifdef __AVX512BF16__
-using Bfloat16Operand = Bf16PairOperand;
-#else
-using Bfloat16Operand = Fp32Operand;
-#endif
-
 template <class Element, class Operand>
 int64_t run_forward(const RelPosAttention& call, int64_t begin, int64_t end, char* scratch) {
   Arena arena(scratch);

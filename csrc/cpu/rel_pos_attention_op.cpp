@@ -11,6 +11,7 @@
 #include "../string_argument.h"
 #include "instruction_set.h"
 #include "rel_pos_attention.h"
+#include "rel_pos_attention_int8.h"
 #include "scratch.h"
 
 namespace refsam::cpu {
@@ -35,6 +36,24 @@ const RelPosAttentionKernels& choose_kernels(const std::string& name) {
       return *kAvx2Kernels;
     default:
       return *kPortableKernels;
+  }
+}
+
+const RelPosAttentionInt8Kernels& choose_int8_kernels(const std::string& name) {
+  switch (choose_instruction_set(name)) {
+    case kAvx512Bf16:
+      return *kAvx512Bf16Int8AttentionKernels;
+    case kAvx512Vnni:
+      return *kAvx512VnniInt8AttentionKernels;
+    case kAvx512Vl:
+      return *kAvx512VlInt8AttentionKernels;
+    case kAvxVnni:
+      return *kAvxVnniInt8AttentionKernels;
+    case kAvx512:
+    case kAvx2:
+      return *kAvx2Int8AttentionKernels;
+    default:
+      return *kPortableInt8AttentionKernels;
   }
 }
 
@@ -107,6 +126,28 @@ int64_t count_heads(const RelPosAttention& call) {
   return call.images * down * across * call.heads;
 }
 
+// Runs a forward's kernel, `scratch` and `run` of its tables, on all tasks.
+void run_forward(RelPosAttention& call, int64_t (*scratch)(const RelPosAttention&),
+                 void (*run)(const RelPosAttention&, int64_t, int64_t, char*)) {
+  const int64_t heads = count_heads(call);
+  if (heads == 0) return;
+  // A few tasks per thread, where heads are fewer; each packs its head's keys again.
+  const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t queries = call.window_height * call.window_width;
+  call.parts = std::clamp<int64_t>(wanted / heads, 1, (queries + 127) / 128);
+  torch::stable::parallel_for(0, heads * call.parts, 1, [&](int64_t begin, int64_t end) {
+    const Scratch memory = allocate(scratch(call));
+    run(call, begin, end, memory.get());
+  });
+}
+
+Tensor new_output(const Tensor& qkv, RelPosAttention& call) {
+  Tensor out = torch::stable::new_empty(
+      qkv, {call.images, call.height, call.width, call.heads * call.head_dim});
+  call.out = out.mutable_data_ptr();
+  return out;
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& qkv, const Tensor& rel_pos_h,
                                    const Tensor& rel_pos_w, std::optional<Tensor> qkv_bias,
                                    int64_t num_heads, int64_t window_size, StringHandle pad_mode,
@@ -115,24 +156,24 @@ std::tuple<Tensor, Tensor> forward(const Tensor& qkv, const Tensor& rel_pos_h,
   RelPosAttention call =
       describe(qkv, rel_pos_h, rel_pos_w, qkv_bias, num_heads, window_size, pads);
   const RelPosAttentionKernels& kernels = choose_kernels(wanted_set);
-  const std::vector<int64_t> out_shape{call.images, call.height, call.width,
-                                       call.heads * call.head_dim};
-  const std::vector<int64_t> statistic_shape{call.images, call.heads, call.height, call.width};
-  Tensor out = torch::stable::new_empty(qkv, out_shape);
-  Tensor log_sum_exp = torch::stable::new_empty(qkv, statistic_shape, ScalarType::Float);
-  const int64_t heads = count_heads(call);
-  if (heads == 0) return {out, log_sum_exp};
-  call.out = out.mutable_data_ptr();
+  Tensor out = new_output(qkv, call);
+  Tensor log_sum_exp = torch::stable::new_empty(
+      qkv, {call.images, call.heads, call.height, call.width}, ScalarType::Float);
   call.log_sum_exp = static_cast<float*>(log_sum_exp.mutable_data_ptr());
-  // A few tasks per thread, where heads are fewer; each packs its head's keys again.
-  const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t queries = call.window_height * call.window_width;
-  call.parts = std::clamp<int64_t>(wanted / heads, 1, (queries + 127) / 128);
-  torch::stable::parallel_for(0, heads * call.parts, 1, [&](int64_t begin, int64_t end) {
-    const Scratch scratch = allocate(kernels.forward_scratch(call));
-    kernels.forward(call, begin, end, scratch.get());
-  });
+  run_forward(call, kernels.forward_scratch, kernels.forward);
   return {out, log_sum_exp};
+}
+
+Tensor int8_forward(const Tensor& qkv, const Tensor& rel_pos_h, const Tensor& rel_pos_w,
+                    std::optional<Tensor> qkv_bias, int64_t num_heads, int64_t window_size,
+                    StringHandle pad_mode, StringHandle instruction_set) {
+  const std::string pads = take_string(pad_mode), wanted_set = take_string(instruction_set);
+  RelPosAttention call =
+      describe(qkv, rel_pos_h, rel_pos_w, qkv_bias, num_heads, window_size, pads);
+  const RelPosAttentionInt8Kernels& kernels = choose_int8_kernels(wanted_set);
+  Tensor out = new_output(qkv, call);
+  run_forward(call, kernels.scratch, kernels.run);
+  return out;
 }
 
 // Adds up slots (count, size) in their order; `result` takes its elements from `offset` on.
@@ -198,6 +239,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(refsam_kernels_cpu, m) {
       "rel_pos_attention(Tensor qkv, Tensor rel_pos_h, Tensor rel_pos_w, Tensor? qkv_bias, int "
       "num_heads, int window_size, str pad_mode, str instruction_set) -> (Tensor, Tensor)");
   m.def(
+      "rel_pos_attention_int8(Tensor qkv, Tensor rel_pos_h, Tensor rel_pos_w, Tensor? qkv_bias, "
+      "int "
+      "num_heads, int window_size, str pad_mode, str instruction_set) -> Tensor");
+  m.def(
       "rel_pos_attention_backward(Tensor grad_out, Tensor qkv, Tensor rel_pos_h, Tensor rel_pos_w, "
       "Tensor? qkv_bias, Tensor out, Tensor log_sum_exp, int num_heads, int window_size, str "
       "pad_mode, bool needs_tables, str instruction_set) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -205,6 +250,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(refsam_kernels_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(refsam_kernels_cpu, CPU, m) {
   m.impl("rel_pos_attention", TORCH_BOX(&forward));
+  m.impl("rel_pos_attention_int8", TORCH_BOX(&int8_forward));
   m.impl("rel_pos_attention_backward", TORCH_BOX(&backward));
 }
 

@@ -65,6 +65,13 @@ struct Bf16PairOperand {
 };
 #endif
 
+// Of calls in bfloat16.
+#ifdef __AVX512BF16__
+using Bfloat16Operand = Bf16PairOperand;
+#else
+using Bfloat16Operand = Fp32Operand;
+#endif
+
 // An operand: element (row, depth) of the left one is at row * `row` + depth * `depth`, lane group
 // (depth, column) of the right one at depth * `depth` + column; all in units of Stored, `depth` for
 // kPack summed elements at once.

@@ -26,12 +26,21 @@ constexpr float kLog2E = 1.44269504088896340736f;
 
 typedef float Vector __attribute__((vector_size(kLanes * 4), may_alias));
 typedef int32_t IntVector __attribute__((vector_size(kLanes * 4), may_alias));
+typedef uint8_t ByteVector __attribute__((vector_size(kLanes), may_alias));
 typedef Vector UnalignedVector __attribute__((aligned(2)));
 
 REFSAM_INLINE Vector load(const void* from) { return *static_cast<const UnalignedVector*>(from); }
 REFSAM_INLINE void store(void* to, Vector value) { *static_cast<UnalignedVector*>(to) = value; }
 REFSAM_INLINE Vector broadcast(float value) { return value - Vector{}; }
-REFSAM_INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+// b if one of them is NaN. GCC 12 makes two instructions of a choice between vectors.
+REFSAM_INLINE Vector larger(Vector a, Vector b) {
+#ifdef __AVX2__
+  asm("vmaxps %2, %1, %0" : "=v"(a) : "v"(a), "v"(b));
+  return a;
+#else
+  return a > b ? a : b;
+#endif
+}
 
 REFSAM_INLINE float sum_of(Vector vector) {
   float sum = 0;
@@ -55,7 +64,7 @@ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 // 2^x to float rounding (relative error 8e-8) for x <= 127; below -126 some number under 3e-38.
 REFSAM_INLINE Vector exp2_of(Vector x) {
   constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer
-  x = x < -126.0f ? broadcast(-126.0f) : x;
+  x = larger(broadcast(-126.0f), x);       // NaN stays
   const Vector shifted = x + kRounder;
   const Vector rest = x - (shifted - kRounder);
   Vector power = rest * 0x1.41d332p-13f + 0x1.5f456ap-10f;
@@ -83,6 +92,13 @@ REFSAM_INLINE float to_float(Bfloat16 value) {
 typedef uint32_t BitVector __attribute__((vector_size(kLanes * 4), may_alias));
 typedef uint16_t HalfVector __attribute__((vector_size(kLanes * 2), may_alias));
 
+REFSAM_INLINE Vector load_elements(const float* from) { return load(from); }
+REFSAM_INLINE Vector load_elements(const Bfloat16* from) {
+  HalfVector halves;
+  memcpy(&halves, from, sizeof(halves));
+  return (Vector)(__builtin_convertvector(halves, BitVector) << 16);
+}
+
 REFSAM_INLINE void store_elements(float* to, Vector values) { store(to, values); }
 REFSAM_INLINE void store_elements(Bfloat16* to, Vector values) {
   const BitVector bits = (BitVector)values;
@@ -91,6 +107,16 @@ REFSAM_INLINE void store_elements(Bfloat16* to, Vector values) {
   const BitVector kept = values == values ? rounded : bits >> 16 | 0x40;
   const HalfVector halves = __builtin_convertvector(kept, HalfVector);
   memcpy(to, &halves, sizeof(halves));
+}
+
+// One row of a tensor as floats, with zeros up to whole vectors.
+template <class Element>
+REFSAM_INLINE void read_row(const Element* from, int64_t count, float* to) {
+  int64_t k = 0;
+  for (; k + kLanes <= count; k += kLanes) store(to + k, load_elements(from + k));
+  if (k == count) return;
+  store(to + k, Vector{});
+  for (; k < count; ++k) to[k] = to_float(from[k]);
 }
 
 // to (count,) = factor * from, of which whole vectors are read.

@@ -46,7 +46,7 @@ INSTRUCTION_SETS = {
     "_avx512vl": AVX2,
     "_avx512": AVX512,
     "_avx512vnni": [*AVX512, "-mavx512vnni"],
-    "_avx512bf16": [*AVX512, "-mavx512bf16"],
+    "_avx512bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
 }
 
 

@@ -148,8 +148,8 @@ def run_block(
     )
 
 
-def attend(weights: BlockWeights, qkv: Tensor) -> Tensor:
-    """The block's attention on its qkv product (B, h, w, 3*D)."""
+def attend(weights: BlockWeights, qkv: Tensor, *, int8_scores: bool = False) -> Tensor:
+    """The block's attention on its qkv product (B, h, w, 3*D); for int8_scores see `rel_pos_attention`."""
     height, width = qkv.shape[1:3]
     rel_pos_h, rel_pos_w = weights.rel_pos_h, weights.rel_pos_w
     if weights.crops and height != width and not weights.window_size:
@@ -163,6 +163,7 @@ def attend(weights: BlockWeights, qkv: Tensor) -> Tensor:
         num_heads=weights.num_heads,
         window_size=weights.window_size,
         qkv_bias=weights.qkv_bias,
+        int8_scores=int8_scores,
     )
 
 

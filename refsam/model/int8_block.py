@@ -14,7 +14,8 @@ from refsam_kernels import Int8Weights, int8_linear, int8_mlp, quantise_weights,
 class Int8Block:
     """`run_block` on a CPU, for fused float32 weights and without autograd; it makes its norms itself.
 
-    The products of qkv, proj, MLP and adapters are in integers; attention is in attention_dtype, what is summed in float32.
+    The products of qkv, proj, MLP and adapters are in integers, and those of queries and keys in global attention; the rest of
+    attention is in attention_dtype, what is summed in float32.
     """
 
     def __init__(
@@ -26,6 +27,8 @@ class Int8Block:
         self.norm1 = norm1
         self.norm2 = (weights.norm_weight, weights.norm_bias)
         self.attention_dtype = attention_dtype
+        # In windows, whose keys are few, it takes as long as in bfloat16.
+        self.has_int8_scores = not weights.window_size
         self.qkv = quantise_weights(weights.qkv_weight, weights.qkv_bias)
         self.proj = quantise_weights(weights.proj_weight, weights.proj_bias)
         space = weights.space_adapter
@@ -49,7 +52,7 @@ class Int8Block:
         x = x.contiguous()  # channels-first in memory behind the patch embedding
         qkv = int8_linear(x, self.qkv, norm=self.norm1, eps=VIT_EPS, dtype=self.attention_dtype)
         with torch.autocast("cpu", enabled=False):
-            attention = attend(self.rest, qkv)
+            attention = attend(self.rest, qkv, int8_scores=self.has_int8_scores)
         if self.space_adapter is None:
             x = int8_linear(attention, self.proj, residual=x, dtype=x.dtype)
         else:

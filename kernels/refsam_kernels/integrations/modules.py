@@ -60,8 +60,8 @@ class Attend:
 
 
 class Int8Attend(Attend):
-    """`Attend` with qkv and projection in 8-bit integers, attention in bfloat16 on a CPU that multiplies it; where neither
-    layer is another than a plain one, and autograd is off.
+    """`Attend` with qkv, projection and global attention's `q k` in 8-bit integers, the rest in bfloat16 on a CPU that
+    multiplies it; where neither layer is another than a plain one, and autograd is off.
     """
 
     def __init__(self, *, num_heads: int, window_size: int) -> None:
@@ -81,6 +81,7 @@ class Int8Attend(Attend):
             num_heads=self.num_heads,
             window_size=self.window_size,
             qkv_bias=None if qkv.bias is None else qkv.bias.to(dtype),
+            int8_scores=not self.window_size,
         )
         return self.int8_proj(proj, attended, tokens.dtype)
 

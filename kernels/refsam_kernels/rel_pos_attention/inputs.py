@@ -1,8 +1,11 @@
 """The arguments and results of `rel_pos_attention`."""
 
-from typing import NamedTuple
+from math import ceil
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from refsam_kernels.core.flops import Product
 
 
 class Inputs(NamedTuple):
@@ -22,3 +25,13 @@ class Outputs(NamedTuple):
 
     out: Tensor
     log_sum_exp: Tensor
+
+
+def count_products(inputs: Any) -> list[Product]:
+    """Queries with keys, probabilities with values, queries with both position tables; padding's keys count."""
+    images, h, w, width = inputs.qkv
+    rows, columns = (inputs.window_size,) * 2 if inputs.window_size else (h, w)
+    queries = images * (ceil(h / rows) * rows) * (ceil(w / columns) * columns)
+    per_key = 2 * queries * (width // 3)
+    products = [(2 * per_key * rows * columns, None), (per_key * rows, "rel_pos_h")]
+    return [*products, (per_key * columns, "rel_pos_w")]

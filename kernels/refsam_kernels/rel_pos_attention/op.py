@@ -1,6 +1,5 @@
 """Registration and public function of `rel_pos_attention`."""
 
-from math import ceil
 from typing import Any
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 from refsam_kernels.core.checks import autocast, check_same_device, check_same_dtype, require
 from refsam_kernels.core.flops import Product, counts
 from refsam_kernels.core.registration import Operator
-from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs
+from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs, count_products
+from refsam_kernels.rel_pos_attention.int8 import op as int8
 
 PAD_MODES = ("bias", "mask", "none")
 
@@ -31,13 +31,7 @@ operator.differentiate({"grad_out": "out"}, saved=["out", "log_sum_exp"])
 
 @counts(operator)
 def _products(inputs: Any) -> list[Product]:
-    """Queries with keys, probabilities with values, queries with both position tables; padding's keys count."""
-    images, h, w, width = inputs.qkv
-    rows, columns = (inputs.window_size,) * 2 if inputs.window_size else (h, w)
-    queries = images * (ceil(h / rows) * rows) * (ceil(w / columns) * columns)
-    per_key = 2 * queries * (width // 3)
-    products = [(2 * per_key * rows * columns, None), (per_key * rows, "rel_pos_h")]
-    return [*products, (per_key * columns, "rel_pos_w")]
+    return count_products(inputs)
 
 
 def rel_pos_attention(
@@ -49,6 +43,7 @@ def rel_pos_attention(
     window_size: int = 0,
     qkv_bias: Tensor | None = None,
     pad_mode: str = "bias",
+    int8_scores: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Multi-head self-attention on a grid of tokens with SAM's decomposed relative positions.
@@ -66,6 +61,9 @@ def rel_pos_attention(
         qkv_bias: (3*D,), what padding tokens have as q, k and v; None for zeros.
         pad_mode: what fills the windows that stick out of the grid. "bias": padding tokens, which
             are keys and values, as in SAM; "mask": nothing; "none": there must be none.
+        int8_scores: whether `q k` is of 8-bit integers, a token's largest value being 127 of its steps (63 on a
+            processor that has AVX2 and no instructions for 8-bit products); for inference, in float32 or bfloat16. A
+            token with a value that is not finite counts as NaN.
         backend: a backend by name; None leaves the choice to the library.
 
     Returns:
@@ -75,6 +73,7 @@ def rel_pos_attention(
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value.
         BackendError: the requested backend cannot run.
+        RuntimeError: with int8_scores, if autograd would record the call.
 
     Follows segment-anything `modeling/image_encoder.py`, `Attention` and `window_partition`.
     """
@@ -86,7 +85,10 @@ def rel_pos_attention(
     check_same_dtype(
         **dict(zip(("qkv", "rel_pos_h", "rel_pos_w", "qkv_bias"), tensors, strict=True))
     )
-    return _forward(*tensors, num_heads, window_size, pad_mode, backend or "")[0]
+    inputs = Inputs(*tensors, num_heads, window_size, pad_mode)
+    if int8_scores:
+        return int8.attend(inputs, backend or "")
+    return _forward(*inputs, backend or "")[0]
 
 
 def resize_table(table: Tensor, size: int) -> Tensor:

@@ -23,10 +23,7 @@ def forward(inputs: Inputs) -> Outputs:
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     logits = add_rel_pos(logits, q, rel_pos_h, rel_pos_w, height, width)
     if pad_mode == "mask":
-        is_real = pad(torch.ones_like(qkv[..., :1]), None, height, width)
-        is_real = partition(is_real, height, width)[0].flatten(1) > 0  # (windows, tokens)
-        is_real = is_real.repeat_interleave(num_heads, 0)[:, None]
-        logits = logits.masked_fill(~is_real, float("-inf"))
+        logits = mask_padding(logits, qkv, num_heads, height, width)
     attended = logits.softmax(-1) @ v  # (windows * heads, tokens, head_dim)
     out = join_heads(attended, num_heads, height, width)
     statistics = torch.promote_types(qkv.dtype, torch.float32)
@@ -54,6 +51,14 @@ def pad(tokens: Tensor, value: Tensor | None, height: int, width: int) -> Tensor
         return padded
     is_real = F.pad(torch.ones_like(tokens[..., :1]), (0, 0, 0, right, 0, bottom))
     return torch.where(is_real > 0, padded, value)
+
+
+def mask_padding(logits: Tensor, qkv: Tensor, num_heads: int, height: int, width: int) -> Tensor:
+    """Logits (windows * heads, tokens, tokens), minus infinity where the key is padding."""
+    is_real = pad(torch.ones_like(qkv[..., :1]), None, height, width)
+    is_real = partition(is_real, height, width)[0].flatten(1) > 0  # (windows, tokens)
+    is_real = is_real.repeat_interleave(num_heads, 0)[:, None]
+    return logits.masked_fill(~is_real, float("-inf"))
 
 
 def partition(tokens: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
