@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refsam.data.dataset import DataError, Expression, VideoRecord
+from refsam.data.dataset import DataError, Expression, MaskSource, ReferringDataset, VideoRecord
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,45 @@ def records(
             f"{path}: {len(untold)} of {len(every)} expressions name no objects: {named(untold)}"
         )
     return tuple(found), by_video
+
+
+def open_listed(
+    name: str,
+    split: str,
+    root: Path,
+    places: Mapping[str, Path],
+    masks: MaskSource | None,
+    objects: Callable[[Mapping[str, Any]], tuple[int, ...] | None],
+    *,
+    names: Collection[str] | None = None,
+    notes: tuple[str, ...] = (),
+) -> ReferringDataset:
+    """A split whose `places` are the list of expressions, the folder of frames and that of masks; all videos or `names`.
+
+    Without `masks` it has no truth. Raises DataError as `records` does.
+    """
+    listed = read_videos(places["expressions"])
+    chosen = list(listed) if names is None else names
+    found = records(places["expressions"], listed, chosen, masks is not None, objects)
+    return ReferringDataset(
+        name,
+        split,
+        root,
+        *found,
+        FrameFolder(places["frames"]),
+        masks,
+        truth=None if masks is None else places["masks"],
+        listing=places["expressions"],
+        notes=notes,
+    )
+
+
+def numbers_of(entry: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
+    """The objects that an expression's entry names, one number or several; None if it has none."""
+    if key not in entry:
+        return None
+    numbers = entry[key]
+    return tuple(int(n) for n in (numbers if isinstance(numbers, list) else [numbers]))
 
 
 def named(names: Sequence[str], limit: int = 5) -> str:

@@ -1,20 +1,19 @@
 """Long-RVOS (arXiv 2505.12702): videos of a minute; an object has a folder of masks, without files where it is not seen."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from refsam.data.dataset import Expression, Mask, ReferringDataset
 from refsam.data.listings import (
-    FrameFolder,
     Part,
     check_split,
     demand_parts,
+    numbers_of,
+    open_listed,
     read_videos,
-    records,
 )
 from refsam.data.masks import read_numbers
 
@@ -65,22 +64,11 @@ def open_split(name: str, root: Path, split: str) -> ReferringDataset:
     """One split. Nothing but the lists is held: a video of any length is read frame by frame."""
     check_split(name, split, SPLITS)
     places = demand_parts(name, parts(name, root, split))
-    listed = read_videos(places["expressions"])
     has_truth = places["masks"].is_dir()
-    videos, by_video = records(places["expressions"], listed, list(listed), has_truth, _objects)
+    masks = ObjectFolders(places["masks"]) if has_truth else None
     notes = () if has_truth else (f"{split}: no truth in {places['masks']}; see {_SITE}",)
-    return ReferringDataset(
-        name,
-        split,
-        root,
-        videos,
-        by_video,
-        FrameFolder(places["frames"]),
-        ObjectFolders(places["masks"]) if has_truth else None,
-        truth=places["masks"] if has_truth else None,
-        listing=places["expressions"],
-        notes=notes,
-    )
+    objects = partial(numbers_of, key="obj_id")
+    return open_listed(name, split, root, places, masks, objects, notes=notes)
 
 
 def expression_types(dataset: ReferringDataset) -> dict[tuple[str, str], str]:
@@ -92,10 +80,3 @@ def expression_types(dataset: ReferringDataset) -> dict[tuple[str, str], str]:
         for number, entry in content["expressions"].items()
         if "type" in entry
     }
-
-
-def _objects(entry: Mapping[str, Any]) -> tuple[int, ...] | None:
-    if "obj_id" not in entry:
-        return None
-    numbers = entry["obj_id"]
-    return tuple(int(n) for n in (numbers if isinstance(numbers, list) else [numbers]))

@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from refsam.data.dataset import DataError, ReferringDataset
 from refsam.data.listings import (
-    FrameFolder,
     Part,
     check_split,
     demand_parts,
+    numbers_of,
+    open_listed,
     read_json,
     read_videos,
-    records,
 )
 from refsam.data.run_lengths import (
     Arrays,
@@ -50,34 +50,18 @@ def open_split(name: str, root: Path, split: str) -> ReferringDataset:
     """One split. An expression's `object_ids` are its `anno_id`s, any number of them, none in expressions about nothing."""
     check_split(name, split, SPLITS)
     places = demand_parts(name, parts(name, root, split))
-    listed = read_videos(places["expressions"])
-    has_truth = places["masks"].is_file()
-    videos, by_video = records(places["expressions"], listed, list(listed), has_truth, _objects)
     source = None
     notes: tuple[str, ...] = (f"{split}: no truth in {places['masks']}; see {_SITE}",)
-    if has_truth:
+    if places["masks"].is_file():
+        listed = read_videos(places["expressions"])
         positions = {
             video: {frame: index for index, frame in enumerate(entry["frames"])}
             for video, entry in listed.items()
         }
         arrays = open_arrays(places["masks"], lambda: _read_tracks(places["masks"]))
         source, notes = RunLengthMasks(RunLengthTable(**arrays), ListedPositions(positions)), ()
-    return ReferringDataset(
-        name,
-        split,
-        root,
-        videos,
-        by_video,
-        FrameFolder(places["frames"]),
-        source,
-        truth=places["masks"] if has_truth else None,
-        listing=places["expressions"],
-        notes=notes,
-    )
-
-
-def _objects(entry: Mapping[str, Any]) -> tuple[int, ...] | None:
-    return tuple(int(number) for number in entry["anno_id"]) if "anno_id" in entry else None
+    objects = partial(numbers_of, key="anno_id")
+    return open_listed(name, split, root, places, source, objects, notes=notes)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Ref-YouTube-VOS, and the layout that Ref-DAVIS17 shares with it once it is prepared."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from refsam.data.listings import (
     Part,
     check_split,
     demand_parts,
+    numbers_of,
+    open_listed,
     read_videos,
-    records,
 )
 from refsam.data.masks import BinaryMasks, NumberedMasks
 
@@ -61,23 +63,8 @@ def open_layout(name: str, root: Path, split: str, parts: Mapping[str, Part]) ->
     source = _mask_source(places["masks"], listed, names)
     if source is None:
         notes += (f"{split}: no truth in {places['masks']}; it comes from {parts['masks'].source}",)
-    videos, by_video = records(places["expressions"], listed, names, source is not None, _objects)
-    return ReferringDataset(
-        name,
-        split,
-        root,
-        videos,
-        by_video,
-        FrameFolder(places["frames"]),
-        source,
-        truth=None if source is None else places["masks"],
-        listing=places["expressions"],
-        notes=notes,
-    )
-
-
-def _objects(entry: Mapping[str, Any]) -> tuple[int, ...] | None:
-    return (int(entry["obj_id"]),) if "obj_id" in entry else None
+    objects = partial(numbers_of, key="obj_id")
+    return open_listed(name, split, root, places, source, objects, names=names, notes=notes)
 
 
 def _validation_videos(root: Path, listed: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:

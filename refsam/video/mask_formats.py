@@ -5,6 +5,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -105,6 +106,7 @@ def encode_run_lengths(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(mask.shape), "counts": code["counts"].decode("ascii")}
 
 
+@cache
 def davis_palette(colours: int = 256) -> bytes:
     """The palette of DAVIS and PASCAL VOC, three bytes a colour: bit by bit from the index."""
     palette = bytearray()
@@ -113,6 +115,13 @@ def davis_palette(colours: int = 256) -> bytes:
             bits = (index >> (3 * level + channel) & 1 for level in range(3))
             palette.append(sum(bit << 7 - level for level, bit in enumerate(bits)))
     return bytes(palette)
+
+
+def encode_numbers(numbers: np.ndarray) -> bytes:
+    """A map of object numbers ``(H, W)`` uint8 as a PNG with DAVIS's palette."""
+    picture = Image.fromarray(numbers)
+    picture.putpalette(davis_palette())
+    return _png(picture)
 
 
 class _Pictures:
@@ -152,9 +161,7 @@ class _Pictures:
             indices = np.zeros(image.shape[:2], np.uint8)
             for index, mask in enumerate(masks):
                 indices[mask] = index + 1
-            picture = Image.fromarray(indices)
-            picture.putpalette(davis_palette())
-            yield _png(picture)
+            yield encode_numbers(indices)
         else:
             for mask in masks:
                 alpha = np.negative(mask.view(np.uint8))[..., None]

@@ -17,7 +17,7 @@ from PIL import Image
 from refsam.cli import main
 from refsam.data import open_dataset
 from refsam.errors import UserError
-from refsam.evaluation.runners.benchmark import Runner, evaluate, palette
+from refsam.evaluation.runners.benchmark import Runner, evaluate
 from refsam.evaluation.runners.inference import RULES, FrameLogits, VideoPredictor, find_rules
 from refsam.evaluation.runners.per_expression import PerExpression
 from refsam.evaluation.runners.ref_davis17 import RefDavis17
@@ -26,6 +26,7 @@ from refsam.evaluation.runners.run_folder import RunFolder
 from refsam.evaluation.runners.submissions import write_submission
 from refsam.evaluation.scoring.problems import MaskProblemsError
 from refsam.session import Shard, VideoSession
+from refsam.video.mask_formats import davis_palette
 from tests.data import fixtures
 from tests.evaluation.known_model import ColourModel, write_lossless
 from tests.tiny_model import tiny_model
@@ -106,7 +107,7 @@ def test_ref_davis17_writes_maps_with_the_usual_palette(davis, tmp_path):
         assert picture.mode == "P"
         assert picture.getpalette()[:12] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
         np.testing.assert_array_equal(np.array(picture), fixtures.numbers_at(2, 2))
-    assert tuple(palette()[3 * 255 :]) == (224, 224, 192)
+    assert tuple(davis_palette()[3 * 255 :]) == (224, 224, 192)
     assert not (tmp_path / "out/predictions/expressions").exists()
 
 

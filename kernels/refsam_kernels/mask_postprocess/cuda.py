@@ -3,12 +3,11 @@
 Nothing is copied to the device and no shape depends on values, so that CUDA graphs can hold every launch.
 """
 
-from torch import Tensor
-
 from refsam_kernels.core import libraries
-from refsam_kernels.mask_postprocess.inputs import Bits, BitsInputs, Inputs, Runs, RunsInputs
+from refsam_kernels.mask_postprocess.compiled import calls_of
+from refsam_kernels.mask_postprocess.inputs import BitsInputs, Inputs, RunsInputs
 
-_library = libraries.load("cuda")
+forward, bits, runs = calls_of(libraries.load("cuda"))
 
 
 def not_supported_reasons(inputs: Inputs | BitsInputs | RunsInputs) -> list[str]:
@@ -17,21 +16,3 @@ def not_supported_reasons(inputs: Inputs | BitsInputs | RunsInputs) -> list[str]
 
 
 bits_not_supported_reasons = runs_not_supported_reasons = not_supported_reasons
-
-
-def forward(inputs: Inputs) -> Tensor:
-    """Float32 logits (P, 4h, 4w) to masks (P, H, W) bool."""
-    logits, *settings = inputs
-    return _library.mask_postprocess(logits.contiguous(), *settings)
-
-
-def bits(inputs: BitsInputs) -> Bits:
-    """Like `reference.bits`, of float32 logits."""
-    logits, *settings = inputs
-    return Bits(*_library.mask_postprocess_bits(logits.contiguous(), *settings))
-
-
-def runs(inputs: RunsInputs) -> Runs:
-    """Like `reference.runs`."""
-    words, *settings = inputs
-    return Runs(*_library.mask_postprocess_runs(words.contiguous(), *settings))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from refsam.errors import UserError
-from refsam.evaluation.reports.pictures import COLOURS, LEGEND, comparison, strip
+from refsam.evaluation.reports.pictures import COLOURS, LEGEND, best_and_worst, comparison, strip
 from refsam.evaluation.reports.plots import Curve, both_curves, picture
 from refsam.evaluation.reports.report import Code, Picture, Section, Table, Text
 from refsam.evaluation.scoring.clips import Clip
@@ -142,16 +142,10 @@ def _clip_pictures(
     scored: Sequence[Scored], frame: FrameReader | None, pictures: str
 ) -> Iterable[Picture | Text]:
     """The clips with the highest and the lowest J&F of all evaluations, worst first last."""
-    ranked = sorted(
-        ((scores, score) for scores in scored for score in scores.result.scores),
-        key=lambda pair: -pair[1].measures["J&F-Mean"],
-    )
-    best = min(_SHOWN_CLIPS, (len(ranked) + 1) // 2)
-    worst = min(_SHOWN_CLIPS, len(ranked) - best)
+    every = ((scores, score) for scores in scored for score in scores.result.scores)
+    chosen = best_and_worst(every, lambda pair: pair[1].measures["J&F-Mean"], _SHOWN_CLIPS)
     yield Text((f"{LEGEND}. Up to {_TILES} frames of each clip, evenly spaced.",))
-    chosen = [("best", *pair) for pair in ranked[:best]]
-    chosen += [("worst", *pair) for pair in ranked[len(ranked) - worst :]]
-    for index, (rank, scores, score) in enumerate(chosen):
+    for index, (rank, (scores, score)) in enumerate(chosen):
         title = " ".join(filter(None, (scores.name, _title(scores, score))))
         caption = f"{rank}: {title}, J&F {100 * score.measures['J&F-Mean']:.1f}"
         content = _overlay(_clip_of(scores.clips, score), scores.result.protocol, score, frame)

@@ -1,7 +1,8 @@
 """Pictures for reports: masks against the truth drawn onto frames, as JPEG."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,19 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 _AGREED, _MISSED, _WRONG = (0, 114, 178), (230, 159, 0), (204, 0, 153)
 LEGEND = "blue: right, orange: missed, magenta: marked wrongly"
 _TILE_WIDTH = 300
+T = TypeVar("T")
+
+
+def best_and_worst(
+    items: Iterable[T], score: Callable[[T], float], most: int
+) -> list[tuple[str, T]]:
+    """("best", item) of the highest scores, then ("worst", item) of the lowest, at most so many of each and each item once."""
+    ranked = sorted(items, key=lambda item: -score(item))
+    best = min(most, (len(ranked) + 1) // 2)
+    worst = min(most, len(ranked) - best)
+    return [("best", item) for item in ranked[:best]] + [
+        ("worst", item) for item in ranked[len(ranked) - worst :]
+    ]
 
 
 def comparison(

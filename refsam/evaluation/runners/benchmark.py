@@ -1,19 +1,16 @@
 """Run a model on a benchmark: processes share the units of work, each is predicted once, then all are scored."""
 
 import hashlib
-import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from refsam.checkpoint import tensors_sha256
 from refsam.data import Expression, ReferringDataset, VideoRecord
@@ -33,7 +30,7 @@ from refsam.model import PromptedSAM
 from refsam.runtime.provenance import installed, provenance
 from refsam.session import Shard
 from refsam.video import prefetch
-from refsam.video.mask_formats import encode_mask
+from refsam.video.mask_formats import encode_mask, encode_numbers
 
 _COMPUTED_TOGETHER = 16
 _Record = Mapping[str, Any]
@@ -104,10 +101,31 @@ class Benchmark(Protocol):
         """Score what all units have predicted; `records` by unit. So many `processes` may share the scoring."""
 
 
-def in_groups(expressions: Sequence[Expression]) -> list[list[Expression]]:
-    """Expressions in their order, as many of them together as memory bears; it depends on the video alone."""
-    starts = range(0, len(expressions), _COMPUTED_TOGETHER)
-    return [list(expressions[start : start + _COMPUTED_TOGETHER]) for start in starts]
+class BinaryMasks:
+    """The parts of a `Benchmark` whose predictions are binary masks `<unit>/<expression>/<frame>.png`."""
+
+    def groups(self, unit: Unit) -> list[list[Expression]]:
+        """Expressions in file order, as many of them together as memory bears; it depends on the video alone."""
+        every = unit.expressions
+        starts = range(0, len(every), _COMPUTED_TOGETHER)
+        return [list(every[start : start + _COMPUTED_TOGETHER]) for start in starts]
+
+    def folders(self, unit: Unit) -> list[str]:
+        """The unit's own."""
+        return [unit.name]
+
+    def render(
+        self, unit: Unit, logits: Sequence[FrameLogits], rules: InferenceRules
+    ) -> dict[str, NDArray[Any]]:
+        """A mask for each expression."""
+        masks = [mask for group in logits for mask in group.masks(rules.threshold)]
+        pairs = zip(unit.expressions, masks, strict=True)
+        return {f"{unit.name}/{e.expression_id}": mask for e, mask in pairs}
+
+
+def texts_of(units: Sequence[Unit]) -> dict[tuple[str, str], str]:
+    """What each (video, expression) says."""
+    return {(e.video, e.expression_id): e.text for unit in units for e in unit.expressions}
 
 
 @dataclass(frozen=True)
@@ -240,17 +258,6 @@ def shard_of(benchmark: Benchmark, shard: Shard) -> list[Unit]:
     return shard.of(benchmark.units, lambda unit: unit.cost)
 
 
-@cache
-def palette() -> bytes:
-    """The 256 colours of the PASCAL VOC and DAVIS masks as `rgbrgb...`: bits of the number, spread over the three."""
-    # Bits 0, 3, 6 of the number go to red, 1, 4, 7 to green, 2, 5 to blue, the lowest to the highest place.
-    return bytes(
-        sum((number >> bit & 1) << (7 - bit // 3) for bit in range(channel, 8, 3))
-        for number in range(256)
-        for channel in range(3)
-    )
-
-
 def _data_sha256(units: Sequence[Unit]) -> str:
     """SHA-256 over everything that is asked: units, frames and expressions."""
     digest = hashlib.sha256()
@@ -283,15 +290,8 @@ def _write_pictures(folder: Path, frame: str, pictures: _Pictures) -> None:
     for place, picture in pictures.items():
         path = folder / place / f"{frame}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode_mask(picture) if picture.dtype == np.bool_ else _as_map(picture))
-
-
-def _as_map(numbers: NDArray[np.uint8]) -> bytes:
-    image = Image.fromarray(numbers, mode="P")
-    image.putpalette(palette())
-    content = io.BytesIO()
-    image.save(content, "PNG", compress_level=1)
-    return content.getvalue()
+        encode = encode_mask if picture.dtype == np.bool_ else encode_numbers
+        path.write_bytes(encode(picture))
 
 
 def _written(

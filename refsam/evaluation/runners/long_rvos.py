@@ -1,7 +1,5 @@
 """Long-RVOS: scores of single expressions, as on MeViS, and of their times: tIoU and vIoU."""
 
-import csv
-import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +12,11 @@ from refsam.evaluation.reports.report import Section, Table, Text
 from refsam.evaluation.runners.benchmark import Outcome, Unit
 from refsam.evaluation.runners.per_expression import PerExpression
 from refsam.evaluation.runners.run_folder import RunFolder
+from refsam.evaluation.scoring.results import as_csv
 from refsam.metrics import contour_accuracy, region_similarity
 
 RULES = (
-    "J and F: mean over the frames of a expression, then over expressions; 1 in frames where both masks are empty.",
+    "J and F: mean over the frames of an expression, then over expressions; 1 in frames where both masks are empty.",
     "tIoU: frames in which both masks are there, over frames in which either is; 1 where no frame shows anything.",
     "vIoU: the sum of J over frames in which both are there, over frames in which either is; 1 where no frame shows anything.",
 )
@@ -94,8 +93,5 @@ def _mean(scores: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _csv(scores: Mapping[tuple[str, str], Mapping[str, float]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["video", "expression", *_NAMES])
-    writer.writerows([*key, *(score[name] for name in _NAMES)] for key, score in scores.items())
-    return text.getvalue()
+    rows = ([*key, *(score[name] for name in _NAMES)] for key, score in scores.items())
+    return as_csv(["video", "expression", *_NAMES], rows)

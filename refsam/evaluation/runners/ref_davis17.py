@@ -12,7 +12,7 @@ from refsam.data import Expression, ReferringDataset
 from refsam.errors import UserError
 from refsam.evaluation.reports.masks import Scored, mask_sections, mean_of, overall_table
 from refsam.evaluation.reports.report import Section, Text
-from refsam.evaluation.runners.benchmark import Outcome, Unit
+from refsam.evaluation.runners.benchmark import Outcome, Unit, texts_of
 from refsam.evaluation.runners.inference import MERGE_NOTES, FrameLogits, InferenceRules, MergeRule
 from refsam.evaluation.runners.run_folder import RunFolder
 from refsam.evaluation.scoring.clips import find_clips
@@ -146,9 +146,9 @@ class RefDavis17:
 
     def _texts(self, annotator: int | None) -> dict[tuple[str, str], str]:
         """An annotator's expressions by object; without an annotator, every expression."""
-        every = [expression for unit in self.units for expression in unit.expressions]
         if annotator is None:
-            return {(e.video, e.expression_id): e.text for e in every}
+            return texts_of(self.units)
+        every = [expression for unit in self.units for expression in unit.expressions]
         return {(e.video, str(_number(e))): e.text for e in every if e.annotator == annotator}
 
 

@@ -1,9 +1,7 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: overall IoU, mean IoU and P@0.5 to 0.9 of each split, by the conventions of several papers."""
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -11,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from refsam.data import Expression, ReferringDataset
+from refsam.data import ReferringDataset
 from refsam.errors import UserError
-from refsam.evaluation.reports.pictures import COLOURS, LEGEND, comparison, strip
+from refsam.evaluation.reports.pictures import COLOURS, LEGEND, best_and_worst, comparison, strip
 from refsam.evaluation.reports.plots import Curve, picture
 from refsam.evaluation.reports.report import Picture, Section, Table, Text
-from refsam.evaluation.runners.benchmark import Outcome, Unit, in_groups
-from refsam.evaluation.runners.inference import FrameLogits, InferenceRules
+from refsam.evaluation.runners.benchmark import BinaryMasks, Outcome, Unit
 from refsam.evaluation.runners.run_folder import RunFolder
+from refsam.evaluation.scoring.results import as_csv
 from refsam.metrics.referring_image import (
     CONVENTIONS,
     THRESHOLDS,
@@ -46,7 +44,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class RefCoco:
+class RefCoco(BinaryMasks):
     """Predictions `<split>/<image>/<expression>/<image>.png` of one or more splits, binary masks.
 
     `conventions` are names of `refsam.metrics.referring_image.CONVENTIONS`, all of which the JSON holds; these are printed.
@@ -85,22 +83,6 @@ class RefCoco:
             "dataset": self.datasets[0].name,
             "splits": [dataset.split for dataset in self.datasets],
         }
-
-    def groups(self, unit: Unit) -> list[list[Expression]]:
-        """Expressions in file order."""
-        return in_groups(unit.expressions)
-
-    def folders(self, unit: Unit) -> list[str]:
-        """The image's, below its split."""
-        return [unit.name]
-
-    def render(
-        self, unit: Unit, logits: Sequence[FrameLogits], rules: InferenceRules
-    ) -> dict[str, NDArray[Any]]:
-        """A mask for each expression."""
-        masks = [mask for group in logits for mask in group.masks(rules.threshold)]
-        pairs = zip(unit.expressions, masks, strict=True)
-        return {f"{unit.name}/{e.expression_id}": mask for e, mask in pairs}
 
     def rows(
         self, unit: Unit, frame: str, rendered: Mapping[str, NDArray[np.bool_]]
@@ -145,12 +127,9 @@ class RefCoco:
 
     def _pictures(self, run: RunFolder, samples: Sequence[Sample]) -> Iterable[Picture | Text]:
         yield Text((f"{LEGEND}.",))
-        ranked = sorted(samples, key=lambda sample: -sample.iou)
-        best = min(_SHOWN, (len(ranked) + 1) // 2)
-        worst = min(_SHOWN, len(ranked) - best)
+        chosen = best_and_worst(samples, lambda sample: sample.iou, _SHOWN)
         units = {unit.name: unit for unit in self.units}
-        for index, sample in enumerate([*ranked[:best], *ranked[len(ranked) - worst :]]):
-            rank = "best" if index < best else "worst"
+        for index, (rank, sample) in enumerate(chosen):
             unit = units[f"{sample.split}/{sample.image}"]
             expression = next(e for e in unit.expressions if e.expression_id == sample.expression)
             file = run.predictions / unit.name / sample.expression / f"{sample.image}.png"
@@ -198,9 +177,5 @@ def _precision_chart(samples: Sequence[Sample]) -> Picture | Text:
 
 
 def _csv(samples: Iterable[Sample]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["split", "image", "expression", "intersection", "union"])
-    for s in samples:
-        writer.writerow([s.split, s.image, s.expression, s.intersection, s.union])
-    return text.getvalue()
+    names = [field.name for field in fields(Sample)]
+    return as_csv(names, (astuple(sample) for sample in samples))

@@ -112,15 +112,13 @@ class MaskEvaluation:
 
     def as_csv(self) -> str:
         """One row per object, and the overall scores as the last one."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["video", "object", "matched", "frames", *MEASURES])
-        for score in self.scores:
-            row = [score.video, score.name, score.matched, len(score.frames)]
-            writer.writerow([*row, *score.measures.values()])
+        rows = [
+            [score.video, score.name, score.matched, len(score.frames), *score.measures.values()]
+            for score in self.scores
+        ]
         frames = sum(len(score.frames) for score in self.scores)
-        writer.writerow(["overall", len(self.scores), None, frames, *self.overall.values()])
-        return text.getvalue()
+        overall = ["overall", len(self.scores), None, frames, *self.overall.values()]
+        return as_csv(["video", "object", "matched", "frames", *MEASURES], [*rows, overall])
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -147,6 +145,13 @@ def check_writable(path: Path, *, make_folder: bool = False) -> None:
         raise UserError(f"{path}: there is no folder {folder}")
     if not os.access(folder, os.W_OK):
         raise UserError(f"{path}: the folder {folder} cannot be written")
+
+
+def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """CSV text, None as an empty cell."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
 
 
 def as_json(content: Mapping[str, Any]) -> str:
