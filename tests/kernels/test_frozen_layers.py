@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from refsam_kernels.frozen_linear import FrozenCopy
+from refsam_kernels import frozen_linear
+from refsam_kernels.frozen_linear import FrozenCopy, FrozenLinear, frozen_mlp
 from refsam_kernels.integrations import optimize
 from refsam_kernels.integrations.encoders import find_blocks
 from tests.kernels.encoder_models import MODELS, Example, pixels_of
@@ -47,6 +48,30 @@ def test_result_and_gradients_of_both_orders(dtype: torch.dtype, bias: bool) -> 
     for ours, plain, wanted in zip(found, theirs, exact, strict=True):
         assert ours.dtype == dtype
         error, allowed = ((each.double() - wanted).abs().max() for each in (ours, plain))
+        assert error <= 2 * allowed + 1e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_mlp_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64; the last part is smaller, the gradient comes with strides."""
+    monkeypatch.setattr(frozen_linear, "ROWS", 4)
+    torch.manual_seed(0)
+    first, second = nn.Linear(33, 47), nn.Linear(47, 33)
+    plain = nn.Sequential(first, nn.GELU(), second).requires_grad_(False)
+    upper = torch.randn(33, 5, 3).permute(2, 1, 0)
+
+    def results(call: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+        y = call(x)
+        return [y, *torch.autograd.grad(y, x, upper.to(y.dtype))]
+
+    x = tokens(3, 5)
+    exact = results(copy.deepcopy(plain).double(), x.detach().double().requires_grad_())
+    plain, x = plain.to(dtype), x.detach().to(dtype).requires_grad_()
+    layers = [FrozenLinear(each.weight, each.bias) for each in (first, second)]
+    found, theirs = results(lambda x: frozen_mlp(x, *layers), x), results(plain, x)
+    for ours, other, wanted in zip(found, theirs, exact, strict=True):
+        assert ours.dtype == dtype and ours.shape == wanted.shape
+        error, allowed = ((each.double() - wanted).abs().max() for each in (ours, other))
         assert error <= 2 * allowed + 1e-6 * wanted.abs().max()
 
 

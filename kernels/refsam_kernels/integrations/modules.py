@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refsam_kernels.frozen_linear import FrozenCopy
+from refsam_kernels.frozen_linear import FrozenCopy, dtype_of_step, frozen_mlp
 from refsam_kernels.int8_linear.copy import Int8Copy
 from refsam_kernels.int8_linear.op import int8_mlp
 from refsam_kernels.integrations.replacement import Replacement
@@ -113,7 +113,8 @@ class Perceptron:
             return self._packed(first, second, x)
         widen, narrow = self.frozen
         if widen.is_supported(first, x) and narrow.is_supported(second, x):
-            return narrow(second, F.gelu(widen(first, x)))
+            dtype = dtype_of_step(x)
+            return frozen_mlp(x.to(dtype), widen.of(first, dtype), narrow.of(second, dtype))
         return type(mlp).forward(mlp, x)
 
     def _packed(self, first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
