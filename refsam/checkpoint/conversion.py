@@ -18,7 +18,6 @@ from refsam.checkpoint.files import (
     check_keys,
     file_sha256,
     is_sam,
-    shorten,
 )
 from refsam.checkpoint.foreign import (
     is_hugging_face,
@@ -27,7 +26,7 @@ from refsam.checkpoint.foreign import (
     read_torch_file,
 )
 from refsam.config import RefSAMConfig
-from refsam.errors import CheckpointError
+from refsam.errors import CheckpointError, named
 
 ExpectedTensors = Callable[[RefSAMConfig], Mapping[str, Tensor]]
 """Names and shapes of a configuration's tensors (tensors without storage will do)."""
@@ -72,7 +71,7 @@ class KeyReport:
     def __str__(self) -> str:
         lines = [f"used: {len(self.used)} tensors"]
         for label, names in (("ignored", self.ignored), ("missing", self.missing)):
-            lines.append(f"{label}: {len(names)}" + (f" ({shorten(names)})" if names else ""))
+            lines.append(f"{label}: {len(names)}" + (f" ({named(names)})" if names else ""))
         return "\n".join(lines)
 
 
@@ -87,7 +86,7 @@ def detect_config(
         encoder, decoder = encoder_sizes(tensors), decoder_sizes(tensors)
         prompt_dim = tensors["image_encoder.neck.0.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
-        held = shorten(sorted(tensors)) or "nothing"
+        held = named(sorted(tensors)) or "nothing"
         raise CheckpointError(f"not a SAM checkpoint: no usable {error}; it holds {held}") from None
     values = {"image_encoder": encoder, "mask_decoder": decoder, "prompt_dim": prompt_dim}
     if text_encoder is not None:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from refsam.checkpoint.foreign import read_safetensors, read_sam_file
 from refsam.config import EVFConfig, RefSAMConfig, config_from_dict, config_to_dict
-from refsam.errors import CheckpointError
+from refsam.errors import CheckpointError, named
 from refsam.runtime.files import follow_umask
 
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
@@ -286,7 +286,7 @@ def check_keys(
         if key in tensors and tensors[key].shape != expected[key].shape
     ]
     problems = [
-        f"{len(names)} {label} ({shorten(names)})"
+        f"{len(names)} {label} ({named(names)})"
         for label, names in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -296,9 +296,3 @@ def check_keys(
     ]
     if problems:
         raise CheckpointError(f"checkpoint does not fit the configuration: {'; '.join(problems)}")
-
-
-def shorten(names: Iterable[str], limit: int = 4) -> str:
-    """The first few names and how many more there are, for a message of one line."""
-    names = list(names)
-    return ", ".join(names[:limit]) + (f", ... {len(names) - limit} more" if names[limit:] else "")

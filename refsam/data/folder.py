@@ -8,8 +8,9 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from refsam.data.dataset import DataError, Expression, ReferringDataset, VideoRecord
-from refsam.data.listings import Part, demand_parts, named, read_text
+from refsam.data.listings import Part, demand_parts, read_text
 from refsam.data.masks import NumberedMasks, read_numbers
+from refsam.errors import named
 from refsam.images import images_in
 
 _COLUMNS = ("video", "objects", "text")

@@ -2,12 +2,13 @@
 
 import codecs
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from refsam.data.dataset import DataError, Expression, MaskSource, ReferringDataset, VideoRecord
+from refsam.errors import named
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,6 @@ def numbers_of(entry: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
         return None
     numbers = entry[key]
     return tuple(int(n) for n in (numbers if isinstance(numbers, list) else [numbers]))
-
-
-def named(names: Sequence[str], limit: int = 5) -> str:
-    """The first few names and how many more there are, for a message of one line."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def read_text(path: Path, *encodings: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refsam.data.dataset import DataError, Expression, ReferringDataset, VideoRecord, image_size
-from refsam.data.listings import Part, check_split, demand_parts, named, read_json
+from refsam.data.listings import Part, check_split, demand_parts, read_json
 from refsam.data.run_lengths import (
     Arrays,
     RunLengthMasks,
@@ -21,6 +21,7 @@ from refsam.data.run_lengths import (
     recorded_sizes,
     same_aspect,
 )
+from refsam.errors import named
 
 # Errors that a damaged pickle may raise.
 _PICKLE_ERRORS = (

@@ -157,6 +157,19 @@ class DatasetStream(Dataset[TrainingBatch | DataError]):
         }
 
 
+def open_stream(
+    settings: TrainingSettings,
+    datasets: Sequence[ReferringDataset],
+    image_size: int,
+    batches: int = 1,
+    drawer: SceneDrawer | None = None,
+) -> GeneratedStream | DatasetStream:
+    """The stream of a run's batches; the arguments are those of the two streams."""
+    if datasets:
+        return DatasetStream(settings, datasets, batches)
+    return GeneratedStream(settings, image_size, batches, drawer)
+
+
 def with_steps(
     settings: TrainingSettings, datasets: Sequence[ReferringDataset], processes: int
 ) -> TrainingSettings:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from refsam.checkpoint import Checkpoint, write_checkpoint
-from refsam.checkpoint.files import shorten
-from refsam.errors import UserError
+from refsam.errors import UserError, named
 from refsam.model import RefSAM
 from refsam.model.model_card import card_arguments
 from refsam.training.distributed import Processes, local, spread_like, whole
@@ -87,7 +86,7 @@ class Weights:
         stored = {name for name in tensors if not name.startswith(_OPTIMISER)}
         if wrong := sorted(stored ^ expected.keys()):
             raise UserError(
-                f"{place}: its state is of another model ({shorten(wrong)} differ): take another output"
+                f"{place}: its state is of another model ({named(wrong)} differ): take another output"
             )
         _check_shapes(tensors, expected, place)
         _fill(expected, {n: local(spread_like(tensors[n], expected[n])) for n in expected})
@@ -141,6 +140,6 @@ def _check_shapes(tensors: dict[str, Tensor], expected: dict[str, Tensor], place
             "the expressions have other words than when the run was begun: put the data back, or "
         )
     raise UserError(
-        f"{place}: its state is of another model ({shorten(wrong, 2)}): {hint}start a new run in another "
+        f"{place}: its state is of another model ({named(wrong, 2)}): {hint}start a new run in another "
         f"output, with init_from={place}/best to keep what was learnt"
     )

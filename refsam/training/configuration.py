@@ -36,22 +36,21 @@ _HARMLESS = (
 def learnt(settings: TrainingSettings) -> dict[str, Any]:
     """The entries that decide what is learnt, by their dotted names."""
     values = config_to_dict(settings)
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in _HARMLESS:
-            _collect(key, value, found)
-    return found
+    return leaves({key: value for key, value in values.items() if key not in _HARMLESS})
 
 
-def _collect(name: str, value: Any, found: dict[str, Any]) -> None:
+def leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """Entries of nested plain values by their dotted names; a list of plain values is one entry."""
     if isinstance(value, Mapping):
-        for key, entry in value.items():
-            _collect(f"{name}.{key}", entry, found)
+        parts = list(value.items())
     elif isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value):
-        for index, entry in enumerate(value):
-            _collect(f"{name}.{index}", entry, found)
+        parts = list(enumerate(value))
     else:
-        found[name] = value
+        return {name: value}
+    found: dict[str, Any] = {}
+    for key, entry in parts:
+        found |= leaves(entry, f"{name}.{key}" if name else str(key))
+    return found
 
 
 def differences(before: Mapping[str, Any], settings: TrainingSettings) -> list[str]:

@@ -16,12 +16,11 @@ from refsam.model import RefSAM
 from refsam.runtime.files import only_writer
 from refsam.runtime.signals import StopRequest, WaitedTooLongError
 from refsam.training.batches import (
-    DatasetStream,
-    GeneratedStream,
     TrainingBatch,
     batches,
     open_datasets,
     open_photographs,
+    open_stream,
     stage_at,
     with_steps,
 )
@@ -218,11 +217,8 @@ class Trainer:
     def _batches(self) -> Iterator[TrainingBatch]:
         """This process's batches from the next step on."""
         count = self.accumulation * self.processes.count
-        self.stream = (
-            DatasetStream(self.settings, self.datasets, count)
-            if self.datasets
-            else GeneratedStream(self.settings, self.model.image_size, count, self.drawer)
-        )
+        size = self.model.image_size
+        self.stream = open_stream(self.settings, self.datasets, size, count, self.drawer)
         return batches(
             self.stream,
             self.step,

@@ -13,12 +13,11 @@ from refsam.checkpoint import read_checkpoint, resolve_directory
 from refsam.data.colour import adjust_colour
 from refsam.runtime.files import replace_file
 from refsam.training.batches import (
-    DatasetStream,
-    GeneratedStream,
     TrainingBatch,
     batches,
     open_datasets,
     open_photographs,
+    open_stream,
 )
 from refsam.training.settings import TrainingSettings
 from refsam.video.overlay import draw_overlay
@@ -36,11 +35,8 @@ def write_page(settings: TrainingSettings, path: Path, steps: int) -> int:
     """
     datasets = open_datasets(settings)
     size = _image_size(settings)
-    stream = (
-        DatasetStream(settings, datasets)
-        if datasets
-        else GeneratedStream(settings, size, 1, open_photographs(settings.data.photographs))
-    )
+    drawer = open_photographs(settings.data.photographs)
+    stream = open_stream(settings, datasets, size, 1, drawer)
     parts, count = [_HEAD], 0
     for step, batch in enumerate(batches(stream, 0, steps, workers=0)):
         for index in range(len(batch.clips.names)):

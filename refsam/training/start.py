@@ -10,17 +10,17 @@ from refsam.checkpoint import Checkpoint
 from refsam.config import RefSAMConfig, config_to_dict
 from refsam.data import ReferringDataset, open_dataset
 from refsam.data.generated.grammar import vocabulary
-from refsam.data.listings import named
 from refsam.data.mirroring import mirrored
 from refsam.data.photographs.scenes import SceneDrawer
 from refsam.data.photographs.words import load_words
-from refsam.errors import ConfigError, ExpressionError, UserError
+from refsam.errors import ConfigError, ExpressionError, UserError, named
 from refsam.model import RefSAM, SmallTextEncoder, word_tokenizer
 from refsam.model.detector_weights import load_detector
 from refsam.model.text_encoder import CachedTextEncoder
 from refsam.model.trunk_weights import load_trunk
 from refsam.model.vocabulary import extend_vocabulary, mark_untaught
 from refsam.training.batches import open_datasets, open_photographs
+from refsam.training.configuration import leaves
 from refsam.training.module import TrainingModule
 from refsam.training.settings import TrainingSettings
 
@@ -65,13 +65,10 @@ def _changed(stored: Checkpoint, settings: TrainingSettings, known: Sequence[str
         tokenizer = word_tokenizer(known).to_str() if is_small else None
         tensors = _fitted(stored, config)
         return Checkpoint(config, tensors, stored.kind, tokenizer, stored.sources)
-    different = [
-        key for key in _leaves(stored.config) if _leaves(config)[key] != _leaves(stored.config)[key]
-    ]
+    before, now = (leaves(config_to_dict(each)) for each in (stored.config, config))
+    different = [key for key in before if now[key] != before[key]]
     try:
-        tensors = _fitted(stored, config)
-        with torch.device("meta"):
-            expected = RefSAM(config, None).state_dict()
+        tensors, expected = _fitted(stored, config), RefSAM.expected_tensors(config)
         vocabulary_size = ("text_encoder.words.weight",)
         checkpoint.check_keys(
             {key: value for key, value in tensors.items() if key not in vocabulary_size},
@@ -91,21 +88,6 @@ def _fitted(stored: Checkpoint, config: RefSAMConfig) -> dict[str, torch.Tensor]
     if config.image_encoder.image_size == stored.config.image_encoder.image_size:
         return stored.tensors
     return checkpoint.resize_positions(stored.tensors, config)
-
-
-def _leaves(config: RefSAMConfig) -> dict[str, object]:
-    """Entries of a configuration by their dotted names."""
-    found: dict[str, object] = {}
-
-    def collect(prefix: str, value: object) -> None:
-        if isinstance(value, dict):
-            for key, entry in value.items():
-                collect(f"{prefix}.{key}" if prefix else key, entry)
-        else:
-            found[prefix] = value
-
-    collect("", config_to_dict(config))
-    return found
 
 
 def _words(datasets: Sequence[ReferringDataset]) -> list[str]:

@@ -11,12 +11,14 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from refsam.training import loop
 from refsam.training.loop import Trainer
 from tests.training.runs import losses_of, run_settings
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    loop.draw_curve = lambda log, path: []  # it would take as long as a run
     result = {}
     for parallel in ("ddp", "fsdp"):
         trainer = Trainer(run_settings(folder, parallel, steps=2, parallel=parallel))
