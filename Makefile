@@ -69,7 +69,7 @@ gpu-report:
 	  $(REFSAM_PYTHON) -m benchmarks.gpu_report --out $(OUT)/gpu-report $(CARRIED) $(REPORT)
 
 # The same stages, processes, limits and files in tiny sizes on stand-ins, with the oldest versions where they are installed: as
-# they are, then with a failure and with a hang in every task. SHORT=--short takes one task a stage, for CI.
+# they are, then with a failure and with a hang in every stage. SHORT=--short takes one task a stage, for CI.
 REHEARSE = $(firstword $(wildcard $(VENV_OLDEST)/bin/python) $(BIN)/python) -m benchmarks.gpu_report --rehearse $(SHORT) --deadline 3600 --wheels $(PARCEL)/wheels
 gpu-rehearsal: $(PARCEL)/wheels
 	$(BIN)/python -m tests.kernels.emulator build/emulated

@@ -13,7 +13,7 @@ EMULATED = ROOT / "build" / "emulated"
 # Stages whose kernels run on stand-ins; the others compile, load what a GPU would be given, or run whole models, which the
 # interpreter would take hours for: there PyTorch's backends stand in.
 INTERPRETED = ("smoke", "tests", "encoder", "tuning", "attention", "memcheck")
-# A short rehearsal's tasks where the stage's first one is not enough: Triton's interpreter, and the emulator of CUDA.
+# A short stage's tasks where its first one is not enough: Triton's interpreter, and the emulator of CUDA.
 SHORT = {"smoke": ("rel_pos_attention, triton", "mask_postprocess, cuda")}
 # Its stages when something is planted: a function's processes and pytest's.
 SHORT_PLANTED = ("smoke", "tests")
@@ -32,10 +32,11 @@ def rehearsal_environment(out: Path) -> dict[str, str]:
 
 
 def shortened(stages: Sequence[Stage], *, short: bool, plant: str | None) -> list[Stage]:
-    """The stages for a rehearsal: limits for a slow machine, and if it is to be short few of them and of their tasks."""
+    """The stages for a rehearsal: limits for a slow machine, and few tasks if it is to be short or something is planted."""
     few = short and plant
     wanted = [stage for stage in stages if not few or stage.name in SHORT_PLANTED]
-    return [shorten(stage, short=short, hangs=plant == "hang") for stage in wanted]
+    is_short = short or plant is not None
+    return [shorten(stage, short=is_short, hangs=plant == "hang") for stage in wanted]
 
 
 def shorten(stage: Stage, *, short: bool, hangs: bool) -> Stage:
