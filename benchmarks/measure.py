@@ -96,7 +96,7 @@ def exact_products() -> None:
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     """The call as a CUDA graph's replay, which returns what the recording returned.
 
-    Raises what the capture raises: a call that looks at values has no graph.
+    Raises the capture's error: a call that looks at values has no graph.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -1,4 +1,4 @@
-"""What the programs in `end_to_end` share: options, sizes of models, processes of their own, files."""
+"""Shared by the programs in `end_to_end`: options, sizes of models, processes of their own, files."""
 
 import argparse
 import json

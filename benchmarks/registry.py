@@ -97,7 +97,7 @@ def load_cases(wanted: list[str], device: str, *, short: bool = False) -> list[C
 
 
 def unusable(provider: Provider) -> str | None:
-    """Why a way that is somebody else's cannot run here, in its own words, or None; it is tried once."""
+    """Try another library's provider once: the error that it raises here, or None."""
     try:
         provider()
     except Exception as error:  # whatever a library that does not fit this machine raises

@@ -5,9 +5,9 @@
     python examples/adapters.py --image-size 64 --depth 2 --steps 5       # random weights, seconds
 
 SAM's ViT stays as it is; the adapters in its second half learn, with the mask decoder and what stands between
-sentence and mask. Nothing is kept for the backward before the first adapter; from there on each block keeps its
+expression and mask. Nothing is kept for the backward before the first adapter; from there on each block keeps its
 input only (`activation_checkpointing`); the loss is taken from the low-resolution logits. The clips are drawn: put your own
-frames, sentences and masks in the place of `generate_clip`.
+frames, expressions and masks in the place of `generate_clip`.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python examples/camera.py --text "the red cup" --text "the person on the left"
     python examples/camera.py --source rtsp://... --text "the dog" --save frames
 
-The memory does not grow: one small token per sentence is all that is kept from frame to frame. A frame that
+The memory does not grow: one small token per expression is all that is kept from frame to frame. A frame that
 comes while the last one is being worked on waits; the reader keeps a few.
 """
 
@@ -20,7 +20,7 @@ from refsam.video import draw_overlay, open_source, prefetch
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints, frame by frame, how much of the picture each sentence's object covers."""
+    """Prints, frame by frame, how much of the picture each expression's object covers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", default="camera:0", help="camera:N, a stream's URL or a file")
     parser.add_argument("--text", action="append", required=True, help="what to segment; repeat it")

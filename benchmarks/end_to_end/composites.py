@@ -1,7 +1,7 @@
 """`python -m benchmarks.end_to_end.composites FOLDER --out FILE`: `nano` among objects of one kind, and covered ones.
 
 FOLDER is a folder of photographs as docs/data.md lays it out, of which the `val` photographs are used; it is not part of the
-project, the SHA-256 of its list stands in the result. See `refsam.evaluation.runners.composites`.
+project; the result holds the SHA-256 of its list. See `refsam.evaluation.runners.composites`.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ def main() -> None:
 def table(result: dict[str, Any]) -> str:
     """The summary as a Markdown table."""
     summary = result["summary"]
-    lines = ["| sentence | J |", "|---|--:|"]
+    lines = ["| expression | J |", "|---|--:|"]
     lines += [f"| {kind} | {value:.3f} |" for kind, value in summary["J"].items()]
     lines.append(f"| left, right, largest, second | {summary['told apart']:.3f} |")
     area = summary["false_area while covered"]

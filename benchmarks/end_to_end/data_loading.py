@@ -61,7 +61,7 @@ def write_videos(root: Path) -> int:
 
 
 def training_settings(root: Path, steps: int) -> TrainingSettings:
-    """A run on those videos: one clip of three frames, one sentence per step."""
+    """A run on those videos: one clip of three frames, one expression per step."""
     values = {
         "model": {"preset": "vit_b"},
         "output": "",

@@ -30,7 +30,7 @@ WRONG = ("the cat", "the horse", "the sheep", "the airplane", "the bus", "the pi
 
 
 def score(model: RefSAM, folder: Path) -> list[dict[str, Any]]:
-    """A row per sequence and sentence: J, or `false_area`, the share of the frame that is marked; means over the frames."""
+    """A row per sequence and expression: J, or `false_area`, the share of the frame that is marked; means over the frames."""
     rows = []
     for name, right in SENTENCES.items():
         session = VideoSession(model, [*right, *WRONG])
@@ -51,20 +51,20 @@ def score(model: RefSAM, folder: Path) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean J of the first sentences, the least of them, and the mean falsely marked share."""
+    """Mean and least J of the first expressions, and the mean falsely marked share."""
     first = [row["J"] for row in rows if row["sentence"] == SENTENCES[row["sequence"]][0]]
     wrong = [row["false_area"] for row in rows if "false_area" in row]
     return {"J": fmean(first), "least J": min(first), "false_area": fmean(wrong)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """As a Markdown table: J of each sentence, the mean of the first ones, and what is marked for wrong nouns."""
-    lines = ["| sequence | sentence | J |", "|---|---|--:|"]
+    """As a Markdown table: J of each expression, the mean of the first ones, and the marked area for wrong nouns."""
+    lines = ["| sequence | expression | J |", "|---|---|--:|"]
     lines += [
         f"| {row['sequence']} | {row['sentence']} | {row['J']:.3f} |" for row in rows if "J" in row
     ]
     means = summary(rows)
-    lines.append(f"| mean of the first sentences | | {means['J']:.3f} |")
+    lines.append(f"| mean of the first expressions | | {means['J']:.3f} |")
     area, count = 100 * means["false_area"], len(WRONG)
     return "\n".join([*lines, "", f"Marked for {count} wrong nouns: {area:.3f} % of the frame."])
 

@@ -1,8 +1,8 @@
 """`python -m benchmarks.end_to_end.decoder --out FILE.jsonl`: segment-anything's mask decoder, as it is and by `optimize()`.
 
 `optimize()` is timed with its attentions between tokens and pixels as the original's, and as `token_image_attention`: `FASTER` of
-refsam_kernels/integrations/two_way_transformer.py follows from the rows. Times are the processor's, of one thread, the ways in
-turn: so that what else the machine does is not in them.
+refsam_kernels/integrations/two_way_transformer.py follows from the rows. Times are processor time of one thread, the ways in
+turn, so that other work of the machine is not in them.
 """
 
 import json

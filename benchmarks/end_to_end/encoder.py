@@ -219,7 +219,7 @@ def run_group(
     repeats: int,
     only: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
-    """Rows of one dtype, `only` of the providers so named if there are names, and of the baseline.
+    """Rows of one dtype: all providers, or the baseline and those named in `only`.
 
     A provider with a wrong result has `wrong` and no times.
     """

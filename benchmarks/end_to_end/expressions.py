@@ -1,7 +1,7 @@
 """`python -m benchmarks.end_to_end.expressions --out FILE`: what a frame costs with one expression and with eight, in one run.
 
 Sessions of one model with random weights step through the same 720p frame in turn: preprocessing, image encoder, dense attention,
-decoder, masks of the frame's own size. Sentences have up to eleven words. Before and after, the first expression must get the
+decoder, masks of the frame's own size. Expressions have up to eleven words. Before and after, the first expression must get the
 same logits alone and among others. Each dtype of the image encoder's products is a group of its own.
 """
 
@@ -39,7 +39,7 @@ COUNTS = (1, len(SENTENCES))
 
 
 def make_model(name: str, image_size: int, depth: int | None) -> RefSAM:
-    """A model with random weights and the small text encoder: sentences are encoded once for a video."""
+    """A model with random weights and the small text encoder: expressions are encoded once for a video."""
     torch.manual_seed(0)
     return RefSAM(random_config(name, image_size, depth)).eval()
 

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.end_to_end.fingerprint --out FILE.json`: which part of a forward goes into noticing changed weights.
+"""`python -m benchmarks.end_to_end.fingerprint --out FILE.json`: the share of a forward that goes into noticing changed weights.
 
-The time inside `Fingerprint` is taken within forwards, where the weights have left the caches. It is to be below 0.5 %. Times are
-the main thread's on a processor, which computes a share of all: so that what else the machine does is not in them.
+The time inside `Fingerprint` is taken within forwards, where the weights have left the caches. It is to be below 0.5 %. Times
+are processor time of the main thread, so that other work of the machine is not in them.
 """
 
 import statistics

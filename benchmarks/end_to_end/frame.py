@@ -1,6 +1,6 @@
 """`python -m benchmarks.end_to_end.frame --base COMMIT --out FILE`: the stages of a 720p frame, before and after.
 
-Each stage by itself runs over the frames of a clip; what counts is the processor time of all threads, in milliseconds of one
+Each stage by itself runs over the frames of a clip and is measured by the processor time of all threads, in milliseconds of one
 core for each frame. Beside them stand the whole command's processor time, the difference of a long and a short clip so that its
 start is left out, and its frames per second. COMMIT is checked out aside and measured by this same file, in turn with this tree.
 """
@@ -27,7 +27,7 @@ ROUNDS = 3
 
 
 def core_ms(work: Callable[[], Any], frames: int) -> tuple[float, Any]:
-    """Processor time of all threads for each frame, and what the work gives."""
+    """Processor time of all threads for each frame, and the result of the work."""
     started = time.process_time()
     result = work()
     return 1000 * (time.process_time() - started) / frames, result

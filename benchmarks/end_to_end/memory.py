@@ -1,8 +1,8 @@
 """`python -m benchmarks.end_to_end.memory --out FILE.json --plot FILE.svg`: memory of `refsam segment`'s path over 10,000 frames.
 
 A clip is read, segmented by nano for two expressions and written, overlay too, with threads, weights and freed memory as the
-command has them; of every 100 frames the most resident memory is noted, and on a GPU what torch has allocated there. Small frames
-keep it short: memory does not depend on what they show.
+command has them. Of every 100 frames the largest resident memory is noted, and on a GPU the memory that torch has allocated
+there. Small frames keep it short: memory does not depend on what they show.
 """
 
 import tempfile

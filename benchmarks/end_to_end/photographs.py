@@ -25,7 +25,7 @@ _WIDELY_DRAWN = ("person", "horse")
 
 
 def score(model: RefSAM, folder: PhotoFolder) -> list[dict[str, Any]]:
-    """A row per question: photograph's source, sentence and class, and J, or `false_area` where it means nothing."""
+    """A row per question: source, expression and class, and J, or `false_area` where the expression means nothing."""
     rows = []
     number = {name: value for value, name in folder.names.items()}
     for photograph in folder.photographs:

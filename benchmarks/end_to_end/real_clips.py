@@ -1,8 +1,8 @@
 """`python -m benchmarks.end_to_end.real_clips FOLDER --before COMMIT --out FILE`: `nano` on two real clips, then and now.
 
 FOLDER holds dog.mp4 (a woman in blue trousers and a dog) and blocks.mp4 (letter blocks in four colours on a black mat, hands);
-the clips are not part of the project, their SHA-256 stands in the result. A sentence's objects are found by hue, cleaned by
-morphology: J against it says whether a model marks the coloured things, not how exactly it does. Every eighth frame is seen.
+the clips are not part of the project, their SHA-256 stands in the result. The objects of an expression are found by hue and
+cleaned by morphology: J against them says whether a model marks the coloured things, not how exactly. Every eighth frame is seen.
 """
 
 import subprocess
@@ -100,7 +100,7 @@ def _hsv(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def score(model: RefSAM, folder: Path) -> list[dict[str, Any]]:
-    """A row per sentence: J, or the share of the frame marked where it means nothing; means over the frames."""
+    """A row per expression: J, or the share of the frame marked where it means nothing; means over the frames."""
     rows = []
     for clip, meanings in SENTENCES.items():
         session = VideoSession(model, list(meanings))
@@ -139,7 +139,7 @@ def weights_at(commit: str, folder: Path) -> str:
 
 
 def mean(rows: list[dict[str, Any]], key: str) -> float:
-    """The mean over the sentences that have it."""
+    """The mean over the expressions that have it."""
     return fmean(row[key] for row in rows if key in row)
 
 
@@ -165,8 +165,8 @@ def main() -> None:
 
 
 def table(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
-    """Both as a Markdown table: J of every sentence, its mean, and what is marked where nothing should be."""
-    lines = ["| sentence | clip | before | now |", "|---|---|--:|--:|"]
+    """Both as a Markdown table: J of every expression, its mean, and the area that is marked where nothing should be."""
+    lines = ["| expression | clip | before | now |", "|---|---|--:|--:|"]
     for old, new in zip(before, now, strict=True):
         if "J" in old:
             lines.append(f"| {old['sentence']} | {old['clip']} | {old['J']:.3f} | {new['J']:.3f} |")

@@ -1,6 +1,6 @@
 """`python -m benchmarks.end_to_end.training --out FILE`: a training step on the CPU against one on segment-anything's modules.
 
-A step is forward, backward, clipping and AdamW on one clip with one sentence, as in stage 2. Both models have the same weights.
+A step is forward, backward, clipping and AdamW on one clip with one expression, as in stage 2. Both models have the same weights.
 On segment-anything's modules encoder and decoder are its own, adapters stand around its layers, and the rest is plain
 PyTorch; that is measured with autograd through everything, and with the frozen parts frozen as ours are.
 Losses and gradients must agree before and after the timing; learning rate 0 keeps the weights. Each one's memory is that of its
@@ -72,7 +72,7 @@ class SegmentAnythingStep(nn.Module):
         self.levels.append(output)
 
     def forward(self, batch: TrainingBatch, stage: Any) -> dict[str, Tensor]:
-        """As `TrainingModule`, for one clip and one sentence."""
+        """As `TrainingModule`, for one clip and one expression."""
         model = self.ours.model
         pixels, size = model.preprocess(batch.clips.frames[0])
         self.levels = []
@@ -121,7 +121,7 @@ def plain_mask_loss(
 
 
 def training_settings(options: argparse.Namespace) -> TrainingSettings:
-    """One stage of clips with one sentence; the text encoder is the small one, frozen, so that nothing is downloaded."""
+    """One stage of clips with one expression; the text encoder is the small one, frozen, so that nothing is downloaded."""
     values = {
         "model": {
             "preset": options.model,

@@ -1,4 +1,4 @@
-"""What operators are measured against: the same formula with torch's functions, eager, checked in float64."""
+"""Measure operators against the same formula with torch's functions, eager, and check both in float64."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -58,7 +58,7 @@ def against_eager(
 
 
 def run(function: Function, inputs: Tensors, grads: Tensors) -> Any:
-    """The results, and of those that are trained the gradients."""
+    """The results, then the gradients of the trained inputs."""
     wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
     if not wanted:
         with torch.no_grad():
@@ -69,7 +69,7 @@ def run(function: Function, inputs: Tensors, grads: Tensors) -> Any:
 
 
 def exactly(tensor: Tensor) -> Tensor:
-    """The same values in float64; what counts or marks stays as it is."""
+    """The same values in float64; integers and bools stay as they are."""
     if not tensor.is_floating_point():
         return tensor
     return tensor.detach().double().requires_grad_(tensor.requires_grad)
@@ -84,7 +84,7 @@ def bound(found: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
 def further_than(
     found: tuple[Tensor, ...], *, exact: tuple[Tensor, ...], bounds: list[float]
 ) -> str | None:
-    """In words which result or gradient is too far from the exact one."""
+    """Say which result or gradient is too far from the exact one; None if none is."""
     for index, (tensor, wanted, most) in enumerate(zip(found, exact, bounds, strict=True)):
         error = float((tensor.double() - wanted).abs().max())
         if not error <= most:

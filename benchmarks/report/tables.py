@@ -360,7 +360,7 @@ def training_cpu() -> str:
     baseline = result["rows"][0]
     header = "a training step on | median (p20 to p80), s | steps/s | as fast | step, MiB | process, MiB | against the first"
     lines = (_training_line(row, baseline) for row in result["rows"])
-    what = f"{result['model']}, {result['image_size']} pixels, one clip of {result['frames']} frames, one sentence, float32"
+    what = f"{result['model']}, {result['image_size']} pixels, one clip of {result['frames']} frames, one expression, float32"
     return markdown(header, lines, f"{what}, {_machine(result)}.")
 
 

@@ -42,7 +42,7 @@ def sam(
     ] = None,
     overwrite: _Overwrite = False,
 ) -> None:
-    """SAM's weights: an untrained RefSAM, to train or to put a delta on. Nothing that the file holds is executed."""
+    """Convert SAM's weights to an untrained RefSAM, to train or to put a delta on. Nothing in the file is executed."""
     from refsam.checkpoint import convert_sam, text_encoder_entries
     from refsam.model import RefSAM
 
@@ -56,17 +56,20 @@ def official(
     files: Annotated[
         list[Path],
         typer.Argument(
-            help="resizer_*, mask_decoder_*, dense_conv_*, track_net_*, image_encoder_blocks_*"
+            help="`resizer_*`, `mask_decoder_*`, `dense_conv_*`, `track_net_*`, `image_encoder_blocks_*`"
         ),
     ],
-    sam: Annotated[Path, typer.Option("--sam", help="The sam_vit_*.pth they stand on.")],
+    sam: Annotated[
+        Path, typer.Option("--sam", help="The `sam_vit_*.pth` that they were trained on.")
+    ],
     out: _Out,
     text_encoder: Annotated[
-        str | None, typer.Option("--text-encoder", help="Its Hub id, if no file name tells.")
+        str | None,
+        typer.Option("--text-encoder", help="Hub id of the text encoder, if no file name says it."),
     ] = None,
     overwrite: _Overwrite = False,
 ) -> None:
-    """The authors' per-module files, on top of SAM's: a whole checkpoint."""
+    """Convert the authors' per-module files, on top of SAM's, to a whole checkpoint."""
     from refsam.checkpoint import convert_official
     from refsam.model import RefSAM
 
@@ -83,10 +86,10 @@ def evf(
         ),
     ],
     out: _Out,
-    dtype: Annotated[str, typer.Option(help="Of the tensors written: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Precision of the written tensors: float32, bfloat16 or float16.")] = "float32",
     overwrite: _Overwrite = False,
 ) -> None:  # fmt: skip
-    """EVF-SAM's published files: a model that segments by text, as it is."""
+    """Convert EVF-SAM's published files: a model that segments by text without training."""
     from refsam.checkpoint import read_evf
     from refsam.model import EVFSAM
 

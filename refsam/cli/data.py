@@ -8,7 +8,7 @@ import typer
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Datasets: check, divide and prepare them.",
+    help="Check, divide and prepare datasets.",
 )
 
 

@@ -70,7 +70,7 @@ TextEncoderOption = Annotated[
 OverlayOption = Annotated[
     bool, typer.Option("--overlay/--no-overlay", help="Also write overlay.mp4.")
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="Print nothing but what went wrong.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,13 @@ class ReadingOptions:
     start: Annotated[
         str, typer.Option(help="Where to begin: seconds or [hh:]mm:ss.", metavar="TIME")
     ] = "0"
-    end: Annotated[str | None, typer.Option(help="Where to end, likewise.", metavar="TIME")] = None
-    stride: Annotated[int, typer.Option(min=1, help="Every how many-th frame to take.")] = 1
-    max_frames: Annotated[int | None, typer.Option(min=1, help="At most so many frames.")] = None
+    end: Annotated[
+        str | None, typer.Option(help="Where to end, in the same form.", metavar="TIME")
+    ] = None
+    stride: Annotated[int, typer.Option(min=1, help="Take every N-th frame.", metavar="N")] = 1
+    max_frames: Annotated[
+        int | None, typer.Option(min=1, help="Take at most N frames.", metavar="N")
+    ] = None
     timeout: Annotated[
         float,
         typer.Option(
@@ -156,7 +160,7 @@ class ReadingOptions:
         bool,
         typer.Option(
             "--skip-bad-frames",
-            help="Go on behind frames that cannot be decoded; result.json lists them.",
+            help="Skip frames that cannot be decoded; result.json lists them.",
         ),
     ] = False
 

@@ -52,7 +52,7 @@ def segment(
     masks: MaskOptions,
     reading: ReadingOptions,
     overwrite: OverwriteOption = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run in OUT was ended.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT where it was ended.")] = False,
     json: Annotated[
         str | None,
         typer.Option(

@@ -57,7 +57,7 @@ def segment_videos(
         int | None,
         typer.Option(
             min=1,
-            help="Frames that the image encoder takes at once, of as many videos; 8 on a GPU, 1 on a CPU by default. "
+            help="Frames for each call of the image encoder, one from each video; by default 8 on a GPU, 1 on a CPU. "
             "1 gives each frame's masks soonest.",
         ),
     ] = None,

@@ -24,7 +24,7 @@ def train(
         bool,
         typer.Option(
             "--allow-changes",
-            help="Go on with a run whose configuration was another; what is new is noted in its log.",
+            help="Resume with a changed configuration; the log notes the changes.",
         ),
     ] = False,
 ) -> None:  # fmt: skip

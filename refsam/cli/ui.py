@@ -20,17 +20,17 @@ _LOCAL = ("127.0.0.1", "localhost", "::1")
 def ui(
     model: ModelChoice,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="The first free one from 7860 on.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; by default the first free one from 7860 on.")] = None,
     folder: Annotated[
         Path | None,
         typer.Option(
-            help="Where a temporary folder for uploads and results is made; removed at the end.",
+            help="Folder for uploads and results, in which a temporary one is made and removed at the end.",
             file_okay=False,
             exists=True,
         ),
     ] = None,
-    max_megabytes: Annotated[int, typer.Option(min=1, help="Size of an uploaded file.")] = 200,
-    max_frames: Annotated[int, typer.Option(min=1, help="Length of a clip.")] = 1800,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="Largest upload, in megabytes.")] = 200,
+    max_frames: Annotated[int, typer.Option(min=1, help="Longest clip, in frames.")] = 1800,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:  # fmt: skip

@@ -156,11 +156,11 @@ def refcoco(
     model: ModelChoice,
     dataset: Annotated[str, typer.Option(help="refcoco, refcoco+ or refcocog.")] = "refcoco",
     split_by: Annotated[
-        str | None, typer.Option(help="unc, umd or google; the dataset's usual one by default.")
+        str | None, typer.Option(help="Who divided the dataset: unc, umd or google; its usual one by default.")
     ] = None,
     split: Annotated[
         list[str] | None,
-        typer.Option(help="Repeat it for several; all evaluation splits by default."),
+        typer.Option(help="Split to run, all evaluation splits by default; repeat it for several."),
     ] = None,
     protocol: Annotated[
         list[str] | None,

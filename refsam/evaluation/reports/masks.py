@@ -29,7 +29,7 @@ _CURVES_OF_BOTH = 4  # so many objects are drawn with J and F each, more of them
 class Scored:
     """An evaluation and the clips that it scored.
 
-    `name` tells several of one report apart. `texts`: what each (video, object or expression) was called.
+    `name` distinguishes several in one report. `texts`: the text of each (video, object or expression).
     """
 
     name: str
@@ -59,7 +59,7 @@ def mask_sections(
 ) -> list[Section]:
     """Sections of a report on one or more evaluations; `frame(video, frame)` gives the pictures to draw on.
 
-    `pictures` begins the names of the report's own, so that several such sets of sections can stand in one report.
+    `pictures` is a prefix of the pictures' names, so that one report can hold several such sets of sections.
     """
     rules = dict.fromkeys(scores.result.protocol for scores in scored)
     remarks = [
@@ -79,7 +79,7 @@ def mask_sections(
 
 
 def provenance_section(facts: Mapping[str, str]) -> Section:
-    """The exact command, then everything else that one needs to repeat an evaluation."""
+    """The exact command, then everything else that is needed to repeat an evaluation."""
     rest = tuple((name, value) for name, value in facts.items() if name != "command")
     return Section("How it was made", (Code(facts["command"]), Table(("what", "value"), rest)))
 
@@ -141,7 +141,7 @@ def _curves(index: int, score: ObjectScores, both: bool) -> list[Curve]:
 def _clip_pictures(
     scored: Sequence[Scored], frame: FrameReader | None, pictures: str
 ) -> Iterable[Picture | Text]:
-    """The clips with the highest and the lowest J&F of all evaluations, worst first last."""
+    """The clips with the highest and the lowest J&F of all evaluations, the worst one last."""
     every = ((scores, score) for scores in scored for score in scores.result.scores)
     chosen = best_and_worst(every, lambda pair: pair[1].measures["J&F-Mean"], _SHOWN_CLIPS)
     yield Text((f"{LEGEND}. Up to {_TILES} frames of each clip, evenly spaced.",))
@@ -168,7 +168,7 @@ def _clip_of(clips: Iterable[Clip], score: ObjectScores) -> Clip:
 def _overlay(
     clip: Clip, protocol: Protocol, score: ObjectScores, frame: FrameReader | None
 ) -> bytes:
-    """A few frames of one object: what the prediction and the truth say of it."""
+    """A few frames of one object with its predicted and its true mask."""
     last = len(clip.frames) - 1
     places = sorted({round(last * tile / (_TILES - 1)) for tile in range(_TILES)})
     few = replace(

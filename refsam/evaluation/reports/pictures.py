@@ -22,7 +22,7 @@ T = TypeVar("T")
 def best_and_worst(
     items: Iterable[T], score: Callable[[T], float], most: int
 ) -> list[tuple[str, T]]:
-    """("best", item) of the highest scores, then ("worst", item) of the lowest, at most so many of each and each item once."""
+    """("best", item) for the highest scores, then ("worst", item) for the lowest: up to `most` of each, no item twice."""
     ranked = sorted(items, key=lambda item: -score(item))
     best = min(most, (len(ranked) + 1) // 2)
     worst = min(most, len(ranked) - best)

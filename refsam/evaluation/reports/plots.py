@@ -65,7 +65,7 @@ def both_curves(index: int, score: ObjectScores) -> list[Curve]:
 def picture(
     name: str, curves: Sequence[Curve], frames: Sequence[str], caption: str
 ) -> Picture | Text:
-    """The chart as part of a report; words without matplotlib."""
+    """The chart as part of a report; without matplotlib, a text that says so."""
     try:
         return Picture(name, "image/svg+xml", chart(curves, frames), caption)
     except ImportError:

@@ -47,7 +47,7 @@ class Unit:
 
     @property
     def expressions(self) -> tuple[Expression, ...]:
-        """All that is said about the video."""
+        """All expressions about the video."""
         return self.dataset.expressions(self.video.name)
 
     @property
@@ -75,10 +75,10 @@ class Benchmark(Protocol):
 
     @property
     def units(self) -> Sequence[Unit]:
-        """All of the work."""
+        """All units of work."""
 
     def settings(self) -> Mapping[str, Any]:
-        """Everything that predictions depend on beside the model, the data and the inference rules."""
+        """Everything else that predictions depend on, beside the model, the data and the inference rules."""
 
     def groups(self, unit: Unit) -> list[list[Expression]]:
         """The expressions of a unit as they are computed together."""
@@ -98,7 +98,7 @@ class Benchmark(Protocol):
         """The rows of a frame in the unit's record."""
 
     def outcome(self, run: RunFolder, records: Mapping[str, _Record], processes: int) -> Outcome:
-        """Score what all units have predicted; `records` by unit. So many `processes` may share the scoring."""
+        """Score the predictions of all units; `records` by unit. Up to `processes` processes share the scoring."""
 
 
 class BinaryMasks:
@@ -124,7 +124,7 @@ class BinaryMasks:
 
 
 def texts_of(units: Sequence[Unit]) -> dict[tuple[str, str], str]:
-    """What each (video, expression) says."""
+    """The text of each (video, expression)."""
     return {(e.video, e.expression_id): e.text for unit in units for e in unit.expressions}
 
 
@@ -254,12 +254,12 @@ def evaluate(
 
 
 def shard_of(benchmark: Benchmark, shard: Shard) -> list[Unit]:
-    """The units that a process does."""
+    """The units of a process's shard."""
     return shard.of(benchmark.units, lambda unit: unit.cost)
 
 
 def _data_sha256(units: Sequence[Unit]) -> str:
-    """SHA-256 over everything that is asked: units, frames and expressions."""
+    """SHA-256 over the questions: units, frames and expressions."""
     digest = hashlib.sha256()
     for unit in units:
         asked = [(e.expression_id, e.text) for e in unit.expressions]
@@ -302,7 +302,7 @@ def _written(
     records: Mapping[str, _Record],
     outcome: Outcome,
 ) -> Outcome:
-    """The outcome, completed by what all benchmarks share, after its files are written."""
+    """Write an outcome's files; return it with what all benchmarks report."""
     speed = speed_summary(records.values())
     made = {**provenance(), "checkpoint": runner.checkpoint, **_hardware(runner.model), **settings}
     rules = (f"protocol: {runner.rules.name}", *runner.rules.notes)

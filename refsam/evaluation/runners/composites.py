@@ -131,7 +131,7 @@ def evaluate_composites(
 
 
 def summarise(scores: list[CompositeScore]) -> dict[str, Any]:
-    """J by kind, over the four kinds that tell objects apart, and what is marked while an object is covered."""
+    """J by kind and over the four kinds that distinguish objects, and the marked area while an object is covered."""
     by_kind = {
         kind: fmean(s.region for s in scores if s.kind == kind)
         for kind in dict.fromkeys(s.kind for s in scores)

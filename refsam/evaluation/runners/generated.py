@@ -63,7 +63,7 @@ def benchmark_arguments(index: int) -> dict[str, Any]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary as a Markdown table: a row per kind of expression, then what is marked where nothing should be."""
+    """The summary as a Markdown table: a row per kind of expression, then the area that is marked where nothing should be."""
     lines = ["| expressions that name | number | J | F | J&F |", "|---|--:|--:|--:|--:|"]
     for name, row in summary["accuracy"].items():
         if row["sentences"]:

@@ -30,7 +30,7 @@ class LongRvos(PerExpression):
     def rows(
         self, unit: Unit, frame: str, rendered: Mapping[str, NDArray[np.bool_]]
     ) -> list[Mapping[str, Any]]:
-        """J, F and whether anything is marked and shown, of each expression; nothing without truth."""
+        """J, F and whether the object is marked and shown, for each expression; no rows without truth."""
         rows: list[Mapping[str, Any]] = []
         for expression in unit.expressions:
             mask = rendered[f"{unit.video.name}/{expression.expression_id}"]

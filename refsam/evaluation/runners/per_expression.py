@@ -23,7 +23,7 @@ from refsam.evaluation.scoring.protocols import find_protocol
 
 @dataclass(frozen=True)
 class PerExpression(BinaryMasks):
-    """Predictions `<video>/<expression>/<frame>.png`, always a submission, and scores where there is truth.
+    """Writes predictions `<video>/<expression>/<frame>.png` and a submission; scores them where there is truth.
 
     `zip_folder` is the folder that the server wants at the top of the zip, "" for none; None where there is no server, as for own
     videos, whose masks are the truth. `truth` is what `find_clips` takes,
@@ -48,7 +48,7 @@ class PerExpression(BinaryMasks):
     def rows(
         self, unit: Unit, frame: str, rendered: Mapping[str, NDArray[np.bool_]]
     ) -> list[Mapping[str, Any]]:
-        """Nothing: the PNGs say it all."""
+        """No rows: the PNGs hold everything."""
         return []
 
     def outcome(
@@ -71,7 +71,7 @@ class PerExpression(BinaryMasks):
         return Outcome("\n".join(lines), result.as_dict(), tuple(sections), files)
 
     def _submission(self, run: RunFolder, zip_folder: str) -> str:
-        """Write the archive; say what it holds."""
+        """Write the archive; return a line about what it holds."""
         files = [
             f"{unit.name}/{expression.expression_id}/{frame}.png"
             for unit in self.units

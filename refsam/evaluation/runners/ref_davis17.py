@@ -97,7 +97,7 @@ class RefDavis17:
     def rows(
         self, unit: Unit, frame: str, rendered: Mapping[str, NDArray[Any]]
     ) -> list[Mapping[str, Any]]:
-        """Nothing: the PNGs say it all."""
+        """No rows: the PNGs hold everything."""
         return []
 
     def outcome(

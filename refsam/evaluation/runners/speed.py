@@ -29,7 +29,7 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count what the block takes for the stage; the model's stages wait for the device."""
+        """Add the block's time to the stage; the model's stages wait for the device."""
         started = time.perf_counter()
         try:
             yield
@@ -60,7 +60,7 @@ def speed_summary(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def speed_table(summary: Mapping[str, Any]) -> Table:
-    """Time and rate of every stage, per frame and per frame and expression, and of all of it."""
+    """Time and rate of every stage and in total, per frame and per mask."""
     rows = [_row(name, summary["seconds"][name], summary) for name in STAGES]
     rows.append(_row("all", summary["total_seconds"], summary))
     header = ("stage", "s", "ms/frame", "frames/s", "ms/mask", "masks/s")

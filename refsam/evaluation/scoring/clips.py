@@ -16,7 +16,7 @@ from refsam.evaluation.scoring.protocols import Protocol
 class RunLengths:
     """A mask of `size` (height, width) as the union of COCO run-length codes, none of them if it is empty.
 
-    `size` is None where no mask of the video tells it, as in one about which every expression means nothing: the prediction's
+    `size` is None where no mask of the video gives it, as when every expression means nothing: then the prediction's size
     counts.
     """
 

@@ -96,7 +96,7 @@ class ClipResult:
 def score_clip(
     clip: Clip, protocol: Protocol, lenient: bool = False, scored: bool = True
 ) -> ClipResult:
-    """Score one clip; not `lenient`, the first problem ends the scoring but not the search for more of them.
+    """Score one clip. Unless `lenient`, the first problem ends the scoring; the search for more problems goes on.
 
     With `scored` False the files are only checked.
     """
@@ -319,7 +319,7 @@ def _size_of(path: Path | None) -> tuple[int, int]:
 def _in_order(
     jobs: Sequence[Job], processes: int, advance: Callable[[], None] | None
 ) -> list[ClipResult]:
-    """The results of all jobs in their order, whatever the order they were done in."""
+    """The results of all jobs, in the order of the jobs."""
     results: dict[int, ClipResult] = {}
     for index, result in _as_done(jobs, min(processes, len(jobs))):
         results[index] = result

@@ -14,7 +14,7 @@ class Protocol:
     `per_expression`: one binary mask per expression, else one map of object numbers per video. `matching`: predicted
     objects are assigned to true ones by the best mean J&F, else by their numbers. `void`: pixels of value 255 in the truth
     are left out, else they are background. `inner_frames`: the first and the last frame are not scored. `most_objects`: the
-    highest object number that a prediction may hold, None for the number of true objects. `rules`: all this for the reader.
+    highest object number that a prediction may hold, None for the number of true objects. `rules`: the same in words.
     """
 
     name: str
