@@ -1,6 +1,7 @@
 """optimize() on every model with SAM's blocks inside: same outputs, gradients and weights, and back."""
 
 import copy
+import importlib.util
 import pickle
 import runpy
 import warnings
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from refsam_kernels.integrations import encoders, optimize
 from tests.kernels.encoder_models import MODELS, Example, pixels_of
-from tests.kernels.test_integrations import assert_close
+from tests.kernels.test_integrations import assert_close, sam
 
 each_model = pytest.mark.parametrize("example", MODELS.values(), ids=MODELS.keys())
 
@@ -178,6 +179,10 @@ def on_meta(model: Any) -> None:
     model.to("meta")
 
 
+def partly_on_meta(model: Any) -> None:
+    model.blocks[1].mlp.lin2.to("meta")
+
+
 def another_version(model: Any) -> None:
     for block in model.blocks:
         kind = type(block)
@@ -189,15 +194,21 @@ def two_window_sizes(model: Any) -> None:
     model.blocks[0].window_size = (3, 3)
 
 
+def a_negative_window(model: Any) -> None:
+    model.blocks[0].window_size = -1
+
+
 REFUSED = {
     other_formula: r"model\.blocks\.1: computes something else than SAM's block: on random numbers",
     pooled: r"model\.blocks\.0\.attn: got pooled queries or keys \(pool_q\), wanted as many as tokens",
     other_positions: r"got an? Attention with positions of another kind, rel_pos \(a Embedding\)",
     other_scale: r"model\.blocks\.0\.attn\.scale: got 1\.0, wanted 16 \*\* -0\.5",
     half_replaced: r"model\.blocks\.1\.forward: got one that was replaced before",
-    on_meta: r"model\.blocks\.0\.attn: got weights on the meta device, wanted loaded weights",
+    on_meta: r"model\.blocks\.0\.\S+: got weights on the meta device, wanted loaded weights",
+    partly_on_meta: r"model\.blocks\.1\.mlp\.lin2\.weight: got weights on the meta device",
     another_version: r"model\.blocks\.0\.forward: got parameters x, mask, wanted x: this version of",
     two_window_sizes: r"model\.blocks\.0\.window_size: got \(3, 3\), wanted one number",
+    a_negative_window: r"model\.blocks\.0\.window_size: got -1, wanted one number, 0 or more",
 }
 
 
@@ -222,7 +233,8 @@ def test_the_check_can_be_left_out() -> None:
 def timm_model(name: str, **sizes: Any) -> nn.Module:
     from tests.timm_modeling import torchvision_to_import
 
-    pytest.importorskip("timm")
+    if not importlib.util.find_spec("timm"):
+        pytest.skip("timm is not installed: pip install --no-deps timm")
     with torchvision_to_import():
         module = __import__(f"timm.models.{name}", fromlist=[name])
     return {
@@ -321,9 +333,35 @@ def test_fsdp_may_wrap_an_optimized_model(tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
-def test_a_compiled_model_is_refused_in_words() -> None:
-    model = torch.compile(MODELS["segment-anything"].make(), backend="eager")
-    with pytest.raises(ValueError, match=r"got a OptimizedModule, .*before torch\.compile"):
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda model: torch.compile(model, backend="eager"),
+            r"a OptimizedModule, .*before torch\.compile",
+        ),
+        (
+            lambda model: torch.jit.trace(model, pixels_of()),
+            r"a TopLevelTracedModule, .*before torch\.jit",
+        ),
+        (
+            lambda model: torch.jit.script(nn.Linear(2, 2)),
+            r"a RecursiveScriptModule, .*before torch\.jit",
+        ),
+    ],
+    ids=["compiled", "traced", "scripted"],
+)
+def test_what_was_made_of_a_model_is_refused_in_words(change: Any, words: str) -> None:
+    made = change(MODELS["segment-anything"].make())
+    with pytest.raises(ValueError, match=words):
+        optimize(made)
+
+
+def test_a_decoder_without_weights_is_refused_in_words() -> None:
+    model = sam()
+    model.mask_decoder.output_upscaling.to("meta")
+    with pytest.raises(ValueError, match=r"output_upscaling\.0\.weight: got weights on the meta"):
         optimize(model)
 
 

@@ -22,7 +22,12 @@ from refsam_kernels.integrations import (
 from refsam_kernels.integrations.encoders import Block, find_blocks, norm_replacements
 from refsam_kernels.integrations.modules import Int8Attend
 from refsam_kernels.integrations.probe import block_reasons, decoder_reasons
-from refsam_kernels.integrations.replacement import Optimization, Replacement, refuse
+from refsam_kernels.integrations.replacement import (
+    Optimization,
+    Replacement,
+    loading_reasons,
+    refuse,
+)
 
 __all__ = ["Optimization", "optimize"]
 
@@ -59,6 +64,7 @@ _OF_SAM2 = "of SAM 2 and SAM 3, transformers' mask decoders and processors are k
 _ADVICE = {
     "TinyViT": "MobileSAM has SAM's mask decoder: give model.mask_decoder to optimize() instead",
     "OptimizedModule": "give the model to optimize() before torch.compile",
+    "ScriptModule": "give the model to optimize() before torch.jit",
     "SAM2Base": _OF_SAM2,
     "SAM2ImagePredictor": _OF_SAM2,
 }
@@ -128,7 +134,7 @@ def _replacements(model: Any, check: bool, in_int8: bool) -> list[Replacement]:
         if held:
             found += _of_module(attrgetter(held)(model), f"model.{held}", check, in_int8)
         return found
-    is_module = isinstance(model, nn.Module) and names[0] != "OptimizedModule"
+    is_module = isinstance(model, nn.Module) and not {"OptimizedModule", "ScriptModule"} & {*names}
     found = _of_module(model, "model", check, in_int8) if is_module else []
     require(bool(found), "model", f"a {names[0]}", _WANTED + _advice(names))
     return found
@@ -137,6 +143,7 @@ def _replacements(model: Any, check: bool, in_int8: bool) -> list[Replacement]:
 def _of_module(model: nn.Module, path: str, check: bool, in_int8: bool) -> list[Replacement]:
     """The replacements in a module and all below it."""
     parts = list(_parts(model, path))
+    refuse([reason for where, _, part in parts for reason in loading_reasons(where, part)])
     found = [item for where, kind, module in parts for item in _of_part(where, kind, module)]
     blocks = find_blocks(model, path)
     refuse([reason for block in blocks for reason in block.reasons()])

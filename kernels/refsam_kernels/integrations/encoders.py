@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from refsam_kernels.integrations.modules import Attend, Int8Attend, layer_norm_2d, mlp_replacement
-from refsam_kernels.integrations.replacement import Replacement, members_of
+from refsam_kernels.integrations.replacement import Replacement, loading_reasons, members_of
 
 ATTENTION = {"qkv", "proj", "rel_pos_h", "rel_pos_w"}
 # They may stand beside: modules that are idle, or run between the operator and the block.
@@ -149,8 +149,9 @@ class Block:
             return
         path = f"{self.path}.{self.kind.attention}"
         yield from attention_reasons(path, self.attention, self.kind.heads)
-        if not isinstance(self.window_size, int):
-            yield f"{self.path}.window_size: got {self.window_size!r}, wanted one number"
+        if not isinstance(self.window_size, int) or self.window_size < 0:
+            yield f"{self.path}.window_size: got {self.window_size!r}, wanted one number, 0 or more"
+        yield from loading_reasons(self.path, self.module)
 
     def replacements(self, in_int8: bool = False) -> Iterator[Replacement]:
         """The methods to replace; linear layers may be computed in 8-bit integers."""
@@ -219,9 +220,6 @@ def attention_reasons(path: str, attention: Any, heads: str) -> Iterator[str]:
     found = members_of(attention)
     if not ATTENTION <= found <= ATTENTION | BESIDE:
         yield f"{path}: got members {sorted(found)}, wanted {sorted(ATTENTION)}"
-        return
-    if getattr(attention.rel_pos_h, "is_meta", False):
-        yield f"{path}: got weights on the meta device, wanted loaded weights"
         return
     yield from _value_reasons(path, attention, heads)
 

@@ -110,6 +110,14 @@ def members_of(module: nn.Module) -> set[str]:
     return parameters | {name for name, _ in module.named_children()}
 
 
+def loading_reasons(path: str, module: nn.Module) -> Iterator[str]:
+    """Why a module cannot compute yet: the first of its weights that was not loaded."""
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            yield f"{path}.{name}: got weights on the meta device, wanted loaded weights"
+            return
+
+
 def structure_reasons(
     path: str, module: Any, class_names: set[str], members: set[str]
 ) -> Iterator[str]:
