@@ -17,7 +17,7 @@ CASES = [
     )
     for device in DEVICES
     for case in load_cases([], device)
-    if case.operator.removesuffix("_cpu") in Dispatcher.known
+    if case.operator in Dispatcher.known
 ]
 
 

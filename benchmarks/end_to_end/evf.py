@@ -6,7 +6,6 @@ layers. Both must give the same logits first.
 
 import json
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from benchmarks import provenance
 from benchmarks.end_to_end.encoder import random_sam
-from benchmarks.measure import resident
+from benchmarks.measure import resident, take_turns
 from benchmarks.programs import make_parser, write_json
 from refsam.config import EVFConfig
 from refsam.model import EVFSAM, ImageFeatures, TextPrompt
@@ -67,16 +66,6 @@ def ours(model: EVFSAM, frame: Tensor, text: TextPrompt) -> Tensor:
     return model.decode(image, text, torch.zeros(len(text), dtype=torch.int64)).logits
 
 
-def seconds_of(call: Callable[[], Tensor], rounds: int) -> float:
-    """The median of some calls."""
-    taken = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return float(torch.tensor(taken).median())
-
-
 @torch.no_grad()
 def measure(config: EVFConfig, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """Seconds of a frame with 1 and 4 expressions, of BEiT-3 per expression, and peak memory."""
@@ -93,13 +82,17 @@ def measure(config: EVFConfig, dtype: torch.dtype, rounds: int) -> dict[str, Any
     if error > TOLERANCE:
         raise SystemExit(f"logits differ by {error:.2g} of the largest: nothing is timed")
     patches = model.beit3.embed_patches(model.view(frame[None]))
+    calls = {
+        "frame_1_s": lambda: ours(model, frame, one),
+        "frame_4_s": lambda: ours(model, frame, text),
+        "beit3_1_s": lambda: model.beit3(patches, one.words, one.lengths),
+    }
+    times = take_turns(calls, rounds)
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "error": error,
         "per_expression_4_s": loop,
-        "frame_1_s": seconds_of(lambda: ours(model, frame, one), rounds),
-        "frame_4_s": seconds_of(lambda: ours(model, frame, text), rounds),
-        "beit3_1_s": seconds_of(lambda: model.beit3(patches, one.words, one.lengths), rounds),
+        **{name: 1e-3 * each.median_ms for name, each in times.items()},
         "peak_rss_bytes": resident("VmHWM"),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from benchmarks.end_to_end.encoder import random_sam
 from benchmarks.end_to_end.per_expression import adapted_blocks, plain_decoder
 from benchmarks.measure import peak_memory, resident, take_turns
+from benchmarks.ops import mask_loss
 from benchmarks.programs import add_sizes, call_process, encoder_sizes, make_parser, write_json
 from benchmarks.provenance import collect
 from benchmarks.report.results import failure
@@ -91,8 +92,10 @@ class SegmentAnythingStep(nn.Module):
             token = self.hidden[:, 1]
             track = model.tracking(token, track)
             truth = batch.clips.masks[0, :, time]
-            losses.append(plain_mask_loss(masks[:, :1], truth, model.image_size, size.resized))
-        return {"total": torch.stack(losses).mean()}
+            sizes: Any = {"image_size": model.image_size, "input_size": size.resized}
+            focal, dice = mask_loss.eager(masks[:, 0], truth, **sizes)
+            losses.append(focal + dice)
+        return {"total": torch.cat(losses).mean()}
 
     def _dense(self, levels: Tensor, words: Tensor) -> Tensor:
         """Dense prompts (N, C) of levels (L, N, C) and words (T, C), the sentence among them (paper, section 3.4)."""
@@ -101,23 +104,6 @@ class SegmentAnythingStep(nn.Module):
         share = (levels @ words.T * attention.log_scale.exp()).softmax(-1)
         dense = F.linear(torch.cat([levels, share @ words], dim=-1), weight.flatten(1), bias)
         return (attention.level_logits.softmax(0)[:, None, None] * dense).sum(0)
-
-
-def plain_mask_loss(
-    logits: Tensor, truth: Tensor, image_size: int, resized: tuple[int, int]
-) -> Tensor:
-    """Focal and dice of logits (1, 1, 4h, 4w) against a mask (1, H, W), after SAM's two resizes."""
-    height, width = truth.shape[1:]
-    whole = F.interpolate(logits, (image_size, image_size), mode="bilinear", align_corners=False)
-    cut = whole[..., : resized[0], : resized[1]]
-    full = F.interpolate(cut, (height, width), mode="bilinear", align_corners=False)[:, 0]
-    target, probability = truth.to(full), full.sigmoid()
-    entropy = F.binary_cross_entropy_with_logits(full, target, reduction="none")
-    right = probability * target + (1 - probability) * (1 - target)
-    weight = 0.25 * target + 0.75 * (1 - target)
-    focal = (weight * (1 - right) ** 2 * entropy).mean()
-    overlap = 2 * (probability * target).sum() + 1
-    return focal + 1 - overlap / (probability.sum() + target.sum() + 1)
 
 
 def training_settings(options: argparse.Namespace) -> TrainingSettings:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,10 @@ from refsam_kernels import mask_loss
 
 
 def eager(
-    logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0
+    logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0, **sizes: Any
 ) -> tuple[Tensor, Tensor]:
-    """Focal and dice loss (P,) as DETR and RefSAM's authors write them."""
-    x = interpolate(logits, (targets.shape[1], targets.shape[2])).flatten(1)
+    """Focal and dice loss (P,) as DETR and RefSAM's authors write them; `sizes` are those of `interpolate`."""
+    x = interpolate(logits, (targets.shape[1], targets.shape[2]), **sizes).flatten(1)
     target = targets.to(x.dtype).flatten(1)
     p = x.sigmoid()
     dice = 1 - (2 * (p * target).sum(1) + 1) / (p.sum(1) + target.sum(1) + 1)

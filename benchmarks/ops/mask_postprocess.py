@@ -20,10 +20,12 @@ UNDECIDED = 1e-5
 Size = tuple[int, int]
 
 
-def interpolate(logits: Tensor, output_size: Size) -> Tensor:
+def interpolate(
+    logits: Tensor, output_size: Size, image_size: int = IMAGE_SIZE, input_size: Size = INPUT_SIZE
+) -> Tensor:
     """`Sam.postprocess_masks`: the logits of all masks at full size."""
-    height, width = INPUT_SIZE
-    image = F.interpolate(logits[:, None], (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")
+    height, width = input_size
+    image = F.interpolate(logits[:, None], (image_size, image_size), mode="bilinear")
     return F.interpolate(image[..., :height, :width], output_size, mode="bilinear")[:, 0]
 
 

@@ -20,7 +20,7 @@ from refsam_kernels import rel_pos_attention
 from refsam_kernels.rel_pos_attention import reference
 
 OPERATOR = "rel_pos_attention"
-BASELINE = "SDPA with bias"
+BASELINE, GIVEN = "SDPA with bias", "SDPA, bias given"
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,10 @@ class Setting:
     window: int  # 0: global
     trains: bool = False
     grid: int = 64
+    dtype: torch.dtype | None = None  # None: float32 on a CPU, bfloat16 on a GPU
 
     def inputs(self, device: str) -> dict[str, Tensor]:
-        """Random tensors of the size that they have in SAM's checkpoints: float32 on a CPU, bfloat16 on a GPU."""
+        """Random tensors of the size that they have in SAM's checkpoints."""
         normal = partial(
             torch.randn, generator=torch.Generator(device).manual_seed(42), device=device
         )
@@ -46,7 +47,7 @@ class Setting:
             "rel_pos_w": (2 * side - 1, self.head_dim),
             "qkv_bias": (width,),
         }
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        dtype = self.dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
         return {
             name: ((0.3 if "rel" in name else 1.0) * normal(shape))
             .to(dtype)
@@ -209,9 +210,42 @@ def workload(device: str, *, setting: Setting, with_peers: bool = True) -> Workl
     )
 
 
+@torch.no_grad()
+def against_given_bias(device: str, *, setting: Setting) -> Workload:
+    """Global attention against SDPA that does less: its N x N bias, q, k and v are made before the clock starts."""
+    inputs, side = setting.inputs(device), setting.grid
+    attend: Any = partial(rel_pos_attention, num_heads=setting.heads)
+    q, k, v = (x.contiguous() for x in cut(inputs["qkv"], inputs["qkv_bias"], setting))
+    rel_h, rel_w = relative_terms(q, inputs["rel_pos_h"], inputs["rel_pos_w"], side)
+    bias = (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2)
+    attended = partial(F.scaled_dot_product_attention, q, k, v, attn_mask=bias)
+
+    def baseline() -> tuple[Tensor]:
+        return (attended().transpose(1, 2).flatten(2).unflatten(1, (side, side)),)
+
+    ways = {name: partial(attend, backend=name) for name in backends_of(OPERATOR, device)}
+    in_float64 = {name: exactly(tensor) for name, tensor in inputs.items()}
+    exact = (attend(**in_float64, backend="fallback"),)
+    return Workload(
+        providers={GIVEN: baseline}
+        | {name: partial(run, way, inputs, exact[0]) for name, way in ways.items()},
+        wrong=partial(further_than, exact=exact, bounds=[bound(*baseline(), *exact, q.dtype)]),
+        moved_bytes=sum(tensor.nbytes for tensor in inputs.values()) + q.nbytes,
+        flops=4 * setting.heads * setting.head_dim * side**4,
+        shapes={"qkv": list(inputs["qkv"].shape), "dtype": str(q.dtype)},
+        dtype=q.dtype,
+    )
+
+
 for model, heads, head_dim in (("ViT-B", 12, 64), ("ViT-H", 16, 80)):
     for kind, window in (("global", 0), ("windows", 14)):
         for trains in (False, True):
             name = f"{model} {kind}{', trained' if trains else ''}"
             case = Setting(name, heads, head_dim, window, trains)
             register(OPERATOR, name, baseline=BASELINE)(partial(workload, setting=case))
+
+for dtype in (torch.float32, torch.bfloat16):
+    name = f"ViT-B global, bias given, {str(dtype).removeprefix('torch.')}"
+    case = Setting(name, 12, 64, 0, dtype=dtype)
+    given = partial(against_given_bias, setting=case)
+    register(OPERATOR, name, baseline=GIVEN, devices=("cpu",))(given)
