@@ -41,10 +41,10 @@ def demo(
     photo: Annotated[
         bool,
         typer.Option(
-            "--photo", help="A camera over real photographs instead: a cat, a cup, a woman."
+            "--photo", help="Move a camera over real photographs instead: a cat, a cup, a woman."
         ),
     ] = False,
-    frames: Annotated[int, typer.Option(min=1, help="Length of the clip.")] = 24,
+    frames: Annotated[int, typer.Option(min=1, help="Length of the clip, in frames.")] = 24,
     checkpoint: CheckpointOption = "nano",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -52,7 +52,7 @@ def demo(
 ) -> None:
     """Segment a generated clip with known truth; print J&F, write masks and an overlay.
 
-    With `--photo` a clip of photographs that scikit-image ships, of which no truth is known and nothing is scored.
+    `--photo` takes photographs that scikit-image ships: their truth is not known, so nothing is scored.
 
     J is the overlap of mask and truth (intersection over union), F the agreement of their contours, both
     0 to 1, as DAVIS 2017 defines them.

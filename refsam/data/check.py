@@ -1,7 +1,7 @@
 """Check a dataset: present, missing and broken files, and where to get them."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -77,7 +77,7 @@ def check(
         raise DataError(f"dataset: got {name!r}, want one of {', '.join((*DATASETS, PHOTOGRAPHS))}")
     module = import_module(f"refsam.data.{DATASETS[name]}")
     official = getattr(module, "OFFICIAL_VIDEOS", {})
-    for arguments in module.variants(name, root):
+    for arguments in _variants(module, name, root):
         split = " ".join(arguments.values())
         parts: dict[str, Part] = module.parts(name, root, **arguments)
         missing = {kind for kind, part in parts.items() if part.needed and not part.path.exists()}
@@ -94,6 +94,13 @@ def check(
             if kind == "expressions" and state == "ok" and split in official:
                 detail += f" (official: {official[split]} videos)"
             yield Finding(name, split, kind, state, detail, part.source)
+
+
+def _variants(module: Any, name: str, root: Path) -> Iterable[dict[str, str]]:
+    """The arguments that `open_dataset` takes for each split: the module's own, or its splits by name."""
+    if hasattr(module, "variants"):
+        return module.variants(name, root)
+    return ({"split": split} for split in module.SPLITS)
 
 
 def _check_photographs(root: Path, decode: bool, advance: Callable[[], None]) -> Iterator[Finding]:

@@ -46,11 +46,6 @@ class ObjectFolders:
         return self.folder / video / str(number) / f"{frame}.png"
 
 
-def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
-    """The arguments that `open_dataset` takes for each split."""
-    return tuple({"split": split} for split in SPLITS)
-
-
 def parts(name: str, root: Path, split: str) -> dict[str, Part]:
     """The files of a split."""
     return {

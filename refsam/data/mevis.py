@@ -29,11 +29,6 @@ _SITE = "https://github.com/henghuiding/MeViS"
 OFFICIAL_VIDEOS = {"train": 1662, "valid_u": 50, "valid": 140, "test": 154}
 
 
-def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
-    """The arguments that `open_dataset` takes for each split."""
-    return tuple({"split": split} for split in SPLITS)
-
-
 def parts(name: str, root: Path, split: str) -> dict[str, Part]:
     """The files of a split; the truth of valid and test is not public."""
     public = split in ("train", "valid_u")

@@ -1,9 +1,7 @@
 """Ref-DAVIS17: its text annotations and DAVIS 2017 made into the layout of Ref-YouTube-VOS, and that layout read."""
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 from refsam.data import ref_youtube_vos
 from refsam.data.dataset import DataError, Expression, ReferringDataset
 from refsam.data.listings import Part, check_split, demand, read_text
-from refsam.runtime.files import only_writer
+from refsam.data.new_folder import new_folder, place
 
 SPLITS = ("train", "valid")
 ANNOTATORS = 4
@@ -47,11 +45,6 @@ def open_split(name: str, root: Path, split: str) -> ReferringDataset:
     return replace(dataset, expressions_by_video=by_video)
 
 
-def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
-    """The arguments that `open_dataset` takes for each split."""
-    return tuple({"split": split} for split in SPLITS)
-
-
 def parts(name: str, root: Path, split: str) -> dict[str, Part]:
     """The files of a split."""
     return ref_youtube_vos.layout(
@@ -78,19 +71,14 @@ def prepare(davis: Path, texts: Path, out: Path, *, copy: bool = False) -> dict[
     Frames and masks become symbolic links, or copies with `copy`; DAVIS itself stays as it is. Raises DataError where files
     are missing or disagree, and where `out` exists, UserError while another process writes it.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with only_writer(out, wait=False):
-        return _prepare(davis, texts, out, copy)
+    with new_folder(out) as partial:
+        return _prepare(davis, texts, partial, copy)
 
 
 def _prepare(davis: Path, texts: Path, out: Path, copy: bool) -> dict[str, int]:
-    if out.exists():
-        raise DataError(f"out: {out} exists, want a new folder")
     for part in ("JPEGImages/480p", "Annotations_unsupervised/480p", "ImageSets/2017"):
         demand("DAVIS 2017", davis / part, _DAVIS)
     annotations = [_read_texts(texts / name) for name in _TEXT_FILES]
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     counts = {}
     for split, listed in (("train", "train"), ("valid", "val")):
         names = demand("DAVIS 2017", davis / "ImageSets/2017" / f"{listed}.txt", _DAVIS)
@@ -98,17 +86,16 @@ def _prepare(davis: Path, texts: Path, out: Path, copy: bool) -> dict[str, int]:
             video: _video(davis, video, annotations) for video in sorted(names.read_text().split())
         }
         for video in videos:
-            _place(davis / "JPEGImages/480p" / video, partial / split / "JPEGImages", copy)
-            _place(
-                davis / "Annotations_unsupervised/480p" / video,
-                partial / split / "Annotations",
-                copy,
-            )
-        listing = parts("ref-davis17", partial, split)["expressions"].path
+            for kind, source in (
+                ("JPEGImages", "JPEGImages"),
+                ("Annotations", "Annotations_unsupervised"),
+            ):
+                files = demand("DAVIS 2017", davis / source / "480p" / video, _DAVIS)
+                place(files, out / split / kind / video, copy)
+        listing = parts("ref-davis17", out, split)["expressions"].path
         listing.parent.mkdir(parents=True)
         listing.write_text(json.dumps({"videos": videos}), encoding="utf-8")
         counts[split] = sum(len(video["expressions"]) for video in videos.values())
-    os.replace(partial, out)
     return counts
 
 
@@ -154,12 +141,3 @@ def _video(davis: Path, video: str, annotations: list[Texts]) -> dict[str, Any]:
         },
         "frames": sorted(path.stem for path in folder.glob("*.jpg")),
     }
-
-
-def _place(source: Path, folder: Path, copy: bool) -> None:
-    demand("DAVIS 2017", source, _DAVIS)
-    folder.mkdir(parents=True, exist_ok=True)
-    if copy:
-        shutil.copytree(source, folder / source.name)
-    else:
-        (folder / source.name).symlink_to(source.resolve(), target_is_directory=True)

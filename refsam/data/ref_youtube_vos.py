@@ -29,11 +29,6 @@ def open_split(name: str, root: Path, split: str) -> ReferringDataset:
     return open_layout(name, root, split, parts(name, root, split))
 
 
-def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
-    """The arguments that `open_dataset` takes for each split."""
-    return tuple({"split": split} for split in SPLITS)
-
-
 def parts(name: str, root: Path, split: str) -> dict[str, Part]:
     """The files of a split."""
     videos = f"{_SITE} ({split}.zip{', as of YouTube-VOS 2019' if split == 'train' else ''})"

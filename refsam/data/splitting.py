@@ -1,15 +1,13 @@
 """One's own videos divided into those to train on and those to validate on, whole videos each."""
 
 import csv
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 
 from refsam.data.catalogue import open_dataset
 from refsam.data.dataset import DataError, Expression, ReferringDataset
-from refsam.runtime.files import only_writer, own_name
+from refsam.data.new_folder import new_folder, place
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -41,17 +39,9 @@ def split_folder(
         TRAIN: [name for name in names if name not in drawn],
         VALIDATION: [name for name in names if name in drawn],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with only_writer(out, wait=False):
-        if out.exists():
-            raise DataError(f"out: {out} exists, want a new folder")
-        partial = own_name(out)
-        try:
-            for part, videos in parts.items():
-                _write_part(partial / part, root / split, dataset, videos, copy)
-            partial.rename(out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(out) as partial:
+        for part, videos in parts.items():
+            _write_part(partial / part, root / split, dataset, videos, copy)
     return parts
 
 
@@ -66,17 +56,9 @@ def _write_part(
     for kind in ("frames", "masks"):
         for video in videos:
             if (source / kind / video).is_dir():
-                _place(source / kind / video, folder / kind / video, copy)
+                place(source / kind / video, folder / kind / video, copy)
 
 
 def _row(expression: Expression) -> list[str]:
     numbers = " ".join(map(str, expression.object_ids or ()))
     return [expression.video, numbers, expression.text]
-
-
-def _place(source: Path, target: Path, copy: bool) -> None:
-    target.parent.mkdir(exist_ok=True)
-    if copy:
-        shutil.copytree(source, target)
-    else:
-        os.symlink(source.resolve(), target, target_is_directory=True)
