@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.end_to_end import int8
-from benchmarks.end_to_end.int8_accuracy import errors_by_block
+from benchmarks.end_to_end.int8_accuracy import DTYPES, errors_by_block
 from benchmarks.report import tables
 from refsam import RefSAMConfig
 from tests.model.test_image_encoder import build_encoder
@@ -51,6 +51,30 @@ def test_the_table_shows_what_was_measured() -> None:
         lines = tables.int8_cpu().splitlines()
     assert len([line for line in lines if line.startswith("| tiny")]) == len(rows)
     assert any("1.00x" in line for line in lines) and any("skipped" in line for line in lines)
+    slower = [row | {"instruction_set": "avx2"} for row in rows]
+    with mock.patch.object(tables, "read_rows", return_value=rows + slower):
+        assert tables.int8_cpu().count("refsam, avx2 |") == 6
+
+
+def test_rows_of_other_settings_stay(tmp_path: Path) -> None:
+    setting = {"name": "refsam", "dtype": "int8", "wide": False, "model": "vit_b", "image_size": 64}
+    rows = [setting | {"threads": n, "instruction_set": s} for n in (1, 2) for s in ("", "avx2")]
+    int8.write_rows(tmp_path / "rows.jsonl", rows)
+    new = [rows[1] | {"median_ms": 1.0}]
+    assert int8.other_rows(tmp_path / "rows.jsonl", new) == [rows[0], *rows[2:]]
+    assert int8.other_rows(tmp_path / "none.jsonl", new) == []
+
+
+def test_the_accuracy_table_shows_each_variant() -> None:
+    score = {"davis": {"summary": {"J": 0.5, "false_area": 0.1}}}
+    score["generated"] = {"accuracy": {"everything": {"J&F": 0.25}}}
+    last = [{"up_to_it": 0.01}]
+    result = {"clips": 60, "every": 3, "nano": last, "vit_b, random weights": last}
+    result |= dict.fromkeys(DTYPES, score)
+    with mock.patch.object(tables, "read_result", return_value=result):
+        table = tables.int8_accuracy()
+    assert "one frame in 3, mean J | 0.500 | 0.500 | 0.500 |" in table
+    assert "the first 60 frozen clips, mean J&F | 0.250 | 0.250 | 0.250 |" in table
 
 
 def test_memory_is_asked_of_a_process_with_the_same_sizes() -> None:

@@ -29,13 +29,16 @@ WRONG = ("the cat", "the horse", "the sheep", "the airplane", "the bus", "the pi
 """Nouns of which none is in any of the sequences."""
 
 
-def score(model: RefSAM, folder: Path) -> list[dict[str, Any]]:
-    """A row per sequence and expression: J, or `false_area`, the share of the frame that is marked; means over the frames."""
+def score(model: RefSAM, folder: Path, every: int = 1) -> list[dict[str, Any]]:
+    """A row per sequence and expression: J, or `false_area`, the share of the frame that is marked; means over the frames.
+
+    The model sees one frame in `every`.
+    """
     rows = []
     for name, right in SENTENCES.items():
         session = VideoSession(model, [*right, *WRONG])
         found: dict[str, list[float]] = {text: [] for text in session.expressions}
-        for path in sorted((folder / name).glob("*.jpg")):
+        for path in sorted((folder / name).glob("*.jpg"))[::every]:
             truth = np.asarray(Image.open(path.with_suffix(".png")).convert("L")) > 127
             frame = np.asarray(Image.open(path).convert("RGB"))
             masks = session.step(frame).masks.numpy()

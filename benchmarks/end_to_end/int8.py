@@ -4,11 +4,13 @@ All share one set of random weights and are timed in turn. `--prepare FOLDER` fi
 OpenVINO's int8 is NNCF's, calibrated on the timed image. Without it, or without their packages (the extra bench-cpu),
 peers are left out with the reason. Errors are relative to segment-anything in float32: the mean of the difference over
 the mean size. Rows with `wide` are of a 16:9 frame of the same width without padding. Memory is that of a first call in
-a process of its own, above the weights; those of int8 replaced the others.
+a process of its own, above the weights; those of int8 replaced the others. Rows of other models, sizes, threads and
+instruction sets (REFSAM_CPU_INSTRUCTION_SET) stay in FILE.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.end_to_end.encoder import random_sam
 from benchmarks.measure import peak_memory, take_turns
+from benchmarks.programs import write_rows
 from benchmarks.provenance import ROOT, collect
 from refsam.config import RefSAMConfig
 from refsam.model.build import build_image_encoder
@@ -154,15 +157,17 @@ def run_all(
     rows = round(pixels.shape[-1] * 9 / 16 / 16) * 16  # whole patches
     inputs = {False: pixels, True: pixels[:, :, :rows]}
     exact = {False: sam(pixels), True: None}
-    calls, skipped = {}, {}
+    calls, skipped, errors = {}, {}, {}
     for provider in providers:
         try:
             call = partial(make(provider, config, sam, folder), inputs[provider.wide])
-            call()
+            first = call()
         except (ImportError, RuntimeError, OSError) as error:
             skipped[provider] = str(error).splitlines()[0]
             continue
         calls[provider.label] = call
+        wanted = exact[provider.wide]
+        errors[provider] = None if wanted is None else error_of(first, wanted)
     times = take_turns(calls, repeats)
     origin = collect("cpu") | {"threads": torch.get_num_threads()}
     for provider in providers:
@@ -170,9 +175,7 @@ def run_all(
         if provider in skipped:
             yield row | {"skipped": skipped[provider]}
             continue
-        wanted = exact[provider.wide]
-        off = None if wanted is None else error_of(calls[provider.label](), wanted)
-        yield row | {"error": off} | asdict(times[provider.label])
+        yield row | {"error": errors[provider]} | asdict(times[provider.label])
 
 
 def seeded_sam(config: RefSAMConfig) -> nn.Module:
@@ -247,12 +250,26 @@ def main() -> None:
     for row in rows:
         provider = Provider(row["name"], row["dtype"], row["wide"])
         row |= {"model": options.model, "image_size": options.image_size}
-        row |= {"threads": torch.get_num_threads()}
+        row |= {"threads": torch.get_num_threads(), "instruction_set": instruction_set()}
         if options.memory and provider.name == OURS and not provider.wide:
             row["peak_memory_bytes"] = memory_of(provider, options)
         print(line_of(provider, row), flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(options.out, [*other_rows(options.out, rows), *rows])
+
+
+def instruction_set() -> str:
+    """The one that our compiled kernels are told to use; empty for the best."""
+    return os.environ.get("REFSAM_CPU_INSTRUCTION_SET", "")
+
+
+def other_rows(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a file that the new ones do not replace."""
+    if not path.is_file():
+        return []
+    fields = ("name", "dtype", "wide", "model", "image_size", "threads", "instruction_set")
+    old = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    new = {tuple(row[field] for field in fields) for row in rows}
+    return [row for row in old if tuple(row.get(field, "") for field in fields) not in new]
 
 
 def line_of(provider: Provider, row: dict[str, Any]) -> str:

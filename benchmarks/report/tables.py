@@ -120,7 +120,7 @@ def int8_cpu() -> str:
     """The encoder in each dtype against OpenVINO and ONNX Runtime; speed-ups over our float32 of the same shape."""
     rows = read_rows("int8_cpu")
     ours = {
-        (row["model"], row["threads"], row["wide"]): row["median_ms"]
+        _int8_setting(row): row["median_ms"]
         for row in rows
         if (row["name"], row["dtype"]) == ("refsam", "float32") and "median_ms" in row
     }
@@ -135,12 +135,18 @@ def int8_cpu() -> str:
     return markdown(header, lines, note, text=5)
 
 
+def _int8_setting(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["model"], row["threads"], row["wide"], row.get("instruction_set", "")
+
+
 def _int8_line(row: dict[str, Any], ours: dict[tuple[Any, ...], float]) -> list[str]:
     frame = "16:9, no padding" if row["wide"] else "square"
-    name = [row["model"], str(row["threads"]), frame, row["dtype"], row["name"]]
+    chosen = row.get("instruction_set", "")
+    of = f"{row['name']}, {chosen}" if chosen else row["name"]
+    name = [row["model"], str(row["threads"]), frame, row["dtype"], of]
     if problem := failure(row):
         return [*name, problem, "", "", ""]
-    baseline = ours.get((row["model"], row["threads"], row["wide"]))
+    baseline = ours.get(_int8_setting(row))
     speedup = f"{baseline / row['median_ms']:.2f}x" if baseline else ""
     error = "" if row["error"] is None else f"{100 * row['error']:.2g} %"
     memory = row.get("peak_memory_bytes")
@@ -149,21 +155,25 @@ def _int8_line(row: dict[str, Any], ours: dict[tuple[Any, ...], float]) -> list[
 
 @table
 def int8_accuracy() -> str:
-    """nano's scores in float32 and int8, and the errors of the last block."""
+    """nano's scores in float32, int8 and with frames filled up to squares, and the errors of the last block."""
     result = read_result("int8_accuracy")
-    both = [result[dtype] for dtype in ("float32", "int8")]
+    each = [result[name] for name in ("float32", "int8", "float32, squares")]
+    every = "all frames" if result["every"] == 1 else f"one frame in {result['every']}"
+    davis = [r["davis"]["summary"] for r in each]
     rows = [
-        ["four DAVIS sequences, mean J", *(f"{r['davis']['summary']['J']:.3f}" for r in both)],
-        ["falsely marked share", *(f"{r['davis']['summary']['false_area']:.4f}" for r in both)],
+        [f"four DAVIS sequences, {every}, mean J", *(f"{r['J']:.3f}" for r in davis)],
+        ["falsely marked share", *(f"{r['false_area']:.4f}" for r in davis)],
         [
             f"the first {result['clips']} frozen clips, mean J&F",
-            *(f"{r['generated']['accuracy']['everything']['J&F']:.3f}" for r in both),
+            *(f"{r['generated']['accuracy']['everything']['J&F']:.3f}" for r in each),
         ],
     ]
     for name in ("nano", "vit_b, random weights"):
         last = result[name][-1]["up_to_it"]
-        rows.append([f"tokens behind the last block, relative error ({name})", "0", f"{last:.3f}"])
-    return markdown(" | float32 | int8", rows)
+        rows.append(
+            [f"tokens behind the last block, relative error ({name})", "0", f"{last:.3f}", ""]
+        )
+    return markdown(" | float32 | int8 | float32, frames filled up to squares", rows)
 
 
 @table
