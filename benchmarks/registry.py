@@ -60,6 +60,7 @@ SHORT = frozenset(
         "mask_loss/4 masks at 480p, forward and backward",
         "image_encoder/ViT-B, 512 pixels, float32",
         "image_encoder/ViT-B, 512 pixels, bfloat16",
+        "image_encoder/ViT-B, 512 pixels, int8",
         "frame/ViT-B, 512 pixels, 4 expressions",
     }
 )

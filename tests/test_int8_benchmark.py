@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks.end_to_end import int8
+from benchmarks.end_to_end import int8, peers
 from benchmarks.end_to_end.int8_accuracy import DTYPES, errors_by_block
 from benchmarks.report import tables
 from refsam import RefSAMConfig
@@ -38,11 +38,11 @@ def test_missing_packages_are_told(tmp_path: Path) -> None:
     config = RefSAMConfig.from_dict(CONFIG)
     sam, pixels = int8.seeded_sam(config), int8.image(config)
     with (
-        mock.patch.object(int8, "export_onnx"),
+        mock.patch.object(peers, "export_onnx"),
         mock.patch.dict("sys.modules", {"openvino": None, "nncf": None}),
     ):
-        reasons = list(int8.prepare(sam, pixels, tmp_path))
-    assert [reason.partition(":")[0] for reason in reasons] == [int8.FLOAT_MODEL, int8.INT8_MODEL]
+        reasons = list(peers.prepare(sam, pixels, tmp_path))
+    assert [reason.partition(":")[0] for reason in reasons] == [peers.FLOAT_MODEL, peers.INT8_MODEL]
 
 
 def test_the_table_shows_what_was_measured() -> None:

@@ -13,11 +13,22 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.end_to_end.peers import (
+    ONNXRUNTIME,
+    OPENVINO,
+    export_onnx,
+    export_openvino,
+    file_of,
+    onnxruntime_encoder,
+    openvino_encoder,
+)
 from benchmarks.measure import peak_memory, take_turns
 from benchmarks.programs import add_sizes, call_process, make_parser, random_config, write_rows
 from benchmarks.provenance import collect
@@ -69,6 +80,10 @@ def providers(dtype: str, device: str = "cpu") -> Iterator[Provider]:
     yield Provider(COMPILED, dtype)
     yield Provider(SDPA, dtype)
     yield Provider(TIMM, dtype)
+    if device == "cpu":
+        yield Provider(OPENVINO, dtype)
+    if device == "cpu" and dtype == "float32":
+        yield Provider(ONNXRUNTIME, dtype)
     for backend in backends_of("rel_pos_attention", device):
         ours = f"refsam, {backend}"
         yield Provider(ours, dtype, backend, packed=True)
@@ -96,6 +111,8 @@ def random_sam(config: RefSAMConfig | EVFConfig) -> nn.Module:
 def make(provider: Provider, config: RefSAMConfig, sam: nn.Module) -> Callable[[Tensor], Tensor]:
     """The provider with segment-anything's weights: pixels (1, 3, S, S) float32 to (1, C, h, w)."""
     dtype = DTYPES[provider.dtype]
+    if provider.name in (OPENVINO, ONNXRUNTIME):
+        return make_exported(provider, config, sam)
     if provider.name.startswith((BASELINE, SDPA, TIMM)):
         return make_theirs(provider, config, sam)
     ratio = config.image_encoder.adapter_ratio if provider.adapters else 0.0
@@ -113,6 +130,19 @@ def make(provider: Provider, config: RefSAMConfig, sam: nn.Module) -> Callable[[
             return encoder(pixels)[0].permute(0, 3, 1, 2)
 
     return encode
+
+
+def make_exported(
+    provider: Provider, config: RefSAMConfig, sam: nn.Module
+) -> Callable[[Tensor], Tensor]:
+    """Another runtime's encoder, exported into a folder that is gone when it is loaded."""
+    side = config.image_encoder.image_size
+    export = export_onnx if provider.name == ONNXRUNTIME else export_openvino
+    load = onnxruntime_encoder if provider.name == ONNXRUNTIME else openvino_encoder
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / file_of(provider.name, provider.dtype)
+        export(sam, torch.zeros(1, 3, side, side), path)
+        return load(path, provider.dtype)
 
 
 def draw_adapters(encoder: nn.Module) -> None:
@@ -253,7 +283,7 @@ def usable_calls(
     for provider in compared:
         encode = cache(partial(make, provider, config, sam))
         call = partial(encode_with, encode, pixels)
-        needs_others = provider.name.startswith((COMPILED, SDPA, TIMM))
+        needs_others = provider.name.startswith((COMPILED, SDPA, TIMM, OPENVINO, ONNXRUNTIME))
         reason = unusable(call) if needs_others else None
         if reason is None:
             calls[provider.name] = call

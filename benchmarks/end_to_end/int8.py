@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.end_to_end.encoder import random_sam
+from benchmarks.end_to_end.peers import (
+    ONNXRUNTIME,
+    OPENVINO,
+    Encode,
+    file_of,
+    onnxruntime_encoder,
+    openvino_encoder,
+    prepare,
+)
 from benchmarks.measure import peak_memory, take_turns
 from benchmarks.programs import write_rows
 from benchmarks.provenance import ROOT, collect
@@ -30,9 +39,7 @@ from refsam.config import RefSAMConfig
 from refsam.model.build import build_image_encoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-OURS, OPENVINO, ONNXRUNTIME = "refsam", "OpenVINO", "ONNX Runtime"
-ONNX, FLOAT_MODEL, INT8_MODEL = "encoder.onnx", "encoder.xml", "encoder_int8.xml"
-Encode = Callable[[Tensor], Tensor]
+OURS = "refsam"
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,8 @@ def make(provider: Provider, config: RefSAMConfig, sam: nn.Module, folder: Path 
         return make_ours(provider, config, sam)
     if folder is None:
         raise RuntimeError("no --prepare FOLDER with the peers' models")
-    threads = torch.get_num_threads()
-    if provider.name == ONNXRUNTIME:
-        return onnxruntime_encoder(folder / ONNX, threads)
-    name = INT8_MODEL if provider.dtype == "int8" else FLOAT_MODEL
-    # The rest of an int8 model in bfloat16, as is fastest.
-    precision = "f32" if provider.dtype == "float32" else "bf16"
-    return openvino_encoder(folder / name, threads, precision)
+    encode = onnxruntime_encoder if provider.name == ONNXRUNTIME else openvino_encoder
+    return encode(folder / file_of(provider.name, provider.dtype), provider.dtype)
 
 
 def make_ours(
@@ -80,68 +82,6 @@ def make_ours(
     encoder.load_state_dict(sam.state_dict(), strict=False, assign=True)
     encoder.optimize(DTYPES[provider.dtype], release_weights=release)
     return lambda pixels: encoder(pixels)[0].permute(0, 3, 1, 2)
-
-
-def openvino_encoder(model: Path, threads: int, precision: str) -> Encode:
-    """OpenVINO's compiled model, its float operations in f32 or bf16."""
-    import openvino
-
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
-    compiled = openvino.Core().compile_model(
-        model, "CPU", {"PERFORMANCE_HINT": "LATENCY"} | settings
-    )
-    return lambda pixels: torch.from_numpy(compiled(pixels.numpy())[0])
-
-
-def onnxruntime_encoder(model: Path, threads: int) -> Encode:
-    """ONNX Runtime's session."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda pixels: torch.from_numpy(session.run(None, {name: pixels.numpy()})[0])
-
-
-def prepare(sam: nn.Module, pixels: Tensor, folder: Path) -> Iterator[str]:
-    """Writes the peers' models of segment-anything's encoder that are not there yet; yields what was left out, and why."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, write in (
-        (ONNX, export_onnx),
-        (FLOAT_MODEL, export_openvino),
-        (INT8_MODEL, quantise),
-    ):
-        if not (folder / name).is_file():
-            try:
-                write(sam, pixels, folder / name)
-            except ImportError as error:
-                yield f"{name}: {error}"
-
-
-def export_onnx(sam: nn.Module, pixels: Tensor, path: Path) -> None:
-    """For ONNX Runtime."""
-    torch.onnx.export(sam, (pixels,), path, dynamo=False, opset_version=17)
-
-
-def export_openvino(sam: nn.Module, pixels: Tensor, path: Path) -> None:
-    """For OpenVINO, with float32 weights."""
-    import openvino
-
-    model = openvino.convert_model(sam, example_input=pixels, input=[tuple(pixels.shape)])
-    openvino.save_model(model, path, compress_to_fp16=False)
-
-
-def quantise(sam: nn.Module, pixels: Tensor, path: Path) -> None:
-    """For OpenVINO, by NNCF's post-training quantisation for transformers, calibrated on the one image."""
-    import nncf
-    import openvino
-
-    model = openvino.Core().read_model(path.with_name(FLOAT_MODEL))
-    images = nncf.Dataset([pixels.numpy()])
-    kind = nncf.ModelType.TRANSFORMER
-    quantised = nncf.quantize(model, images, model_type=kind, subset_size=1)
-    openvino.save_model(quantised, path, compress_to_fp16=False)
 
 
 def error_of(found: Tensor, exact: Tensor) -> float:

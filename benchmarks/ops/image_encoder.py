@@ -1,13 +1,17 @@
-"""SAM's image encoder: segment-anything's, eager and compiled, transformers' with SDPA, and ours.
+"""SAM's image encoder: segment-anything's, eager and compiled, transformers' with SDPA, timm's, OpenVINO's, ONNX Runtime's, ours.
 
 All have the same weights; adapters are untrained. Products skip the padding of windows in the operations that are counted.
 """
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
+from benchmarks.end_to_end import int8
 from benchmarks.end_to_end.encoder import (
     BASELINE,
     DTYPES,
@@ -17,6 +21,7 @@ from benchmarks.end_to_end.encoder import (
     random_sam,
     usable_calls,
 )
+from benchmarks.end_to_end.peers import FLOAT_MODEL, INT8_MODEL, OPENVINO, prepare
 from benchmarks.registry import DEVICES, Workload, register
 from refsam import RefSAMConfig
 
@@ -67,6 +72,57 @@ def compare_encoders(device: str, config: RefSAMConfig, dtype: str) -> Workload:
     )
 
 
+# OpenVINO's mean error with random weights is 3 %.
+MOST_OF_INT8 = 0.05
+
+
+@torch.inference_mode()
+def int8_workload(device: str, *, preset: str, image_size: int) -> Workload:
+    """One image in 8-bit integers, ours and OpenVINO's by NNCF, against segment-anything in float32."""
+    config = RefSAMConfig.preset(preset).override(f"image_encoder.image_size={image_size}")
+    sam, pixels = random_sam(config), int8.image(config)
+    exact = sam(pixels)
+    folder = TemporaryDirectory()
+    left_out = list(prepare(sam, pixels, Path(folder.name), (FLOAT_MODEL, INT8_MODEL)))
+    ways = [int8.Provider(name, "int8") for name in (int8.OURS, OPENVINO)]
+    calls: dict[str, Callable[[], Tensor]] = {BASELINE: inference(partial(sam, pixels))}
+    skipped = {}
+    for way in ways:
+        if way.name == OPENVINO and left_out:
+            skipped[way.label] = left_out[0]
+            continue
+        calls[way.label] = inference(
+            partial(int8.make(way, config, sam, Path(folder.name)), pixels)
+        )
+    weights = sum(parameter.numel() for parameter in sam.parameters())
+    return Workload(
+        providers=calls,
+        wrong=partial(off_on_average, exact=exact),
+        moved_bytes=weights + pixels.nbytes + exact.nbytes,
+        flops=encoder_flops(config),
+        shapes={"pixels": list(pixels.shape), "dtype": "int8"},
+        skipped=skipped,
+    )
+
+
+def inference(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The call in inference mode, whoever calls it."""
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        return call()
+
+    return run
+
+
+def off_on_average(found: Tensor, *, exact: Tensor) -> str | None:
+    """In words by how much a result is off on average, relative to the mean size."""
+    error = int8.error_of(found, exact)
+    return (
+        None if error <= MOST_OF_INT8 else f"error {error:.1e}, at most {MOST_OF_INT8} is allowed"
+    )
+
+
 def too_far(found: Tensor, *, exact: Tensor, limit: float) -> str | None:
     """In words how far a result is off, relative to the largest value."""
     error = errors({"found": found}, exact)["found"]
@@ -84,3 +140,9 @@ for name, preset, image_size, dtype, devices in (
     case = partial(workload, preset=preset, image_size=image_size, dtype=dtype)
     label = f"{name}, {image_size} pixels, {dtype}"
     register(OPERATOR, label, baseline=BASELINE, devices=devices)(case)
+
+for image_size in (512, 1024):
+    case = partial(int8_workload, preset="vit_b", image_size=image_size)
+    register(OPERATOR, f"ViT-B, {image_size} pixels, int8", baseline=BASELINE, devices=("cpu",))(
+        case
+    )
