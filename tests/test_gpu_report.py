@@ -208,6 +208,8 @@ def test_unknown_stages_and_no_gpu_are_said(
 ) -> None:
     assert command.main(["--only", "smok"]) == 2
     assert "--only: got smok, wanted some of precompile" in capsys.readouterr().out
+    assert command.main(["--rows", str(tmp_path / "rows.jsonl"), "--only", "memcheck"]) == 2
+    assert "rows.jsonl, wanted an earlier report's" in capsys.readouterr().out
     monkeypatch.setattr(command, "no_gpu", lambda: "no CUDA device")
     assert command.main(["--out", str(tmp_path / "report")]) == 2
     assert not (tmp_path / "report").exists()

@@ -40,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         print(f"--only: got {', '.join(unknown)}, wanted some of {', '.join(names)}")
         return 2
+    if options.rows and not options.rows.is_file():
+        print(f"--rows: got {options.rows}, wanted an earlier report's rows.jsonl")
+        return 2
     wanted = [stage for stage in STAGES if stage.name in (options.only or FIRST)]
     environment = {"REFSAM_REPORT_PLANT": options.plant or ""}
     if options.rows:
