@@ -305,10 +305,8 @@ def main() -> None:
         return
     if unknown := set(arguments.rows) - set(by_name):
         sys.exit(f"rows: got {', '.join(sorted(unknown))}, wanted some of --list")
-    found = read()
     for entry in run([by_name[name] for name in arguments.rows or by_name]):
-        found[str(entry["row"])] = entry
-        write(found)
+        write(read() | {str(entry["row"]): entry})  # another process may have written meanwhile
         print(f"{entry['row']}: {entry['state']}, {entry['detail']}", flush=True)
 
 
