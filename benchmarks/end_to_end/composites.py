@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.programs import make_parser, write_json
 from benchmarks.provenance import collect
+from benchmarks.report.results import markdown
 from refsam.checkpoint.files import file_sha256
 from refsam.evaluation.runners.composites import evaluate_composites
 from refsam.model import RefSAM
@@ -35,12 +36,11 @@ def main() -> None:
 def table(result: dict[str, Any]) -> str:
     """The summary as a Markdown table."""
     summary = result["summary"]
-    lines = ["| expression | J |", "|---|--:|"]
-    lines += [f"| {kind} | {value:.3f} |" for kind, value in summary["J"].items()]
-    lines.append(f"| left, right, largest, second | {summary['told apart']:.3f} |")
+    rows = [[kind, f"{value:.3f}"] for kind, value in summary["J"].items()]
+    rows.append(["left, right, largest, second", f"{summary['told apart']:.3f}"])
     area = summary["false_area while covered"]
-    lines.append(f"| marked while covered, % of the frame | {100 * area:.3f} |")
-    return "\n".join(lines)
+    rows.append(["marked while covered, % of the frame", f"{100 * area:.3f}"])
+    return markdown("expression | J", rows)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from PIL import Image
 
 from benchmarks.programs import make_parser, write_json
 from benchmarks.provenance import collect
+from benchmarks.report.results import markdown
 from refsam.metrics import region_similarity
 from refsam.model import RefSAM
 from refsam.model.vocabulary import mark_untaught
@@ -62,14 +63,11 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """As a Markdown table: J of each expression, the mean of the first ones, and the marked area for wrong nouns."""
-    lines = ["| sequence | expression | J |", "|---|---|--:|"]
-    lines += [
-        f"| {row['sequence']} | {row['sentence']} | {row['J']:.3f} |" for row in rows if "J" in row
-    ]
     means = summary(rows)
-    lines.append(f"| mean of the first expressions | | {means['J']:.3f} |")
-    area, count = 100 * means["false_area"], len(WRONG)
-    return "\n".join([*lines, "", f"Marked for {count} wrong nouns: {area:.3f} % of the frame."])
+    cells = [[row["sequence"], row["sentence"], f"{row['J']:.3f}"] for row in rows if "J" in row]
+    cells.append(["mean of the first expressions", "", f"{means['J']:.3f}"])
+    note = f"Marked for {len(WRONG)} wrong nouns: {100 * means['false_area']:.3f} % of the frame."
+    return markdown("sequence | expression | J", cells, note, text=2)
 
 
 def main() -> None:

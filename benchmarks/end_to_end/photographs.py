@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from benchmarks.programs import make_parser, write_json
 from benchmarks.provenance import collect
+from benchmarks.report.results import markdown
 from refsam.data.photographs.folder import UNSURE, PhotoFolder, Photograph, open_folder
 from refsam.model import RefSAM
 from refsam.model.vocabulary import mark_untaught
@@ -87,13 +88,10 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The summary as a Markdown table."""
-    lines = ["| asked for | number | J |", "|---|--:|--:|"]
     *present, absent = rows
-    lines += [f"| {row['of']} | {row['number']} | {row['J']:.3f} |" for row in present]
-    area = 100 * absent["false_area"]
-    return "\n".join(
-        [*lines, "", f"Falsely marked: {area:.3f} % ({absent['number']} absent nouns)."]
-    )
+    cells = ([row["of"], str(row["number"]), f"{row['J']:.3f}"] for row in present)
+    area = f"{100 * absent['false_area']:.3f} % ({absent['number']} absent nouns)"
+    return markdown("asked for | number | J", cells, f"Falsely marked: {area}.")
 
 
 def main() -> None:
