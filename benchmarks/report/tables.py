@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from benchmarks.report import model_tables, nano_tables  # noqa: F401, they register their tables
+# They register their tables.
+from benchmarks.report import model_tables, nano_tables, segment_anything_tables  # noqa: F401
 from benchmarks.report.results import (
     TABLES,
     failure,

@@ -112,9 +112,13 @@ def is_faster(queries: Tensor, keys: Tensor) -> bool:
     """Whether `token_image_attention` was measured faster on such tokens and pixels, (P, T, C) each."""
     if queries.device.type != "cpu" or type(queries) is not Tensor or queries.dtype != keys.dtype:
         return False
-    prompts, tokens = len(queries), min(queries.shape[1], keys.shape[1])
+    return was_faster(queries.dtype, len(queries), min(queries.shape[1], keys.shape[1]))
+
+
+def was_faster(dtype: torch.dtype, prompts: int, tokens: int) -> bool:
+    """Whether it was measured faster on so many prompts and tokens of each."""
     return any(
-        queries.dtype == sizes.dtype and prompts >= sizes.prompts and tokens <= sizes.tokens
+        dtype == sizes.dtype and prompts >= sizes.prompts and tokens <= sizes.tokens
         for sizes in FASTER
     )
 
