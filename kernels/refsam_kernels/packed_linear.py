@@ -62,12 +62,12 @@ def may_stand_in(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
 
 
 def is_followed(x: Tensor) -> bool:
-    """Whether more than values are wanted of what is computed with x: it is traced, or no plain tensor."""
+    """Whether operations on x are recorded, not only computed: it is traced, or no plain tensor."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
 
 
 class LinearCopy(Generic[Made]):
-    """What is made of a linear module's weights, at first use and again when `Fingerprint` sees a change."""
+    """Something made of a linear module's weights, at first use and again when `Fingerprint` sees a change."""
 
     def __init__(self, make: Callable[[Tensor, Tensor | None], Made]) -> None:
         self._make = make
@@ -75,7 +75,7 @@ class LinearCopy(Generic[Made]):
         self._made: tuple[Hashable, Made] | None = None
 
     def of(self, module: nn.Linear, dtype: torch.dtype | None = None) -> Made:
-        """What the module's weights make as they are now, in their own dtype or in this one."""
+        """The copy of the module's present weights, in their own dtype or in this one."""
         # Not `parameters()`: FSDP1 gives a module plain tensors in their place.
         weight, bias = module.weight, module.bias
         key = dtype, self._fingerprint(each for each in (weight, bias) if each is not None)

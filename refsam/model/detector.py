@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from refsam.model.trunk import TRUNK_CLASSES, Conv
 
-# What the published scores stand for, in their order, by the nouns of `refsam.data.photographs`.
+# The classes of the published scores, in their order, by the nouns of `refsam.data.photographs`.
 DETECTOR_CLASSES = tuple(
     "person;bicycle;car;motorcycle;airplane;bus;train;truck;boat;traffic light;fire hydrant;stop sign;parking meter;bench;"
     "bird;cat;dog;horse;sheep;cow;elephant;bear;zebra;giraffe;backpack;umbrella;handbag;tie;suitcase;frisbee;skis;snowboard;"

@@ -31,7 +31,7 @@ from refsam_kernels.integrations.replacement import (
 
 __all__ = ["Optimization", "optimize"]
 
-# What is replaced in modules of these names, beside the blocks of image encoders.
+# Replaced in modules of these names, beside the blocks of image encoders.
 PARTS: dict[str, Callable[[Any, str], list[Replacement]]] = {
     "Sam": segment_anything_masks.of_sam,
     "MaskDecoder": segment_anything_masks.of_decoder,

@@ -87,7 +87,7 @@ class Int8Attend(Attend):
 
 
 def _value_at_zero(qkv: Any, tokens: Tensor) -> Tensor | None:
-    """What qkv makes of a padding token, which is zero: its bias; a wrapped layer may make more of it."""
+    """The output of qkv for a padding token, which is zero: its bias, or more where the layer is wrapped."""
     if is_plain_linear(qkv):
         return qkv.bias
     return qkv(tokens.new_zeros(1, 1, 1, tokens.shape[-1])).flatten()
