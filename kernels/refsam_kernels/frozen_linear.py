@@ -17,6 +17,7 @@ from refsam_kernels.packed_linear import (
     can_prepack,
     is_followed,
     is_plain_linear,
+    trains,
 )
 
 # Tokens that an MLP computes at a time beyond its first layer.
@@ -97,11 +98,12 @@ class FrozenCopy(LinearCopy[FrozenLinear]):
 
     @staticmethod
     def is_supported(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
-        """Whether it may stand for the module: a plain one that does not train, in a step that does; torch packs such weights."""
+        """Whether it may stand for the module: a plain one that does not train, whose input does; torch packs such weights."""
         return (
             torch.is_grad_enabled()
+            and x.requires_grad
             and is_plain_linear(module)
-            and not any(parameter.requires_grad for parameter in module.parameters())
+            and not trains(module)
             and not is_followed(x)
             and x.device.type == "cpu"
             and x.numel() > 0

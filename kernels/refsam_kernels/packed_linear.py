@@ -51,14 +51,20 @@ class PackedLinear:
 
 
 def may_stand_in(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
-    """Whether a copy of its weights may stand for the module: a plain one, without autograd, autocast or tracing."""
+    """Whether a copy of its weights may stand for the module: a plain one, where no gradient, autocast or trace is wanted."""
     return (
         is_plain_linear(module)
-        and not torch.is_grad_enabled()
+        and not (torch.is_grad_enabled() and (x.requires_grad or trains(module)))
         and not torch.is_autocast_enabled("cpu")
         and not is_followed(x)
         and x.dtype == module.weight.dtype
     )
+
+
+def trains(module: nn.Linear) -> bool:
+    """Whether a gradient of the weight or the bias is wanted."""
+    # Not `parameters()`: FSDP1 gives a module plain tensors in their place.
+    return any(each is not None and each.requires_grad for each in (module.weight, module.bias))
 
 
 def is_followed(x: Tensor) -> bool:

@@ -100,6 +100,13 @@ def test_changed_weights_are_packed_again() -> None:
     assert_close(copy.deepcopy(frozen)(module, x), module(x))
 
 
+def plain_tensor(module: nn.Linear) -> None:
+    """As FSDP1 leaves a module: its weight is a part of a flat parameter."""
+    weight = module.weight.detach().requires_grad_()
+    del module.weight
+    module.weight = weight
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -108,8 +115,9 @@ def test_changed_weights_are_packed_again() -> None:
         lambda module: module.register_forward_hook(lambda *_: None),
         lambda module: module.register_full_backward_hook(lambda *_: None),
         lambda module: module.double(),
+        lambda module: plain_tensor(module),
     ],
-    ids=["trains", "its bias trains", "hook", "backward hook", "float64"],
+    ids=["trains", "its bias trains", "hook", "backward hook", "float64", "FSDP1"],
 )
 def test_does_not_stand_in_for_other_layers(change: Callable[[nn.Module], Any]) -> None:
     module = layer()
@@ -123,6 +131,7 @@ def test_does_not_stand_in_elsewhere() -> None:
         assert not FrozenCopy.is_supported(module, x)
     with torch.autocast("cpu", torch.float16):
         assert not FrozenCopy.is_supported(module, x)
+    assert not FrozenCopy.is_supported(module, x.detach())
     assert not FrozenCopy.is_supported(module, x.double())
     assert not FrozenCopy.is_supported(module, x[:0])
     assert not FrozenCopy.is_supported(module.to("meta"), x)
@@ -208,3 +217,17 @@ def test_a_block_may_be_called_by_keyword(name: str) -> None:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         found, wanted = block.module(**{block.kind.block_takes[0]: x}), block.module(x)
         assert_close(found[0], wanted[0])
+
+
+def test_blocks_below_the_first_adapter_compute_as_in_inference() -> None:
+    """No gradient is wanted of them, and no copy of their transposed weights."""
+    model: Any = MODELS["segment-anything"].make().requires_grad_(False)
+    optimize(model)
+    with torch.no_grad():
+        wanted = model(pixels_of())
+    with torch.profiler.profile() as profile:
+        found = model(pixels_of())
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["mkldnn::_linear_pointwise"] == 8
+    assert torch.equal(found, wanted)
+    assert not found.requires_grad
