@@ -3,8 +3,9 @@
 All share one set of random weights and are timed in turn. `--prepare FOLDER` first exports the peers' models;
 OpenVINO's int8 is NNCF's, calibrated on the timed image. Without it, or without their packages (the extra bench-cpu),
 peers are left out with the reason. Errors are relative to segment-anything in float32: the mean of the difference over
-the mean size. Rows with `wide` are of a 16:9 frame of the same width without padding. Memory is that of a first call in
-a process of its own, above the weights; those of int8 replaced the others. Rows of other models, sizes, threads and
+the mean size. Rows with `wide` are of a 16:9 frame of the same width without padding. Freed memory stays in the timed process,
+as in `refsam segment`. Memory is that of a first call in a process of its own, above the weights; those of int8 replaced
+the others. Rows of other models, sizes, threads and
 instruction sets (REFSAM_CPU_INSTRUCTION_SET) stay in FILE.
 """
 
@@ -37,6 +38,7 @@ from benchmarks.programs import write_rows
 from benchmarks.provenance import ROOT, collect
 from refsam.config import RefSAMConfig
 from refsam.model.build import build_image_encoder
+from refsam.runtime.malloc import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 OURS = "refsam"
@@ -187,6 +189,7 @@ def main() -> None:
                 print(f"left out: {reason}", file=sys.stderr)
         if options.prepare_only:
             return
+        keep_freed_memory()
         chosen = [p for p in PROVIDERS if not options.only or p.label in options.only]
         rows = list(run_all(chosen, config, options.prepare, options.repeats))
     for row in rows:
