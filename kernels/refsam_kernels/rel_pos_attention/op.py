@@ -85,7 +85,7 @@ def rel_pos_attention(
     check_same_dtype(
         **dict(zip(("qkv", "rel_pos_h", "rel_pos_w", "qkv_bias"), tensors, strict=True))
     )
-    inputs = Inputs(*tensors, num_heads, window_size, pad_mode)
+    inputs = Inputs(*tensors, num_heads, window_size, pad_mode)  # type: ignore[call-arg]
     if int8_scores:
         return int8.attend(inputs, backend or "")
     return _forward(*inputs, backend or "")[0]
