@@ -23,7 +23,7 @@ from benchmarks.programs import make_parser, write_json
 from benchmarks.provenance import collect
 from refsam.config import RefSAMConfig
 from refsam.evaluation.runners.generated import evaluate_generated
-from refsam.model import RefSAM
+from refsam.model import RefSAM, SmallTextEncoder
 from refsam.model.block import Block
 from refsam.model.build import build_image_encoder
 from refsam.model.image_encoder import ImageEncoder
@@ -70,7 +70,9 @@ def nano_with(padding: str) -> RefSAM:
     if nano.config.image_encoder.padding == padding:
         return nano
     config = nano.config.override(f"image_encoder.padding={padding}")
-    other = RefSAM(config, nano.text_encoder.tokenizer).eval()
+    encoder = nano.text_encoder
+    assert isinstance(encoder, SmallTextEncoder)
+    other = RefSAM(config, encoder.tokenizer).eval()
     other.load_state_dict(nano.state_dict())
     return other
 
