@@ -5,10 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from refsam import VideoSession
 from refsam.data.photographs.sample import EXPRESSIONS as PHOTOGRAPHED
 from refsam.model import RefSAM
+from refsam.session.preparation import prepare_now
+from refsam.session.video_session import image_features
 from refsam.ui.sample import EXPRESSIONS as DRAWN
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,3 +76,16 @@ def test_finds_a_figure_in_frames_of_every_shape(nano: RefSAM, size: tuple[int, 
     assert masks.shape == (2, *size)
     assert (masks[0] & truth).sum() > 0.7 * (masks[0] | truth).sum()
     assert not masks[1].any()
+
+
+def test_frames_encoded_together_have_the_bits_of_single_ones(nano: RefSAM) -> None:
+    """So that the masks of a file do not depend on how many frames had been read when a thread took them."""
+    session = VideoSession(nano, ["the dog"])
+    noise = np.random.default_rng(0).integers(0, 256, (4, 90, 160, 3), np.uint8)
+    ready = [prepare_now(nano, frame) for frame in noise]
+    with torch.no_grad():
+        single = [image_features(session._runner, [frame]) for frame in ready]
+        for count in (2, 3, 4):
+            together = image_features(session._runner, ready[:count]).split()
+            for alone, beside in zip(single, together, strict=False):
+                torch.testing.assert_close(alone, beside, rtol=0, atol=0)
