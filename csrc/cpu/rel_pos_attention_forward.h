@@ -52,7 +52,7 @@ class Keys {
   Stored* const panels_;
 };
 
-template <class Element, class Operand, template <class, class> class TaskKeys = Keys>
+template <class Element, class Operand, template <class, class> class TaskKeys>
 class Forward {
  public:
   using Stored = typename Operand::Stored;
@@ -172,6 +172,30 @@ class Forward {
   float* const sum_;
   const float exponent_scale_;  // of the scores, to base 2
 };
+
+// Runs tasks in `scratch`; returns the bytes that it takes there, with null nothing but these.
+template <class Element, class Operand, template <class, class> class TaskKeys>
+int64_t run_forward(const RelPosAttention& call, int64_t begin, int64_t end, char* scratch) {
+  Arena arena(scratch);
+  Forward<Element, Operand, TaskKeys> forward(call, arena);
+  if (scratch) forward.run(begin, end);
+  return arena.used();
+}
+
+template <template <class, class> class TaskKeys>
+int64_t forward_scratch(const RelPosAttention& call) {
+  return call.is_bfloat16 ? run_forward<Bfloat16, Bfloat16Operand, TaskKeys>(call, 0, 0, nullptr)
+                          : run_forward<float, Fp32Operand, TaskKeys>(call, 0, 0, nullptr);
+}
+
+template <template <class, class> class TaskKeys>
+void forward(const RelPosAttention& call, int64_t begin, int64_t end, char* scratch) {
+  if (call.is_bfloat16) {
+    run_forward<Bfloat16, Bfloat16Operand, TaskKeys>(call, begin, end, scratch);
+  } else {
+    run_forward<float, Fp32Operand, TaskKeys>(call, begin, end, scratch);
+  }
+}
 
 }  // namespace
 }  // namespace refsam::cpu

@@ -153,28 +153,8 @@ class Int8Keys {
   int8_t* const integers_;
 };
 
-template <class Element, class Operand>
-int64_t run_attention(const RelPosAttention& call, int64_t begin, int64_t end, char* scratch) {
-  Arena arena(scratch);
-  Forward<Element, Operand, Int8Keys> forward(call, arena);
-  if (scratch) forward.run(begin, end);
-  return arena.used();
-}
-
-int64_t attention_scratch(const RelPosAttention& call) {
-  return call.is_bfloat16 ? run_attention<Bfloat16, Bfloat16Operand>(call, 0, 0, nullptr)
-                          : run_attention<float, Fp32Operand>(call, 0, 0, nullptr);
-}
-
-void attention(const RelPosAttention& call, int64_t begin, int64_t end, char* scratch) {
-  if (call.is_bfloat16) {
-    run_attention<Bfloat16, Bfloat16Operand>(call, begin, end, scratch);
-  } else {
-    run_attention<float, Fp32Operand>(call, begin, end, scratch);
-  }
-}
-
-const RelPosAttentionInt8Kernels kInt8AttentionKernels{attention_scratch, attention};
+const RelPosAttentionInt8Kernels kInt8AttentionKernels{forward_scratch<Int8Keys>,
+                                                       forward<Int8Keys>};
 
 }  // namespace
 }  // namespace refsam::cpu

@@ -8,27 +8,6 @@ namespace refsam::cpu {
 namespace {
 
 template <class Element, class Operand>
-int64_t run_forward(const RelPosAttention& call, int64_t begin, int64_t end, char* scratch) {
-  Arena arena(scratch);
-  Forward<Element, Operand> forward(call, arena);
-  if (scratch) forward.run(begin, end);
-  return arena.used();
-}
-
-int64_t forward_scratch(const RelPosAttention& call) {
-  return call.is_bfloat16 ? run_forward<Bfloat16, Bfloat16Operand>(call, 0, 0, nullptr)
-                          : run_forward<float, Fp32Operand>(call, 0, 0, nullptr);
-}
-
-void forward(const RelPosAttention& call, int64_t begin, int64_t end, char* scratch) {
-  if (call.is_bfloat16) {
-    run_forward<Bfloat16, Bfloat16Operand>(call, begin, end, scratch);
-  } else {
-    run_forward<float, Fp32Operand>(call, begin, end, scratch);
-  }
-}
-
-template <class Element, class Operand>
 int64_t run_backward(const RelPosAttentionBackward& call, int64_t begin, int64_t end,
                      char* scratch) {
   Arena arena(scratch);
@@ -50,7 +29,8 @@ void backward(const RelPosAttentionBackward& call, int64_t begin, int64_t end, c
   }
 }
 
-const RelPosAttentionKernels kKernels{forward_scratch, forward, backward_scratch, backward};
+const RelPosAttentionKernels kKernels{forward_scratch<Keys>, forward<Keys>, backward_scratch,
+                                      backward};
 
 }  // namespace
 }  // namespace refsam::cpu

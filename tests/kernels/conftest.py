@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from refsam_kernels.core import libraries
+
 # Their assertions are to explain themselves like those of a test file.
 pytest.register_assert_rewrite(
     "tests.kernels.adapter_cases",
@@ -45,3 +47,29 @@ def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         for name in names:
             monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(
+    params=[
+        "fallback",
+        "portable",
+        "avx2",
+        "avxvnni",
+        "avx512vl",
+        "avx512",
+        "avx512vnni",
+        "avx512bf16",
+    ]
+)
+def int8_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The fallback, or an instruction set for 8-bit integers that the processor has: it is made to run."""
+    if request.param == "fallback":
+        monkeypatch.setenv("REFSAM_BACKEND", "fallback")
+        return request.param
+    try:
+        libraries.load("cpu").multiplies_int8(request.param)
+    except (ImportError, RuntimeError) as reason:
+        pytest.skip(str(reason).splitlines()[0])
+    monkeypatch.setenv("REFSAM_BACKEND", "cpu")
+    monkeypatch.setenv("REFSAM_CPU_INSTRUCTION_SET", request.param)
+    return request.param

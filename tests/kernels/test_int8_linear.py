@@ -21,24 +21,14 @@ from refsam_kernels.int8_linear import reference
 from refsam_kernels.int8_linear.weights import unpack
 from tests.kernels import operator_checks as checks
 
-INSTRUCTION_SETS = ["portable", "avx2", "avxvnni", "avx512vl", "avx512", "avx512vnni", "avx512bf16"]
 STEPS = {"avx2": 127, "avx512": 127}  # of a row; 255 elsewhere
 SIZES = {"odd": (7, 5, 3), "several blocks": (50, 37, 70), "one row": (1, 64, 16), "wide": (13, 130, 81)}  # fmt: skip
 
 
-@pytest.fixture(params=["fallback", *INSTRUCTION_SETS])
-def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+@pytest.fixture
+def steps(int8_backend: str) -> int:
     """How many steps a row is cut into by the backend and instruction set that are made to run."""
-    if request.param == "fallback":
-        monkeypatch.setenv("REFSAM_BACKEND", "fallback")
-        return 255
-    try:
-        libraries.load("cpu").multiplies_int8(request.param)
-    except (ImportError, RuntimeError) as reason:
-        pytest.skip(str(reason).splitlines()[0])
-    monkeypatch.setenv("REFSAM_BACKEND", "cpu")
-    monkeypatch.setenv("REFSAM_CPU_INSTRUCTION_SET", request.param)
-    return STEPS.get(request.param, 255)
+    return STEPS.get(int8_backend, 255)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

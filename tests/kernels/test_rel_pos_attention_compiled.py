@@ -17,9 +17,9 @@ from refsam_kernels.rel_pos_attention import reference
 from refsam_kernels.rel_pos_attention.inputs import Inputs
 from tests.heap import bytes_left_by
 from tests.kernels import operator_checks as checks
+from tests.kernels.rel_pos_attention_cases import Case, make_inputs
 
 INSTRUCTION_SETS = ["portable", "avx2", "avx512", "avx512bf16"]
-Sizes = tuple[int, int, int, int, int, int]  # images, height, width, heads, head dim, window
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,27 +38,12 @@ def instruction_set(
     """An instruction set that this processor has, which the backend is made to use."""
     try:
         library.rel_pos_attention(
-            *arguments_of(make_inputs((0, 1, 1, 1, 1, 0)), 1, 0, request.param)
+            *arguments_of(make_inputs(0, 1, 1, 1, 1, 0, torch.float32), 1, 0, request.param)
         )
     except RuntimeError as reason:
         pytest.skip(str(reason).splitlines()[0])
     monkeypatch.setenv("REFSAM_CPU_INSTRUCTION_SET", request.param)
     return request.param
-
-
-def make_inputs(sizes: Sizes, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    images, height, width, heads, head_dim, window = sizes
-    generator = torch.Generator().manual_seed(42)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    return {
-        "qkv": normal(images, height, width, 3 * heads * head_dim),
-        "rel_pos_h": 0.3 * normal(2 * (window or height) - 1, head_dim),
-        "rel_pos_w": 0.3 * normal(2 * (window or width) - 1, head_dim),
-        "qkv_bias": normal(3 * heads * head_dim),
-    }
 
 
 def arguments_of(
@@ -68,11 +53,11 @@ def arguments_of(
     return [*inputs.values(), heads, window, "bias", instruction_set]
 
 
-def operator_of(sizes: Sizes, pad_mode: str = "bias") -> checks.Operator:
+def operator_of(sizes: Case, pad_mode: str = "bias") -> checks.Operator:
     return partial(rel_pos_attention, num_heads=sizes[3], window_size=sizes[5], pad_mode=pad_mode)
 
 
-SIZES: dict[str, Sizes] = {
+SIZES: dict[str, Case] = {
     "windows-with-padding": (1, 16, 15, 2, 16, 14),
     "several-blocks-of-keys": (1, 24, 22, 1, 40, 0),
     "odd-head-dim": (1, 5, 7, 2, 13, 0),
@@ -84,9 +69,9 @@ SIZES: dict[str, Sizes] = {
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_instruction_set_matches_reference(
-    instruction_set: str, sizes: Sizes, dtype: torch.dtype
+    instruction_set: str, sizes: Case, dtype: torch.dtype
 ) -> None:
-    inputs = make_inputs(sizes, torch.float64)
+    inputs = make_inputs(*sizes)
     checks.check_matches_reference(operator_of(sizes), inputs, "cpu", dtype)
 
 
@@ -102,7 +87,7 @@ def test_matches_reference_at_any_size(data: st.DataObject) -> None:
         data.draw(st.integers(1, 20)),
         data.draw(st.integers(0, 7)),
     )
-    inputs = make_inputs(sizes)
+    inputs = make_inputs(*sizes, torch.float32)
     options = (sizes[3], sizes[5], data.draw(st.sampled_from(["bias", "mask"])))
     found = libraries.load("cpu").rel_pos_attention(*inputs.values(), *options, "")
     wanted = reference.forward(Inputs(*(x.double() for x in inputs.values()), *options))
@@ -112,9 +97,9 @@ def test_matches_reference_at_any_size(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", [(1, 20, 20, 1, 8, 0), (2, 9, 9, 3, 16, 4)], ids=str)
-def test_result_does_not_depend_on_the_number_of_threads(sizes: Sizes, dtype: torch.dtype) -> None:
+def test_result_does_not_depend_on_the_number_of_threads(sizes: Case, dtype: torch.dtype) -> None:
     """Few heads are cut into parts for many threads, so that the first case runs differently."""
-    inputs = make_inputs(sizes, dtype)
+    inputs = make_inputs(*sizes, dtype)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -130,7 +115,7 @@ def test_result_does_not_depend_on_the_number_of_threads(sizes: Sizes, dtype: to
 def test_calls_leave_nothing_behind(library: Any) -> None:
     """Torch's conversion of a string argument leaves 48 bytes of it behind, which no memory of frames can bear."""
     sizes = (1, 6, 5, 2, 8, 4)
-    inputs = make_inputs(sizes)
+    inputs = make_inputs(*sizes, torch.float32)
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
     bad = [*inputs.values(), 2, 4, "zero", ""]
 
@@ -149,7 +134,7 @@ def test_calls_leave_nothing_behind(library: Any) -> None:
 def test_nan_stays_visible(instruction_set: str) -> None:
     """A query that is NaN spoils its own output, in every head channel, and no other query's."""
     sizes = (1, 4, 5, 1, 8, 0)
-    inputs = make_inputs(sizes)
+    inputs = make_inputs(*sizes, torch.float32)
     inputs["qkv"][0, 1, 2, :8] = float("nan")
     out = operator_of(sizes)(**inputs, backend="cpu")
     assert out[0, 1, 2].isnan().all()
@@ -158,7 +143,7 @@ def test_nan_stays_visible(instruction_set: str) -> None:
 
 def test_window_much_larger_than_the_grid_needs_no_memory_of_its_size() -> None:
     """Keys of a window of this side would take gigabytes; without padding there are six."""
-    inputs = make_inputs((1, 2, 3, 1, 8, 6000))
+    inputs = make_inputs(1, 2, 3, 1, 8, 6000, torch.float32)
     out = operator_of((1, 2, 3, 1, 8, 6000), "mask")(**inputs, backend="cpu")
     middle = (slice(5999 - 1, 5999 + 2), slice(5999 - 2, 5999 + 3))
     tables = (inputs["rel_pos_h"][middle[0]], inputs["rel_pos_w"][middle[1]])
@@ -185,7 +170,7 @@ def test_what_it_cannot_compute_falls_back() -> None:
         ((1, 2, 2, 1, 8, 0), torch.float16, "got torch.float16"),
         ((1, 2, 2, 1, 1025, 0), torch.float32, "head dimensions go to 1024, got 1025"),
     ):
-        inputs = make_inputs(sizes, dtype)
+        inputs = make_inputs(*sizes, dtype)
         with pytest.raises(BackendError, match=reason):
             operator_of(sizes)(**inputs, backend="cpu")
         assert operator_of(sizes)(**inputs).shape == (1, 2, 2, sizes[4])

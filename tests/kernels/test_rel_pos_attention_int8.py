@@ -8,13 +8,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from refsam_kernels import BackendError, flop_formulas, rel_pos_attention
-from refsam_kernels.core import libraries
 from refsam_kernels.rel_pos_attention.int8.reference import rounded
+from tests.kernels.rel_pos_attention_cases import Case, make_inputs
 
-INSTRUCTION_SETS = ["portable", "avx2", "avxvnni", "avx512vl", "avx512", "avx512vnni", "avx512bf16"]
 HALF_OF_THE_STEPS = ("avx2", "avx512")
-Sizes = tuple[int, int, int, int, int, int]  # images, height, width, heads, head dim, window
-SIZES: dict[str, Sizes] = {
+SIZES: dict[str, Case] = {
     "windows-with-padding": (1, 16, 15, 2, 16, 14),
     "several-blocks-of-keys": (1, 24, 22, 1, 40, 0),
     "odd-head-dim": (2, 5, 7, 2, 13, 0),
@@ -22,36 +20,8 @@ SIZES: dict[str, Sizes] = {
 }
 
 
-@pytest.fixture(params=["fallback", *INSTRUCTION_SETS])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The fallback, or an instruction set that the processor has: it is made to run."""
-    if request.param == "fallback":
-        monkeypatch.setenv("REFSAM_BACKEND", "fallback")
-        return request.param
-    try:
-        libraries.load("cpu").multiplies_int8(request.param)
-    except (ImportError, RuntimeError) as reason:
-        pytest.skip(str(reason).splitlines()[0])
-    monkeypatch.setenv("REFSAM_BACKEND", "cpu")
-    monkeypatch.setenv("REFSAM_CPU_INSTRUCTION_SET", request.param)
-    return request.param
-
-
-def arguments(sizes: Sizes, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    images, height, width, heads, head_dim, window = sizes
-    generator = torch.Generator().manual_seed(42)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    return {
-        "qkv": normal(images, height, width, 3 * heads * head_dim),
-        "rel_pos_h": 0.3 * normal(2 * (window or height) - 1, head_dim),
-        "rel_pos_w": 0.3 * normal(2 * (window or width) - 1, head_dim),
-        "qkv_bias": normal(3 * heads * head_dim),
-        "num_heads": heads,
-        "window_size": window,
-    }
+def arguments(sizes: Case, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    return make_inputs(*sizes, dtype) | {"num_heads": sizes[3], "window_size": sizes[5]}
 
 
 def attend(arguments: dict[str, Any], **options: Any) -> Tensor:
@@ -72,12 +42,14 @@ def error(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("pad_mode", ["bias", "mask"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_is_the_definition(backend: str, sizes: Sizes, dtype: torch.dtype, pad_mode: str) -> None:
+def test_is_the_definition(
+    int8_backend: str, sizes: Case, dtype: torch.dtype, pad_mode: str
+) -> None:
     """To float32's rounding, or bfloat16's in probabilities and result; and near the exact attention."""
     given = arguments(sizes, dtype)
     found = attend(given, pad_mode=pad_mode)
     assert found.dtype == dtype
-    few = backend in HALF_OF_THE_STEPS
+    few = int8_backend in HALF_OF_THE_STEPS
     # Measured: 0.0068 with 127 steps on either side, 0.0137 with 63.
     assert error(found, exact(given, pad_mode=pad_mode)) < (0.02 if few else 0.01)
     if not few:
@@ -86,10 +58,10 @@ def test_is_the_definition(backend: str, sizes: Sizes, dtype: torch.dtype, pad_m
         assert error(found, wanted) < (3e-4 if dtype == torch.float32 else 4e-3)
 
 
-def test_whole_numbers_are_exact(backend: str) -> None:
+def test_whole_numbers_are_exact(int8_backend: str) -> None:
     """Queries and keys of whole numbers whose largest is 63 or 127 have steps of 1: no rounding is left."""
     given = arguments((1, 4, 5, 1, 24, 0))
-    largest = 63 if backend in HALF_OF_THE_STEPS else 127
+    largest = 63 if int8_backend in HALF_OF_THE_STEPS else 127
     whole = torch.randint(
         -largest, largest + 1, (1, 4, 5, 48), generator=torch.Generator().manual_seed(0)
     )
@@ -102,7 +74,7 @@ def test_whole_numbers_are_exact(backend: str) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_values_that_are_not_finite_stay_in_their_window(backend: str, value: float) -> None:
+def test_values_that_are_not_finite_stay_in_their_window(int8_backend: str, value: float) -> None:
     given = arguments((1, 4, 8, 2, 8, 4))
     clean = attend(given)
     for part, reached in ((0, 1), (1, 16)):  # a query's own token; a key's whole window
@@ -116,14 +88,14 @@ def test_values_that_are_not_finite_stay_in_their_window(backend: str, value: fl
         assert torch.equal(found[~is_nan], clean[~is_nan])
 
 
-def test_queries_and_keys_of_zeros(backend: str) -> None:
+def test_queries_and_keys_of_zeros(int8_backend: str) -> None:
     given = arguments((1, 3, 3, 1, 8, 0)) | {"qkv_bias": None}
     given["qkv"][..., :16] = 0
     mean = given["qkv"][..., 16:].mean((1, 2), keepdim=True).expand(-1, 3, 3, -1)
     torch.testing.assert_close(attend(given), mean)
 
 
-def test_layouts_and_threads_do_not_change_a_bit(backend: str) -> None:
+def test_layouts_and_threads_do_not_change_a_bit(int8_backend: str) -> None:
     given = arguments((2, 9, 8, 2, 12, 0))
     wanted = attend(given)
     qkv = given["qkv"]
