@@ -22,6 +22,7 @@ from refsam.session import (
 )
 from refsam.session.video_session import image_features
 from refsam.video import Frame, FrameDecodeError
+from refsam.video.prefetch import Prefetched
 from tests.session import cuda_stand_in
 from tests.tiny_model import tiny_model, tiny_trunk_model
 
@@ -133,20 +134,29 @@ def test_frames_are_encoded_together_as_far_as_they_are_there(
     sizes: list[int] = []
 
     def counted(runner: Any, frames: list[PreparedFrame]) -> Any:
-        if source == "file" and not sizes:
-            sleep(0.5)  # until more have been read
         sizes.append(len(frames))
         return image_features(runner, frames)
 
     monkeypatch.setattr(streaming, "image_features", counted)
     done = threading.Semaphore(1 if source == "live" else 99)
     images = [*video(0), *video(1)] * 3  # of two sizes
+    read_whole = threading.Event()
 
     def frames() -> Iterator[Frame]:
         for number, image in enumerate(images):
             assert done.acquire(timeout=60)
             yield Frame(number, float(number), image)
+        read_whole.set()
         raise FrameDecodeError("broken")
+
+    def wait_until_full(ahead: Prefetched[Any]) -> Any:
+        """Hand out a frame of a file only when as many wait as may: the reader's speed must not decide."""
+        while source == "file" and not ahead._ahead.full() and not read_whole.is_set():
+            sleep(0.001)
+        return take(ahead)
+
+    take = Prefetched.__next__
+    monkeypatch.setattr(Prefetched, "__next__", wait_until_full)
 
     session, plain = VideoSession(model, ["dog"]), VideoSession(model, ["dog"])
     ahead = prefetch_frames(session, frames())
