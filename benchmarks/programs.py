@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +68,24 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def report_rows(
+    path: Path,
+    rows: Iterable[dict[str, Any]],
+    line: Callable[[dict[str, Any]], str],
+    origin: dict[str, Any],
+) -> int:
+    """Print a line for each row as it comes, then write all of them with their origin; returns 1 if one is wrong, else 0."""
+    found = []
+    for row in rows:
+        found.append(row | {"provenance": origin})
+        print(line(row), flush=True)
+    write_rows(path, found)
+    return int(any("wrong" in row for row in found))
+
+
+def milliseconds(row: Mapping[str, Any]) -> str:
+    """The median of a row, and its 20th and 80th percentile, for people."""
+    spread = f"({row['p20_ms']:.0f} to {row['p80_ms']:.0f})"
+    return f"{row['median_ms']:8.0f} ms {spread:18}"

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
+from benchmarks import programs
 from benchmarks.end_to_end import int8, peers
 from benchmarks.end_to_end.int8_accuracy import DTYPES, errors_by_block
 from benchmarks.report import tables
@@ -80,7 +81,7 @@ def test_the_accuracy_table_shows_each_variant() -> None:
 def test_memory_is_asked_of_a_process_with_the_same_sizes() -> None:
     options = argparse.Namespace(model="vit_b", image_size=64)
     answer = mock.Mock(stdout="noise\n123\n")
-    with mock.patch.object(int8.subprocess, "run", return_value=answer) as run:
+    with mock.patch.object(programs.subprocess, "run", return_value=answer) as run:
         assert int8.memory_of(int8.PROVIDERS[2], options) == 123
     command = run.call_args.args[0]
     assert command[-6:-2] == ["--model", "vit_b", "--image-size", "64"]

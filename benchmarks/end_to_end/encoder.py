@@ -30,7 +30,14 @@ from benchmarks.end_to_end.peers import (
     openvino_encoder,
 )
 from benchmarks.measure import peak_memory, take_turns
-from benchmarks.programs import add_sizes, call_process, make_parser, random_config, write_rows
+from benchmarks.programs import (
+    add_sizes,
+    call_process,
+    make_parser,
+    milliseconds,
+    random_config,
+    report_rows,
+)
 from benchmarks.provenance import collect
 from benchmarks.registry import backends_of, unusable
 from benchmarks.report.results import failure
@@ -339,19 +346,17 @@ def main() -> int:
         return 0
     config = random_config(options.model, options.image_size, options.depth)
     origin = collect("cpu") | {"model": options.model, "image_size": options.image_size}
-    rows = []
     with torch.inference_mode():
         sam = random_sam(config)
         side = options.image_size
         pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
         exact = sam(pixels)
-        for dtype in options.dtypes:
-            group = (config, sam, dtype, exact, pixels, options.repeats, options.only)
-            for row in run_group(*group):
-                rows.append(row | {"provenance": origin})
-                print(table_line(row), flush=True)
-    write_rows(options.out, rows)
-    return int(any("wrong" in row for row in rows))
+        rows = (
+            row
+            for dtype in options.dtypes
+            for row in run_group(config, sam, dtype, exact, pixels, options.repeats, options.only)
+        )
+        return report_rows(options.out, rows, table_line, origin)
 
 
 def table_line(row: dict[str, Any]) -> str:
@@ -361,8 +366,7 @@ def table_line(row: dict[str, Any]) -> str:
         return f"{name} {problem}"
     memory = row["peak_memory_bytes"]
     used = "" if memory is None else f"{memory / 2**20:8.0f} MiB"
-    spread = f"({row['p20_ms']:.0f} to {row['p80_ms']:.0f})"
-    times = f"{row['median_ms']:8.0f} ms {spread:18} {row['speedup']:5.2f}x"
+    times = f"{milliseconds(row)} {row['speedup']:5.2f}x"
     return f"{name} {times} {used}  error {row['error']:.1e}"
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import take_turns
-from benchmarks.programs import add_sizes, make_parser, random_config, write_rows
+from benchmarks.programs import add_sizes, make_parser, milliseconds, random_config, report_rows
 from benchmarks.provenance import collect
 from benchmarks.report.results import failure
 from refsam import RefSAM, VideoSession
@@ -83,14 +83,12 @@ def main(arguments: list[str] | None = None) -> int:
     model = make_model(options.model, options.image_size, options.depth)
     generator = torch.Generator().manual_seed(0)
     frame = torch.randint(256, (*SIZE, 3), dtype=torch.uint8, generator=generator)
-    rows = []
-    for dtype in options.dtypes:
-        model.deoptimize().optimize(DTYPES[dtype])
-        for row in run_group(model, frame, options.repeats):
-            rows.append({"dtype": dtype} | row | {"provenance": origin})
-            print(table_line(rows[-1]), flush=True)
-    write_rows(options.out, rows)
-    return int(any("wrong" in row for row in rows))
+    rows = (
+        {"dtype": dtype} | row
+        for dtype in options.dtypes
+        for row in run_group(model.deoptimize().optimize(DTYPES[dtype]), frame, options.repeats)
+    )
+    return report_rows(options.out, rows, table_line, origin)
 
 
 def table_line(row: dict[str, Any]) -> str:
@@ -98,8 +96,7 @@ def table_line(row: dict[str, Any]) -> str:
     name = f"{row['dtype']:9} {row['expressions']} expressions"
     if problem := failure(row):
         return f"{name} {problem}"
-    spread = f"({row['p20_ms']:.0f} to {row['p80_ms']:.0f})"
-    return f"{name} {row['median_ms']:8.0f} ms {spread:18} {row['times_one']:.3f} times one"
+    return f"{name} {milliseconds(row)} {row['times_one']:.3f} times one"
 
 
 if __name__ == "__main__":

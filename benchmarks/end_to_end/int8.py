@@ -12,7 +12,6 @@ instruction sets (REFSAM_CPU_INSTRUCTION_SET) stay in FILE.
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -34,8 +33,8 @@ from benchmarks.end_to_end.peers import (
     prepare,
 )
 from benchmarks.measure import peak_memory, take_turns
-from benchmarks.programs import write_rows
-from benchmarks.provenance import ROOT, collect
+from benchmarks.programs import MODELS, call_process, make_parser, milliseconds, write_rows
+from benchmarks.provenance import collect
 from refsam.config import RefSAMConfig
 from refsam.model.build import build_image_encoder
 from refsam.runtime.malloc import keep_freed_memory
@@ -136,25 +135,15 @@ def image(config: RefSAMConfig) -> Tensor:
 
 def memory_of(provider: Provider, options: argparse.Namespace) -> int | None:
     """Bytes that a first call of ours needs at its peak, in a process of its own."""
-    task = json.dumps(asdict(provider))
-    command = [sys.executable, "-m", "benchmarks.end_to_end.int8", *sizes_of(options)]
-    result = subprocess.run(
-        [*command, "--memory-of", task], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def sizes_of(options: argparse.Namespace) -> list[str]:
-    """The arguments that say which encoder."""
-    return ["--model", options.model, "--image-size", str(options.image_size)]
+    sizes = ("--model", options.model, "--image-size", str(options.image_size))
+    found: int | None = call_process("int8", *sizes, "--memory-of", json.dumps(asdict(provider)))
+    return found
 
 
 def main() -> None:
     """Measures, prints and writes one JSON line for each provider."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.end_to_end.int8", description=__doc__
-    )
-    parser.add_argument("--model", choices=["vit_b", "vit_l", "vit_h"], default="vit_b")
+    parser = make_parser(__file__, __doc__, "int8_cpu.jsonl")
+    parser.add_argument("--model", choices=MODELS, default="vit_b")
     parser.add_argument("--image-size", type=int, default=1024)
     parser.add_argument(
         "--threads", type=int, help="of every provider; torch's choice if not given"
@@ -169,7 +158,6 @@ def main() -> None:
         "--memory", action="store_true", help="measure it too, in processes of their own"
     )
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path("out/bench/int8_cpu.jsonl"))
     options = parser.parse_args()
     config = RefSAMConfig.preset(options.model).override(
         f"image_encoder.image_size={options.image_size}"
@@ -224,7 +212,7 @@ def line_of(provider: Provider, row: dict[str, Any]) -> str:
     error = "" if row["error"] is None else f"error {100 * row['error']:.2f} %"
     memory = row.get("peak_memory_bytes")
     used = "" if memory is None else f"{memory / 2**20:.0f} MiB"
-    return f"{provider.label:32} {row['median_ms']:8.0f} ms ({row['p20_ms']:.0f} to {row['p80_ms']:.0f})  {error}  {used}"
+    return f"{provider.label:32} {milliseconds(row)}  {error}  {used}"
 
 
 if __name__ == "__main__":

@@ -9,25 +9,23 @@ Rows are appended, one for times and one for memory; `--list` names the cases.
 import argparse
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.end_to_end.encoder import DTYPES, errors, features_of
 from benchmarks.end_to_end.products import products_of
-from benchmarks.measure import peak_memory, resident, summarise, time_cpu
-from benchmarks.provenance import ROOT, collect
+from benchmarks.measure import peak_memory, resident, take_turns
+from benchmarks.programs import call_process, make_parser
+from benchmarks.provenance import collect
 from refsam_kernels.integrations import optimize
 from tests.kernels.encoder_models import cellpose, of_transformers, processor_of
 from tests.sam_modeling import sam_image_encoder
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 VIT_B: dict[str, Any] = {
     "embed_dim": 768,
     "depth": 12,
@@ -125,11 +123,6 @@ def masks_of(processor: Any) -> Tensor:
     return processor.post_process_masks([logits], [(1080, 1920)])[0]
 
 
-def features_of(output: Any) -> Tensor:
-    """The features, whether a model returns them alone or in an object."""
-    return output if isinstance(output, Tensor) else output.last_hidden_state
-
-
 def call_of(case: Case, model: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
     """The timed results: features of one image, the gradients of the adapters, or masks."""
     if case.task == "masks":
@@ -165,18 +158,10 @@ def measure(case: Case, dtype: str, rounds: int) -> dict[str, Any]:
     calls = {name: call_of(case, model, DTYPES[dtype]) for name, model in models.items()}
     found = {"after": calls["after"]()}
     found["before"] = exact if dtype == "float32" else calls["before"]()
-    errors = {
-        name: float((result.float() - exact).abs().max() / exact.abs().max())
-        for name, result in found.items()
-    }
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            samples[name].append(time_cpu(call))
-    times = {name: summarise(values) for name, values in samples.items()}
+    times = take_turns(calls, rounds)
     row: dict[str, Any] = {name: asdict(each) for name, each in times.items()}
     speedup = times["before"].median_ms / times["after"].median_ms
-    row |= {"speedup": speedup, "errors": errors, "replaced": repr(handle)}
+    row |= {"speedup": speedup, "errors": errors(found, exact), "replaced": repr(handle)}
     if case.task != "masks":
         row["products"] = asdict(products_of(calls["after"], DTYPES[dtype]))
     return row
@@ -184,13 +169,8 @@ def measure(case: Case, dtype: str, rounds: int) -> dict[str, Any]:
 
 def memory_of(name: str, dtype: str) -> dict[str, Any]:
     """Bytes above the weights, before and after, each from a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.end_to_end.integrations", name, "--dtype", dtype]
-    found = {}
-    for which in ("before", "after"):
-        task = [*command, "--memory-of", which]
-        result = subprocess.run(task, cwd=ROOT, capture_output=True, text=True, check=True)
-        found[which] = json.loads(result.stdout.splitlines()[-1])
-    return found
+    words = (name, "--dtype", dtype, "--memory-of")
+    return {which: call_process("integrations", *words, which) for which in ("before", "after")}
 
 
 def print_memory(case: Case, dtype: str, which: str) -> None:
@@ -211,15 +191,12 @@ def print_memory(case: Case, dtype: str, which: str) -> None:
 
 def main() -> int:
     """Measures cases and appends a JSON line for each."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.end_to_end.integrations", description=__doc__
-    )
+    parser = make_parser(__file__, __doc__, "models_cpu.jsonl")
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], metavar="CASE")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--measure", choices=["time", "memory"], default="time")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("out/bench/models_cpu.jsonl"))
     parser.add_argument("--memory-of", choices=["before", "after"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.list:

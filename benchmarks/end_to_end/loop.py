@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.end_to_end.expressions import SENTENCES, make_model
 from benchmarks.end_to_end.per_expression import PerExpressionLoop
 from benchmarks.measure import summarise, time_cpu
-from benchmarks.programs import add_sizes, call_process, make_parser, write_rows
+from benchmarks.programs import add_sizes, call_process, make_parser, milliseconds, report_rows
 from benchmarks.provenance import collect
 from benchmarks.report.results import failure
 from refsam import RefSAM
@@ -206,15 +206,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     origin = collect("cpu") | {"model": options.model, "image_size": options.image_size}
     model: Any = randomise(make_model(options.model, options.image_size, options.depth))
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder) / "clip.mp4"
         encode_video(clip, generate_clip(seed=0, frames=options.frames, size=SIZE).frames.numpy())
-        for row in measure(model, clip, SENTENCES[: options.expressions], options.rounds):
-            rows.append(row | {"provenance": origin})
-            print(table_line(row), flush=True)
-    write_rows(options.out, rows)
-    return int(any("wrong" in row for row in rows))
+        rows = measure(model, clip, SENTENCES[: options.expressions], options.rounds)
+        return report_rows(options.out, rows, table_line, origin)
 
 
 def table_line(row: dict[str, Any]) -> str:
@@ -222,8 +218,7 @@ def table_line(row: dict[str, Any]) -> str:
     name = f"{row['provider']:20} {row['dtype']:8}"
     if problem := failure(row):
         return f"{name} {problem}"
-    spread = f"({row['p20_ms']:.0f} to {row['p80_ms']:.0f})"
-    line = f"{name} {row['median_ms']:8.0f} ms a frame {spread:18} {row['speedup']:6.2f}x"
+    line = f"{name} {milliseconds(row)} a frame {row['speedup']:6.2f}x"
     if "overhead_percent" not in row:
         return line
     return f"{line}  encoder {row['encoder_ms']:.0f} ms, decoder {row['decoder_ms']:.0f} ms, rest {row['overhead_percent']:.1f} %"

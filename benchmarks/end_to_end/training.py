@@ -22,7 +22,14 @@ from benchmarks.end_to_end.encoder import random_sam
 from benchmarks.end_to_end.per_expression import adapted_blocks, plain_decoder
 from benchmarks.measure import peak_memory, resident, take_turns
 from benchmarks.ops import mask_loss
-from benchmarks.programs import add_sizes, call_process, encoder_sizes, make_parser, write_json
+from benchmarks.programs import (
+    add_sizes,
+    call_process,
+    encoder_sizes,
+    make_parser,
+    milliseconds,
+    write_json,
+)
 from benchmarks.provenance import collect
 from benchmarks.report.results import failure
 from refsam.config import config_from_dict
@@ -264,8 +271,7 @@ def table_line(row: dict[str, Any]) -> str:
         return f"{name} {problem}"
     memory = row["step_memory_bytes"]
     used = "" if memory is None else f"{memory / 2**20:8.0f} MiB"
-    times = f"{row['median_ms']:8.0f} ms ({row['p20_ms']:.0f} to {row['p80_ms']:.0f})"
-    return f"{name} {times} {row['speedup']:5.2f}x {used}"
+    return f"{name} {milliseconds(row)} {row['speedup']:5.2f}x {used}"
 
 
 if __name__ == "__main__":
