@@ -52,8 +52,7 @@ def _query_gradient_kernel(
     KEYS: tl.constexpr = (ROWS, COLUMNS)
     _check_tile(WINDOW, KEYS, PARTIAL, PADDED, MASKED)
     tile, head, image, window = _locate(tiles, heads, h, w, WINDOW, PARTIAL)
-    _, _, height, width = window
-    if tile * BLOCK >= height * width:
+    if tile * BLOCK >= window[2] * window[3]:
         return
     query = _query_tile(tile, window, w, BLOCK)
     y, x, token, exists = query
