@@ -28,7 +28,7 @@ def check_dtype(name: str, offered: Sequence[str]) -> None:
 
 
 def choose_device(name: str) -> "torch.device":
-    """The device of that name; ``auto`` is the GPU that torchrun means for this process, the first without it, else the CPU.
+    """The device of that name; ``auto`` is the GPU that torchrun assigns to this process, else the first GPU, else the CPU.
 
     Raises UserError: the machine has no such GPU.
     """
@@ -50,8 +50,8 @@ def choose_device(name: str) -> "torch.device":
 def choose_dtype(name: str, device: "torch.device") -> "torch.dtype":
     """Autocast dtype; ``auto`` is bfloat16 on GPUs that compute in it (Ampere and later), else float32.
 
-    CPUs stay at float32: small products there lose more to conversion than bfloat16 gains. The image encoder, which
-    has large ones, is told apart: see `choose_encoder_dtype`.
+    CPUs stay at float32: small products lose more to conversion than bfloat16 gains. The image encoder, whose products
+    are large, has a dtype of its own: see `choose_encoder_dtype`.
 
     Raises:
         UserError: bfloat16 on a GPU that lacks it, int8 on any GPU.
@@ -61,7 +61,7 @@ def choose_dtype(name: str, device: "torch.device") -> "torch.dtype":
     if name == "int8":
         if device.type != "cpu":
             raise UserError(f"--dtype int8: got device {device}; want --device cpu")
-        return torch.float32  # of what is not the image encoder
+        return torch.float32  # for everything but the image encoder
 
     has_bfloat16 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "bfloat16" and not has_bfloat16:

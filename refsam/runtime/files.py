@@ -16,7 +16,7 @@ def follow_umask(path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file under another name and rename it: what is there is whole, whoever else writes it meanwhile."""
+    """Write a file under another name and rename it, so that readers never see a partial file."""
     temporary = own_name(path)
     try:
         temporary.write_bytes(content)
@@ -38,13 +38,13 @@ class BusyError(UserError):
 def only_writer(path: Path, *, wait: bool, again: bool = False) -> Iterator[None]:
     """Hold the lock file `<path>.lock` within the block; it is released when the process ends in any way.
 
-    With `again` one thread may hold it several times. With `wait`, wait for another holder; without, raise UserError if
-    there is one. Raises UserError where it cannot be made.
+    `again` lets one thread hold it several times. If another process holds it, `wait` waits; else BusyError is raised.
+    Raises UserError if it cannot be made.
     """
     from filelock import FileLock, Timeout
 
     name = path.with_name(f".{path.name}.lock")
-    # A lock that its maker alone may open would lock colleagues out for ever.
+    # If only its creator could open the lock, colleagues would be locked out forever.
     lock = FileLock(name, timeout=-1 if wait else 0, mode=0o666, is_singleton=again)
     try:
         lock.acquire()

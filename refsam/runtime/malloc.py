@@ -8,10 +8,10 @@ _GIBIBYTE = 2**30
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed arrays for the next ones, up to a GiB; nothing elsewhere.
+    """Let glibc keep up to a GiB of freed memory for the next arrays; does nothing on other systems.
 
-    By default it returns large ones to the system, which clears them page by page when they are wanted again: two
-    thousand faults for a 720p frame.
+    By default glibc returns large arrays to the system, which clears their pages when they are used again: two thousand
+    page faults for a 720p frame.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -29,7 +29,7 @@ class Launched:
 
     @staticmethod
     def by(launcher: str) -> "Launched | None":
-        """As its variables say, None where they are not set; raises UserError for impossible values."""
+        """Read the launcher's variables; None if they are not set. Raises UserError for impossible values."""
         rank, count, local_rank = LAUNCHERS[launcher]
         if rank not in os.environ or count not in os.environ:
             return None
@@ -56,11 +56,11 @@ class Shard:
 
     @staticmethod
     def from_environment() -> "Shard":
-        """From RANK and WORLD_SIZE; one process where they are not set. Raises UserError for impossible values."""
+        """From RANK and WORLD_SIZE; one process if they are not set. Raises UserError for impossible values."""
         launched = Launched.by("torchrun")
         return Shard() if launched is None else Shard(launched.rank, launched.count)
 
     def of(self, items: Sequence[Item], cost: Callable[[Item], float]) -> list[Item]:
-        """This process's items, dealt by falling cost; every process deals them alike."""
+        """This process's items, dealt in order of falling cost; every process computes the same deal."""
         order = sorted(range(len(items)), key=lambda index: (-cost(items[index]), index))
         return [items[index] for index in order[self.rank :: self.world_size]]

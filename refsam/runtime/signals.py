@@ -15,7 +15,7 @@ ENDING = [
 
 
 class WaitedTooLongError(Exception):
-    """A signal asked to stop, and what was waited for did not come."""
+    """A signal asked to stop, and a wait did not end in time."""
 
 
 class StopRequest:
@@ -43,7 +43,7 @@ class StopRequest:
 
     @contextmanager
     def waiting(self, seconds: float) -> Iterator[None]:
-        """Around what may never come: where a signal asked to stop, WaitedTooLongError is raised after so many seconds."""
+        """Guard a wait that may never end: WaitedTooLongError is raised this many seconds after a signal asked to stop."""
         if not self._before:
             yield
             return
@@ -74,13 +74,13 @@ def _give_up(number: int, _: FrameType | None) -> None:
 
 
 def ignore_stop_signals() -> None:
-    """For processes that serve the one that handles them: a terminal and torchrun signal all of a group."""
+    """For helper processes of the one that handles the signals: a terminal and torchrun signal the whole group."""
     for number in (*_SIGNALS, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, taken as Ctrl-C is."""
+    """SIGTERM or SIGHUP, handled like Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
@@ -89,7 +89,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def termination_interrupts() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP, where nobody else heeds or ignores them, end the block as Ctrl-C does, by `Terminated`."""
+    """Let SIGTERM and SIGHUP end the block by `Terminated`, as Ctrl-C does; handlers of others stay in place."""
 
     def interrupt(number: int, _: FrameType | None) -> None:
         raise Terminated(number)
@@ -108,10 +108,10 @@ def termination_interrupts() -> Iterator[None]:
 
 @contextmanager
 def defer_interrupts() -> Iterator[Callable[[], None]]:
-    """Hold Ctrl-C, SIGTERM and SIGHUP back until what this yields is called, which raises them; a second Ctrl-C comes at once.
+    """Defer Ctrl-C, SIGTERM and SIGHUP: the yielded function raises them when it is called. A second Ctrl-C comes at once.
 
-    Raised at any instruction, they can come between the taking of a queue's lock and the block that gives it back: then
-    threads wait for each other for ever. Outside the main thread, and where they are ignored, nothing changes.
+    An exception raised at any instruction could hit between taking a queue's lock and the block that releases it: threads
+    would wait for each other forever. Nothing changes outside the main thread, or for signals that are ignored.
     """
     heeded = [n for n in ENDING if signal.getsignal(n) not in (signal.SIG_IGN, None)]
     with StopRequest(heeded) as request:
@@ -127,9 +127,9 @@ def defer_interrupts() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def postponed() -> Iterator[None]:
-    """Let signals that would end the process wait until the block is done; each then does what it would have done.
+    """Postpone signals that would end the process until the block is done; then each takes its usual effect.
 
-    For steps that must not be done by halves. In threads other than the main one nothing changes: no signal is handled there.
+    For steps that must not be left half done. Nothing changes outside the main thread, where no signal is handled.
     """
     arrived: list[int] = []
     before: dict[int, Any] = {}

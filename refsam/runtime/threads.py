@@ -23,8 +23,8 @@ def available_cores() -> int:
 def choose_threads(device: "torch.device", multiplications: float) -> None:
     """Let torch compute with few threads for a small model on the CPU, unless OMP_NUM_THREADS says how many.
 
-    Threads that share small products wait for each other at each of them, and whatever reads and writes the
-    frames meanwhile needs a core too. A large model keeps all cores.
+    Threads that share small products wait for each other at every product, and reading and writing frames needs a core
+    too. A large model keeps all cores.
 
     Args:
         device: where the model is.
@@ -40,7 +40,7 @@ def choose_threads(device: "torch.device", multiplications: float) -> None:
 
 @contextmanager
 def chosen_threads(device: "torch.device", multiplications: float) -> Iterator[None]:
-    """`choose_threads` within; the number before it afterwards."""
+    """`choose_threads` within the block; the previous number is restored afterwards."""
     import torch
 
     before = torch.get_num_threads()
@@ -54,7 +54,7 @@ def chosen_threads(device: "torch.device", multiplications: float) -> Iterator[N
 def wait_passively() -> None:
     """Let OpenMP's threads sleep while they wait, unless OMP_WAIT_POLICY says otherwise.
 
-    Decoder, encoder and torch share the cores. Threads that wait by spinning keep the others off them: on two busy
-    cores a frame then took 300 times as long. OpenMP reads it when torch is first imported; later it has no effect.
+    Decoder, encoder and torch share the cores, and threads that spin while they wait keep the others off them: on two
+    busy cores a frame took 300 times as long. OpenMP reads this when torch is first imported; later it has no effect.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

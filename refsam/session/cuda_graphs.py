@@ -128,7 +128,7 @@ def _features(grid: tuple[int, int], levels: Tensor, *others: Tensor) -> ImageFe
 
 
 class WeightsWatch:
-    """Counts the changes of a model's weights, without a walk through its modules for each question."""
+    """Counts the changes of a model's weights, without walking through its modules each time."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -155,7 +155,7 @@ class WeightsWatch:
 
 
 class _FixedPrompt(TextPrompt):
-    """Prompts that are not trimmed: their lengths change between replays, and looking at them would stop the stream."""
+    """Prompts that are not trimmed: their lengths change between replays, and reading them would stall the stream."""
 
     def __post_init__(self) -> None:
         pass
@@ -235,7 +235,7 @@ class GraphCache:
 
         Args:
             name: which function it is.
-            state: what it depends on besides its inputs; a graph of another state is not used again.
+            state: everything else that it depends on; a graph of another state is not used again.
             function: tensors to tensors, without looking at values.
             inputs: on one CUDA device.
         """
@@ -282,7 +282,7 @@ def _record(function: Function, inputs: Sequence[Tensor], stream: torch.cuda.Str
 
 
 def pool_bytes(graph: Any) -> int:
-    """Device memory of a graph's own pool, whatever other threads allocate and free meanwhile."""
+    """Device memory of a graph's own pool; other threads may allocate and free meanwhile."""
     pool = tuple(graph.pool())
     segments = torch.cuda.memory_snapshot()
     return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == pool)

@@ -24,8 +24,8 @@ class PreparedFrame:
     Attributes:
         pixels: ``(1, 3, S, S)`` normalised, on the model's device.
         size: of the frame, and of its copy inside the square.
-        view: the model's `view` of the frame, None where it has none.
-        ready: the event that pixels are there; None where they are.
+        view: the model's second input, from `PromptedSAM.view`; None if it has none.
+        ready: CUDA event after which pixels may be used; None if they already may.
     """
 
     pixels: Tensor
@@ -46,12 +46,12 @@ class PreparedFrame:
 
 @dataclass(frozen=True, slots=True)
 class EncodedFrame:
-    """A frame behind the image encoder.
+    """A frame's output of the image encoder.
 
     Attributes:
         image: its features.
         size: of the frame, and of its copy inside the square.
-        seconds: that encoding took.
+        seconds: duration of the encoding.
     """
 
     image: "ImageFeatures"
@@ -60,7 +60,7 @@ class EncodedFrame:
 
 
 class FramePreparer:
-    """Resize, normalise and pad frames; to be called from the thread that reads them.
+    """Resizes, normalises and pads frames; call it from the thread that reads them.
 
     On a GPU the frame goes there as bytes, through two buffers of pinned memory, and is prepared in a stream of
     its own. One thread at a time may use it.
@@ -87,13 +87,13 @@ class FramePreparer:
 
 
 def prepare_now(model: "PromptedSAM", frame: np.ndarray | Tensor) -> PreparedFrame:
-    """Prepare a frame in the current stream, for a caller that has nothing else to do; as `FramePreparer` does."""
+    """As `FramePreparer`, in the current CUDA stream: for a caller that has nothing else to do meanwhile."""
     frames = as_tensor(frame)[None]
     return PreparedFrame(*model.preprocess(frames), model.view(frames))
 
 
 def encode_now(model: "PromptedSAM", frame: np.ndarray | Tensor) -> EncodedFrame:
-    """Prepare and encode a frame at once, for several sessions that take the same one."""
+    """Prepare and encode a frame at once, for several sessions that step through the same frame."""
     started = time.perf_counter()
     prepared = prepare_now(model, frame)
     with torch.no_grad():
@@ -104,13 +104,13 @@ def encode_now(model: "PromptedSAM", frame: np.ndarray | Tensor) -> EncodedFrame
 def prepare_all(
     model: "PromptedSAM", frames: "Iterable[Frame]"
 ) -> Iterator[tuple["Frame", PreparedFrame]]:
-    """Each frame of a source with what `FramePreparer` makes of it; for `refsam.video.prefetch`."""
+    """Yield each frame of a source with its prepared input; for `refsam.video.prefetch`."""
     prepare = FramePreparer(model)
     return ((frame, as_stored(prepare(frame.square_image()), frame)) for frame in frames)
 
 
 def as_stored(prepared: PreparedFrame, frame: "Frame") -> PreparedFrame:
-    """The same with the frame's stored size, which the masks will have: the model alone sees square pixels."""
+    """The same with the frame's stored size, which the masks will have: only the model sees square pixels."""
     if frame.aspect == 1:
         return prepared
     return replace(prepared, size=prepared.size._replace(original=frame.image.shape[:2]))
@@ -141,7 +141,7 @@ class _Upload:
 
 
 def as_tensor(frame: Any) -> Tensor:
-    """A frame as a tensor that shares its memory where it can. Raises ValueError: not ``(H, W, 3)`` uint8, numpy or torch."""
+    """A frame as a tensor, sharing its memory if possible. Raises ValueError: not ``(H, W, 3)`` uint8, numpy or torch."""
     if not isinstance(frame, np.ndarray | Tensor):
         raise ValueError(f"frame: got {type(frame).__name__}, want a numpy array or a torch tensor")
     if frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
@@ -149,6 +149,6 @@ def as_tensor(frame: Any) -> Tensor:
     if frame.dtype not in (np.uint8, torch.uint8):
         raise ValueError(f"frame: got dtype {frame.dtype}, want uint8 RGB")
     if isinstance(frame, np.ndarray):
-        # copies only where it must
+        # copies only if it must
         return torch.from_numpy(np.require(frame, requirements=["C", "W"]))
     return frame

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from refsam.video import Frame
     from refsam.video.prefetch import Prefetched
 
-# Threads that encode frames beside the decoder: a core that waits for the other takes the next ones.
+# Threads that run the image encoder beside the decoder: two, so that one can work while the other waits.
 _ENCODERS = 2
-# Frames that such a thread encodes at a time, as far as they have been read: a small encoder spends its time on fetching
-# weights and starting products. Frames of many bytes stay few.
+# Each thread encodes up to four frames that are already read: a small encoder spends its time on fetching weights and
+# starting products. Larger frames are encoded in smaller groups.
 _MOST_TOGETHER, _BYTES_TOGETHER = 4, 2**25
 
 
@@ -73,8 +73,8 @@ def prefetch_frames(
     segmented.
 
     The threads read and resize. If torch computes with one thread on several cores, they also run the image encoder,
-    each on up to four frames that are there by then, in parallel with the decoder, which alone depends on the frame
-    before. Together or alone, a frame's logits differ by at most 1e-5. encode=False leaves the encoder to
+    each on up to four frames that are ready, in parallel with the decoder (only the decoder depends on the frame
+    before). Encoding frames together changes their logits by at most 1e-5. encode=False leaves the encoder to
     `step_batch`. heed is called every tenth of a second while waiting for a frame, and may raise.
     """
     from refsam.video import prefetch
@@ -94,7 +94,7 @@ def prefetch_frames(
                 for group in _groups(prepared)
             )
             encoded = prefetch(begun, depth=_ENCODERS - 1, heed=heed, patience=60)
-            # Closed from the last to the first: wake, then wait.
+            # `prepared` is closed first: that wakes the threads, which `encoded` then waits for.
             with closing(encoded), closing(prepared):
                 for group, future in encoded:
                     yield from zip(group, future.result(), strict=True)
@@ -107,7 +107,7 @@ def _has_a_core_for_the_encoder(model: "PromptedSAM") -> bool:
 def _groups(
     prepared: "Prefetched[tuple[Frame, PreparedFrame]]",
 ) -> "Iterator[list[tuple[Frame, PreparedFrame]]]":
-    """Frames to encode at a time: the next one and, without waiting for them, those behind it of the same shape."""
+    """Groups of frames to encode together: the next frame, and frames of its shape that are ready behind it."""
     for first in prepared:
         most = min(_MOST_TOGETHER, _BYTES_TOGETHER // first[0].image.nbytes)
         pairs = [first, *prepared.waiting(most - 1)]

@@ -72,7 +72,7 @@ def assign_folders(pairs: Sequence[tuple[str, tuple[str, ...]]], out: Path) -> l
 
 
 def _read(file: Path) -> dict[str, str]:
-    """The sources of the folders that are taken."""
+    """The source of each folder that is already assigned."""
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))["videos"]
         return {str(entry["folder"]): str(entry["source"]) for entry in entries}
@@ -112,7 +112,7 @@ def _unique(name: str, taken: set[str]) -> str:
 
 
 def _stem(source: str) -> str:
-    """A video's name without its suffix, a folder's whole, with what may not stand in names replaced."""
+    """A video's name without its suffix, or a folder's whole name; forbidden characters are replaced."""
     path = Path(source)
     name = path.name if os.path.isdir(source) else path.stem
     return re.sub(r"[^\w.-]+", "-", name).lstrip(".") or "video"
@@ -123,11 +123,11 @@ def finished(job: VideoJob, settings: dict[str, Any], *, tidy: bool) -> int | No
 
     Args:
         job: the video.
-        settings: what it must have been done with.
-        tidy: finish or remove what a killed run left first, unless somebody is at work there.
+        settings: the settings that it must have had.
+        tidy: first finish or remove what a killed run left, unless another process works there.
 
     Raises:
-        UserError: it did something else.
+        UserError: its settings were others.
     """
     from refsam.video import run_folder
 

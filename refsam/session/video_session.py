@@ -31,7 +31,7 @@ class FrameResult:
         frame_index: number of the frame since the session began or was reset, from 0.
         masks: ``(E, H, W)`` bool at the frame's own size; all False where the object is not in view.
         logits: ``(E, 4h, 4w)`` float32 over the padded square that the model sees.
-        scores: ``(E,)`` float32 in 0..1, the IoU that the model predicts for its mask.
+        scores: ``(E,)`` float32 in 0..1, the predicted IoU of each mask.
     """
 
     frame_index: int
@@ -40,7 +40,7 @@ class FrameResult:
     scores: Tensor
 
     def on_host(self) -> tuple[np.ndarray, np.ndarray]:
-        """Masks and scores as arrays in host memory, from a GPU by way of pinned memory; waits for them."""
+        """Masks and scores as arrays in host memory; from a GPU they are copied through pinned memory, and waited for."""
         if self.masks.device.type != "cuda":
             return self.masks.numpy(), self.scores.numpy()
         found = [
@@ -54,7 +54,7 @@ class FrameResult:
 
 @dataclass(frozen=True, slots=True)
 class FrameLogits:
-    """A frame's logits before masks are made of them; tensors are on the model's device.
+    """A frame's logits, before they are resized and thresholded to masks; tensors are on the model's device.
 
     Attributes:
         frame_index: as in `FrameResult`.
@@ -72,18 +72,17 @@ class FrameLogits:
 class VideoSession:
     """Frames in, masks out, online. Sessions in several threads may share one model.
 
-    The state is one track token ``(C,)`` per expression (model.md, section 1); frames may change their
-    size in between.
+    The state is one track token ``(C,)`` per expression (model.md, section 1). The frames may change their size.
 
     Args:
         model: a `RefSAM` or `EVFSAM` in evaluation mode, on any device.
         expressions: what to segment, for instance ``["the red cup"]``; may be empty at first.
         optimize: call `model.optimize()` if nobody has; False leaves the model as it is.
-        graphs: CUDA graphs of the model, which sessions may share; None launches every kernel by itself.
+        graphs: CUDA graphs of the model, which sessions may share; None launches the kernels one by one.
         threshold: pixels that are more probable than this belong to a mask.
 
     Raises:
-        UserError: an expression that is empty, too long, or of which the model knows no word.
+        UserError: an expression that is empty, too long, or has no word that the model knows.
         ValueError: graphs of another model, or a threshold outside 0..1.
     """
 
@@ -121,20 +120,20 @@ class VideoSession:
 
     @property
     def frame_index(self) -> int:
-        """Number of frames since the start or the last reset, which is the next frame's number."""
+        """Number of frames since the start or the last reset: the index of the next frame."""
         return self._frame_index
 
     @property
     def unknown_words(self) -> tuple[tuple[str, ...], ...]:
-        """Per expression, the words that the model does not know and so ignores."""
+        """For each expression, the words that the model does not know and therefore ignores."""
         return tuple(self._unknown)
 
     def step(self, frame: AnyFrame) -> FrameResult:
         """Segment the next frame.
 
         Args:
-            frame: ``(H, W, 3)`` uint8 RGB, numpy or torch, on any device; or what `FramePreparer` or `prefetch_frames`
-                made of it.
+            frame: ``(H, W, 3)`` uint8 RGB, numpy or torch, on any device; or the output of `FramePreparer` or
+                `prefetch_frames` for it.
 
         Raises:
             ValueError: another shape or dtype.
@@ -146,10 +145,10 @@ class VideoSession:
         return _step_all([(self, frame)])[0]
 
     def add(self, expression: str) -> int:
-        """Add an expression from the next frame on; returns its index in the masks.
+        """Add an expression, starting with the next frame; returns its index in the masks.
 
         Raises:
-            UserError: as the constructor does; the session then stays as it was.
+            UserError: as in the constructor; the session then stays unchanged.
         """
         self._unknown += self._encode([expression]).unknown
         self._expressions.append(expression)
@@ -174,14 +173,14 @@ class VideoSession:
             self._track = None
 
     def reset(self) -> None:
-        """Forget the objects' history and count frames from 0, as before a new video."""
+        """Forget the objects' history and count frames from 0, for a new video."""
         self._track = None
         self._has_track = [False] * len(self._expressions)
         self._frame_index = 0
 
     @property
     def state(self) -> TrackState:
-        """The state that the next frame builds on. Cheap to keep: no later step changes it."""
+        """The state that the next frame starts from. Cheap to keep: no later step changes it."""
         return TrackState(self._track, tuple(self._has_track), self._frame_index)
 
     def restore(self, state: TrackState) -> None:
@@ -234,11 +233,11 @@ class VideoSession:
 def step_batch(turns: Sequence[tuple[VideoSession, AnyFrame]]) -> list[FrameResult]:
     """Segment frames of several videos, or several of one, with one pass of the image encoder for each shape of frames.
 
-    Expressions of different videos are decoded together too. The results, in the order of the turns, are those of
-    `VideoSession.step` one by one, logits within 1e-5.
+    Expressions of different videos are decoded together too. The results, in the order of the turns, equal those of
+    `VideoSession.step` one by one; logits differ by at most 1e-5.
 
     Args:
-        turns: a session and its next frame, which `VideoSession.step` takes too; frames of one session stand in their order.
+        turns: pairs of a session and its next frame, as for `VideoSession.step`; frames of one session in their order.
 
     Raises:
         ValueError: sessions of different models or graphs, another frame, or encoded frames among others.
@@ -287,7 +286,7 @@ def _step_asked(
 
 
 def _alike(frames: Sequence[PreparedFrame | EncodedFrame]) -> list[list[int]]:
-    """The places of frames that the image encoder takes together: those of one shape, which `padding: none` tells apart."""
+    """The places of frames that can be encoded together: those of one shape. Without `padding: none` all have the same."""
     places: dict[tuple[int, ...], list[int]] = {}
     for place, frame in enumerate(frames):
         shape = frame.image.grid if isinstance(frame, EncodedFrame) else tuple(frame.pixels.shape)
@@ -323,7 +322,7 @@ def _decode(
     sessions: list[VideoSession],
     sizes: list["FrameSize"],
 ) -> list[FrameLogits]:
-    """One frame of each session: row `rows[i]` of the image is of session i and has its size."""
+    """Decode one frame of each session: row `rows[i]` of the image belongs to session i."""
     counts = [len(session.expressions) for session in sessions]
     texts = [s._encode(s._expressions) for s in sessions]  # cached, never of older weights
     text = texts[0] if len(texts) == 1 else texts[0].cat(texts)
@@ -343,7 +342,7 @@ def _decode(
 
 
 def _tracks(sessions: list[VideoSession]) -> tuple[Tensor | None, Tensor | None]:
-    """The track tokens (P, C) of all sessions, None before any has one, and which of them count, None for all."""
+    """The track tokens (P, C) of all sessions, None if none has one yet; and which are valid, None if all are."""
     known = next((s._track for s in sessions if s._track is not None), None)
     if known is None:
         return None, None

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """Options for reading videos and keeping their masks.
+    """Options for reading videos and writing their masks.
 
     Attributes:
         reading: range of frames and time limits; None reads all.
@@ -59,8 +59,8 @@ class VideoOutcome:
     Attributes:
         source: the video.
         folder: where its results are, or would be.
-        frames: how many are there; 0 if there are no results.
-        problem: what was wrong, in one line; None if everything was done.
+        frames: number of frames with results; 0 if there are none.
+        problem: the error in one line; None if everything was done.
         was_done: an earlier run did it.
         is_busy: another process is doing it.
     """
@@ -112,7 +112,7 @@ def segment_videos(
             removes unfinished videos.
 
     Returns:
-        The outcomes of this process's videos: those that were done, then the others as they ended.
+        The outcomes of this process's videos: first those that were already done, then the others as they ended.
 
     Raises:
         UserError: an expression cannot be used, `out` holds results of other settings, or cannot be written.
@@ -172,7 +172,7 @@ class _VideoStream:
         self._frames: Generator[tuple[Frame, PreparedFrame | EncodedFrame], None, None]
 
     def start(self, settings: dict[str, Any], *, overlay: bool, alone: bool) -> None:
-        """Open the source and the folder; what prevents that ends the video at once."""
+        """Open the source and the folder; an error ends the video at once."""
         try:
             self._open_all(overlay, alone)
         except BusyError:
@@ -180,7 +180,7 @@ class _VideoStream:
         except UserError as error:
             self.problem = error
         else:
-            # Another process may have done it since this one looked for what is to be done.
+            # Another process may have finished this video since the list of jobs was made.
             self._outcome = _earlier(self.job, settings, tidy=False)
         self.has_ended = self.problem is not None or self._outcome is not None
 
@@ -206,7 +206,7 @@ class _VideoStream:
         self._frames = self._open.enter_context(closing(frames))
 
     def take(self, count: int) -> list[tuple["Frame", PreparedFrame | EncodedFrame]]:
-        """The next frames, fewer at the end of the video and none behind it."""
+        """The next frames; fewer at the end of the video, then none."""
         taken: list[tuple[Frame, PreparedFrame | EncodedFrame]] = []
         try:
             taken.extend(islice(self._frames, count))
@@ -216,7 +216,7 @@ class _VideoStream:
         return taken
 
     def write(self, frame: "Frame", result: FrameResult) -> None:
-        """Queue a result; a disk that is full ends the video."""
+        """Queue a result; a full disk ends the video."""
         assert self._writer is not None
         try:
             self._writer.write(frame, *result.on_host())
@@ -255,12 +255,12 @@ class _VideoStream:
         return VideoOutcome(self.job.source, self.job.folder, frames, problem)
 
     def close(self) -> None:
-        """Stop reading and writing; what is not finished is removed."""
+        """Stop reading and writing; remove unfinished results."""
         self._open.close()
 
 
 def _advance(streams: list[_VideoStream], batch_size: int) -> None:
-    """One batch: as many frames of each video as there is room for."""
+    """Segment one batch, with an equal number of frames of each video."""
     running = [stream for stream in streams if not stream.has_ended]
     if not running:
         return
@@ -273,7 +273,7 @@ def _advance(streams: list[_VideoStream], batch_size: int) -> None:
 
 
 def _size(source: str) -> float:
-    """Bytes of a file, a measure of the work; 0 for what is no file."""
+    """Bytes of a file, as a measure of the work; 0 for other sources."""
     try:
         return os.path.getsize(source)
     except OSError:
@@ -281,7 +281,7 @@ def _size(source: str) -> float:
 
 
 def _earlier(job: VideoJob, settings: dict[str, Any], *, tidy: bool = True) -> VideoOutcome | None:
-    """The outcome of an earlier run that did this to its end; raises UserError if it did something else."""
+    """The outcome of an earlier run that finished this job; raises UserError if its settings were others."""
     frames = finished(job, settings, tidy=tidy)
     if frames is None:
         return None

@@ -19,8 +19,8 @@ def prefetch(
 ) -> "Prefetched[Item]":
     """Run an iterable in its own thread, at most ``depth`` items ahead.
 
-    An exception of the iterable is raised after the items before it. Closing stops the thread, but does not wait for ever:
-    a thread that waits for a silent camera cannot be woken, and ends with the process.
+    An exception of the iterable is raised after the items before it. Closing stops the thread, but does not wait forever:
+    a thread that waits for a silent camera cannot be woken; it ends with the process.
 
     Args:
         items: iterated over in the thread.
@@ -64,7 +64,7 @@ class Prefetched(Generic[Item]):
         raise StopIteration
 
     def waiting(self, most: int) -> list[Item]:
-        """Those of the next items that are there by now, at most so many; the end or an error comes by `next`."""
+        """Up to `most` items that are ready, without waiting; `next` delivers the end or an error."""
         items: list[Item] = []
         while len(items) < most and self._last is None and not self._stop.is_set():
             try:
@@ -78,7 +78,7 @@ class Prefetched(Generic[Item]):
         return items
 
     def close(self) -> None:
-        """Stop; any thread may say so, also while another waits for an item."""
+        """Stop; any thread may call this, even while another waits for an item."""
         self._stop.set()
         if self._thread is not threading.current_thread():
             self._thread.join(self._patience)
@@ -90,7 +90,7 @@ class Prefetched(Generic[Item]):
                 if self._stop.is_set():
                     return
             self._put("end", None)
-        except BaseException as error:  # handed to the taker, whatever it is
+        except BaseException as error:  # raised again in the thread that takes the items
             self._put("error", error)
 
     def _put(self, kind: str, value: object) -> None:
