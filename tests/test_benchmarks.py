@@ -218,8 +218,8 @@ def test_ways_to_attend_agree(window: int, trains: bool, monkeypatch: pytest.Mon
     setting = rel_pos_attention.Setting("tiny", 2, 16, window, trains, grid=8)
     workload = rel_pos_attention.workload("cpu", setting=setting)
     assert workload.skipped["FlexAttention"] == "ImportError: absent"
-    assert "one-hot rank form, xformers" in workload.skipped
-    assert "one-hot rank form, SDPA" in workload.providers
+    assert "augmented q and k, xformers" in workload.skipped
+    assert "augmented q and k, SDPA" in workload.providers
     assert all(workload.wrong(provider()) is None for provider in workload.providers.values())
 
 

@@ -1,4 +1,4 @@
-"""SAM's attention, global and in windows, against what there is for it: SDPA with a bias tensor, FlexAttention, the rank form.
+"""SAM's attention, global and in windows, against what there is for it: SDPA with a bias tensor, FlexAttention, augmented q and k.
 
 The bias is an exact product of few channels (see `refsam_kernels.rel_pos_attention.augmented`), so attention without a bias on
 augmented queries and keys computes it too: SDPA's, or xformers'. SDPA without any bias, on windows that are cut and padded before
@@ -115,7 +115,7 @@ def compiled_flex_attention() -> Callable[..., Any]:
     return torch.compile(attend, dynamic=False)
 
 
-def widened(
+def augmented_operands(
     q: Tensor, k: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, side: int
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys (windows, heads, tokens, head_dim + 2 side) whose scaled products are the logits with their bias."""
@@ -125,7 +125,7 @@ def widened(
     return torch.cat([q, *terms], -1), torch.cat([k, places], -1)
 
 
-def rank_form(
+def augmented_attention(
     qkv: Tensor,
     rel_pos_h: Tensor,
     rel_pos_w: Tensor,
@@ -134,9 +134,9 @@ def rank_form(
     setting: Setting,
     attend: Callable[..., Tensor],
 ) -> Tensor:
-    """`attend(queries, keys, values, scale=)`, which knows no bias, on widened queries and keys."""
+    """`attend(queries, keys, values, scale=)`, which takes no bias, on augmented queries and keys."""
     q, k, v = cut(qkv, qkv_bias, setting)
-    queries, keys = widened(q, k, rel_pos_h, rel_pos_w, setting.window or setting.grid)
+    queries, keys = augmented_operands(q, k, rel_pos_h, rel_pos_w, setting.window or setting.grid)
     return join(attend(queries, keys, v, scale=q.shape[-1] ** -0.5), setting)
 
 
@@ -150,11 +150,11 @@ def xformers_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: flo
 
 def peers(setting: Setting) -> dict[str, Callable[..., Tensor]]:
     """The alternatives that run here, without the baseline."""
-    rank = partial(rank_form, setting=setting)
+    augmented = partial(augmented_attention, setting=setting)
     return {
         "FlexAttention": partial(flex_attention, setting=setting),
-        "one-hot rank form, SDPA": partial(rank, attend=F.scaled_dot_product_attention),
-        "one-hot rank form, xformers": partial(rank, attend=xformers_attention),
+        "augmented q and k, SDPA": partial(augmented, attend=F.scaled_dot_product_attention),
+        "augmented q and k, xformers": partial(augmented, attend=xformers_attention),
     }
 
 

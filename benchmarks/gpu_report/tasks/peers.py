@@ -1,4 +1,4 @@
-"""The attention stage's settings with what is compiled first: FlexAttention, and the one-hot rank form."""
+"""The attention stage's settings with what is compiled first: FlexAttention, and attention on augmented queries and keys."""
 
 from benchmarks.gpu_report.rows import Rows
 from benchmarks.gpu_report.tasks import attention
