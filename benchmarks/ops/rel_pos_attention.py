@@ -1,4 +1,4 @@
-"""SAM's attention, global and in windows, against what there is for it: SDPA with a bias tensor, FlexAttention, augmented q and k.
+"""SAM's attention, global and in windows, against alternatives: SDPA with a bias tensor, FlexAttention, augmented q and k.
 
 The bias is an exact product of few channels (see `refsam_kernels.rel_pos_attention.augmented`), so attention without a bias on
 augmented queries and keys computes it too: SDPA's, or xformers'. SDPA without any bias, on windows that are cut and padded before
