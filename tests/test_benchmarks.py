@@ -1,7 +1,6 @@
 """The benchmark core: no time without a right result, every row says where it comes from."""
 
 import json
-import time
 from collections import Counter
 from functools import partial
 from importlib.util import find_spec
@@ -95,22 +94,23 @@ def test_ceiling_is_the_slower_of_memory_and_arithmetic() -> None:
     assert str(CEILING) == "1.0 GB/s, 1 GFLOP/s in float32, 2 GFLOP/s in bfloat16"
 
 
-def test_shares_of_the_limit_and_of_a_case_s_own_ceiling() -> None:
-    slept = {"plain": 0.004, "half": 0.002}
-    providers = {name: partial(time.sleep, seconds) for name, seconds in slept.items()}
+def test_shares_of_the_limit_and_of_a_case_s_own_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = {"plain": 4.0, "half": 2.0}  # milliseconds
+    times = {name: measure.Times(median, median, median, 1) for name, median in taken.items()}
+    monkeypatch.setattr(run, "time_interleaved", lambda *_: times)
     workload = Workload(
-        {"plain": providers["plain"]},
+        {"plain": lambda: None},
         lambda _: None,
         moved_bytes=2_000_000,
         flops=0,
         shapes={},
-        ceilings={"half": providers["half"]},
+        ceilings={"half": lambda: None},
         skipped={"absent": "is not installed"},
     )
     case = Case("operator", "case", "plain", lambda device: workload)
     plain, half, absent = run.run_case(case, "cpu", CEILING, 0.01)
-    assert 30 < plain["percent_of"]["half"] < 70
-    assert plain["percent_of_ceiling"] == pytest.approx(100 * 2 / plain["median_ms"])
+    assert plain["percent_of"]["half"] == 50
+    assert plain["percent_of_ceiling"] == pytest.approx(50)  # it moves 2 MB at 1 GB/s
     assert half["is_ceiling"] and half["percent_of"]["half"] == 100
     assert absent["skipped"] == "is not installed" and "median_ms" not in absent
     assert "skipped: is not installed" in table_line(absent)

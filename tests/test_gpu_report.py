@@ -1,10 +1,9 @@
-"""The GPU report's processes: nothing that one task does may cost another its results."""
+"""The GPU report's stages, what it carries, and how its results are judged."""
 
 import json
 import os
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -13,135 +12,12 @@ import pytest
 from benchmarks import registry
 from benchmarks.gpu_report import __main__ as command
 from benchmarks.gpu_report import machine, parcel, rehearsed, rows, wheels
-from benchmarks.gpu_report import runner as runner_module
-from benchmarks.gpu_report.runner import Runner, interpreter, share
-from benchmarks.gpu_report.stages import FIRST, STAGES, Stage, Task
+from benchmarks.gpu_report.runner import interpreter
+from benchmarks.gpu_report.stages import FIRST, STAGES
 from benchmarks.gpu_report.stand_in import rehearsal_environment, shortened
 from benchmarks.gpu_report.tasks import libraries as libraries_task
 from benchmarks.gpu_report.tasks import operators as operators_task
 from refsam_kernels import build
-
-ROW = """
-import os
-from pathlib import Path
-from benchmarks.gpu_report.rows import Rows
-rows = Rows(Path(os.environ["REFSAM_REPORT_OUT"]) / "rows.jsonl", *(
-    os.environ["REFSAM_REPORT_" + name] for name in ("STAGE", "TASK")))
-rows.write(value=1)
-"""
-HANG = ROW + "import time\ntime.sleep(600)"
-STUBBORN = ROW + (
-    "import signal, subprocess, sys, time\n"
-    "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-    "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-    "rows.write(child=child.pid)\n"
-    "time.sleep(600)"
-)
-
-
-def task(name: str, code: str, limit_s: float | None = None) -> Task:
-    return Task(name, command=("-c", code), limit_s=limit_s)
-
-
-def stage(name: str, *tasks: Task, limit_s: float = 60, **options: object) -> Stage:
-    return Stage(name, limit_s, tasks, **options)  # type: ignore[arg-type]
-
-
-def run(out: Path, *stages: Stage, deadline: float = 120) -> tuple[int, list[dict]]:
-    out.mkdir(exist_ok=True)
-    code = Runner(out, deadline, {}).run(stages)
-    return code, rows.read(out / "rows.jsonl")
-
-
-def outcomes(found: list[dict]) -> dict[str, str]:
-    return {row["task"]: row["outcome"] for row in found if "outcome" in row}
-
-
-def test_a_failure_a_crash_and_a_hang_lose_only_themselves(tmp_path: Path) -> None:
-    code, found = run(
-        tmp_path,
-        stage(
-            "bad",
-            task("fails", ROW + "raise RuntimeError('no such kernel')"),
-            task("crashes", ROW + "os.abort()"),
-            task("hangs", HANG, limit_s=10),
-            parallel=3,
-        ),
-        stage("good", task("works", ROW), is_timed=True),
-    )
-    assert code == 1
-    ended = outcomes(found)
-    assert ended["fails"] == "failed: exit code 1: RuntimeError: no such kernel"
-    assert ended["crashes"] == "failed: ended by SIGABRT"
-    assert ended["hangs"] == "killed at its limit of 10 s"
-    assert ended["works"] == "done"
-    # What each wrote before is there.
-    assert [row["task"] for row in found if "value" in row].count("hangs") == 1
-    assert sum("value" in row for row in found) == 4
-    summary = (tmp_path / "summary.txt").read_text()
-    assert "fails: failed: exit code 1" in summary
-    assert "works: value 1" in summary
-    assert "Traceback" in (tmp_path / "report.log").read_text()
-
-
-def test_a_kill_takes_the_tasks_own_children_with_it(tmp_path: Path) -> None:
-    _, found = run(tmp_path, stage("bad", task("stubborn", STUBBORN, limit_s=10)))
-    (child,) = (row["child"] for row in found if "child" in row)
-    time.sleep(0.2)
-    stat = Path(f"/proc/{child}/stat")
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
-
-
-def test_the_deadline_ends_everything_and_says_so(tmp_path: Path) -> None:
-    began = time.monotonic()
-    stages = (stage("first", task("hangs", HANG)), stage("second", task("late", ROW)))
-    code, found = run(tmp_path, *stages, deadline=5)
-    assert time.monotonic() - began < 12
-    assert code == 1
-    assert outcomes(found)["late"] == "left out: no time was left"
-
-
-def test_time_spent_before_the_first_stage_counts(tmp_path: Path) -> None:
-    runner = Runner(tmp_path, 5, {}, began=time.monotonic() - 60)
-    assert runner.run([stage("first", task("late", ROW))]) == 1
-    assert runner.outcomes[0]["outcome"] == "left out: no time was left"
-
-
-def test_tasks_at_their_limit_are_ended_together(tmp_path: Path) -> None:
-    ignores = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)"
-    tasks = [task(f"stubborn {number}", ignores, limit_s=3) for number in range(8)]
-    began = time.monotonic()
-    _, found = run(tmp_path, stage("bad", *tasks, parallel=8))
-    assert (
-        time.monotonic() - began < 12  # in turn each would take two seconds more
-    )  # one after the other they would take two seconds each, and more
-    assert set(outcomes(found).values()) == {"killed at its limit of 3 s"}
-
-
-def test_no_task_takes_the_time_of_those_behind_it() -> None:
-    tasks = tuple(task(name, ROW) for name in ("first", "second", "third"))
-    now = time.monotonic()
-    one_by_one = stage("timed", *tasks)
-    ends = [share(one_by_one, now + 120, behind) - now for behind in (2, 1, 0)]
-    assert ends == pytest.approx([60, 80, 120], abs=1)
-    together = stage("smoke", *tasks, parallel=3)
-    assert share(together, now + 120, 2) == now + 120
-
-
-def test_the_log_stays_small_enough_to_come_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner_module, "MOST_LOG", 2000)
-    run(tmp_path, stage("loud", task("loud", "for _ in range(99): print('x' * 100)")))
-    assert (tmp_path / "report.log").stat().st_size <= 2000
-    assert "loud" in (tmp_path / "summary.txt").read_text()
-
-
-def test_the_summary_is_there_after_every_stage(tmp_path: Path) -> None:
-    reads = "import os\nfrom pathlib import Path\n"
-    reads += "print(Path(os.environ['REFSAM_REPORT_OUT'], 'summary.txt').read_text())"
-    run(tmp_path, stage("first", task("works", ROW)), stage("second", task("reads", reads)))
-    assert "reads] first        1 of 1 tasks done" in (tmp_path / "report.log").read_text()
 
 
 def test_an_operators_backends_are_smoked_apart() -> None:
@@ -157,35 +33,6 @@ def test_a_gpu_that_does_not_answer_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(command, "GPU_LIMIT", 1.0)
     monkeypatch.setenv("REFSAM_PYTHON", f"{sys.executable} -c 'import time; time.sleep(60)'")
     assert command.no_gpu() == "it did not answer in 1 s"
-
-
-def test_a_stages_limit_leaves_time_to_the_next(tmp_path: Path) -> None:
-    stages = (stage("first", task("hangs", HANG), limit_s=4), stage("second", task("works", ROW)))
-    _, found = run(tmp_path, *stages)
-    assert outcomes(found) == {"hangs": "killed at its limit of 4 s", "works": "done"}
-
-
-def test_nothing_is_timed_beside_work_in_the_background(tmp_path: Path) -> None:
-    slow = "import time; time.sleep(1.5)\n" + ROW
-    _, found = run(
-        tmp_path,
-        stage("compile", task("background", slow), is_background=True),
-        stage("beside", task("beside", ROW)),
-        stage("timed", task("timed", ROW), is_timed=True),
-    )
-    order = [row["task"] for row in found if "value" in row]
-    assert order == ["beside", "background", "timed"]
-
-
-def test_all_done_is_zero_also_with_wrong_results(tmp_path: Path) -> None:
-    code, _ = run(tmp_path, stage("good", task("works", ROW + "rows.write(wrong='off by 1')")))
-    assert code == 0
-    assert "WRONG works: wrong: off by 1" in (tmp_path / "summary.txt").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "report.log",
-        "rows.jsonl",
-        "summary.txt",
-    ]
 
 
 def test_rows_that_a_kill_cut_short_are_left_out(tmp_path: Path) -> None:
@@ -296,25 +143,6 @@ def test_a_wheel_that_writes_elsewhere_is_refused(tmp_path: Path) -> None:
         pass
     with pytest.raises(ValueError, match="wanted a folder with wheels"), wheels.unpacked(tmp_path):
         pass
-
-
-def test_each_test_of_a_file_is_a_row(tmp_path: Path) -> None:
-    path = tmp_path / "test_it.py"
-    path.write_text(
-        "import pytest\n"
-        "def test_good(): pass\n"
-        "def test_bad(): assert 1 == 2\n"
-        "@pytest.mark.skip(reason='not here')\n"
-        "def test_skipped(): pass\n"
-    )
-    options = ["-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider"]
-    options += ["-p", "benchmarks.gpu_report.pytest_rows", "--rootdir", str(tmp_path), str(path)]
-    code, found = run(tmp_path / "out", stage("tests", Task("file", command=tuple(options))))
-    results = {row["test"]: row for row in found if "test" in row}
-    assert code == 0
-    assert results["test_bad"]["wrong"]
-    assert "not here" in results["test_skipped"]["skipped"]
-    assert not results["test_good"].keys() & {"wrong", "skipped"}
 
 
 def test_a_library_that_cannot_be_loaded_is_a_wrong_result(

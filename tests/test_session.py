@@ -247,7 +247,7 @@ def test_reading_and_segmenting_overlap(model: RefSAM, monkeypatch: pytest.Monke
 
     def step_while_the_next_is_read(session: VideoSession, frame: PreparedFrame) -> FrameResult:
         following = min(session.frame_index + 1, 5)
-        assert read[following].wait(20)
+        assert read[following].wait(300)
         return real_step(session, frame)
 
     def frames() -> Iterator[np.ndarray]:

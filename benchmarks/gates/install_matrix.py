@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "install_matrix.jsonl"
 PAGE = ROOT / "docs" / "platforms.md"
 MARK = "<!-- table: install-matrix -->"
-LIMIT = 3600  # seconds for one command
+LIMIT = 900  # seconds for one command; a row takes one to three minutes
 NOBODY = "nobody"
 UNTRIED = "not tried: a row takes minutes of a machine"
 USER_SITE = "import site; print(site.getusersitepackages())"
@@ -121,6 +121,7 @@ class Environment:
             words,
             cwd=self.home,
             env=self.variables,
+            stdin=subprocess.DEVNULL,  # a question would wait for ever
             capture_output=True,
             text=True,
             check=check,
@@ -178,7 +179,14 @@ class Environment:
             wanted += ["--target", self.run(python, "-c", USER_SITE).stdout.strip()]
         if uv := shutil.which("uv"):
             command = [uv, "pip", "install", "--quiet", "--python", str(python), *wanted]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT)
+            subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=LIMIT,
+            )
         else:
             self.run(python, "-m", "pip", "install", "--quiet", *wanted)
 

@@ -20,6 +20,7 @@ from benchmarks.gpu_report.stages import Stage, Task
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 2.0  # seconds between the request to end and the kill
 LEAST = 2.0  # seconds below which nothing is started any more
+LAST_WORDS = 5.0  # seconds that what a task has printed may take to arrive
 POLL = 0.05
 MOST_LOG = 8 * 2**20  # bytes of the log, which must come back from the machine
 
@@ -165,7 +166,7 @@ class Runner:
         if code < 0:
             return f"failed: ended by {signal.Signals(-code).name}"
         if running.reader:
-            running.reader.join(1)
+            running.reader.join(LAST_WORDS)
         said = next((line for line in reversed(running.last_lines) if line.strip()), "")
         return f"failed: exit code {code}: {said.strip()[:300]}"
 
@@ -179,7 +180,7 @@ class Runner:
                     one.process.wait(max(0.0, patience - time.monotonic()))
         for one in running:
             if one.reader:
-                one.reader.join(1)
+                one.reader.join(LAST_WORDS)
             said = outcome.format(limit=one.ends - one.started)
             self.note(one.stage, one.task, said, time.monotonic() - one.started)
 

@@ -144,7 +144,7 @@ def test_frames_are_encoded_together_as_far_as_they_are_there(
 
     def frames() -> Iterator[Frame]:
         for number, image in enumerate(images):
-            assert done.acquire(timeout=60)
+            assert done.acquire(timeout=300)
             yield Frame(number, float(number), image)
         read_whole.set()
         raise FrameDecodeError("broken")

@@ -20,6 +20,7 @@ from refsam.cli.train import app
 from refsam.config import config_to_dict
 from refsam.errors import ConfigError, UserError
 from refsam.runtime.files import only_writer
+from refsam.runtime.signals import StopRequest
 from refsam.training.batches import DatasetStream, batches
 from refsam.training.configuration import keep_batches
 from refsam.training.distributed import Processes
@@ -206,10 +207,16 @@ class _Dying(torch.utils.data.Dataset):
 
 
 class _Stuck(torch.utils.data.Dataset):
+    """After the first one no batch comes, until a file is there."""
+
     batches = 1
 
+    def __init__(self, release: Path) -> None:
+        self.release = release
+
     def __getitem__(self, index: int) -> object:
-        time.sleep(120)
+        while index and not self.release.exists():
+            time.sleep(0.01)
         return None
 
 
@@ -225,17 +232,22 @@ def test_a_signal_ends_a_run_whose_data_do_not_come(
     trainer = Trainer(run_settings(folder, "run", workers=1))
     steps = trainer.run()
     next(steps)
-    trainer._stuck = batches(_Stuck(), 0, 1, workers=1)
+    release = folder / "release"
+    trainer._stuck = batches(_Stuck(release), 0, 2, workers=1)
+    next(trainer._stuck)  # it has been started, which may take longer than the patience
     monkeypatch.setattr(
-        trainer, "train_step", lambda arriving, request: _wait_and_signal(trainer, request)
+        trainer, "train_step", lambda arriving, request: _wait_and_signal(trainer, request, release)
     )
     assert list(steps) == [] and trainer.stopped_by == signal.SIGTERM and trainer.saved_step == 1
 
 
-def _wait_and_signal(trainer: Trainer, request) -> int:
+def _wait_and_signal(trainer: Trainer, request: StopRequest, release: Path) -> int:
     os.kill(os.getpid(), signal.SIGTERM)
-    with request.waiting(0.2):
-        next(trainer._stuck)
+    try:
+        with request.waiting(0.2):
+            next(trainer._stuck)
+    finally:
+        release.touch()  # else the process that draws batches would be waited for
     return 0
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,20 @@ def write_stage(folder: Path, name: str, output: str, start: Path, workers: int 
     return path
 
 
+def kill(launcher: subprocess.Popen[str]) -> None:
+    """The launcher and those that it has started, each of which leads a session of its own."""
+    started = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # others come and go
+            rest = path.read_text().rpartition(")")[2]  # behind the name: state, parent
+            if int(rest.split()[1]) == launcher.pid:
+                started.append(int(path.parent.name))
+    assert started
+    launcher.kill()
+    for process in started:
+        os.kill(process, signal.SIGKILL)
+
+
 def train(configuration: Path, processes: int, kill_after: int | None = None) -> str:
     """Run it; with `kill_after` kill all processes once that step is told. What was said."""
     launcher = [
@@ -60,22 +75,23 @@ def train(configuration: Path, processes: int, kill_after: int | None = None) ->
         "--standalone",
         f"--nproc-per-node={processes}",
     ]
-    command = [*launcher, "-m", "refsam", "train", str(configuration)]
+    program = ["tests.training.waiting", str(kill_after)] if kill_after else ["refsam"]
+    command = [*launcher, "-m", *program, "train", str(configuration)]
     with subprocess.Popen(
         command,
         cwd=ROOT,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
     ) as process:
         assert process.stdout is not None
         said = ""
         for line in process.stdout:
             said += line
             if kill_after is not None and line.startswith(f"step {kill_after}/"):
-                os.killpg(process.pid, signal.SIGKILL)
+                kill(process)
                 break
         said += process.stdout.read()
         code = process.wait(timeout=300)

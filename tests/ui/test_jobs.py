@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 import zipfile
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco
 
-from refsam import VideoSession, load_model
+from refsam import FrameResult, VideoSession, load_model
 from refsam.ui.jobs import Engine, Job, first_frame
 from refsam.ui.uploads import Limits
 from refsam.video import open_source
@@ -82,17 +81,27 @@ def test_every_frame_can_be_looked_at(engine: Engine, tmp_path: Path) -> None:
         job.preview(3)
 
 
-def test_what_is_done_when_somebody_cancels_is_kept(engine: Engine, tmp_path: Path) -> None:
-    job = make_job(engine, write_video(tmp_path / "clip.mp4", frames=400))
+def test_what_is_done_when_somebody_cancels_is_kept(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancelled, step = threading.Event(), VideoSession.step
+
+    def step_on(session: VideoSession, frame: object) -> FrameResult:
+        assert session.frame_index < 2 or cancelled.wait(300)
+        return step(session, frame)
+
+    monkeypatch.setattr(VideoSession, "step", step_on)
+    job = make_job(engine, write_video(tmp_path / "clip.mp4", frames=9))
     job.start()
-    next(job.updates())
+    updates = job.updates()
+    next(updates)
     job.cancel()
-    finish_time = time.monotonic() + 20
-    while job.running and time.monotonic() < finish_time:
-        time.sleep(0.01)
+    cancelled.set()
+    for _ in updates:
+        pass
     assert job.stopped_by == "cancelled"
     done = masks_in(job.downloads.masks).shape[1]
-    assert 1 <= done == job.progress.frames < 400
+    assert 1 <= done == job.progress.frames <= 3
     assert not json.loads(job.downloads.run_lengths.read_text())["complete"]
 
 

@@ -3,7 +3,6 @@
 import socket
 import struct
 import threading
-import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -269,13 +268,12 @@ def test_every_frame_is_measured(tmp_path: Path) -> None:
 def test_server_that_never_answers(protocol: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"{protocol}://127.0.0.1:{server.getsockname()[1]}/clip.mp4"
-        begun = time.monotonic()
         with pytest.raises(UserError, match=r"sent nothing for 0\.5 s: --timeout"):
             open_source(address, ReadOptions(timeout=0.5))
-        assert time.monotonic() - begun < 8
 
 
 def test_closing_does_not_wait_for_who_cannot_be_woken() -> None:
+    """Else this would not end."""
     silent = threading.Event()
 
     def camera():  # type: ignore[no-untyped-def]
@@ -284,9 +282,7 @@ def test_closing_does_not_wait_for_who_cannot_be_woken() -> None:
 
     ahead = prefetch(camera())
     assert next(ahead) == 1
-    begun = time.monotonic()
     ahead.close()
-    assert time.monotonic() - begun < 3
     silent.set()
 
 

@@ -308,7 +308,13 @@ def test_prefetch_raises_after_the_items_before_the_error() -> None:
 
 
 def test_prefetch_ends_its_thread_when_closed() -> None:
-    ahead = prefetch(iter(range(1000)), depth=2)
+    threads: list[threading.Thread] = []
+
+    def numbers():
+        threads.append(threading.current_thread())
+        yield from range(1000)
+
+    ahead = prefetch(numbers(), depth=2, patience=300)
     next(ahead)
     ahead.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "refsam-prefetch"]
+    assert not threads[0].is_alive()

@@ -227,12 +227,11 @@ def test_writing_waits_for_the_disk_instead_of_filling_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
-    monkeypatch.setattr(ResultWriter, "_write_frame", lambda *_: gate.wait(10))
+    monkeypatch.setattr(ResultWriter, "_write_frame", lambda *_: gate.wait(300))
     with open_writer(tmp_path / "out", overlay=False) as writer:
         producer = threading.Thread(target=write, args=(writer, 40))
         producer.start()
         producer.join(0.3)
         assert producer.is_alive()
         gate.set()
-        producer.join(10)
-        assert not producer.is_alive()
+        producer.join()
