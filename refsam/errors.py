@@ -1,7 +1,8 @@
 """Errors that a user can cause and can put right."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from itertools import islice
+from typing import Any
 
 
 class UserError(ValueError):
@@ -24,3 +25,12 @@ def named(names: Collection[str], limit: int = 5) -> str:
     """The first few names and how many more there are, for a message of one line."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(islice(names, limit)) + more
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say of each entry of `now` that differs from `before` what it was and what it is."""
+    return [
+        f"{key} was {before.get(key)!r}, now {value!r}"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]

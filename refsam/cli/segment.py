@@ -19,8 +19,14 @@ from refsam.cli.options import (
     grouped,
 )
 from refsam.cli.progress import progress
-from refsam.errors import ExpressionError, UserError
-from refsam.runtime.device import check_names, choose_device, choose_dtype, choose_encoder_dtype
+from refsam.errors import ExpressionError, UserError, differences
+from refsam.runtime.device import (
+    check_names,
+    choose_device,
+    choose_dtype,
+    choose_encoder_dtype,
+    precision_facts,
+)
 from refsam.runtime.malloc import keep_freed_memory
 from refsam.runtime.signals import defer_interrupts, termination_interrupts
 from refsam.runtime.threads import choose_threads
@@ -158,7 +164,7 @@ def session_facts(session: "VideoSession", precision: "torch.dtype") -> dict[str
     return {
         "refsam": __version__,
         "device": str(session.model.device),
-        **precision_facts(session.model, precision),
+        **precision_facts(precision, session.model.image_encoder.product_dtype),
         **graph_facts(session.graphs),
     }
 
@@ -179,12 +185,7 @@ def _earlier(out: Path, text: list[str], wanted: dict[str, Any]) -> dict[str, An
     report = read_result(out)
     if report is None:
         return None
-    found = {key: report.get(key) for key in wanted}
-    different = [
-        f"{key} was {found[key]!r}, now {value!r}"
-        for key, value in wanted.items()
-        if found[key] != value
-    ]
+    different = differences(report, wanted)
     if [expression["text"] for expression in report["expressions"]] != text:
         different.append("other expressions")
     if different:
@@ -234,15 +235,6 @@ def load_model(
     model = choice.load().to(device)
     choose_threads(model.device, model.config.image_encoder.multiplications)
     return model.optimize(choose_encoder_dtype(dtype)), precision
-
-
-def precision_facts(model: "PromptedSAM", precision: "torch.dtype") -> dict[str, str]:
-    """The dtypes for ``result.json``: autocast's, and that of the image encoder's products."""
-    import torch
-
-    encoder = precision if precision != torch.float32 else model.image_encoder.product_dtype
-    names = {"dtype": precision, "encoder_dtype": encoder}
-    return {key: str(dtype).removeprefix("torch.") for key, dtype in names.items()}
 
 
 def make_graphs(model: "PromptedSAM") -> "FrameGraphs":

@@ -18,9 +18,9 @@ from refsam.cli.options import (
     grouped,
 )
 from refsam.cli.progress import progress
-from refsam.cli.segment import check_expressions, load_model, make_graphs, precision_facts
+from refsam.cli.segment import check_expressions, load_model, make_graphs
 from refsam.errors import UserError
-from refsam.runtime.device import autocast, check_names, choose_device
+from refsam.runtime.device import autocast, check_names, choose_device, precision_facts
 from refsam.runtime.signals import defer_interrupts, termination_interrupts
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _run(
     facts = {
         "refsam": __version__,
         "model": model.checkpoint,
-        **precision_facts(loaded, precision),
+        **precision_facts(precision, loaded.image_encoder.product_dtype),
     }
     with autocast(place, precision), defer_interrupts() as heed:
         segment_videos(

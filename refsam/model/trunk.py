@@ -25,23 +25,9 @@ _CONTEXT_CHANNELS = 256
 STRIDE = 16
 
 # Classes of the published scores, as nouns of `refsam.data.photographs`; the first is the background.
-TRUNK_CLASSES = (
-    *(
-        "background",
-        "airplane",
-        "bicycle",
-        "bird",
-        "boat",
-        "bottle",
-        "bus",
-        "car",
-        "cat",
-        "chair",
-        "cow",
-        "table",
-        "dog",
-    ),
-    *("horse", "motorcycle", "person", "potted plant", "sheep", "sofa", "train", "tv"),
+TRUNK_CLASSES = tuple(
+    "background;airplane;bicycle;bird;boat;bottle;bus;car;cat;chair;cow;table;dog;"
+    "horse;motorcycle;person;potted plant;sheep;sofa;train;tv".split(";")
 )
 
 Activation = Literal["relu6", "relu", "silu"]

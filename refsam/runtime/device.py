@@ -80,6 +80,15 @@ def choose_encoder_dtype(name: str) -> "torch.dtype | None":
     return None if name == "auto" else getattr(torch, name)
 
 
+def precision_facts(precision: "torch.dtype", product_dtype: "torch.dtype") -> dict[str, str]:
+    """Names of autocast's dtype and of that of the image encoder's products, which is `product_dtype` without autocast."""
+    import torch
+
+    encoder = precision if precision != torch.float32 else product_dtype
+    names = {"dtype": precision, "encoder_dtype": encoder}
+    return {key: str(dtype).removeprefix("torch.") for key, dtype in names.items()}
+
+
 def autocast(device: "torch.device", dtype: "torch.dtype") -> "torch.autocast":
     """Autocast to `dtype` on a device; off for float32."""
     import torch

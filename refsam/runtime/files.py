@@ -15,11 +15,11 @@ def follow_umask(path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Write a file under another name and rename it, so that readers never see a partial file."""
     temporary = own_name(path)
     try:
-        temporary.write_bytes(content)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -88,22 +88,28 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
+def _handled(numbers: Iterable[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Give these signals a handler within the block; nothing changes outside the main thread."""
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextmanager
 def termination_interrupts() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end the block by `Terminated`, as Ctrl-C does; handlers of others stay in place."""
 
     def interrupt(number: int, _: FrameType | None) -> None:
         raise Terminated(number)
 
-    before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in ENDING[1:]:
-            if signal.getsignal(number) is signal.SIG_DFL:
-                before[number] = signal.signal(number, interrupt)
-    try:
+    unhandled = [n for n in ENDING[1:] if signal.getsignal(n) is signal.SIG_DFL]
+    with _handled(unhandled, interrupt):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -113,8 +119,7 @@ def defer_interrupts() -> Iterator[Callable[[], None]]:
     An exception raised at any instruction could hit between taking a queue's lock and the block that releases it: threads
     would wait for each other forever. Nothing changes outside the main thread, or for signals that are ignored.
     """
-    heeded = [n for n in ENDING if signal.getsignal(n) not in (signal.SIG_IGN, None)]
-    with StopRequest(heeded) as request:
+    with StopRequest(_heeded()) as request:
 
         def check() -> None:
             if request.signal == signal.SIGINT:
@@ -132,15 +137,14 @@ def postponed() -> Iterator[None]:
     For steps that must not be left half done. Nothing changes outside the main thread, where no signal is handled.
     """
     arrived: list[int] = []
-    before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in ENDING:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                before[number] = signal.signal(number, lambda found, _: arrived.append(found))
     try:
-        yield
+        with _handled(_heeded(), lambda number, _: arrived.append(number)):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         for number in dict.fromkeys(arrived):
             signal.raise_signal(number)
+
+
+def _heeded() -> list[signal.Signals]:
+    """The signals that end the process and are not ignored."""
+    return [n for n in ENDING if signal.getsignal(n) not in (signal.SIG_IGN, None)]

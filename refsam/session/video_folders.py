@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refsam.errors import UserError
+from refsam.errors import UserError, differences
 from refsam.runtime.files import only_writer, replace_file
 
 FOLDERS = "videos.json"
@@ -136,20 +136,14 @@ def finished(job: VideoJob, settings: dict[str, Any], *, tidy: bool) -> int | No
     file = job.folder / run_folder.RESULT
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
-        found = {"text": [expression["text"] for expression in report["expressions"]]}
-        found |= {key: report.get(key) for key in (*settings, "source")}
+        found = report | {"text": [expression["text"] for expression in report["expressions"]]}
         complete, frames = report["complete"], report["frames"]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no result of refsam: give another folder with --out") from error
     wanted = {"text": [*job.expressions], "source": job.source, **settings}
-    different = [
-        f"{key} was {found[key]!r}, now {wanted[key]!r}"
-        for key in wanted
-        if found[key] != wanted[key]
-    ]
-    if different:
+    if different := differences(found, wanted):
         raise UserError(
             f"{job.folder} holds results of other settings: {'; '.join(different)}; give another folder with --out"
         )

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import resource
 import time
 import warnings
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from refsam.runtime.files import replace_file
 
 _GIB = 2**30
 # Side of the square matrices whose product tells what a device reaches, and how often it is taken.
@@ -169,6 +170,4 @@ class Log:
                     kept.append(line)
             except ValueError:  # the line that a killed run was writing
                 continue
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        replace_file(self.path, "".join(f"{line}\n" for line in kept))

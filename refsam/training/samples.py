@@ -43,7 +43,7 @@ def write_page(settings: TrainingSettings, path: Path, steps: int) -> int:
             parts.append(_section(batch, index, step))
             count += 1
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, "\n".join(parts).encode())
+    replace_file(path, "\n".join(parts))
     return count
 
 

@@ -1,9 +1,10 @@
 """Frames, their sources, the choice of frames, and errors of reading."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
@@ -77,14 +78,12 @@ class ReadOptions:
 
     def selection(self) -> dict[str, float | int | None]:
         """The options that select frames, for ``result.json``; empty if every frame is read."""
-        chosen = {
-            "start": self.start,
-            "end": self.end,
-            "stride": self.stride,
-            "max_frames": self.max_frames,
+        names = ("start", "end", "stride", "max_frames")
+        return {
+            name: value
+            for name in names
+            if (value := getattr(self, name)) != getattr(EVERYTHING, name)
         }
-        usual = {"start": 0.0, "end": None, "stride": 1, "max_frames": None}
-        return {name: value for name, value in chosen.items() if value != usual[name]}
 
     def check_size(self, name: str, height: int, width: int) -> None:
         """Refuse a frame of too many pixels.
@@ -127,7 +126,8 @@ class Choice:
         return index > self._options.after
 
 
-class FrameSource(Protocol):
+@dataclass
+class FrameSource(ABC):
     """An open source of frames: iterate over it once; close it or use it in ``with``.
 
     Attributes:
@@ -138,30 +138,8 @@ class FrameSource(Protocol):
         notes: problems of the source in words; more may be added while it is read.
         skipped: the frames that could not be decoded, by number, and why.
         files: the files of a folder's frames, by number; None for other sources.
-        sound: file whose sound belongs to the frames, and the seconds in it at which they begin; None where there is none.
+        sound: file whose sound belongs to the frames, and the seconds in it at which they begin; None if there is none.
     """
-
-    name: str
-    fps: Fraction
-    time_base: Fraction
-    expected_frames: int | None
-    notes: list[str]
-    skipped: dict[int, str]
-    files: list[str] | None
-    sound: tuple[str, float] | None
-
-    def __iter__(self) -> Iterator[Frame]: ...
-
-    def __enter__(self) -> "FrameSource": ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-    def close(self) -> None: ...
-
-
-@dataclass
-class SourceBase:
-    """Attributes of every source, and its use in ``with``."""
 
     name: str
     fps: Fraction = Fraction(24)
@@ -172,14 +150,18 @@ class SourceBase:
     files: list[str] | None = None
     sound: tuple[str, float] | None = None
 
-    def __enter__(self):  # type: ignore[no-untyped-def]
+    @abstractmethod
+    def __iter__(self) -> Iterator[Frame]:
+        """The frames, in the order and at the times at which a viewer shows them."""
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Nothing is kept open."""
+    def close(self) -> None:  # noqa: B027, a folder of images keeps nothing open
+        """Close what is open."""
 
     def note(self, text: str) -> None:
         """Note something once."""

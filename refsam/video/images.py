@@ -16,8 +16,8 @@ from refsam.video.frames import (
     Choice,
     Frame,
     FrameDecodeError,
+    FrameSource,
     ReadOptions,
-    SourceBase,
 )
 
 IMAGE_FPS = Fraction(24)  # images carry no rate; DAVIS, the usual folder of frames, has 24
@@ -27,7 +27,7 @@ _REDUCED = 254  # TIFF's tag that says of a page that it is a smaller copy of an
 _ONE_PICTURE = frozenset({"JPEG", "MPO"})
 
 
-class ImageSource(SourceBase):
+class ImageSource(FrameSource):
     """Image files as a sequence of frames at 24 per second.
 
     Args:
@@ -61,7 +61,7 @@ class ImageSource(SourceBase):
             yield Frame(index, time, image)
 
 
-class AnimationSource(SourceBase):
+class AnimationSource(FrameSource):
     """The pictures of an animated WebP, PNG or AVIF, each for its own time, or the pages of a TIFF at 24 per second.
 
     Args:

@@ -19,8 +19,8 @@ from refsam.video.frames import (
     Choice,
     Frame,
     FrameDecodeError,
+    FrameSource,
     ReadOptions,
-    SourceBase,
     reason,
 )
 from refsam.video.pictures import peculiarities, pixel_aspect, to_rgb
@@ -40,7 +40,7 @@ _PARTS = frozenset(
 _TELLS_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders leave it out
 
 
-class VideoSource(SourceBase):
+class VideoSource(FrameSource):
     """Frames of a video, in the order and at the times at which a viewer shows them.
 
     Args:

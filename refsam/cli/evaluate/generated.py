@@ -18,7 +18,8 @@ def generated(
 ) -> None:  # fmt: skip
     """Run a model on the frozen benchmark of generated clips and score it, by kind of expression."""
     from refsam.evaluation.runners.generated import evaluate_generated, table
-    from refsam.evaluation.scoring.results import as_json, check_writable, write_whole
+    from refsam.evaluation.scoring.results import as_json, check_writable
+    from refsam.runtime.files import replace_file
 
     if json is not None:
         check_writable(json)
@@ -28,4 +29,4 @@ def generated(
     typer.echo(table(result["summary"]))
     if json is not None:
         run = {"refsam": __version__, "checkpoint": model.checkpoint, "clips": clips}
-        write_whole(json, as_json({**run, **result}))
+        replace_file(json, as_json({**run, **result}))

@@ -70,7 +70,8 @@ def masks(
     from refsam.evaluation.scoring.clips import find_clips, read_names
     from refsam.evaluation.scoring.masks import score_layout
     from refsam.evaluation.scoring.protocols import find_protocol
-    from refsam.evaluation.scoring.results import as_json, check_writable, write_whole
+    from refsam.evaluation.scoring.results import as_json, check_writable
+    from refsam.runtime.files import replace_file
     from refsam.runtime.provenance import provenance
 
     keep_freed_memory()
@@ -96,9 +97,9 @@ def masks(
     typer.echo(result.table())
     if json is not None:
         run = {"refsam": __version__, "prediction": str(pred), "truth": str(gt)}
-        write_whole(json, as_json({**run, **result.as_dict()}))
+        replace_file(json, as_json({**run, **result.as_dict()}))
     if csv is not None:
-        write_whole(csv, result.as_csv())
+        replace_file(csv, result.as_csv())
     if plots is not None:
         write_plots(result.scores, plots)
     if report is not None:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from refsam.errors import UserError
 from refsam.evaluation.reports.pictures import COLOURS
 from refsam.evaluation.reports.report import Picture, Text
-from refsam.evaluation.scoring.results import ObjectScores, write_whole
+from refsam.evaluation.scoring.results import ObjectScores
+from refsam.runtime.files import replace_file
 
 _MISSING = "plots need matplotlib: pip install 'refsam[eval]'"
 _MOST_LABELS = 12
@@ -49,7 +50,7 @@ def write_plots(scores: Iterable[ObjectScores], folder: Path) -> list[Path]:
         objects = list(group)
         curves = [c for index, score in enumerate(objects) for c in both_curves(index, score)]
         paths.append(folder / f"{video}.png")
-        write_whole(paths[-1], chart(curves, objects[0].frames, "png", video))
+        replace_file(paths[-1], chart(curves, objects[0].frames, "png", video))
     return paths
 
 

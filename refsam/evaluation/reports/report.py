@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refsam.errors import UserError
-from refsam.evaluation.scoring.results import write_whole
+from refsam.runtime.files import replace_file
 
 _SUFFIXES = {"image/svg+xml": ".svg", "image/jpeg": ".jpg"}
 _STYLE = """
@@ -98,10 +98,10 @@ def write_report(folder: Path, title: str, sections: Sequence[Section]) -> tuple
         raise UserError("report: two pictures have the same file name")
     (folder / "report").mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        write_whole(folder / "report" / name, content)
+        replace_file(folder / "report" / name, content)
     pages = folder / "report.html", folder / "report.md"
-    write_whole(pages[0], as_html(title, sections))
-    write_whole(pages[1], as_markdown(title, sections))
+    replace_file(pages[0], as_html(title, sections))
+    replace_file(pages[1], as_markdown(title, sections))
     return pages
 
 

@@ -25,8 +25,10 @@ from refsam.evaluation.runners.inference import (
 from refsam.evaluation.runners.run_folder import RunFolder
 from refsam.evaluation.runners.speed import STAGES, StageClock, speed_summary, speed_table
 from refsam.evaluation.scoring.problems import MaskProblemsError, Problem, describe
-from refsam.evaluation.scoring.results import as_json, write_whole
+from refsam.evaluation.scoring.results import as_json
 from refsam.model import PromptedSAM
+from refsam.runtime.device import precision_facts
+from refsam.runtime.files import replace_file
 from refsam.runtime.provenance import installed, provenance
 from refsam.session import Shard
 from refsam.video import prefetch
@@ -151,8 +153,7 @@ class Runner:
             "text_encoder": str(text_encoder or "in the checkpoint"),
             "image_size": self.model.image_size,
             "device": self.model.device.type,
-            "dtype": str(self.precision).removeprefix("torch."),
-            "encoder_dtype": str(self._encoder_dtype()).removeprefix("torch."),
+            **precision_facts(self.precision, self.model.image_encoder.product_dtype),
             "data_sha256": _data_sha256(units),
         }
 
@@ -172,12 +173,6 @@ class Runner:
             for _, text in texts
             if self.rules.text(text) in refused
         }
-
-    def _encoder_dtype(self) -> torch.dtype:
-        """The dtype of the image encoder's products: autocast's, else the one that `optimize` chose."""
-        if self.precision != torch.float32:
-            return self.precision
-        return self.model.image_encoder.product_dtype
 
     def predict(
         self, benchmark: Benchmark, unit: Unit, run: RunFolder, refused: Mapping[str, str]
@@ -323,9 +318,9 @@ def _written(
     ]
     content = {"benchmark": benchmark.title, **outcome.summary, "inference": list(rules)}
     content |= {"remarks": remarks, "speed": speed, "made": made}
-    write_whole(out / "scores.json", as_json(content))
+    replace_file(out / "scores.json", as_json(content))
     for name, text in outcome.files.items():
-        write_whole(out / name, text)
+        replace_file(out / name, text)
     write_report(out, benchmark.title, sections)
     lines = [*rules, "", outcome.text, "", *remarks, "", speed_table(speed).markdown()]
     return Outcome("\n".join(lines), content, tuple(sections), outcome.files)

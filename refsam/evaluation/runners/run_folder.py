@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refsam.errors import UserError
-from refsam.evaluation.scoring.results import as_json, write_whole
+from refsam.errors import UserError, differences
+from refsam.evaluation.scoring.results import as_json
+from refsam.runtime.files import replace_file
 
 _STAGING = ".unfinished"
 
@@ -41,7 +42,7 @@ class RunFolder:
         if file.is_file():
             _check_equal(file, json.loads(content))
         else:
-            write_whole(file, content)
+            replace_file(file, content)
         self.predictions.mkdir(exist_ok=True)
         self._results.mkdir(exist_ok=True)
 
@@ -84,7 +85,7 @@ class RunFolder:
             (staging / folder).rename(target)
         record = self._record(unit)
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(record, as_json({"unit": unit, **facts}))
+        replace_file(record, as_json({"unit": unit, **facts}))
 
     def _record(self, unit: str) -> Path:
         return self._results / f"{unit}.json"
@@ -107,12 +108,8 @@ def _check_equal(file: Path, wanted: Mapping[str, Any]) -> None:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read: {error}; give a new folder with --out") from error
-    differences = [
-        f"{key} was {found.get(key)!r}, now {wanted.get(key)!r}"
-        for key in sorted({*found, *wanted})
-        if found.get(key) != wanted.get(key)
-    ]
-    if differences:
+    every = {key: wanted.get(key) for key in sorted({*found, *wanted})}
+    if different := differences(found, every):
         raise UserError(
-            f"{file.parent} holds a run with other settings: {'; '.join(differences)}; give another folder with --out"
+            f"{file.parent} holds a run with other settings: {'; '.join(different)}; give another folder with --out"
         )

@@ -121,16 +121,6 @@ class MaskEvaluation:
         return as_csv(["video", "object", "matched", "frames", *MEASURES], [*rows, overall])
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name, then rename it, so that it is never there in part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def check_writable(path: Path, *, make_folder: bool = False) -> None:
     """Raise UserError unless a file can be written there; to be asked before the long work.
 
