@@ -34,18 +34,23 @@ def fused(
     return adapter_mlp(normed, residual, adapter=adapter, backend=backend, **weights)
 
 
-def make(device: str, *, setting: Setting) -> Workload:
+def make_inputs(device: str, setting: Setting) -> dict[str, Tensor]:
     """An MLP of four times the width, an adapter of a quarter of it."""
     random, width = Random(setting, device), setting.width
-    inputs = {
+    return {
         "normed": random.operand(*setting.shape),
         "residual": random.stream(*setting.shape),
         **random.perceptron(width, 4 * width),
         **random.perceptron(width, width // 4, "adapter_"),
         **random.norm(width),
     }
+
+
+def make(device: str, *, setting: Setting) -> Workload:
+    """One setting."""
+    width = setting.width
     flops = 4 * setting.frames * setting.tokens * width * (4 * width + width // 4)
-    return workload("adapter_mlp", fused, eager, setting, inputs, flops)
+    return workload("adapter_mlp", fused, eager, setting, make_inputs(device, setting), flops)
 
 
 for setting in SETTINGS:

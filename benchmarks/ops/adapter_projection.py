@@ -38,10 +38,10 @@ def fused(
     return adapter_projection(attention, residual, weight, bias, adapter, *norm, backend=backend)
 
 
-def make(device: str, *, setting: Setting) -> Workload:
+def make_inputs(device: str, setting: Setting) -> dict[str, Tensor]:
     """An adapter of a quarter of the width."""
     random, width = Random(setting, device), setting.width
-    inputs = {
+    return {
         "attention": random.operand(*setting.shape),
         "residual": random.stream(*setting.shape),
         "weight": random.operand(width, width, size=width**-0.5),
@@ -49,8 +49,15 @@ def make(device: str, *, setting: Setting) -> Workload:
         **random.perceptron(width, width // 4, "adapter_"),
         **random.norm(width),
     }
+
+
+def make(device: str, *, setting: Setting) -> Workload:
+    """One setting."""
+    width = setting.width
     flops = 2 * setting.frames * setting.tokens * width * (width + 2 * (width // 4))
-    return workload("adapter_projection", fused, eager, setting, inputs, flops)
+    return workload(
+        "adapter_projection", fused, eager, setting, make_inputs(device, setting), flops
+    )
 
 
 for setting in SETTINGS:

@@ -1,6 +1,7 @@
 """Hierarchical dense attention of all expressions, against the formula level by level with torch's functions."""
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,11 @@ def eager(
         attended = logits.softmax(-1).to(text.dtype) @ text
         dense = dense + share * F.linear(torch.cat([pixels, attended], -1), weight, bias)
     return (dense.to(features.dtype),)
+
+
+def fused(backend: str, **inputs: Any) -> tuple[Tensor]:
+    """The operator, on tensors by name."""
+    return (dense_attention(backend=backend, **inputs),)
 
 
 def make_inputs(
@@ -73,7 +79,7 @@ def workload(
     return against_eager(
         "dense_attention",
         eager,
-        lambda **tensors: (dense_attention(**tensors),),
+        fused,
         inputs,
         {"dense": grad.to(dtype)},
         flops=3 * flops if trains else flops,

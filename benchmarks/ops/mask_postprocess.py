@@ -70,11 +70,11 @@ def coco_loop(logits: Tensor, sizes: Sizes) -> list[Any]:
     return [coco.encode(mask.T) for mask in masks]
 
 
-def smooth_logits(masks: int, device: str) -> Tensor:
+def smooth_logits(masks: int, device: str, side: int = LOW) -> Tensor:
     """Random smooth logits, as a decoder gives them."""
     generator = torch.Generator(device).manual_seed(42)
     coarse = torch.randn(masks, 1, 16, 16, generator=generator, device=device)
-    return 8 * F.interpolate(coarse, (LOW, LOW), mode="bicubic")[:, 0]
+    return 8 * F.interpolate(coarse, (side, side), mode="bicubic")[:, 0]
 
 
 def workload(device: str, *, masks: int, sizes: Sizes, form: str) -> Workload:
