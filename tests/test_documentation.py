@@ -219,7 +219,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120, env=environment
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600, env=environment
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return out

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_report import rows
+from benchmarks.gpu_report import rows, stand_in
 from benchmarks.gpu_report import runner as runner_module
 from benchmarks.gpu_report.runner import Runner, share
 from benchmarks.gpu_report.stages import Stage, Task
@@ -147,6 +147,18 @@ def test_the_deadline_ends_everything_and_says_so(tmp_path: Path, clock: Clock) 
         "hangs": "killed at its limit of 5 s",
         "late": "left out: no time was left",
     }
+
+
+def test_what_is_made_to_hang_is_killed_after_its_first_row(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stand_in, "time", clock)
+    hangs, silent = task("hangs", HANG, limit_s=100), task("silent", "pass", limit_s=100)
+    monkeypatch.setattr(stand_in, "HANG_LIMIT", 0.0)
+    runner = stand_in.HangingRunner(tmp_path, 1000, {})
+    assert runner.run([stage("bad", hangs, silent, parallel=2)]) == 1
+    found = outcomes(rows.read(tmp_path / "rows.jsonl"))
+    assert found == {"hangs": "killed at its limit of 0 s", "silent": "done"}
 
 
 def test_time_spent_before_the_first_stage_counts(tmp_path: Path) -> None:

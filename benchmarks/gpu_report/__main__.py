@@ -11,7 +11,7 @@ from types import FrameType
 from benchmarks.gpu_report import wheels
 from benchmarks.gpu_report.runner import Runner, interpreter
 from benchmarks.gpu_report.stages import FIRST, STAGES
-from benchmarks.gpu_report.stand_in import rehearsal_environment, shortened
+from benchmarks.gpu_report.stand_in import HangingRunner, rehearsal_environment, shortened
 
 GPU_LIMIT = 90.0  # seconds for the first work on the GPU
 
@@ -55,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     with wheels.unpacked(options.wheels) as site:
-        runner = Runner(options.out, options.deadline, environment, site, began)
+        kind = HangingRunner if options.rehearse and options.plant == "hang" else Runner
+        runner = kind(options.out, options.deadline, environment, site, began)
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, stop)
         return runner.run(wanted)

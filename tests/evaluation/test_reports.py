@@ -230,7 +230,7 @@ def test_chromium_shows_the_page_with_its_pictures(folders):
     subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--screenshot={picture}",
          "--window-size=900,3000", "--host-resolver-rules=MAP * ~NOTFOUND", page.as_uri()],
-        check=True, capture_output=True, timeout=120,
+        check=True, capture_output=True, timeout=600,
     )  # fmt: skip
     with Image.open(picture) as shown:
         colours = {colour for _, colour in shown.convert("RGB").getcolors(1 << 24)}

@@ -25,7 +25,7 @@ from tests.video.clips import write_video
 
 pytest.importorskip("gradio", reason="needs refsam[ui]")
 EXPRESSIONS = "the red thing\nthe blue thing"
-PATIENCE = 120_000  # milliseconds, on a busy machine
+PATIENCE = 300_000  # milliseconds, on a busy machine
 
 
 class Server(NamedTuple):
@@ -50,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     )  # browser and torch would share the cores
     yield Server(url, folder)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
     assert not list(folder.iterdir())
 
 
@@ -178,14 +178,14 @@ def test_uploads_that_are_too_large_are_answered_in_words(page, tmp_path: Path) 
 @pytest.mark.parametrize("path", ["/etc/passwd", str(Path(__file__)), "README.md", "../README.md"])
 def test_no_other_file_is_served(server: Server, path: str) -> None:
     with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(f"{server.url}gradio_api/file={path}", timeout=20)
+        urllib.request.urlopen(f"{server.url}gradio_api/file={path}", timeout=300)
     assert caught.value.code in (403, 404)
 
 
 def test_no_other_file_is_read(server: Server, tmp_path: Path) -> None:
     """A visitor who writes requests by hand and names a file of the machine as an upload."""
     clip = write_video(tmp_path / "private.mp4", frames=2)
-    config = json.load(urllib.request.urlopen(f"{server.url}config", timeout=20))
+    config = json.load(urllib.request.urlopen(f"{server.url}config", timeout=300))
     events = [d for d in config["dependencies"] if "change" in str(d["targets"]) and d["inputs"]]
     file = {"path": str(clip), "meta": {"_type": "gradio.FileData"}}
     join = {"data": [file], "fn_index": events[0]["id"], "session_hash": "byhand"}
@@ -194,9 +194,9 @@ def test_no_other_file_is_read(server: Server, tmp_path: Path) -> None:
         json.dumps(join).encode(),
         {"Content-Type": "application/json"},
     )
-    urllib.request.urlopen(request, timeout=20).read()
+    urllib.request.urlopen(request, timeout=300).read()
     answers = urllib.request.urlopen(
-        f"{server.url}gradio_api/queue/data?session_hash=byhand", timeout=20
+        f"{server.url}gradio_api/queue/data?session_hash=byhand", timeout=300
     )
     text = answers.read().decode()
     assert '"success":false' in text and "64 x 48" not in text
