@@ -131,7 +131,7 @@ def test_a_number_of_processes_that_cannot_share_the_batches(folder: Path) -> No
 def test_two_runs_do_not_write_one_folder(folder: Path) -> None:
     code = (
         "from pathlib import Path; from refsam.runtime.files import only_writer; import sys, time\n"
-        f"with only_writer(Path({str(folder / 'run' / 'run')!r}), wait=False): print('held', flush=True); time.sleep(60)"
+        f"with only_writer(Path({str(folder / 'run' / 'run')!r}), wait=False): print('held', flush=True); time.sleep(600)"
     )
     (folder / "run").mkdir()
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
