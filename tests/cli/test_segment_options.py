@@ -285,9 +285,9 @@ def wait_for_masks(process: subprocess.Popen, out: Path, count: int) -> None:
 
 def test_termination_keeps_what_is_finished(checkpoint: Path, tmp_path: Path) -> None:
     number = signal.SIGHUP  # SIGTERM is the same to the command: test_interrupts.py
-    source = write_video(tmp_path / "clip.mp4", frames=1200)
+    source = write_video(tmp_path / "clip.mp4", frames=200)
     # Nobody reads its lines until it is told to end: it waits before it has done all frames, however fast it is.
-    process = start(checkpoint, source, tmp_path / "out", "--json", "-")
+    process = start(checkpoint, source, tmp_path / "out", "--json", "-", pipesize=4096)
     wait_for_masks(process, tmp_path / "out", 5)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=300)

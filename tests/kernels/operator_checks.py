@@ -250,7 +250,8 @@ def check_forward_mode_raises(operator: Operator, inputs: Inputs, backend: str) 
                 function(dual)
         for derivative in (
             lambda: torch.func.jvp(function, (x,), (torch.ones_like(x),)),  # noqa: B023
-            lambda: torch.func.jacfwd(function)(x),  # noqa: B023
+            # By a factor of x: by x itself it would first make a square matrix of all of its elements.
+            lambda: torch.func.jacfwd(lambda factor: function(factor * x))(x.new_ones(())),  # noqa: B023
         ):
             with pytest.raises(RuntimeError, match="forward-mode derivatives"):
                 derivative()

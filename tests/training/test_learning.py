@@ -17,7 +17,7 @@ from tests.data import fixtures
 from tests.training.runs import run_settings
 
 ROOT = Path(__file__).parents[2]
-STEPS = 10
+STEPS = 6
 
 
 def curve(folder: Path, name: str, steps: int) -> list[float]:

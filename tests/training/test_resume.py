@@ -17,7 +17,7 @@ from tests.data import fixtures
 from tests.tiny_model import CONFIG
 
 ROOT = Path(__file__).parents[2]
-STEPS = 36
+STEPS = 20
 
 
 def write_configuration(folder: Path, name: str) -> Path:
@@ -36,7 +36,7 @@ def write_configuration(folder: Path, name: str) -> Path:
         "loss": {"focal": 1.0, "dice": 1.0, "iou": 0.5},
         "threads": 1,
         "workers": 0,
-        "save_every": 7,
+        "save_every": 4,
         "log_every": 1,
     }
     path = folder / f"{name}.yaml"
@@ -96,18 +96,18 @@ def test_killed_twice_and_resumed_the_curve_is_the_same(tmp_path: Path) -> None:
     assert len(curve(tmp_path / "whole")) == STEPS
 
     cut = write_configuration(tmp_path, "cut")
-    killed = start(cut, "workers=1", waits_at=6)  # which draws batches ahead, and is killed too
-    run_until(killed, 6, signal.SIGKILL)
+    killed = start(cut, "workers=1", waits_at=5)  # which draws batches ahead, and is killed too
+    run_until(killed, 5, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     reached = curve(tmp_path / "cut")[-1]["step"]
-    assert reached == 6 and not (tmp_path / "cut/model").exists()
+    assert reached == 5 and not (tmp_path / "cut/model").exists()
 
-    ended = start(cut, waits_at=20)
-    said = run_until(ended, 20, signal.SIGTERM)
+    ended = start(cut, waits_at=12)
+    said = run_until(ended, 12, signal.SIGTERM)
     assert ended.returncode == 128 + signal.SIGTERM
     assert "stopped by SIGTERM after step" in said and "the same command goes on from it" in said
     stopped_at = curve(tmp_path / "cut")[-1]["step"]
-    assert 20 <= stopped_at <= 21
+    assert 12 <= stopped_at <= 13
     assert f"after step {stopped_at} of {STEPS}" in said
 
     resumed = start(cut)
