@@ -28,9 +28,9 @@ _SOFTNESS = {"place": 0.02, "size": 0.1}  # below these differences an object co
 
 
 class ObjectHead(nn.Module):
-    """Linear readers of colour, shape, place, outline and order of objects from image tokens; thrown away after training.
+    """Linear layers that predict colour, shape, place, outline and order of objects from image tokens; removed after training.
 
-    A mask loss alone teaches the encoder little about the objects that no expression of the batch means, and nothing about
+    A mask loss alone teaches the encoder little about objects that no expression of the batch names, and nothing about
     shape for thousands of steps. `channels` is the width of the image embedding, `stride` the pixels per token.
     """
 
@@ -48,10 +48,10 @@ class ObjectHead(nn.Module):
     def forward(self, image: ImageFeatures, attributes: Tensor, owner: Tensor) -> dict[str, Tensor]:
         """Weighted scalar losses over B frames; attributes (B, H, W, 2) and owner (B, H, W) as generated, at the model's scale.
 
-        Colour and shape are cross entropies per token and, `whole_shape`, over the mean of an object's tokens; `place` is the
-        way to the middle of the object that is seen, where in the frame that is, and its size; `outline` is which pixels of a
-        token show an object; `order` is how many others lie on each side of the object and how many are smaller and larger: of
-        all, of its colour, of its shape and of both.
+        `colour` and `shape` are cross entropies per token, `whole_shape` that of the mean of an object's tokens. `place` is the
+        offset to the centre of the token's object, that centre in the frame, and the object's size. `outline`: which pixels
+        of a token show an object. `order`: how many objects lie on each side, are smaller and are larger, among all objects and
+        among those of its colour, of its shape and of both.
         """
         middle = self.stride // 2
         seen = attributes[:, middle :: self.stride, middle :: self.stride].long()
@@ -87,9 +87,9 @@ class ObjectHead(nn.Module):
         return _mean(_cross_entropy(self.whole_shape(means), label), weight)
 
     def targets(self, object_token: Tensor, masks: Tensor) -> Tensor:
-        """Scalar loss of where and how large the P meant objects are and whether they are there, read from their tokens.
+        """Scalar loss of place, size and presence of the P objects, predicted from their tokens.
 
-        object_token (P, C), masks (P, H, W) bool. A mask loss alone is slow to teach which of several alike is meant.
+        object_token (P, C), masks (P, H, W) bool. A mask loss alone is slow to teach which of several similar objects is meant.
         """
         read = self.target(object_token).float()
         flat = masks.flatten(1).float()

@@ -20,13 +20,13 @@ from refsam.training.settings import PhotographSettings, StageSettings, Training
 
 # Height to width of a generated batch's frames.
 _ASPECTS = ((9, 16), (9, 16), (9, 16), (3, 4), (1, 1), (16, 9))
-# The same of photographs, which are as often upright.
+# The same for photographs, which are upright as often as wide.
 _PHOTOGRAPH_ASPECTS = ((9, 16), (9, 16), (3, 4), (3, 4), (1, 1), (4, 3), (16, 9))
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """A step's clips, and for generated ones the attributes of each pixel.
+    """A step's clips, and for generated clips the attributes of each pixel.
 
     `attributes (B, T, H, W, 2)` uint8 and `owner (B, T, H, W)` int8 as in `GeneratedBatch`; None for clips of datasets.
     """
@@ -37,10 +37,10 @@ class TrainingBatch:
 
 
 class GeneratedStream(Dataset[TrainingBatch | DataError]):
-    """Draws batch number `index` of a run from (seed, index) alone; `image_size` is the model's, in pixels.
+    """Draws batch number `index` of a run from (seed, index) only; `image_size` is the model's, in pixels.
 
-    A batch is made of photographs, by `drawer`, or generated, as the stage mixes them. A step takes `batches` of
-    them, over all processes and accumulation. A DataError is returned, as by `DatasetStream`.
+    A batch is either made of photographs by `drawer` or generated, in the proportion that the stage sets. A step takes
+    `batches` batches, over all processes and accumulation. A DataError is returned, as by `DatasetStream`.
     """
 
     def __init__(
@@ -110,9 +110,9 @@ class GeneratedStream(Dataset[TrainingBatch | DataError]):
 
 
 class DatasetStream(Dataset[TrainingBatch | DataError]):
-    """Makes batch number `index` of the next clips in an endless mixture of the datasets.
+    """Makes batch number `index` from an endless mixture of the datasets' clips.
 
-    A step takes `batches` of them, over all processes and accumulation. A DataError is returned, not raised: raised
+    A step takes `batches` batches, over all processes and accumulation. A DataError is returned, not raised: raised
     in another process, it would lose its one-line message.
     """
 
@@ -148,7 +148,7 @@ class DatasetStream(Dataset[TrainingBatch | DataError]):
         return TrainingBatch(ClipBatch.of(clips))
 
     def course(self, step: int) -> dict[str, float]:
-        """Clips seen and passes over the datasets done before a step, as the stage before it mixes them."""
+        """Clips and passes over the datasets before a step; passes are those of the previous step's stage."""
         seen = self.batches * clips_before(self.settings.stages, step)
         stage = stage_at(self.settings.stages, max(0, step - 1))
         return {
@@ -173,7 +173,7 @@ def open_stream(
 def with_steps(
     settings: TrainingSettings, datasets: Sequence[ReferringDataset], processes: int
 ) -> TrainingSettings:
-    """The settings with the steps that the stages' `epochs` take, where these are fewer than their `steps`."""
+    """The settings with each stage's `steps` reduced to those that its `epochs` take."""
     if not any(stage.epochs for stage in settings.stages):
         return settings
     together = settings.optimiser.gradient_accumulation_steps * processes
@@ -206,7 +206,7 @@ def open_photographs(settings: PhotographSettings | None) -> SceneDrawer | None:
 
 
 def open_datasets(settings: TrainingSettings) -> list[ReferringDataset]:
-    """The datasets that a run trains on, none if it draws its own clips; raises DataError."""
+    """The datasets that a run trains on, empty if it draws its own clips; raises DataError."""
     return [
         open_dataset(entry.name, entry.root, entry.split, **entry.options)
         for entry in settings.data.datasets
@@ -224,8 +224,7 @@ def batches(
 ) -> Iterator[TrainingBatch]:
     """Yield the batches of steps `begin` to `end`, the end excluded, of one of `ranks` processes.
 
-    They come in order, drawn ahead by `workers` other processes; see `refsam.training.loading`. Raises DataError and
-    UserError.
+    `workers` other processes draw them ahead, in order; see `refsam.training.loading`. Raises DataError and UserError.
     """
     order = range(begin * stream.batches + rank, end * stream.batches, ranks)
     for batch in draw(stream, order, workers, pin):

@@ -77,7 +77,7 @@ class Weights:
     def state(self) -> dict[str, Tensor]:
         """The complete resumable state by name, gathered and on the host."""
         state = self._weights() | self._optimiser_state()
-        # In one order: all processes gather the same tensor at a time.
+        # Sorted, so that all processes gather the same tensor at the same time.
         return {name: whole(state[name]).detach().cpu().contiguous() for name in sorted(state)}
 
     def load(self, tensors: dict[str, Tensor], place: Path) -> None:

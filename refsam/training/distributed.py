@@ -1,6 +1,6 @@
 """Runs training on several processes: rank and device, exchange of values, sharding of weights.
 
-`torchrun` starts them, on one machine or many. Nothing but the data has to be visible to all of them: the first process alone
+`torchrun` starts them, on one machine or many. Only the data must be visible to all of them: the first process alone
 reads and writes the output folder.
 """
 
@@ -36,10 +36,10 @@ class Processes:
 
     @classmethod
     def join(cls, device: str) -> "Processes":
-        """Join those that torchrun, srun or mpirun started, or be the only one; a GPU each where `device` is "cuda".
+        """Join the processes that torchrun, srun or mpirun started, or be the only one; with `device` "cuda" each gets a GPU.
 
-        Raises UserError where there is no such GPU, and where several were started that cannot find each other: each of them
-        would train by itself, into one folder.
+        Raises UserError if there is no such GPU, or if several processes cannot find each other: each would train by itself,
+        into the same folder.
         """
         started = _started()
         place = _place(device, started)
@@ -54,8 +54,8 @@ class Processes:
         return cls(dist.get_rank(), dist.get_world_size(), place)
 
     def leave(self) -> None:
-        """Leave the process group; release whatever exchanges gradients before."""
-        gc.collect()  # a DistributedDataParallel that outlives its process group may wait for it for ever
+        """Leave the process group; release the module that exchanges gradients first."""
+        gc.collect()  # a DistributedDataParallel that outlives its process group may wait for it forever
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -85,7 +85,7 @@ class Processes:
         return {name: sum(row[name] for row in rows) / self.count for name in values}
 
     def gather(self, value: Value) -> list[Value]:
-        """Every process's value, by rank; small ones, they are pickled."""
+        """Every process's value, by rank; values are pickled, so keep them small."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -93,7 +93,7 @@ class Processes:
         return values
 
     def from_first(self, value: Value) -> Value:
-        """The first process's value, for all of them; a small one, it is pickled."""
+        """The first process's value, on all processes; it is pickled, so keep it small."""
         if self.count == 1:
             return value
         values = [value]
@@ -101,7 +101,7 @@ class Processes:
         return values[0]
 
     def tensors_from_first(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The first process's tensors on every process, which hands in an empty dictionary if it is another."""
+        """The first process's tensors, on every process; the other processes pass an empty dictionary."""
         if self.count == 1:
             return tensors
         shapes = self.from_first({name: (t.shape, t.dtype) for name, t in tensors.items()})
@@ -130,7 +130,7 @@ def _started() -> Launched | None:
 
 
 def _place(device: str, started: Launched | None) -> torch.device:
-    """The device of that name for this process; raises UserError where the machine lacks it."""
+    """The device of that name for this process; raises UserError if the machine lacks it."""
     try:
         place = torch.device(device)
     except RuntimeError:
@@ -152,9 +152,9 @@ def _place(device: str, started: Launched | None) -> torch.device:
 class SharedModule:
     """Wraps `module` for several processes: called like it, with one backward for each call.
 
-    `ddp`: each has all weights, and gradients are averaged (DistributedDataParallel). `fsdp`: weights, gradients and the
-    optimiser's state are spread over them (`fully_shard`), block by block. `whole` are the blocks' first norms, each of
-    which the block before computes, and the scalars, which cannot be sharded: every process has them.
+    `ddp`: each process has all weights, and gradients are averaged (DistributedDataParallel). `fsdp`: weights, gradients and
+    the optimiser's state are sharded over the processes (`fully_shard`), block by block. `whole` are parameters that every
+    process holds: the blocks' first norms, which the previous block computes, and scalars, which cannot be sharded.
     """
 
     def __init__(self, module: nn.Module, parallel: str, processes: Processes) -> None:
@@ -173,7 +173,7 @@ class SharedModule:
         mesh = init_device_mesh(self.processes.device.type, (self.processes.count,))
         blocks = list(module.get_submodule("model.image_encoder.blocks").children())
         firsts = [p for block in blocks for p in block.get_submodule("norm1").parameters()]
-        # The blocks' outputs are never changed in place, which is what this warns of.
+        # The warning is about changing outputs in place, which nothing does here.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
         self.whole = [*firsts, *(p for p in module.parameters() if p.ndim == 0)]
         for block in blocks:
@@ -208,7 +208,7 @@ class SharedModule:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Within the block, methods of a sharded module can be called, too; its blocks still gather themselves."""
+        """Within the block, other methods of a sharded module can be called too; its blocks still gather themselves."""
         if not isinstance(self.module, FSDPModule):
             yield
             return

@@ -20,9 +20,9 @@ from refsam_kernels import flop_formulas
 
 
 class StepFlops:
-    """Counts the operations of a run's batches, once for each stage, if the devices' peak is known.
+    """Counts the operations of a run's batches, once per stage, if the devices' peak is known.
 
-    `peak` is that of all devices together, in operations per second.
+    `peak` is the sum over all devices, in operations per second.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class StepFlops:
     def of(
         self, shared: Callable[..., dict[str, Tensor]], batch: TrainingBatch, stage: StageSettings
     ) -> int:
-        """Operations of one batch of a stage on one device, 0 where they are not wanted."""
+        """Operations of one batch of a stage on one device; 0 if the peak is not known."""
         if self.peak is None:
             return 0
         if self._counted is None or self._counted[0] is not stage:

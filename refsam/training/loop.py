@@ -54,12 +54,12 @@ _PATIENCE_SECONDS = 5.0
 
 
 class Trainer:
-    """Trains one model from settings; `run` yields the records of the log that hold numbers.
+    """Trains one model from settings; `run` yields the log's numeric records.
 
-    The output folder holds `log.jsonl` and `tensorboard/`, `state.safetensors` (what `run` resumes from; the previous one beside
-    it), `examples/`, and the averaged model as `best/`, by validation, and `model/`, the last. `stopped_by` is the signal
-    that ended `run` early, 0 for none. `say` is told in words what a reader of the log must know. With `allow_changes` a run goes
-    on with another configuration than it was begun with.
+    The output folder holds `log.jsonl`, `tensorboard/`, `examples/`, `state.safetensors` (the state that `run` resumes from, with
+    the previous one beside it), and the averaged model: `best/` has the best validation score, `model/` is the last.
+    `stopped_by` is the signal that ended `run` early, 0 for none. `say` gets messages for the reader of the log. With
+    `allow_changes` a run may continue with another configuration.
     """
 
     def __init__(
@@ -124,9 +124,10 @@ class Trainer:
         return self.progress.step
 
     def run(self) -> Iterator[dict[str, float]]:
-        """Train from the last saved step to the end, or to a signal; raises UserError where something stops being a number.
+        """Train from the last saved step to the end, or until a signal.
 
-        Raises UserError, too, while another process trains into the same folder, and for what `resume` refuses.
+        Raises UserError if a loss or gradient is not a number, if another process trains into the same folder, and as
+        `resume` does.
         """
         with (
             only_writer(self.output / "run", wait=False, again=True)
@@ -153,7 +154,7 @@ class Trainer:
                 self.processes.wait()
 
     def leave(self) -> None:
-        """Leave the process group; whatever exchanges gradients is released first, or it may wait for ever."""
+        """Leave the process group; the module that exchanges gradients is released first, or it might wait forever."""
         self.shared.release()
         self.processes.leave()
 
@@ -161,7 +162,7 @@ class Trainer:
         arriving = self._batches()
         self.meter.restart()
         if self._is_due(self.settings.validation.every) and self._must_validate():
-            yield from self._validate_and_save()  # the process was ended in the middle of it
+            yield from self._validate_and_save()  # the previous process ended during validation
         while self.step < self.steps and not self._has_stalled():
             try:
                 status = self.train_step(arriving, request)
@@ -215,7 +216,7 @@ class Trainer:
         return every is not None and (self.step % every == 0 or self.step == self.steps)
 
     def _batches(self) -> Iterator[TrainingBatch]:
-        """This process's batches from the next step on."""
+        """This process's batches, starting with the next step."""
         count = self.accumulation * self.processes.count
         size = self.model.image_size
         self.stream = open_stream(self.settings, self.datasets, size, count, self.drawer)

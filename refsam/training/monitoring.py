@@ -17,7 +17,7 @@ from torch import Tensor
 from refsam.runtime.files import replace_file
 
 _GIB = 2**30
-# Side of the square matrices whose product tells what a device reaches, and how often it is taken.
+# Side of the square matrices whose product measures a device's peak, and the number of products.
 _PRODUCT_SIDE = {"cpu": 1024, "cuda": 8192}
 _PRODUCTS = 5
 
@@ -57,7 +57,7 @@ class Meter:
 
 
 def mean_losses(found: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Means over the batches of a step, by name; the values leave the device together, so that it is waited for once."""
+    """Means over the batches of a step, by name; all values leave the device together, in one synchronisation."""
     pairs = [pair for losses in found for pair in losses.items()]
     values = torch.stack([value for _, value in pairs]).tolist()
     means: dict[str, float] = {}
@@ -67,7 +67,7 @@ def mean_losses(found: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak: on a GPU of tensors, on a CPU of the whole process."""
+    """Peak bytes: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -88,9 +88,9 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Log:
-    """`log.jsonl` of an output folder, and its curves where TensorBoard is installed; in other processes than the first, nothing.
+    """Writes `log.jsonl`, and TensorBoard's curves if that is installed; only the first process is `active`.
 
-    A run that resumes at `step` first removes the lines that an earlier one logged after it.
+    A run that resumes at `step` first removes the lines that an earlier run logged after it.
     """
 
     def __init__(self, folder: Path, step: int, active: bool, project: str | None = None) -> None:
@@ -112,7 +112,7 @@ class Log:
         self.curves = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """A line of the log; its numbers, but `step`, as points of curves."""
+        """Write a line of the log; its numbers, except `step`, become points of curves."""
         if not self.active:
             return
         with open(self.path, "a", encoding="utf-8") as file:
@@ -147,11 +147,11 @@ class Log:
             self.wandb = wandb.init(
                 project=project, name=folder.name, id=name, resume="allow", dir=str(folder)
             )
-        except Exception as error:  # no key, no network, no disk; the log's file has it all
+        except Exception as error:  # no key, no network, no disk; log.jsonl still has everything
             self.problems.append(f"no Weights & Biases: {error}")
 
     def _to_wandb(self, act: Callable[[Any], object]) -> None:
-        """Do something with the run at Weights & Biases, if there is one; training never ends because of it."""
+        """Call `act` with the run at Weights & Biases, if there is one; its errors never end the training."""
         if self.wandb is None:
             return
         try:

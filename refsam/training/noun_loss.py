@@ -1,4 +1,4 @@
-"""Teaches which of the published classes of trunk and detector a noun means, without any picture."""
+"""Teaches, without pictures, which published classes of the trunk and the detector a noun means."""
 
 from collections.abc import Sequence
 
@@ -15,9 +15,9 @@ _SURE = 1e-3
 
 
 class NounLoss:
-    """Loss that makes "the swan" ask for the score of birds over that of the background; a mask loss alone learns it late.
+    """Loss that ties "the swan" to the score of birds minus that of the background; a mask loss alone learns this late.
 
-    Of the list's nouns those count of which the text encoder knows every word.
+    Only nouns of the list whose every word the text encoder knows are used.
     """
 
     def __init__(self, model: RefSAM) -> None:
@@ -37,7 +37,7 @@ class NounLoss:
             self.wanted = torch.cat([of_trunk, of_boxes], 1)
 
     def __call__(self, model: RefSAM) -> Tensor:
-        """Scalar: squared errors of the trunk's scores, cross entropy of the detector's classes, mean over the nouns."""
+        """Scalar: squared errors of the trunk's scores plus cross entropy of the detector's classes, averaged over the nouns."""
         assert model.noun_match is not None
         wanted = self.wanted.to(model.device)
         channels = name_channels(model.config.image_encoder.detector)

@@ -13,11 +13,11 @@ from refsam.training.settings import OptimiserSettings, TrainingSettings
 
 
 def build_optimisers(model: nn.Module, settings: OptimiserSettings) -> list[torch.optim.Optimizer]:
-    """AdamW over the trainable parameters, and Muon over linear layers' weights where asked.
+    """AdamW over the trainable parameters; with `muon`, Muon over the weights of linear layers.
 
-    Vectors, tokens and position tables are not decayed, unless `decay_norms` says so. The `scale` of a group is its learning rate
-    as a multiple of the settings'; what is sharded and what is not are in different groups. Raises UserError for a rate of a
-    part that the model does not have or that is frozen.
+    Vectors, tokens and position tables are not decayed, unless `decay_norms` is set. The `scale` of a group is its learning
+    rate as a multiple of the settings' rate; sharded and whole parameters are in different groups. Raises UserError for a
+    rate of a part that is frozen or not in the model.
     """
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     adamw: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
@@ -59,7 +59,7 @@ def build_optimisers(model: nn.Module, settings: OptimiserSettings) -> list[torc
 
 
 def _parts(name: str) -> list[str]:
-    """Names of the parts that hold a parameter, from the widest: trunk, trunk.network, and so on."""
+    """Names of the parts that hold a parameter, the largest first: trunk, trunk.network, and so on."""
     words = name.split(".")[1:]
     return [".".join(words[:count]) for count in range(1, len(words) + 1)]
 
@@ -67,7 +67,7 @@ def _parts(name: str) -> list[str]:
 def learning_rate(
     step: int, steps: int, settings: OptimiserSettings, clips: int | None = None
 ) -> float:
-    """The learning rate at a step of so many clips: linear warm-up, then half a cosine; scaled where `lr_batch` is given."""
+    """The learning rate at a step: linear warm-up, then half a cosine. With `lr_batch` it is scaled to the step's `clips`."""
     top = _peak(settings, clips)
     if step < settings.warm_up_steps:
         return top * (step + 1) / settings.warm_up_steps
@@ -77,14 +77,14 @@ def learning_rate(
 
 
 def _peak(settings: OptimiserSettings, clips: int | None) -> float:
-    """The learning rate behind the warm-up, for steps of so many clips."""
+    """The learning rate after the warm-up, for steps of that many clips."""
     if clips is None or settings.lr_batch is None:
         return settings.learning_rate
     return settings.learning_rate * (clips / settings.lr_batch)
 
 
 def describe_batches(settings: TrainingSettings, processes: int) -> list[str]:
-    """A line for each size of the global batch: how it is made, and the peak learning rate that goes with it."""
+    """A line for each size of the global batch: how it is composed, and its peak learning rate."""
     optimiser = settings.optimiser
     accumulated, lines = optimiser.gradient_accumulation_steps, []
     for clips in dict.fromkeys(stage.clips for stage in settings.stages):
@@ -102,7 +102,7 @@ def describe_batches(settings: TrainingSettings, processes: int) -> list[str]:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> float:
-    """Scale the gradients so that the norm of all together is at most `limit`, if there is one; returns the norm before."""
+    """Scale the gradients so that their total norm is at most `limit`, if there is one; returns the norm before scaling."""
     groups: dict[bool, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:

@@ -104,7 +104,7 @@ class LossSettings:
 
 @dataclass(frozen=True, config=_CLOSED)
 class DatasetSettings:
-    """A dataset, as `refsam.data.open_dataset` takes it; an epoch passes `weight` times over it.
+    """A dataset, as `refsam.data.open_dataset` takes it; an epoch contains it `weight` times.
 
     `split_by` and `exclude_shared` are for the RefCOCO family.
     """
@@ -174,21 +174,20 @@ class ValidationSettings:
 
 @dataclass(frozen=True, config=_CLOSED)
 class TrainingSettings:
-    """One run: model, data, optimiser, how it is computed, and where it writes.
+    """One run: model, data, optimiser, computation and output.
 
-    `model` is a preset by name with entries to change, as in `{preset: vit_b, prompt_dim: 128}`, or a whole RefSAMConfig;
-    `init_from` a checkpoint to begin from, over whose configuration the entries of `model` are put (a preset must be its size);
-    `sam` SAM's file or folder if that one is a delta;
-    `trunk` and `detector` the published weights that these parts of a new model begin with (docs/training.md says where they
-    are);
-    `output` the folder of log, state and models; `workers` processes draw the batches ahead (0: the training's own).
-    `text_cache` is a folder that keeps what a frozen text encoder says about each expression.
+    `model`: a preset by name with entries to change, as in `{preset: vit_b, prompt_dim: 128}`, or a whole RefSAMConfig.
+    `init_from`: a checkpoint to start from; entries of `model` override its configuration (a preset must have its size).
+    `sam`: SAM's file or folder, if that checkpoint is a delta. `trunk`, `detector`: published weights that these parts of a
+    new model start with (docs/training.md says where to get them). `output`: the folder for log, state and models.
+    `workers`: processes that draw batches ahead (0: the training process draws them). `text_cache`: a folder that keeps a
+    frozen text encoder's output for each expression.
 
     `activation_checkpointing` keeps only the input of each block of the image encoder and computes the rest again: less memory,
-    more time. `compile` gives the image encoder to torch.compile. `parallel` says how several processes train: `ddp` copies the
-    model to each, `fsdp` splits weights, gradients and the optimiser's state among them. `peak_tflops` of one device, given or
-    measured, makes the log say how much of it is used. `delta` saves a model that was begun from SAM's file without the weights
-    that training left as they were. `wandb` is a project of Weights & Biases that gets the log too.
+    more time. `compile` applies torch.compile to the image encoder. `parallel` is the strategy for several processes: `ddp`
+    copies the model to each, `fsdp` shards weights, gradients and the optimiser's state. With `peak_tflops` of one device,
+    given or measured, the log has its utilisation (MFU). `delta` saves a model that started from SAM's file without SAM's
+    unchanged weights. `wandb` is a project of Weights & Biases that gets the log too.
     """
 
     stages: tuple[StageSettings, ...]
@@ -234,7 +233,7 @@ class TrainingSettings:
     @field_validator("model")
     @classmethod
     def _check_model(cls, model: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        if model and info.data.get("init_from") is None:  # else it is put over what that holds
+        if model and info.data.get("init_from") is None:  # else it overrides that configuration
             _architecture(model)
         return model
 
@@ -286,7 +285,7 @@ class TrainingSettings:
         return _architecture(self.model)
 
     def changed_architecture(self, config: RefSAMConfig | EVFConfig) -> RefSAMConfig:
-        """The configuration of what `init_from` names with the entries of `model` put over it; raises ConfigError."""
+        """The configuration of the checkpoint `init_from`, overridden by the entries of `model`; raises ConfigError."""
         if not isinstance(config, RefSAMConfig):
             raise ConfigError(f"init_from: got {self.init_from}, which is EVF-SAM, wanted RefSAM")
         values = dict(self.model)
@@ -302,7 +301,7 @@ class TrainingSettings:
 
 
 def _architecture(model: dict[str, Any]) -> RefSAMConfig:
-    """A preset with the other entries put over its own, or a whole configuration; raises ConfigError."""
+    """A preset with its entries overridden, or a whole configuration; raises ConfigError."""
     values = dict(model)
     preset = values.pop("preset", None)
     if preset is None:
@@ -313,7 +312,7 @@ def _architecture(model: dict[str, Any]) -> RefSAMConfig:
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Nested plain values with the entries of others put over them."""
+    """Nested plain values, with entries overridden by `changes`."""
     result = dict(base)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)

@@ -24,10 +24,10 @@ _FORMER = "state.pt"
 class Progress:
     """A run's progress, beside its tensors.
 
-    `sums` of the losses of the `counted` steps since the last line of the log, `skipped` and `unreadable` files, the `best`
-    validation score and its step, the `top` ones as (score, step), how many since the best were `worse`, the step of the last
-    one (`validated`); `frozen` is the digest of the weights that are not trained, which no state holds. A step takes `batches`
-    over all `processes`, 0 if an earlier version did not say.
+    `sums` of the losses of the `counted` steps since the last line of the log; number of `unreadable` files; the `best`
+    validation score and its step; the `top` scores as (score, step); the number of `worse` validations since the best; the step
+    of the last one (`validated`); `frozen`, the digest of the frozen weights, which the state does not hold. A step takes
+    `batches` over all `processes` (0: not recorded by an earlier version).
     """
 
     step: int = 0
@@ -54,10 +54,10 @@ def write_state(
     progress: Progress,
     configuration: Mapping[str, Any],
 ) -> None:
-    """Write the state under another name and rename it; the last one stays as the previous one.
+    """Write the state under another name, then rename it; the last state becomes the previous one.
 
-    `configuration` is the result of `refsam.training.configuration.learnt`. Raises OSError or SafetensorError, and
-    leaves no partial file, if it cannot be written.
+    `configuration` is the result of `refsam.training.configuration.learnt`. If the state cannot be written, OSError or
+    SafetensorError is raised and no partial file is left.
     """
     path = folder / STATE
     temporary = path.with_suffix(".tmp")
@@ -109,7 +109,7 @@ def read_state(
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Progress, dict[str, Any]]:
-    open(path, "rb").close()  # safetensors says of a file that may not be read that it is not there
+    open(path, "rb").close()  # safetensors would call a file without read permission missing
     with safe_open(path, "pt") as file:
         metadata: dict[str, Any] = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict

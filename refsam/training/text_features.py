@@ -23,10 +23,10 @@ _IN_MEMORY = 4096
 class TextFeatures:
     """Called like the text encoder, whose output it keeps in memory and, with `folder`, on disk.
 
-    Each expression is encoded alone and without autocast, so that its tokens do not depend on which others a batch holds: a run
-    that was resumed, or continued by other processes, sees the same bits. On disk every expression is a file of its own below
-    a folder named after the encoder and its weights; it is written under another name and renamed, so processes may
-    share the folder, and one that cannot be read is written anew.
+    Each expression is encoded alone and without autocast, so its tokens do not depend on the rest of the batch: a run
+    that is resumed, or continued by other processes, sees the same bits. On disk every expression is a separate file below
+    a folder named after the encoder and its weights. Files are written under another name and renamed, so processes may
+    share the folder; an unreadable file is written again.
     """
 
     def __init__(self, encoder: CachedTextEncoder, folder: str | Path | None = None) -> None:
@@ -35,7 +35,7 @@ class TextFeatures:
         self._tokens = lru_cache(_IN_MEMORY)(self._read_or_encode)
         encoder.kept = (
             self._read_kept
-        )  # what asks the encoder itself, as validation does, finds it too
+        )  # callers of the encoder itself, such as validation, use the cache too
 
     def __call__(self, expressions: Sequence[str]) -> EncodedText:
         """P expressions to tokens (P, T, Ct), float32 on the host; raises ExpressionError."""
@@ -46,9 +46,9 @@ class TextFeatures:
     def encode_all(
         self, expressions: Iterable[str], advance: Callable[[], None] = lambda: None
     ) -> int:
-        """Put the tokens of every expression on the disk, if there is a folder; returns how many were not there.
+        """Write the tokens of every expression to the disk, if there is a folder; returns the number of new ones.
 
-        One process does it at a time, so that a large encoder is loaded once: the others find everything done. It is not kept.
+        One process does this at a time, so that a large encoder is loaded only once; it is unloaded at the end.
         """
         if self.folder is None:
             return 0
@@ -91,7 +91,7 @@ class TextFeatures:
         return tokens
 
     def _keep(self, path: Path, tokens: Tensor) -> None:
-        """Write tokens to the disk; a folder that cannot be written, or is full, costs time only."""
+        """Write tokens to the disk; if the folder is full or read-only, they are computed again next time."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, save({"tokens": tokens.contiguous()}))
@@ -105,7 +105,7 @@ class TextFeatures:
 
 
 def identity(encoder: CachedTextEncoder) -> str:
-    """A folder's name that no other encoder, and none with other weights, has."""
+    """A folder name that is unique to the encoder and its weights."""
     if not isinstance(encoder, PretrainedTextEncoder):
         tokenizer = getattr(encoder, "tokenizer", None)
         words = tokenizer.to_str() if tokenizer is not None else ""

@@ -33,7 +33,7 @@ class ValidationClip:
 
 
 class ValidationClips(Protocol):
-    """Clips by number, read or drawn when they are asked for."""
+    """Clips by number, read or drawn on access."""
 
     def __len__(self) -> int: ...
 
@@ -82,7 +82,7 @@ class DatasetClips:
             self.videos = self._within(settings.most_frames)
 
     def _within(self, most_frames: int) -> list[VideoRecord]:
-        """As many of the videos, spread evenly, as have so many frames in all; one at least."""
+        """As many videos, spread evenly, as have at most `most_frames` frames in all; at least one."""
         for count in range(len(self.videos), 1, -1):
             chosen = [self.videos[index * len(self.videos) // count] for index in range(count)]
             if sum(len(video.annotated[: self.frames]) for video in chosen) <= most_frames:
@@ -125,9 +125,9 @@ def score_clips(
 ) -> list[tuple[float, float]]:
     """(J, F) of every expression of those clips, means over its frames; the model is in eval mode.
 
-    An expression that the text encoder cannot take has empty masks. `picture` is given, for each clip, its last frame with the
-    predicted masks and beside it the true ones. A clip that cannot be read is left out and noted in `skipped`; without that list
-    it raises UnreadableError.
+    An expression that the text encoder cannot take gets empty masks. `picture` gets, for each clip, its last frame with the
+    predicted masks and, beside it, with the true ones. An unreadable clip is noted in `skipped`; without that list
+    UnreadableError is raised.
     """
     scores = []
     for index in indices:

@@ -63,7 +63,7 @@ class Validator:
         return {"step": progress.step, "J": region, "F": contour, "J&F": score}
 
     def _rank(self, progress: Progress, score: float) -> None:
-        """Save the model where its score says so."""
+        """Save the model if its score is the best, or among the `keep` best."""
         keep, step, is_delta = self.settings.validation.keep, progress.step, self.settings.delta
         progress.validated = step
         progress.worse += 1
