@@ -38,7 +38,7 @@ OLD_HUB_WEIGHTS = "pytorch_model*.bin"
 
 @dataclass(frozen=True)
 class Source:
-    """A file that a checkpoint stands on: its name, its SHA-256 and where to get it."""
+    """A file that a checkpoint needs: its name, its SHA-256 and where to get it."""
 
     name: str
     sha256: str | None = None
@@ -148,10 +148,10 @@ def read_checkpoint(directory: str | Path) -> Checkpoint:
 
 
 def write_checkpoint(directory: str | Path, checkpoint: Checkpoint) -> None:
-    """Write a folder; files that are there already are replaced, each in one step.
+    """Write a folder; existing files are replaced, each in one step.
 
-    Everything is written under a temporary name first, so what is there is whole or absent. Raises
-    CheckpointError if it cannot be written.
+    Everything is written under a temporary name first, so that no partial file is ever seen. Raises
+    CheckpointError if the folder cannot be written.
     """
     directory = Path(directory)
     partial = directory.parent / f".{directory.name}.{os.getpid()}.partial"

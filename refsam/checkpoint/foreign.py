@@ -1,6 +1,6 @@
-"""Weights as other programs write them: torch's files, nested or not, and folders of Hugging Face's `SamModel`.
+"""Weights written by other programs: torch's files, nested or not, and folders of Hugging Face's `SamModel`.
 
-Nothing that a file holds is executed: classes that it names beside tensors and plain values become empty stand-ins.
+Nothing in a file is executed: all classes except tensors and plain values are replaced by empty stand-ins.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _HUGGING_FACE_NAMES = (
 
 
 class _StandIn:
-    """Takes the place of any class that a file names: takes everything, does nothing."""
+    """Stands for any class that a file names: it accepts all calls and does nothing."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
@@ -68,7 +68,7 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
 
 
 def read_sam_file(path: Path) -> dict[str, Tensor]:
-    """SAM's tensors under its own names from a `.pth` file, without what a wrapper put before them and holds beside them.
+    """SAM's tensors from a `.pth` file under SAM's names, without a wrapper's prefixes and other entries.
 
     Raises CheckpointError as `read_torch_file` does.
     """
@@ -212,7 +212,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_content(path: Path) -> None:
-    """Raise CheckpointError for what downloads leave in place of weights: a page, a pointer, nothing, a part of a file."""
+    """Raise CheckpointError for a failed download in place of weights: a web page, a pointer, an empty or partial file."""
     try:
         with open(path, "rb") as file:
             begin = file.read(512).lstrip().lower()

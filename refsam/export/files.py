@@ -38,11 +38,11 @@ def export_model(
     overwrite: bool = False,
     largest_single_file: int = LARGEST_SINGLE_FILE,
 ) -> dict[str, Any]:
-    """Writes both graphs in each of these formats, and `export.json`, which says what is in them.
+    """Write both graphs in each of these formats, and `export.json`, which describes them.
 
-    A model whose weights are larger than `largest_single_file` bytes has them in `<name>.onnx.data` beside
-    its ONNX graph. With `check` every file is run and compared with the model: the ONNX ones by ONNX
-    Runtime on the CPU. Nothing remains of an export that fails.
+    Weights larger than `largest_single_file` bytes go into `<name>.onnx.data` beside the ONNX graph. With `check`
+    every file is run and compared with the model (ONNX files by ONNX Runtime on the CPU). A failed export leaves
+    no files.
 
     Args:
         model: in eval mode, on the CPU, float32.
@@ -79,7 +79,7 @@ def export_model(
 
 
 def check_export(out: Path, formats: Sequence[str], *, check: bool, overwrite: bool) -> None:
-    """Raises UserError where the folder or a missing package forbids an export, before anything is computed."""
+    """Raise UserError before any work if the folder cannot be used or a package is missing."""
     if out.exists() and not overwrite:
         raise UserError(f"--out: {out} exists; wanted a new folder, or --overwrite")
     if out.exists() and not out.is_dir():
@@ -166,7 +166,7 @@ def _write(
 
 
 def _name_sizes(graph: Any, dynamic: Mapping[str, Mapping[int, str]]) -> None:
-    """Calls the sizes of an ONNX graph what we call them; the exporter has numbers for names."""
+    """Give the dynamic sizes of an ONNX graph our names; the exporter numbers them."""
     names = {
         str(value.shape[dim]): size
         for value in graph.inputs
@@ -212,7 +212,7 @@ def _run(session: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A hidden folder beside `out` whose files take their place there at the end, the facts last."""
+    """A hidden folder beside `out`, whose files are moved into `out` at the end, the facts last."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

@@ -113,7 +113,7 @@ class EVFMaskGraph(nn.Module):
 
 
 def _with_parts(model: Model, *names: str) -> Model:
-    """The same model with these parts only, shared: an exported program holds whatever its module does."""
+    """The same model with these parts only, shared: an exported program contains all weights of its module."""
     part = copy.copy(model)
     part._modules = {name: model._modules[name] for name in names if name in model._modules}
     return part
@@ -121,10 +121,10 @@ def _with_parts(model: Model, *names: str) -> Model:
 
 @dataclass(frozen=True)
 class Graph:
-    """One graph before it is exported: what computes it, example inputs by name, names of the outputs.
+    """One graph before it is exported: its module, example inputs by name, names of the outputs.
 
-    dynamic: which dimensions of an input may have another size, and what those are called. limits: the smallest
-    and the largest such size, where it is not 1 to any.
+    dynamic: the dimensions of each input whose size may vary, with the names of these sizes. limits: the smallest
+    and the largest of such a size, if it is not 1 to any.
     """
 
     name: str
@@ -135,7 +135,7 @@ class Graph:
     limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def export(self) -> torch.export.ExportedProgram:
-        """The program without any operator of refsam_kernels: their formulas stand in their place."""
+        """The exported program, with refsam_kernels' operators replaced by their formulas."""
         names = sorted({name for sizes in self.dynamic.values() for name in sizes.values()})
         sizes = {name: self._dimension(name) for name in names}
         shapes = {
@@ -232,7 +232,7 @@ def _refsam_graphs(model: RefSAM) -> tuple[Graph, Graph]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Holds back what torch's exporters say of themselves: deprecations, packages that are not installed."""
+    """Hide messages of torch's exporters about deprecations and packages that are not installed."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

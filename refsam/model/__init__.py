@@ -1,4 +1,4 @@
-"""RefSAM: what is computed between a frame, a sentence and a mask."""
+"""RefSAM and EVF-SAM: from a frame and an expression to a mask."""
 
 from refsam.model.evf_sam import EVFSAM
 from refsam.model.features import FrameSize, ImageFeatures, MaskOutput, TextPrompt

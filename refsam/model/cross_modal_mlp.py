@@ -22,7 +22,7 @@ class CrossModalMLP(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(hidden_dim, prompt_dim))
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Encoder tokens (P, T, Ct), of which lengths (P,) are valid, to prompts.
+        """Encoder tokens (P, T, Ct), the first lengths (P,) of each row valid, to prompts.
 
         Returns words (P, T, C) and sentence (P, C), unit vectors; the sentence comes from the mean of
         the valid tokens. Padding is ignored, NaN included.

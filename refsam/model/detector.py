@@ -20,9 +20,9 @@ DETECTOR_CLASSES = tuple(
 )
 _STRIDES = (8, 16, 32)
 _HEAD_CHANNELS = 64
-_GREY = 114.0  # what the published network saw beside its frames
+_GREY = 114.0  # the published network's padding
 _KEPT = 64  # boxes of a frame, those of the highest scores
-_AT_A_TIME = 16  # of them: what lies between stays in the cache
+_AT_A_TIME = 16  # of them, so that intermediate values stay in the cache
 # A box's score as a value that nouns are compared with: nothing at a score of 0.2, and more where the trunk, which was
 # published with twenty classes, has no score of its own for the noun.
 _SCORE_ZERO = 0.2
@@ -96,7 +96,7 @@ class PoolingPyramid(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """Maps at strides 8, 16 and 32 that know of each other: coarse ones go down to fine ones, and back up."""
+    """Mixes maps at strides 8, 16 and 32: from coarse to fine, then back (a path aggregation network)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,9 +148,9 @@ class BoxHead(nn.Module):
 
 
 class Detector(nn.Module):
-    """YOLOX-Nano with batch norms folded in; parameters stand in the order of the published graph.
+    """YOLOX-Nano with batch norms folded in; parameters have the order of the published graph.
 
-    It stays as it was published: nothing here is trained.
+    Its published weights are not trained.
     """
 
     def __init__(self) -> None:

@@ -13,9 +13,9 @@ from refsam.model.trunk import Conv
 
 @torch.no_grad()
 def load_detector(model: RefSAM, path: str | Path) -> None:
-    """Begin with the weights of `yolox_nano.onnx` (Apache-2.0), whose convolutions stand in the order of `Detector`'s.
+    """Load the weights of `yolox_nano.onnx` (Apache-2.0), whose convolutions have the same order as `Detector`'s.
 
-    Raises CheckpointError where the file cannot be read or is of another network, or the model has no detector.
+    Raises CheckpointError if the file cannot be read or is of another network, or if the model has no detector.
     """
     if model.trunk is None or model.trunk.detector is None:
         raise CheckpointError("detector: the model has none, want image_encoder.detector true")

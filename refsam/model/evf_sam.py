@@ -139,7 +139,7 @@ class EVFSAM(PromptedSAM):
         return self.embed_text(ids, lengths)
 
     def embed_text(self, ids: Tensor, lengths: Tensor) -> TextPrompt:
-        """As `encode_text`, from token ids (P, T) int64, of which the first lengths (P,) of each row are valid."""
+        """As `encode_text`, from token ids (P, T) int64; the first lengths (P,) ids of each row are valid."""
         words = self.beit3.embed_words(ids.to(self.device))
         return TextPrompt(words, words.new_zeros(len(words), self.config.prompt_dim), lengths)
 
@@ -170,7 +170,7 @@ class EVFSAM(PromptedSAM):
         track: Tensor | None,
         track_valid: Tensor | None,
     ) -> Prompts:
-        """BEiT-3's class token as the only sparse prompt; track tokens play no part."""
+        """BEiT-3's class token as the only sparse prompt; track tokens are ignored."""
         assert image.patches is not None
         index = None if len(image.patches) == 1 else image_index
         feature = self.beit3(image.patches, text.words, text.lengths, index)

@@ -113,12 +113,12 @@ class ImageEncoder(nn.Module):
     def forward(self, pixels: Tensor, added: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Normalised pixels (B, 3, H, W) float to the neck's output and the intermediate features.
 
-        added (B, h, w, D) is put to the patches' tokens, None adds nothing.
+        added (B, h, w, D) is added to the patches' tokens, unless it is None.
 
         Returns (B, h, w, C) and, for each global block but the last, its output (B, h, w, D).
-        H and W must be multiples of the patch size; the position tables are interpolated where the grid
-        is not the one they were made for. An encoder that crops takes a rectangle's positions from the
-        square of its longer side, as its upper left part. Raises ValueError for other shapes.
+        H and W must be multiples of the patch size; position tables are interpolated if the grid has another
+        size. An encoder that crops gives a rectangle the upper left positions of the square of its longer
+        side. Raises ValueError for other shapes.
         """
         if (
             pixels.ndim != 4
@@ -156,16 +156,15 @@ class ImageEncoder(nn.Module):
         return table if size == (height, width) else table[:, :height, :width]
 
     def optimize(self, dtype: torch.dtype | None = None, *, release_weights: bool = False) -> Self:
-        """Compute with packed weights from now on, wherever autograd is off; returns the encoder.
+        """Use packed weights whenever autograd is off; returns the encoder.
 
-        dtype: of the matrix products; None means bfloat16 for wide encoders on CPUs that multiply it
-        themselves, else the parameters' own; inside autocast it is autocast's. torch.int8 is for CPUs: weights
-        are rounded to 255 steps per output channel, each token to 255 steps between its extremes; attention
-        is in the dtype that None means. Sums, softmax and norms stay in float32. See
-        `refsam.model.packing`. The parameters and the state dict stay as they are, and changes to them
-        are heeded; unless with torch.int8 release_weights frees the blocks' matrices. Then there is no
-        way back: `deoptimize`, `train`, `state_dict` and autograd raise RuntimeError. Raises ValueError in
-        training mode or for another dtype.
+        dtype of the matrix products: None means bfloat16 for wide encoders on CPUs with bfloat16 instructions,
+        else the parameters' own; autocast overrides both. torch.int8 is for CPUs: weights are rounded to 255 steps
+        per output channel, each token to 255 steps between its extremes; attention has the dtype of None. Sums,
+        softmax and norms stay in float32. See `refsam.model.packing`. Parameters and state dict do not change, and
+        changes to them are noticed. release_weights (with torch.int8 only) frees the blocks' float matrices; after
+        that `deoptimize`, `train`, `state_dict` and autograd raise RuntimeError. Raises ValueError in training mode
+        or for another dtype.
         """
         if self.training:
             raise ValueError("optimize: got an encoder in training mode, wanted eval() before it")

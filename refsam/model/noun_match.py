@@ -8,10 +8,10 @@ from refsam.model.mask_decoder import HeadMLP
 
 
 class NounMatch(nn.Module):
-    """Compares words with what the trunk saw at each place, as a classifier would; the decoder is told the result.
+    """Compares words with the trunk's features at each place, as a classifier would; the decoder gets the result.
 
-    Each word names something, and has a share in what the expression names: "the dog on the left" names a dog. Beside
-    `name_channels` values that it gives freely, a word means each of a detector's `classes` or not.
+    Each word has a name vector and a share in the expression's: in "the dog on the left" the dog counts. A name vector has
+    `name_channels` free values and, for each of a detector's `classes`, the probability that the word means it.
     """
 
     def __init__(self, dim: int, name_channels: int, classes: int = 0) -> None:

@@ -35,10 +35,10 @@ ROWS = 1024
 
 
 class Packing:
-    """Blocks arranged for inference, made anew when weights, device or dtype have changed.
+    """Blocks arranged for inference; arranged again when weights, device or dtype have changed.
 
-    dtype is that of the products; None leaves it to `automatic_dtype`, autocast goes before both but not before
-    torch.int8. arrange makes of a module what computes it in a dtype.
+    dtype is that of the products; None means `automatic_dtype`. Autocast overrides both, but not torch.int8.
+    `arrange(module, dtype)` returns a callable that computes the module in that dtype.
     """
 
     is_frozen = False
@@ -80,7 +80,7 @@ class Packing:
         return made[1]
 
     def freeze(self, modules: Sequence[Any]) -> None:
-        """Arrange the modules in this packing's dtype once and for all: their weights may go."""
+        """Arrange the modules in this packing's dtype permanently: their weights may be freed."""
         if self.dtype is None:
             raise ValueError("dtype: got None, wanted a fixed one")
         self.arranged(modules, self.dtype)

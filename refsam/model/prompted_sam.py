@@ -39,8 +39,8 @@ class Prompts(NamedTuple):
 class PromptedSAM(nn.Module):
     """SAM whose prompts come from expressions.
 
-    A subclass says how: `encode_text`, `prompt` and, where it keeps a memory, `next_track`. Everything that runs a
-    model (sessions, the command line, evaluation, the page) uses this interface only.
+    A subclass implements `encode_text`, `prompt` and, if it has a memory, `next_track`. All users of a
+    model (sessions, command line, evaluation, page) use only this interface.
     """
 
     config: RefSAMConfig | EVFConfig
@@ -70,11 +70,11 @@ class PromptedSAM(nn.Module):
         return object_token
 
     def text_source(self) -> Source | None:
-        """The pretrained text encoder that the model stands on, None where it holds its own."""
+        """The pretrained text encoder that the model needs; None if it contains its own."""
         return None
 
     def forget_text(self) -> None:
-        """Drop what is remembered of expressions."""
+        """Clear the cache of encoded expressions."""
 
     def refine(
         self,
@@ -84,7 +84,7 @@ class PromptedSAM(nn.Module):
         image_index: Tensor,
         match: Tensor | None,
     ) -> Tensor:
-        """Mask logits (P, 4h, 4w) with what the model knows of outlines besides; object_token (P, C), match of `prompt`."""
+        """Refine mask logits (P, 4h, 4w), by default not at all; object_token (P, C), match as `prompt` returned it."""
         return logits
 
     def view(self, frames: Tensor) -> Tensor | None:
@@ -111,11 +111,11 @@ class PromptedSAM(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def optimize(self, dtype: torch.dtype | None = None, *, release_weights: bool = False) -> Self:
-        """Compute with packed weights from now on, wherever autograd is off; returns the model.
+        """Use packed weights whenever autograd is off; returns the model.
 
-        dtype: of the image encoder's matrix products, None for the fastest exact enough; torch.int8 is
-        coarser and faster, on CPUs; release_weights then frees the matrices that it replaces: see
-        `ImageEncoder.optimize`. Done again it changes nothing; `train()` and `deoptimize()` undo it.
+        dtype of the image encoder's matrix products: None for the fastest that is exact enough; torch.int8 is
+        faster and coarser, on CPUs, and release_weights then frees the replaced matrices: see
+        `ImageEncoder.optimize`. A second call changes nothing; `train()` and `deoptimize()` undo it.
         Raises ValueError in training mode.
         """
         if self.training:
@@ -124,7 +124,7 @@ class PromptedSAM(nn.Module):
         return self
 
     def deoptimize(self) -> Self:
-        """Undo `optimize`: results are those from before, bit by bit; returns the model."""
+        """Undo `optimize`: results equal those before it, bit by bit; returns the model."""
         self.image_encoder.deoptimize()
         return self
 

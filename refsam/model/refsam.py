@@ -241,7 +241,7 @@ class RefSAM(
         return self
 
     def optimize(self, dtype: torch.dtype | None = None, *, release_weights: bool = False) -> Self:
-        """As `PromptedSAM.optimize`, the trunk too, which has no int8: it takes its own choice there."""
+        """As `PromptedSAM.optimize`, for the trunk too; with torch.int8 the trunk uses its automatic dtype."""
         super().optimize(dtype, release_weights=release_weights)
         if self.trunk is not None:
             self.trunk.optimize(None if dtype == torch.int8 else dtype)

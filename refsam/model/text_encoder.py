@@ -102,7 +102,7 @@ class TextEncoder(Protocol):
 
 
 def explain_unknown(expression: str, words: Sequence[str]) -> str:
-    """One line without a full stop: which words of an expression are not known, and what is heeded instead."""
+    """One line, without a full stop: which words of an expression are unknown, and that the others are used."""
     named = ", ".join(f"'{word}'" for word in words)
     return (
         f"the model does not know {named} in '{expression}'; it looks for what the other words say"
@@ -110,11 +110,11 @@ def explain_unknown(expression: str, words: Sequence[str]) -> str:
 
 
 class CachedTextEncoder(nn.Module):
-    """Checks expressions and remembers what it encoded.
+    """Checks expressions and caches their encodings.
 
-    A subclass gives `encode(expressions) -> EncodedText` and `weights_key()`. `kept`, if set, is asked for what was encoded
-    before elsewhere, on a disk. The cache is used only where no
-    gradient is wanted, is keyed by the weights' `Fingerprint` and emptied by `load_state_dict`.
+    A subclass implements `encode(expressions) -> EncodedText` and `weights_key()`. `kept`, if set, looks up earlier encodings
+    elsewhere, such as on a disk. The cache is used only without gradients; it is keyed by the weights' `Fingerprint`
+    and emptied by `load_state_dict`.
     """
 
     cache_size = 1024

@@ -1,4 +1,4 @@
-"""The words of a small text encoder that is trained already: more of them, and those that it was not taught."""
+"""The vocabulary of a trained small text encoder: add words, and list words that it was not taught."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -10,13 +10,13 @@ from refsam.config import SmallTextConfig
 from refsam.model.refsam import RefSAM
 from refsam.model.text_encoder import PADDING, UNKNOWN, SmallTextEncoder, word_tokenizer
 
-_NOISE = 0.1  # of a new row, beside the norm of what it begins as: words of one meaning may part in training
+_NOISE = 0.1  # relative to the start's norm: it lets synonyms diverge in training
 
 
 def mark_untaught(model: RefSAM, words: Iterable[str]) -> None:
-    """Have a model say of these words, and no others, that it does not know the things that they name.
+    """Mark exactly these words as unknown to the model: it refuses them, or answers with a note.
 
-    It is kept in the model's configuration. Raises ValueError for a model without a small text encoder.
+    The list is stored in the model's configuration. Raises ValueError for a model without a small text encoder.
     """
     sizes, encoder = model.config.text_encoder, model.text_encoder
     if not (isinstance(sizes, SmallTextConfig) and isinstance(encoder, SmallTextEncoder)):
@@ -33,11 +33,11 @@ def extend_vocabulary(
     words: Iterable[str],
     relatives: Mapping[str, Sequence[str]] | None = None,
 ) -> list[str]:
-    """Teach the encoder that these words exist; returns those that are new, in their order.
+    """Add words to the encoder's vocabulary; returns the new ones, in their order.
 
-    Known words keep their identifiers and their rows, so expressions of known words mean what they meant, bit by bit. A new
-    word's row begins as the mean of the rows of its `relatives`, or else of [UNK], with a little noise drawn from torch's
-    default generator. Optimisers must be built after it.
+    Known words keep their identifiers and embeddings, so expressions of known words give the same bits. A new word's
+    embedding starts as the mean of those of its `relatives`, else as that of [UNK], with a little noise from torch's
+    default generator. Build optimisers afterwards.
     """
     old = encoder.tokenizer.get_vocab()
     new = [word for word in dict.fromkeys(w.lower() for w in words) if word not in old]

@@ -1,4 +1,4 @@
-"""Bytes of a pipe or socket, with a limit on silence, for FFmpeg to read."""
+"""Bytes of a pipe or socket, with a timeout, for FFmpeg to read."""
 
 import os
 import re
@@ -14,21 +14,21 @@ _LOOK = 0.1  # seconds between looks at whether it was closed
 
 
 class Silence(UserError):
-    """Nothing came for as long as reading is patient."""
+    """No byte came before the timeout."""
 
     def __init__(self, name: str, timeout: float) -> None:
         super().__init__(
-            f"{name} sent nothing for {timeout:g} s: --timeout 0 waits for ever, another number as many seconds"
+            f"{name} sent nothing for {timeout:g} s: --timeout 0 waits forever, another number as many seconds"
         )
 
 
 class ByteStream:
-    """A pipe, a socket or standard input as a file that can only be read on.
+    """A pipe, a socket or standard input as a file that can only be read forwards.
 
     Args:
         descriptor: of an open file; closed with the stream.
         name: for messages.
-        timeout: seconds of silence that end it; 0 for none.
+        timeout: seconds without a byte after which reading fails; 0 waits forever.
     """
 
     def __init__(self, descriptor: int, name: str, timeout: float) -> None:
@@ -55,14 +55,14 @@ class ByteStream:
         return b""
 
     def close(self) -> None:
-        """Wake whoever reads; nothing comes afterwards."""
+        """Wake the reader; it gets no more bytes."""
         if not self._closed:
             self._closed = True
             os.close(self._descriptor)
 
 
 def open_stream(path: str, timeout: float) -> ByteStream | None:
-    """Open a path that is a pipe, a socket or standard input (``-``); None for files that can be read anywhere.
+    """Open a path that is a pipe, a socket or standard input (``-``); None for seekable files.
 
     Raises OSError: it cannot be opened.
     """

@@ -26,9 +26,9 @@ _FONT_FOLDERS = {
 
 
 def caption(text: str, score: float, visible: bool, number: int = 0) -> str:
-    """A caption of one expression in one frame: its text and score (0..1), or that its object is not in view.
+    """The caption of one expression in one frame: its text and score (0..1), or that its object is not in view.
 
-    White space of any kind becomes one space. Where no font has its letters, the expression is called by its number.
+    Any white space becomes one space. If no font has its letters, the expression's number is shown.
     """
     text = _printable(text, number)
     return f"{text}   {score:.2f}" if visible else f"{text}   not in view"
@@ -37,7 +37,7 @@ def caption(text: str, score: float, visible: bool, number: int = 0) -> str:
 def draw_captions(
     canvas: np.ndarray, captions: Sequence[str], colours: Iterable[Colour], visible: Sequence[bool]
 ) -> None:
-    """List captions at the top left of ``(H, W, 3)`` uint8, as many as there is room for; dimmed where nothing is visible."""
+    """Draw as many captions as fit at the top left of ``(H, W, 3)`` uint8; those of invisible objects are dimmed."""
     height, width = canvas.shape[:2]
     size = max(10, round(min(height, width) / 28))
     margin = size // 2

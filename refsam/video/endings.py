@@ -1,6 +1,6 @@
-"""Whether a file ends before its own structure says it does: FFmpeg takes a cut for the end.
+"""Tells whether a file was truncated, which FFmpeg takes for its end.
 
-Each container is walked over by its own sizes; nothing is decoded, and nothing is concluded from durations.
+The sizes in the container's own structure decide; nothing is decoded, and durations are not used.
 """
 
 import struct
@@ -18,7 +18,7 @@ _BOXES = frozenset(
 
 
 def is_cut_off(path: str, container: str) -> bool:
-    """Whether the file was truncated, as far as its container lets one know.
+    """Whether the file is shorter than its container says; False if the container states no size.
 
     Args:
         path: a regular file.
@@ -84,7 +84,7 @@ def _riff(file: BinaryIO, size: int) -> bool:
 
 
 def _gif(file: BinaryIO, size: int) -> bool:
-    """Blocks up to the trailer; whatever follows it does not count."""
+    """Blocks up to the trailer; bytes after it do not count."""
     file.seek(10)
     _skip_colours(file)
     file.seek(2, 1)

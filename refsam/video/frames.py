@@ -53,7 +53,7 @@ class ReadOptions:
         stride: take every n-th of them.
         max_frames: read at most this many.
         after: number of the last frame of an earlier run; reading starts after it.
-        timeout: seconds without a byte after which a stream is given up; 0 waits for ever, as cameras always do.
+        timeout: seconds without a byte after which a stream is given up; 0 waits forever, as cameras always do.
         max_pixels: largest frame in pixels; None: the decoder's limit.
         skip_bad_frames: continue after a frame that cannot be decoded, and list it in ``skipped``.
     """
@@ -101,7 +101,7 @@ EVERYTHING = ReadOptions()
 
 
 class Choice:
-    """Says of one frame after the other whether it is wanted."""
+    """Decides frame by frame which ones the options select."""
 
     def __init__(self, options: ReadOptions) -> None:
         self._options = options
@@ -109,14 +109,14 @@ class Choice:
         self.taken = 0
 
     def has_ended(self, time: float = 0.0) -> bool:
-        """Whether neither a frame of that time nor a later one is wanted."""
+        """Whether no frame of that time or later is wanted."""
         options = self._options
         if options.max_frames is not None and self.taken >= options.max_frames:
             return True
         return options.end is not None and time >= options.end
 
     def takes(self, index: int, time: float) -> bool:
-        """Whether the next frame, of that number and time, is wanted; one that an earlier run did counts as taken."""
+        """Whether the next frame, with that number and time, is wanted; frames of an earlier run count as taken."""
         if time < self._options.start:
             return False
         self._in_range += 1
@@ -177,6 +177,6 @@ def source_facts(source: FrameSource) -> dict[str, Any]:
 
 
 def reason(error: BaseException) -> str:
-    """An error in words, FFmpeg's without the location, which the message names already."""
+    """An error's text; FFmpeg's without the location, which the message already names."""
     words = getattr(error, "strerror", None) or str(error)
     return str(words) or type(error).__name__

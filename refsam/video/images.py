@@ -92,9 +92,7 @@ class AnimationSource(FrameSource):
                         opened.seek(page)
                         opened.load()  # only then its duration is known
                         image = _pixels(opened, self._path, self._options) if is_wanted else None
-                except (
-                    UserError
-                ) as error:  # later pictures build on it, so there is nothing to go on with
+                except UserError as error:  # later pictures build on it, so reading cannot continue
                     if choice.taken <= 1:
                         raise
                     raise FrameDecodeError(f"frame {index}: {error}") from error
@@ -168,7 +166,7 @@ def _is_reduced(opened: Image.Image, page: int) -> bool:
 
 
 def _duration(opened: Image.Image) -> Fraction:
-    """Seconds that a loaded picture is shown: a tenth, as browsers have it, where an animation says 0."""
+    """Seconds that a loaded picture is shown; 0 in an animation means a tenth of a second, as in browsers."""
     if opened.format == "TIFF":
         return 1 / IMAGE_FPS
     return Fraction(opened.info.get("duration") or 100) / 1000

@@ -26,13 +26,13 @@ class MaskFormat(Protocol):
         """Keep masks ``(E, H, W)`` bool of a frame ``(H, W, 3)`` uint8 and its number."""
 
     def take_back(self, index: int) -> None:
-        """Remove what there is of a frame that could not be written whole."""
+        """Remove the files of a frame that could not be written completely."""
 
     def take_over(self, earlier: Path) -> None:
-        """Begin with what an earlier run kept in its folder, if it does not stay there as it is."""
+        """Take over the masks of an earlier run, unless its files stay where they are."""
 
     def finish(self, report: dict[str, Any]) -> None:
-        """Write what can be written at the end only, from what ``result.json`` will say."""
+        """Write the files that are only complete at the end; `report` is the content of ``result.json``."""
 
 
 def mask_format(name: str, folder: Path, expressions: int) -> MaskFormat:
@@ -62,7 +62,7 @@ def check_formats(formats: Sequence[str], expressions: int) -> None:
 
 
 def files_of(report: dict[str, Any], first: int | None = None) -> Iterator[str]:
-    """Names of the files that a run with this ``result.json`` wrote for its masks, or for its first so many frames."""
+    """Names of the mask files that a run with this ``result.json`` wrote, or those of its `first` frames."""
     frames = report.get("frame_numbers") or range(report["frames"])
     last = frames[-1] if frames else 0
     for name in report.get("formats", ["png"]):
@@ -74,7 +74,7 @@ def files_of(report: dict[str, Any], first: int | None = None) -> Iterator[str]:
 
 
 def picture_names(name: str, frame: int, last: int, expressions: int) -> list[str]:
-    """The files of one frame: zeros fill numbers up so that they sort, to five digits for frames and two for expressions."""
+    """The files of one frame; numbers are zero-padded so that they sort: five digits for frames, two for expressions."""
     file = f"{frame:0{max(5, len(str(last)))}d}.png"
     if name == "palette":
         return [f"palette/{file}"]

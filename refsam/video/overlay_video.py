@@ -58,7 +58,7 @@ class OverlayVideo:
         return None if self._sound is None else self._sound.problem
 
     def go_on(self, earlier: Path, first_time: float) -> None:
-        """Begin with the frames of an overlay that an earlier run left, whose first one had that time in the source."""
+        """Start with the frames of an earlier run's overlay; `first_time` is the time of its first frame in the source."""
         with av.open(f"file:{earlier}") as old:
             stream = old.streams.video[0]
             aspect = stream.sample_aspect_ratio or Fraction(1)
@@ -86,7 +86,7 @@ class OverlayVideo:
             self._mux(packet)
 
     def close(self) -> None:
-        """Write what the encoder has kept, and the index."""
+        """Flush the encoder and write the index."""
         if self._container is None:
             return
         for packet in self._stream.encode(None):
@@ -97,7 +97,7 @@ class OverlayVideo:
         self._container.close()
 
     def abandon(self) -> None:
-        """Close without caring for the content, which is about to be removed."""
+        """Close and ignore errors: the content will be removed."""
         try:
             self.close()
         except (OSError, av.FFmpegError):  # the full disk that made us give up

@@ -1,7 +1,7 @@
-"""The folder of a run: written under a hidden name of its own, locked, and put in place at once or not at all.
+"""The folder of a run: locked, written under a hidden name, and then moved into place completely or not at all.
 
-Only files that an earlier run recorded in its ``result.json`` are ever replaced or removed; everything else in the folder
-is its owner's.
+Only files that an earlier run recorded in its ``result.json`` are ever replaced or removed; all other files in the folder
+belong to the user.
 """
 
 import json
@@ -65,7 +65,7 @@ class RunFolder:
         self.is_open = True
 
     def commit(self, moved: dict[str, str] | None = None) -> None:
-        """Put everything in place. From the first step on a later run would finish it, should this process be killed.
+        """Move everything into place. If this process is killed meanwhile, a later run finishes it.
 
         Args:
             moved: files of the earlier run and their new names.
@@ -83,7 +83,7 @@ class RunFolder:
         self._let_go()
 
     def discard(self) -> None:
-        """Remove what was written, and the folders that were made for it."""
+        """Remove the written files and the folders that were made for them."""
         self.is_open = False
         shutil.rmtree(self.staging, ignore_errors=True)
         self._let_go()
@@ -169,7 +169,7 @@ def tidy(out: Path) -> None:
 
 
 def recover(out: Path) -> None:
-    """Finish what a killed run had begun to put in place, and remove what others left unfinished.
+    """Finish moving the results of a killed run into place, and remove the unfinished files of others.
 
     The caller holds the folder's lock, or knows that nobody writes there.
     """
@@ -182,7 +182,7 @@ def recover(out: Path) -> None:
 
 
 def _carry_out(staging: Path, out: Path) -> None:
-    """Take away the old and put the new in place; either half may be done again from any point where it was stopped."""
+    """Remove old files, then move new ones into place; after an interruption either half can be repeated."""
     if (staging / _COMMIT).exists():
         plan = json.loads((staging / _COMMIT).read_text())
         for name in plan["remove"]:

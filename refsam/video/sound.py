@@ -1,4 +1,4 @@
-"""The sound of a source, copied beside the overlay's frames; encoded anew only where MP4 does not take it as it is."""
+"""The sound of a source, copied into the overlay; it is encoded again only if MP4 cannot hold its codec."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,14 +11,14 @@ _IN_MP4 = frozenset({"aac", "mp3", "ac3", "eac3", "opus", "flac", "alac"})
 
 
 class SoundTrack:
-    """Sound from a moment of a file on, in the container of another video.
+    """The sound of a file, starting at `begin`, copied into the container of another video.
 
-    It is never worth losing masks: whatever goes wrong ends the sound, and `problem` says so.
+    An error ends the sound and sets `problem`; it never ends the run.
 
     Args:
         path: the file.
-        begin: seconds in it that are to be 0.
-        container: where it goes, before anything was written there.
+        begin: the time in the file, in seconds, that becomes 0.
+        container: the output container, before anything was written to it.
     """
 
     def __init__(self, path: str, begin: float, container: Any) -> None:
@@ -39,7 +39,7 @@ class SoundTrack:
             self._give_up(error)
 
     def copy_until(self, seconds: float) -> None:
-        """Write what sounds before that moment of the new video and was not written yet."""
+        """Write the sound up to that time of the new video."""
         while self.problem is None:
             try:
                 self._next = self._next or next(self._packets, None)

@@ -34,9 +34,7 @@ _DEFAULT_STREAM = 5_000_000  # pixels that this mark is worth, in ffmpeg's own c
 _NO_PICTURES = frozenset({"ansi", "bintext", "xbin", "idf"})
 # Their packets are whole unless the file ends within one; broadcasts may lose parts of any.
 _WHOLE = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "avi", "matroska,webm", "flv", "asf", "nut"})
-_PARTS = frozenset(
-    {"gif", "flv"}
-)  # their last packet may be less than it should be, without a word
+_PARTS = frozenset({"gif", "flv"})  # their last packet may be incomplete without being marked
 _TELLS_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders leave it out
 
 
@@ -47,8 +45,8 @@ class VideoSource(FrameSource):
         location: path, URL, or a stream of bytes.
         container_format: FFmpeg's name of the input format; None finds it out.
         name: what messages and results call it; the location by default.
-        options: which frames are wanted, and how patient reading is.
-        is_live: a camera: silence does not matter.
+        options: range of frames, and the timeout.
+        is_live: a camera, for which there is no timeout.
 
     Raises:
         UserError: not a video, unreadable, silent, or without a picture stream that can be decoded.
@@ -97,7 +95,7 @@ class VideoSource(FrameSource):
         return _in_thread(lambda: av.open(self._location, **settings))
 
     def _best_stream(self) -> Any:
-        """The largest that can be decoded, with something on top for the one marked as default, as ffmpeg chooses."""
+        """The largest stream that can be decoded, with a bonus for the default one, as in ffmpeg."""
         usable, others = [], []
         for stream in self._container.streams.video:
             if stream.disposition & av.stream.Disposition.attached_pic:
@@ -208,7 +206,7 @@ class VideoSource(FrameSource):
             raise self._decode_error(index, "the file ends there")
 
     def _decoded(self) -> Iterator[tuple[av.VideoFrame | None, str | None]]:
-        """Pictures as they come, or what the decoder says where one does not."""
+        """Decoded pictures, or the decoder's error in place of one."""
         for packet in self._packets():
             try:
                 decoded = self._do(lambda: self._decoder.decode(packet))  # noqa: B023
@@ -221,7 +219,7 @@ class VideoSource(FrameSource):
                 yield picture, None
 
     def _packets(self) -> Iterator[av.Packet]:
-        """The stream's packets, then an empty one; of a file that was cut off those before the cut."""
+        """The stream's packets, then an empty one; of a truncated file the packets before the cut."""
         self._reached, self._count = 0, 0
         packets = self._container.demux(self._stream)
         held: av.Packet | None = None
@@ -235,19 +233,19 @@ class VideoSource(FrameSource):
             if not self._is_file:
                 yield packet
                 continue
-            # The last one may be a part that nobody has marked, which is known at the end only.
+            # The last packet may be incomplete without a mark; this is known only at the end.
             if held is not None:
                 yield held
             held = packet
         self._is_cut = self._is_cut or self._ends_early()
         if held is not None and not (self._is_cut and self._container.format.name in _PARTS):
             yield held
-        last = av.Packet()  # empty: the decoder is to give what it has kept
+        last = av.Packet()  # empty: it flushes the decoder
         last.time_base = self.time_base
         yield last
 
     def _do(self, step: Callable[[], Any]) -> Any:
-        """One step of FFmpeg's, during which nobody may close the container."""
+        """Run one step of FFmpeg, during which no thread may close the container."""
         with self._busy:
             return None if self._is_closed else step()
 
@@ -274,7 +272,7 @@ class VideoSource(FrameSource):
         return float(1 / self.fps)
 
     def close(self) -> None:
-        """Close the file or device, unless a thread waits for it that cannot be woken: then it stays open as long."""
+        """Close the file or device, unless a thread that cannot be woken still waits for it."""
         if isinstance(self._location, ByteStream):
             self._location.close()
         patience = _PATIENCE_WITH_FILES if self._is_file else _PATIENCE
@@ -323,7 +321,7 @@ def _rank(stream: Any) -> tuple[int, int]:
 
 
 def _in_thread(call: Callable[[], Any]) -> Any:
-    """Run a call that may block for ever in another thread, so that Ctrl-C still works here."""
+    """Run a call that may block forever in another thread, so that Ctrl-C still works here."""
     answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
 
     def work() -> None:

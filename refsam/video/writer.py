@@ -115,7 +115,7 @@ class ResultWriter:
         return len(self._times)
 
     def write(self, frame: Frame, masks: np.ndarray, scores: np.ndarray, state: Any = None) -> None:
-        """Queue one frame; waits where writing is slower than segmenting.
+        """Queue one frame; waits if writing is slower than segmenting.
 
         Args:
             frame: the source's frame.
@@ -124,7 +124,7 @@ class ResultWriter:
             state: the session's state after the frame; the last one is kept for a run that resumes.
 
         Raises:
-            DiskFullError: no more can be written; `finish` keeps what was.
+            DiskFullError: the disk is full; `finish` keeps the frames before.
         """
         while self._error is None:
             try:
@@ -134,9 +134,9 @@ class ResultWriter:
         raise self._error
 
     def finish(self, *, pack: Callable[[Any], bytes] | None = None, **facts: Any) -> Path:
-        """Write what is queued, close the video, write ``result.json`` with ``facts`` and put all in place.
+        """Write queued frames, close the video, write ``result.json`` with ``facts`` and move everything into place.
 
-        Signals that would end the process wait until that is done.
+        Signals that would end the process are postponed until that is done.
 
         Args:
             pack: makes bytes of the last frame's state, for a run that is not complete.
@@ -146,7 +146,7 @@ class ResultWriter:
             The output folder.
 
         Raises:
-            DiskFullError: after what could be written was put in place.
+            DiskFullError: the disk was full; the frames before it are in place.
         """
         with postponed():
             self._stop()
@@ -249,7 +249,7 @@ class ResultWriter:
         self._state = state
 
     def _reserve(self, size: int) -> None:
-        """Keep so many bytes free for the end of the run, in steps; 0 gives all of them back."""
+        """Reserve this many bytes for the end of the run, in steps; 0 releases all of them."""
         path = self._folder.staging / "reserve"
         if not size:
             path.unlink(missing_ok=True)
@@ -285,7 +285,7 @@ class ResultWriter:
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """Turn what the operating system says about a full or vanished disk into one line."""
+        """Turn the operating system's errors about a full or vanished disk into one line."""
         try:
             yield
         except (OSError, av.FFmpegError) as error:
