@@ -234,7 +234,7 @@ def load_model(
     precision = choose_dtype(dtype, device)
     model = choice.load().to(device)
     choose_threads(model.device, model.config.image_encoder.multiplications)
-    return model.optimize(choose_encoder_dtype(dtype)), precision
+    return model.optimize(choose_encoder_dtype(dtype), fixed_weights=True), precision
 
 
 def make_graphs(model: "PromptedSAM") -> "FrameGraphs":

@@ -224,10 +224,10 @@ class BEiT3(nn.Module):
             return [(layer.branch("A"), layer.branch("B")) for layer in layers]
         return self.packing.arranged(layers, self.packing.dtype_of(self.text_embed.weight))
 
-    def optimize(self, dtype: torch.dtype | None = None) -> Self:
-        """Compute with packed weights wherever autograd is off; dtype as for `ImageEncoder.optimize`."""
-        if self.packing is None or self.packing.dtype != dtype:
-            self.packing = Packing(dtype, _pack_layer)
+    def optimize(self, dtype: torch.dtype | None = None, *, fixed_weights: bool = False) -> Self:
+        """Compute with packed weights wherever autograd is off; both as for `ImageEncoder.optimize`."""
+        if self.packing is None or not self.packing.matches(dtype, fixed_weights):
+            self.packing = Packing(dtype, _pack_layer, fixed_weights)
         return self
 
     def deoptimize(self) -> Self:

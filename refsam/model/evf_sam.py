@@ -95,10 +95,17 @@ class EVFSAM(PromptedSAM):
         text = self.tokenizer.to_str() if self.tokenizer is not None else None
         return Checkpoint(self.config, self.state_dict(), "evf", text, dict(self.sources))
 
-    def optimize(self, dtype: torch.dtype | None = None, *, release_weights: bool = False) -> Self:
+    def optimize(
+        self,
+        dtype: torch.dtype | None = None,
+        *,
+        release_weights: bool = False,
+        fixed_weights: bool = False,
+    ) -> Self:
         """As `PromptedSAM.optimize`; BEiT-3's linear layers are packed as well, without int8."""
-        super().optimize(dtype, release_weights=release_weights)
-        self.beit3.optimize(None if dtype == torch.int8 else dtype)
+        super().optimize(dtype, release_weights=release_weights, fixed_weights=fixed_weights)
+        own = None if dtype == torch.int8 else dtype
+        self.beit3.optimize(own, fixed_weights=fixed_weights)
         return self
 
     def deoptimize(self) -> Self:

@@ -155,14 +155,21 @@ class ImageEncoder(nn.Module):
             table = resized.permute(0, 2, 3, 1).to(table.dtype)
         return table if size == (height, width) else table[:, :height, :width]
 
-    def optimize(self, dtype: torch.dtype | None = None, *, release_weights: bool = False) -> Self:
+    def optimize(
+        self,
+        dtype: torch.dtype | None = None,
+        *,
+        release_weights: bool = False,
+        fixed_weights: bool = False,
+    ) -> Self:
         """Use packed weights whenever autograd is off; returns the encoder.
 
         dtype of the matrix products: None means bfloat16 for wide encoders on CPUs with bfloat16 instructions,
         else the parameters' own; autocast overrides both. torch.int8 is for CPUs: weights are rounded to 255 steps
         per output channel, each token to 255 steps between its extremes; attention has the dtype of None. Sums,
         softmax and norms stay in float32. See `refsam.model.packing`. Parameters and state dict do not change, and
-        changes to them are noticed. release_weights (with torch.int8 only) frees the blocks' float matrices; after
+        changes to them are noticed, unless the caller promises fixed_weights, which saves the time of looking for
+        them at each call. release_weights (with torch.int8 only) frees the blocks' float matrices; after
         that `deoptimize`, `train`, `state_dict` and autograd raise RuntimeError. Raises ValueError in training mode
         or for another dtype.
         """
@@ -174,11 +181,11 @@ class ImageEncoder(nn.Module):
             )
         if release_weights and dtype != torch.int8:
             raise ValueError(f"release_weights: got True with dtype {dtype}, wanted torch.int8")
-        if self.packing is None or self.packing.dtype != dtype:
-            self._refuse_if_released("optimize with another dtype")
+        if self.packing is None or not self.packing.matches(dtype, fixed_weights):
+            self._refuse_if_released("optimize in another way")
             if dtype == torch.int8:
                 check_int8([*self.parameters()])
-            self.packing = Packing(dtype, _arrange)
+            self.packing = Packing(dtype, _arrange, fixed_weights)
         if release_weights and not self.packing.is_frozen:
             self.packing.freeze([self.patch_embed, *self.blocks, self.neck])
             self._release()

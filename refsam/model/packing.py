@@ -38,15 +38,19 @@ class Packing:
     """Blocks arranged for inference; arranged again when weights, device or dtype have changed.
 
     dtype is that of the products; None means `automatic_dtype`. Autocast overrides both, but not torch.int8.
-    `arrange(module, dtype)` returns a callable that computes the module in that dtype.
+    `arrange(module, dtype)` returns a callable that computes the module in that dtype. With fixed_weights changes of
+    weights are not looked for.
     """
 
     is_frozen = False
 
     def __init__(
-        self, dtype: torch.dtype | None, arrange: Callable[[Any, torch.dtype], Any]
+        self,
+        dtype: torch.dtype | None,
+        arrange: Callable[[Any, torch.dtype], Any],
+        fixed_weights: bool = False,
     ) -> None:
-        self.dtype = dtype
+        self.dtype, self.fixed_weights = dtype, fixed_weights
         self._arrange = arrange
         self._fingerprint = Fingerprint()
         self._made: tuple[Hashable, list[Any]] | None = None
@@ -64,20 +68,23 @@ class Packing:
         """The functions that compute the modules with products in this dtype; see `run_block` for the ViT's blocks."""
         if self.is_frozen and self._made is not None:
             return self._made[1]
-        parameters = (parameter for module in modules for parameter in module.parameters())
-        key = (dtype, self._fingerprint(parameters))
+        key = (dtype, None if self.fixed_weights else self._fingerprint(_weights(modules)))
         made = self._made
         if made is None or made[0] != key:
             # Tensors made in inference mode could not be used outside it.
             with torch.inference_mode(False), torch.no_grad():
                 made = key, [self._arrange(module, dtype) for module in modules]
-            weights = [parameter for module in modules for parameter in module.parameters()]
+            weights = _weights(modules)
             # Within a CUDA graph's capture they lie in the graph's memory, which is nobody else's.
             if weights and is_capturing(weights[0]):
                 return made[1]
             settle(weights)
             self._made = made
         return made[1]
+
+    def matches(self, dtype: torch.dtype | None, fixed_weights: bool) -> bool:
+        """Whether it was made with these."""
+        return (self.dtype, self.fixed_weights) == (dtype, fixed_weights)
 
     def freeze(self, modules: Sequence[Any]) -> None:
         """Arrange the modules in this packing's dtype permanently: their weights may be freed."""
@@ -88,9 +95,12 @@ class Packing:
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles leave the blocks behind, unless frozen: tensors in oneDNN's layout have no storage."""
-        kept = {"dtype": self.dtype, "_arrange": self._arrange, "is_frozen": self.is_frozen}
         made = self._made if self.is_frozen else None
-        return {**kept, "_fingerprint": Fingerprint(), "_made": made}
+        return {**self.__dict__, "_fingerprint": Fingerprint(), "_made": made}
+
+
+def _weights(modules: Sequence[Any]) -> list[Tensor]:
+    return [parameter for module in modules for parameter in module.parameters()]
 
 
 def automatic_dtype(weight: Tensor) -> torch.dtype:

@@ -110,17 +110,26 @@ class PromptedSAM(nn.Module):
         for name, values in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
-    def optimize(self, dtype: torch.dtype | None = None, *, release_weights: bool = False) -> Self:
+    def optimize(
+        self,
+        dtype: torch.dtype | None = None,
+        *,
+        release_weights: bool = False,
+        fixed_weights: bool = False,
+    ) -> Self:
         """Use packed weights whenever autograd is off; returns the model.
 
         dtype of the image encoder's matrix products: None for the fastest that is exact enough; torch.int8 is
         faster and coarser, on CPUs, and release_weights then frees the replaced matrices: see
-        `ImageEncoder.optimize`. A second call changes nothing; `train()` and `deoptimize()` undo it.
+        `ImageEncoder.optimize`. fixed_weights: no weight will change, so that no time is spent on looking for
+        changes at each frame. A second call changes nothing; `train()` and `deoptimize()` undo it.
         Raises ValueError in training mode.
         """
         if self.training:
             raise ValueError("optimize: got a model in training mode, wanted eval() before it")
-        self.image_encoder.optimize(dtype, release_weights=release_weights)
+        self.image_encoder.optimize(
+            dtype, release_weights=release_weights, fixed_weights=fixed_weights
+        )
         return self
 
     def deoptimize(self) -> Self:
@@ -132,6 +141,12 @@ class PromptedSAM(nn.Module):
     def is_optimized(self) -> bool:
         """Whether `optimize` was called and not undone."""
         return self.image_encoder.packing is not None
+
+    @property
+    def has_fixed_weights(self) -> bool:
+        """Whether `optimize` was told that no weight will change."""
+        packing = self.image_encoder.packing
+        return packing is not None and packing.fixed_weights
 
     def preprocess(self, frames: Tensor, image_size: int | None = None) -> tuple[Tensor, FrameSize]:
         """Frames (B, H, W, 3) uint8 RGB to normalised pixels (B, 3, S, S) and their sizes.

@@ -240,11 +240,18 @@ class RefSAM(
             module.training = False
         return self
 
-    def optimize(self, dtype: torch.dtype | None = None, *, release_weights: bool = False) -> Self:
+    def optimize(
+        self,
+        dtype: torch.dtype | None = None,
+        *,
+        release_weights: bool = False,
+        fixed_weights: bool = False,
+    ) -> Self:
         """As `PromptedSAM.optimize`, for the trunk too; with torch.int8 the trunk uses its automatic dtype."""
-        super().optimize(dtype, release_weights=release_weights)
+        super().optimize(dtype, release_weights=release_weights, fixed_weights=fixed_weights)
         if self.trunk is not None:
-            self.trunk.optimize(None if dtype == torch.int8 else dtype)
+            own = None if dtype == torch.int8 else dtype
+            self.trunk.optimize(own, fixed_weights=fixed_weights)
         return self
 
     def deoptimize(self) -> Self:

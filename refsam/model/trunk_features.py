@@ -84,10 +84,10 @@ class TrunkFeatures(nn.Module):
             output = packed(pixels.to(dtype, memory_format=torch.channels_last))
         return TrunkOutput(*(map_.to(pixels.dtype) for map_ in output))
 
-    def optimize(self, dtype: torch.dtype | None = None) -> Self:
-        """Compute with a copy of the weights in this dtype wherever autograd is off; None as for `ImageEncoder.optimize`."""
-        if self.packing is None or self.packing.dtype != dtype:
-            self.packing = Packing(dtype, _arrange)
+    def optimize(self, dtype: torch.dtype | None = None, *, fixed_weights: bool = False) -> Self:
+        """Compute with a copy of the weights in this dtype wherever autograd is off; both as for `ImageEncoder.optimize`."""
+        if self.packing is None or not self.packing.matches(dtype, fixed_weights):
+            self.packing = Packing(dtype, _arrange, fixed_weights)
         return self
 
     def deoptimize(self) -> Self:

@@ -108,6 +108,7 @@ class VideoSession:
         self._runner = model if graphs is None else graphs
         self._least_logit = math.log(threshold / (1 - threshold))
         self._expressions = list(expressions)
+        self._text: TextPrompt | None = None  # of all expressions, where weights are fixed
         self._unknown = list(self._encode(self._expressions).unknown) if expressions else []
         self._track: Tensor | None = None  # (E, C); None before the first frame
         self._has_track = [False] * len(self._expressions)
@@ -151,6 +152,7 @@ class VideoSession:
             UserError: as in the constructor; the session then stays unchanged.
         """
         self._unknown += self._encode([expression]).unknown
+        self._text = None
         self._expressions.append(expression)
         self._has_track.append(False)
         if self._track is not None:
@@ -167,6 +169,7 @@ class VideoSession:
             raise ValueError(f"index: got {index}, want 0..{len(self._expressions) - 1}")
         for per_expression in (self._expressions, self._unknown, self._has_track):
             del per_expression[index]
+        self._text = None
         if self._track is not None:
             self._track = torch.cat([self._track[:index], self._track[index + 1 :]])
         if not self._expressions:
@@ -200,6 +203,14 @@ class VideoSession:
     def _encode(self, expressions: list[str]) -> "TextPrompt":
         with torch.no_grad():
             return self.model.encode_text(expressions)
+
+    def _prompts(self) -> "TextPrompt":
+        """The expressions as prompts, never of older weights."""
+        if not self.model.has_fixed_weights:
+            return self._encode(self._expressions)
+        if self._text is None:
+            self._text = self._encode(self._expressions)
+        return self._text
 
     def _remember(self, track: Tensor) -> None:
         """Keep the track tokens (E, C) for the next frame."""
@@ -324,7 +335,7 @@ def _decode(
 ) -> list[FrameLogits]:
     """Decode one frame of each session: row `rows[i]` of the image belongs to session i."""
     counts = [len(session.expressions) for session in sessions]
-    texts = [s._encode(s._expressions) for s in sessions]  # cached, never of older weights
+    texts = [session._prompts() for session in sessions]
     text = texts[0] if len(texts) == 1 else texts[0].cat(texts)
     track, valid = _tracks(sessions)
     index = None

@@ -110,6 +110,16 @@ def test_weights_changed_behind_the_count_of_versions(
     assert_close(run(encoder), run(other), TOLERANCES[torch.float32])
 
 
+def test_nobody_looks_at_fixed_weights(encoder: ImageEncoder) -> None:
+    wanted = run(encoder.optimize(torch.float32))
+    encoder.optimize(torch.float32, fixed_weights=True)
+    assert all(map(torch.equal, run(encoder), wanted))
+    with torch.no_grad():
+        encoder.blocks[1].mlp.lin2.weight.mul_(2)
+    assert all(map(torch.equal, run(encoder), wanted)), "the packed copy was made anew"
+    assert not torch.equal(run(encoder.optimize(torch.float32))[0], wanted[0])
+
+
 def test_autocast_goes_before_the_dtype(encoder: ImageEncoder, kind: str) -> None:
     wanted = run(encoder.optimize(torch.bfloat16))
     encoder.optimize(torch.float32)
@@ -225,6 +235,21 @@ def test_a_session_packs_unless_told_otherwise() -> None:
     assert (plain.is_optimized, packed.is_optimized) == (False, True)
     assert told.image_encoder.product_dtype == torch.bfloat16
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_a_session_with_fixed_weights_makes_prompts_once() -> None:
+    fixed, other = tiny_model().optimize(torch.float32, fixed_weights=True), tiny_model()
+    assert fixed.has_fixed_weights and not other.optimize(torch.float32).has_fixed_weights
+    sessions = [VideoSession(model, ["the red cup"]) for model in (fixed, other)]
+    with mock.patch.object(fixed, "encode_text", wraps=fixed.encode_text) as encode_text:
+        for change in (None, lambda s: s.add("the dog"), lambda s: s.remove(0)):
+            calls = encode_text.call_count
+            for session in sessions if change else ():
+                change(session)
+            for _ in range(3):
+                found, wanted = (session.step(frame()).logits for session in sessions)
+                assert torch.equal(found, wanted)
+            assert encode_text.call_count <= calls + 2  # a sentence that is new, and all of them
 
 
 def test_the_whole_model_round_trip() -> None:
