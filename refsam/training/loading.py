@@ -1,8 +1,13 @@
 """Batches on their way from the processes that draw them: through pipes, since shared memory is 64 MB in a container."""
 
 import errno
-from collections.abc import Callable, Iterator
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
+from multiprocessing.synchronize import Event
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -47,17 +52,8 @@ def draw(stream: Dataset[Batch], order: range, workers: int, pin: bool) -> Itera
     `pin`: in memory that a GPU copies from beside its work. Raises UserError where the processes cannot be made or one of them is
     killed.
     """
-    loader: DataLoader[Any] = DataLoader(
-        PipedStream(stream) if workers else stream,
-        batch_size=None,
-        sampler=order,
-        num_workers=workers,
-        worker_init_fn=_begin_worker,
-        pin_memory=pin and workers > 0,
-    )
     try:
-        for batch in loader:
-            yield batch.unpacked() if isinstance(batch, Piped) else batch
+        yield from _drawn(stream, order, workers, pin)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -72,6 +68,26 @@ def draw(stream: Dataset[Batch], order: range, workers: int, pin: bool) -> Itera
         ) from error
 
 
+def _drawn(
+    stream: Dataset[Batch], order: range, workers: int, pin: bool
+) -> Generator[Batch, None, None]:
+    has_ended = multiprocessing.Event() if workers else None
+    loader: DataLoader[Any] = DataLoader(
+        PipedStream(stream) if workers else stream,
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        worker_init_fn=partial(_begin_worker, has_ended),
+        pin_memory=pin and workers > 0,
+    )
+    try:
+        for batch in loader:
+            yield batch.unpacked() if isinstance(batch, Piped) else batch
+    finally:
+        if has_ended is not None:
+            has_ended.set()
+
+
 def _map(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     """A dataclass with every field of a kind changed, also in dataclasses that it holds; other values stay."""
     if isinstance(value, kind):
@@ -84,6 +100,13 @@ def _map(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     return replace(value, **different) if different else value
 
 
-def _begin_worker(_: int) -> None:
+def _begin_worker(has_ended: Event | None, _: int) -> None:
+    """A signal to the whole group leaves the worker at work; once nobody wants its batches, SIGTERM ends it in mid-read."""
+
+    def end(*_: object) -> None:
+        if has_ended is not None and has_ended.is_set():
+            os._exit(1)
+
     torch.set_num_threads(1)
     ignore_stop_signals()
+    signal.signal(signal.SIGTERM, end)
