@@ -26,6 +26,9 @@ FUNCTION_WORDS = frozenset(
 )
 """Words that name nothing: an expression in which no other word is known cannot be understood."""
 
+_PREPOSITIONS = frozenset("of on in at to by for from with near behind beside above below".split())
+_DETERMINERS = frozenset("the a an that this these those all every each any".split())
+
 DEFAULT_WORDS = tuple(
     "the a an of on in at to by with and that is "
     "red green blue yellow orange purple pink brown black white grey gray cyan magenta "
@@ -220,6 +223,20 @@ def word_tokenizer(words: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
+def place_behind(words: list[str]) -> list[str]:
+    """Move a place that stands first behind the thing: "on the left the dog" becomes "the dog on the left".
+
+    Args:
+        words: an expression's words in lower case.
+    """
+    if not words or words[0] not in _PREPOSITIONS:
+        return words
+    for index in range(2, len(words)):
+        if words[index] in _DETERMINERS and words[index - 1] not in _PREPOSITIONS:
+            return words[index:] + words[:index]
+    return words
+
+
 class TransformerLayer(nn.Module):
     """A pre-LayerNorm transformer layer whose keys can be masked."""
 
@@ -291,14 +308,13 @@ class SmallTextEncoder(CachedTextEncoder):
 
         Raises ExpressionError as `encode` does.
         """
-        normalised = self.tokenizer.normalizer.normalize_str(expression)
-        words = normalised.split()
+        words = place_behind(self.tokenizer.normalizer.normalize_str(expression).split())
         if len(words) > self.max_words:
             raise ExpressionError(
                 f"expression: got {len(words)} words, wanted at most {self.max_words}: "
                 f"{expression!r}"
             )
-        identifiers = self.tokenizer.encode(expression).ids
+        identifiers = self.tokenizer.encode(words, is_pretokenized=True).ids
         unknown_id = self.tokenizer.token_to_id(UNKNOWN)
         is_known = [
             identifier != unknown_id and word not in self.untaught

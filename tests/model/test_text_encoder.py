@@ -10,7 +10,13 @@ import torch
 
 from refsam.errors import ExpressionError, UserError
 from refsam.model.pretrained_text_encoder import RobertaTextEncoder, T5TextEncoder
-from refsam.model.text_encoder import EncodedText, SmallTextEncoder, TextEncoder, word_tokenizer
+from refsam.model.text_encoder import (
+    EncodedText,
+    SmallTextEncoder,
+    TextEncoder,
+    place_behind,
+    word_tokenizer,
+)
 
 WORDS = "the a of on in left red blue dark dog cat ball backpack person".split()
 
@@ -47,6 +53,27 @@ def test_case_accents_and_punctuation_do_not_matter(text: str, same: str) -> Non
     encoder = build_encoder()
     assert encoder.tokenize(text)[0] == encoder.tokenize(same)[0]
     assert encoder.tokenize(text)[1] == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("On the left, the dog", "the dog on the left"),
+        ("From the left: the red ball", "the red ball from the left"),
+        ("on the left of the ball the dog", "the dog on the left of the ball"),
+        ("in the left a dog on the ball", "a dog on the ball in the left"),
+    ],
+)
+def test_a_place_that_stands_first_is_read_behind_the_thing(text: str, same: str) -> None:
+    encoder = build_encoder()
+    assert encoder.tokenize(text)[0] == encoder.tokenize(same)[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["on the left of the ball", "on the left", "of", "the dog on a cat"]
+)
+def test_what_has_no_place_first_keeps_its_order(text: str) -> None:
+    assert place_behind(text.split()) == text.split()
 
 
 def test_unknown_words_are_named_and_the_others_used() -> None:
