@@ -3,7 +3,7 @@
 Products with such weights are faster than torch's own; a layer that trains would have to be packed at each step.
 """
 
-import copy
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -13,29 +13,38 @@ from torch.nn import functional as F
 
 from refsam_kernels.packed_linear import (
     LinearCopy,
+    PackedCopy,
     PackedLinear,
-    can_prepack,
-    is_followed,
-    is_plain_linear,
+    can_pack,
+    dtype_of_call,
     trains,
 )
 
-# Tokens that an MLP computes at a time beyond its first layer.
-ROWS = 512
+# Tokens that an MLP computes at a time.
+ROWS = 256
 
 
+@dataclass(frozen=True)
 class FrozenLinear:
     """A linear layer of weight (out, in) and bias (out,) or None, packed twice: for the result and for the input's gradient."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.product, self.transposed = PackedLinear(weight, bias), PackedLinear(weight.T, None)
-        self._without_bias = copy.copy(self.product)
-        self._without_bias.bias = None
+    product: PackedLinear
+    transposed: PackedLinear
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> "FrozenLinear":
+        """Of these weights."""
+        return cls(PackedLinear(weight, bias), _transposed(weight, bias))
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), both in the weights' dtype; differentiable with respect to `x`, any number of times."""
-        result: Tensor = _Product.apply(x, self.product, self.transposed, self._without_bias)
+        again = self.product.but(bias=None)
+        result: Tensor = _Product.apply(x, self.product, self.transposed, again)
         return result
+
+
+def _transposed(weight: Tensor, _: Tensor | None) -> PackedLinear:
+    return PackedLinear(weight.T, None)
 
 
 class _Product(torch.autograd.Function):
@@ -70,53 +79,46 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, first: FrozenLinear, second: FrozenLinear) -> Tensor:
-        wide, result = first.product(x), torch.empty_like(x)
-        for part, target in zip(wide.split(ROWS), result.split(ROWS), strict=True):
-            target.copy_(second.product(F.gelu(part)))
-        ctx.save_for_backward(wide)
+        result, wide = torch.empty_like(x), []
+        for part, target in zip(x.split(ROWS), result.split(ROWS), strict=True):
+            wide.append(first.product(part))
+            target.copy_(second.product(F.gelu(wide[-1])))
+        # Parts of their own fit where other tensors were freed.
+        ctx.save_for_backward(*wide)
         ctx.layers = first, second
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (wide,), (first, second) = ctx.saved_tensors, ctx.layers
+        wide, (first, second) = ctx.saved_tensors, ctx.layers
         result = torch.empty_like(grad, memory_format=torch.contiguous_format)
-        parts = (each.split(ROWS) for each in (wide, grad, result))
-        for part, upper, target in zip(*parts, strict=True):
+        parts = zip(wide, grad.split(ROWS), result.split(ROWS), strict=True)
+        for part, upper, target in parts:
             slope = second.transposed(upper)
             torch.ops.aten.gelu_backward.grad_input(slope, part, grad_input=slope)
             target.copy_(first.transposed(slope))
         return result, None, None
 
 
-class FrozenCopy(LinearCopy[FrozenLinear]):
-    """A packed copy of a frozen linear module's weights, in their dtype or in autocast's."""
+class FrozenCopy:
+    """A packed copy of a frozen linear module's weights, in their dtype or in autocast's; `packed` is a part of it."""
 
-    def __init__(self) -> None:
-        super().__init__(FrozenLinear)
+    def __init__(self, packed: PackedCopy) -> None:
+        self._packed, self._transposed = packed, LinearCopy(_transposed)
 
     @staticmethod
     def is_supported(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
-        """Whether it may stand for the module: a plain one that does not train, whose input does; torch packs such weights."""
-        return (
-            torch.is_grad_enabled()
-            and x.requires_grad
-            and is_plain_linear(module)
-            and not trains(module)
-            and not is_followed(x)
-            and x.device.type == "cpu"
-            and x.numel() > 0
-            and can_prepack(module.weight, dtype_of_step(x))
-            and (torch.is_autocast_enabled("cpu") or x.dtype == module.weight.dtype)
-        )
+        """Whether it may compute for the module's `forward`: one that does not train, whose input does, and can be packed."""
+        wants_gradient = torch.is_grad_enabled() and x.requires_grad
+        return wants_gradient and can_pack(module, x) and not trains(module)
+
+    def of(self, module: nn.Linear, dtype: torch.dtype) -> FrozenLinear:
+        """The copy of the module's present weights, without what `packed` has behind the product."""
+        product = self._packed.of(module, dtype).but(activation="none")
+        return FrozenLinear(product, self._transposed.of(module, dtype))
 
     def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
         """(..., in) to (..., out) in the dtype of x, or of autocast; `is_supported` must hold."""
-        dtype = dtype_of_step(x)
+        dtype = dtype_of_call(x)
         return self.of(module, dtype)(x.to(dtype))
-
-
-def dtype_of_step(x: Tensor) -> torch.dtype:
-    """In which a linear layer computes with x: its own, or autocast's."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype

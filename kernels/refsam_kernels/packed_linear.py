@@ -4,6 +4,7 @@ torch has public functions for that layout only as modules that copy their input
 calls (`torch.ops.mkldnn`), if they are there.
 """
 
+import copy
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, Generic, TypeGuard, TypeVar
@@ -49,15 +50,44 @@ class PackedLinear:
             x, self.weight, self.bias, self.activation, [], "none"
         )
 
+    def but(self, **changes: Any) -> "PackedLinear":
+        """The same packed weight with another `bias` or `activation`."""
+        changed = copy.copy(self)
+        vars(changed).update(changes)
+        return changed
+
 
 def may_stand_in(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     """Whether a copy of its weights may stand for the module: a plain one, where no gradient, autocast or trace is wanted."""
     return (
         is_plain_linear(module)
-        and not (torch.is_grad_enabled() and (x.requires_grad or trains(module)))
-        and not torch.is_autocast_enabled("cpu")
         and not is_followed(x)
+        and not _wants_gradient(module, x)
+        and not torch.is_autocast_enabled("cpu")
         and x.dtype == module.weight.dtype
+    )
+
+
+def _wants_gradient(module: nn.Linear, x: Tensor) -> bool:
+    """Whether somebody wants a gradient of the module's product with x."""
+    return torch.is_grad_enabled() and (x.requires_grad or trains(module))
+
+
+def dtype_of_call(x: Tensor) -> torch.dtype:
+    """In which a linear layer on a CPU computes with x: its own, or autocast's."""
+    is_cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    return torch.get_autocast_dtype("cpu") if is_cast else x.dtype
+
+
+def can_pack(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
+    """Whether the module is `weight x + bias`, of weights that torch packs in the dtype in which it computes with x, untraced."""
+    return (
+        not is_followed(x)
+        and has_plain_weights(module)
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and can_prepack(module.weight, dtype_of_call(x))
+        and (torch.is_autocast_enabled("cpu") or x.dtype == module.weight.dtype)
     )
 
 
@@ -101,26 +131,34 @@ class LinearCopy(Generic[Made]):
 
 
 class PackedCopy(LinearCopy[PackedLinear]):
-    """A packed copy of a linear module's weights."""
+    """A packed copy of a linear module's weights, in their dtype or in autocast's."""
 
     def __init__(self, *, gelu: bool = False) -> None:
         super().__init__(partial(PackedLinear, gelu=gelu))
 
     @staticmethod
-    def is_supported(module: nn.Module, x: Tensor) -> bool:
-        """Whether it may stand for the module: `may_stand_in`, and torch packs such weights."""
-        return may_stand_in(module, x) and x.numel() > 0 and can_prepack(module.weight)
+    def is_supported(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
+        """Whether it may compute for the module's `forward`: in inference, where torch packs such weights."""
+        return can_pack(module, x) and not _wants_gradient(module, x)
 
     def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
         """(..., in) to (..., out), with an exact GELU behind it if so made; `is_supported` must hold."""
-        return self.of(module)(x)
+        dtype = dtype_of_call(x)
+        return self.of(module, dtype)(x.to(dtype))
+
+
+def has_plain_weights(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is no sub-class of nn.Linear and has no quantised tensor."""
+    return type(module) is nn.Linear and {type(module.weight), type(module.bias)} <= {
+        nn.Parameter,
+        Tensor,
+        type(None),
+    }
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is `weight x + bias` and no more: no sub-class, no hooks, no quantised tensor."""
-    if type(module) is not nn.Linear or not is_unhooked(module):
-        return False
-    return {type(module.weight), type(module.bias)} <= {nn.Parameter, Tensor, type(None)}
+    return has_plain_weights(module) and is_unhooked(module)
 
 
 def is_unhooked(module: nn.Module) -> bool:

@@ -12,6 +12,8 @@ from refsam_kernels import frozen_linear
 from refsam_kernels.frozen_linear import FrozenCopy, FrozenLinear, frozen_mlp
 from refsam_kernels.integrations import optimize
 from refsam_kernels.integrations.encoders import find_blocks
+from refsam_kernels.integrations.modules import Linear
+from refsam_kernels.packed_linear import PackedCopy
 from tests.kernels.encoder_models import MODELS, Example, pixels_of
 from tests.kernels.test_integrations import assert_close
 
@@ -40,7 +42,7 @@ def test_result_and_gradients_of_both_orders(dtype: torch.dtype, bias: bool) -> 
         (second,) = torch.autograd.grad((first**2).sum(), x)
         return [y, first, second]
 
-    frozen = FrozenCopy()
+    frozen = FrozenCopy(PackedCopy())
     assert frozen.is_supported(module, x)
     found = results(lambda x: frozen(module, x), x)
     theirs = results(module, x)
@@ -67,7 +69,7 @@ def test_an_mlp_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
     x = tokens(3, 5)
     exact = results(copy.deepcopy(plain).double(), x.detach().double().requires_grad_())
     plain, x = plain.to(dtype), x.detach().to(dtype).requires_grad_()
-    layers = [FrozenLinear(each.weight, each.bias) for each in (first, second)]
+    layers = [FrozenLinear.of(each.weight, each.bias) for each in (first, second)]
     found, theirs = results(lambda x: frozen_mlp(x, *layers), x), results(plain, x)
     for ours, other, wanted in zip(found, theirs, exact, strict=True):
         assert ours.dtype == dtype and ours.shape == wanted.shape
@@ -78,7 +80,7 @@ def test_an_mlp_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
 def test_autocast_computes_in_its_dtype() -> None:
     module, x = layer(), tokens(3, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        frozen = FrozenCopy()
+        frozen = FrozenCopy(PackedCopy())
         assert frozen.is_supported(module, x)
         found, wanted = frozen(module, x), module(x)
     assert found.dtype == wanted.dtype == torch.bfloat16
@@ -90,7 +92,7 @@ def test_autocast_computes_in_its_dtype() -> None:
 
 
 def test_changed_weights_are_packed_again() -> None:
-    module, x, frozen = layer(), tokens(3), FrozenCopy()
+    module, x, frozen = layer(), tokens(3), FrozenCopy(PackedCopy())
     frozen(module, x)
     with torch.no_grad():
         module.weight.mul_(2)
@@ -112,12 +114,10 @@ def plain_tensor(module: nn.Linear) -> None:
     [
         lambda module: module.requires_grad_(True),
         lambda module: module.bias.requires_grad_(True),
-        lambda module: module.register_forward_hook(lambda *_: None),
-        lambda module: module.register_full_backward_hook(lambda *_: None),
         lambda module: module.double(),
         lambda module: plain_tensor(module),
     ],
-    ids=["trains", "its bias trains", "hook", "backward hook", "float64", "FSDP1"],
+    ids=["trains", "its bias trains", "float64", "FSDP1"],
 )
 def test_does_not_stand_in_for_other_layers(change: Callable[[nn.Module], Any]) -> None:
     module = layer()
@@ -169,6 +169,36 @@ def test_adapters_train_as_in_the_plain_model(name: str, autocast: bool) -> None
         if autocast:
             allowed = max(allowed, 2 * float((theirs[name] - gradient).abs().max()))
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=allowed)
+
+
+def test_layers_within_adapters_are_packed_and_still_called() -> None:
+    """A change of their weights, as a merge makes it, and hooks count; one layer may stand in several adapters."""
+    model = adapted(MODELS["segment-anything"])
+    first, last = (block.attn.qkv for block in model.blocks)
+    last.base_layer = first.base_layer
+    plain, seen = copy.deepcopy(model), []
+    handle = optimize(model)
+    with torch.profiler.profile() as profile:
+        model(pixels_of()).sum().backward()
+    assert "aten::addmm" not in {
+        event.key for event in profile.events()
+    }  # torch's own layer with a bias
+    first.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    for each in (model, plain):
+        each.blocks[0].attn.qkv.base_layer.weight.data.mul_(0.5)
+    assert_close(model(pixels_of()), plain(pixels_of()))
+    assert len(seen) == 3  # two blocks, and a token of zeros before the windowed one
+    handle.undo()
+    assert torch.equal(model(pixels_of()), plain(pixels_of()))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_hooked_layers_are_called(backward: bool) -> None:
+    module, x, seen = layer(), tokens(3), []
+    register = module.register_full_backward_hook if backward else module.register_forward_hook
+    register(lambda *_: seen.append(1))
+    Linear()(module, x).sum().backward()
+    assert seen == [1]
 
 
 def test_adapters_see_no_padding_but_a_token_of_zeros() -> None:

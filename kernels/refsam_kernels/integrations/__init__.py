@@ -4,7 +4,7 @@ Image encoders are recognised by their structure, other parts by their names and
 libraries is imported.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -150,8 +150,13 @@ def _of_module(model: nn.Module, path: str, check: bool, in_int8: bool) -> list[
     refuse([reason for item in found for reason in item.reasons()])
     if check:
         _check(blocks, parts)
-    of_blocks = [item for block in blocks for item in block.replacements(in_int8)]
+    of_blocks = _each_once(item for block in blocks for item in block.replacements(in_int8))
     return found + of_blocks + (list(norm_replacements(model, path)) if blocks else [])
+
+
+def _each_once(items: Iterable[Replacement]) -> list[Replacement]:
+    """The replacements, but one for a layer that several modules share."""
+    return list({(id(item.module), item.method): item for item in items}.values())
 
 
 def _parts(model: nn.Module, path: str) -> Iterator[tuple[str, str, Any]]:

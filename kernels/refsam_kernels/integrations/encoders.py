@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refsam_kernels.integrations.modules import Attend, Int8Attend, layer_norm_2d, mlp_replacement
+from refsam_kernels.integrations.modules import (
+    Attend,
+    Int8Attend,
+    layer_norm_2d,
+    mlp_replacement,
+    wrapped_linear_replacements,
+)
 from refsam_kernels.integrations.replacement import Replacement, loading_reasons, members_of
 
 ATTENTION = {"qkv", "proj", "rel_pos_h", "rel_pos_w"}
@@ -164,6 +170,9 @@ class Block:
         takes = kind.attention_takes
         yield Replacement(path, attention, partial(kind.attend, attend), parameters=takes)
         yield from mlp_replacement(f"{self.path}.mlp", self.module.mlp, in_int8)
+        for owner in (kind.attention, "mlp"):
+            for name, layer in getattr(self.module, owner).named_children():
+                yield from wrapped_linear_replacements(f"{self.path}.{owner}.{name}", layer)
 
 
 def find_blocks(model: nn.Module, path: str = "model") -> list[Block]:

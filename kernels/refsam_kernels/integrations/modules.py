@@ -7,11 +7,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refsam_kernels.frozen_linear import FrozenCopy, dtype_of_step, frozen_mlp
+from refsam_kernels.frozen_linear import FrozenCopy, frozen_mlp
 from refsam_kernels.int8_linear.copy import Int8Copy
 from refsam_kernels.int8_linear.op import int8_mlp
 from refsam_kernels.integrations.replacement import Replacement
-from refsam_kernels.packed_linear import PackedCopy, has_bfloat16, is_plain_linear, is_unhooked
+from refsam_kernels.packed_linear import (
+    PackedCopy,
+    dtype_of_call,
+    has_bfloat16,
+    has_plain_weights,
+    is_plain_linear,
+    is_unhooked,
+)
 from refsam_kernels.rel_pos_attention.op import rel_pos_attention
 
 # Tokens that an MLP computes at a time on a CPU, so that intermediate results stay in the cache.
@@ -25,13 +32,35 @@ class Linear:
     """Calls a linear module, or a packed copy of its weights where one may stand for it: in inference, and while it is frozen."""
 
     def __init__(self) -> None:
-        self.packed, self.frozen = PackedCopy(), FrozenCopy()
+        self.packed = PackedCopy()
+        self.frozen = FrozenCopy(self.packed)
 
     def __call__(self, module: Any, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
+        result = self.product(module, x) if is_unhooked(module) else None
+        return module(x) if result is None else result
+
+    def product(self, module: Any, x: Tensor) -> Tensor | None:
+        """(..., in) to (..., out) by a packed copy; None where there can be none."""
         if self.packed.is_supported(module, x):
             return self.packed(module, x)
-        return self.frozen(module, x) if self.frozen.is_supported(module, x) else module(x)
+        return self.frozen(module, x) if self.frozen.is_supported(module, x) else None
+
+
+class LinearForward(Linear):
+    """`Linear` in the place of the module's own `forward`, where another module calls it."""
+
+    def __call__(self, module: Any, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        result = self.product(module, x)
+        return type(module).forward(module, x) if result is None else result
+
+
+def wrapped_linear_replacements(path: str, layer: Any) -> Iterator[Replacement]:
+    """The replacements of plain linear modules within one that wraps them, as LoRA's layers do; none of a plain one itself."""
+    for name, module in layer.named_modules():
+        if name and has_plain_weights(module) and "forward" not in vars(module):
+            yield Replacement(f"{path}.{name}", module, LinearForward(), parameters=("input",))
 
 
 class Attend:
@@ -102,7 +131,7 @@ class Perceptron:
     def __init__(self, first: str, second: str) -> None:
         self.names = first, second
         self.first, self.second = PackedCopy(gelu=True), PackedCopy()
-        self.frozen = FrozenCopy(), FrozenCopy()
+        self.frozen = FrozenCopy(self.first), FrozenCopy(self.second)
 
     def __call__(self, mlp: Any, x: Tensor) -> Tensor:
         """(..., D) float to the same shape."""
@@ -113,12 +142,12 @@ class Perceptron:
             return self._packed(first, second, x)
         widen, narrow = self.frozen
         if widen.is_supported(first, x) and narrow.is_supported(second, x):
-            dtype = dtype_of_step(x)
+            dtype = dtype_of_call(x)
             return frozen_mlp(x.to(dtype), widen.of(first, dtype), narrow.of(second, dtype))
         return type(mlp).forward(mlp, x)
 
     def _packed(self, first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
+        rows = x.to(dtype_of_call(x)).flatten(0, -2)
         result = torch.empty_like(rows)
         for part, target in zip(rows.split(ROWS), result.split(ROWS), strict=True):
             target.copy_(self.second(second, self.first(first, part)))
