@@ -63,9 +63,8 @@ def time_interleaved(
 ) -> dict[str, Times]:
     """Times the providers in turn, round after round, for about `seconds` in all; at least `MINIMUM_ROUNDS`."""
     timer = time_cuda if device == "cuda" else time_cpu
-    first = {
-        name: timer(provider) for name, provider in providers.items()
-    }  # warm-up, also sizes the rounds
+    # The first calls warm up; their times also decide how many rounds there will be.
+    first = {name: timer(provider) for name, provider in providers.items()}
     again = {name: timer(provider) for name, provider in providers.items()}
     per_round = sum(min(first[name], again[name]) for name in providers)
     rounds = int(min(max(seconds / max(per_round, 1e-6), MINIMUM_ROUNDS), MAXIMUM_ROUNDS))

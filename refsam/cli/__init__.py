@@ -50,10 +50,8 @@ class CommandLine(TyperGroup):
         debug = "--debug" in words
         options["standalone_mode"] = False
         words = [word for word in words if word != "--debug"]
-        for stream in (
-            sys.stdout,
-            sys.stderr,
-        ):  # names that are not UTF-8 can be printed nowhere else
+        # Without this a name that is not UTF-8 could not be printed.
+        for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         try:

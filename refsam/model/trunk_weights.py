@@ -11,9 +11,8 @@ from refsam.model.trunk import TRUNK_CLASSES
 
 SCORE_SCALE = 0.2  # of the published scores among the names
 _NAME_SCALE = 0.1  # of the names that stand for nothing yet
-_GAIN = (
-    3.0  # of the match in the logits: trained models of figures say a firm no to every unknown noun
-)
+# How much the match weighs in the logits: models trained on figures firmly reject every unknown noun.
+_GAIN = 3.0
 _CLASSIFIER = "classifier."
 
 

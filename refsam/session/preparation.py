@@ -128,9 +128,8 @@ class _Upload:
 
     def __call__(self, frame: Tensor) -> Tensor:
         index, self._next = self._next, (self._next + 1) % _BUFFERS
-        self._copied[
-            index
-        ].synchronize()  # the copy of the frame before the last; at once if there was none
+        # Wait until the buffer's previous frame has been copied to the device.
+        self._copied[index].synchronize()
         buffer = self._buffers[index]
         if buffer is None or buffer.shape != frame.shape:
             buffer = self._buffers[index] = torch.empty_like(frame, pin_memory=True)

@@ -8,12 +8,10 @@ from refsam.data.generated.clips import COLOUR_CLASSES, SHAPE_CLASSES
 from refsam.data.generated.scene import MAX_OBJECTS
 from refsam.model import ImageFeatures
 
-_BACKGROUND_WEIGHT = (
-    0.03  # of a token without an object, where one of an object of n tokens has 1 / sqrt(n)
-)
-_NAMELESS_WEIGHT = (
-    0.15  # of "no name" among the shapes: it is by far the most frequent and says the least
-)
+# The weight of a token without an object; each token of an object of n tokens has 1 / sqrt(n).
+_BACKGROUND_WEIGHT = 0.03
+# The weight of "no name" among the shapes: it is by far the most frequent and says the least.
+_NAMELESS_WEIGHT = 0.15
 _PLACE_UNIT = 16.0  # pixels
 _WEIGHTS = {
     "colour": 1.0,

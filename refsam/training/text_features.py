@@ -33,9 +33,8 @@ class TextFeatures:
         self.encoder = encoder
         self.folder = None if folder is None else Path(folder) / identity(encoder)
         self._tokens = lru_cache(_IN_MEMORY)(self._read_or_encode)
-        encoder.kept = (
-            self._read_kept
-        )  # callers of the encoder itself, such as validation, use the cache too
+        # Those who call the encoder itself, such as validation, use the cache too.
+        encoder.kept = self._read_kept
 
     def __call__(self, expressions: Sequence[str]) -> EncodedText:
         """P expressions to tokens (P, T, Ct), float32 on the host; raises ExpressionError."""

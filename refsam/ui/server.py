@@ -49,9 +49,8 @@ def serve(
             return
         finally:
             visitors.close()
-            page.server.force_exit = (
-                True  # open pages hold connections for ever: do not wait for them
-            )
+            # Open pages never close their connections: do not wait for them.
+            page.server.force_exit = True
             page.close(verbose=False)
 
 

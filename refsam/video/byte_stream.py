@@ -74,9 +74,8 @@ def open_stream(path: str, timeout: float) -> ByteStream | None:
         return ByteStream(os.open(path, os.O_RDONLY | os.O_NONBLOCK), path, timeout)
     if stat.S_ISSOCK(mode):
         if own := re.fullmatch(r"/dev/stdin|(?:/dev|/proc/self)/fd/(\d+)", path):
-            return ByteStream(
-                os.dup(int(own[1] or 0)), path, timeout
-            )  # no file that could be opened
+            # Such a path names no file that could be opened: read from the descriptor itself.
+            return ByteStream(os.dup(int(own[1] or 0)), path, timeout)
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(path)
         return ByteStream(connection.detach(), path, timeout)

@@ -14,9 +14,8 @@ Colour = tuple[int, int, int]
 
 _BACKGROUND = (24, 24, 28)
 _PROBE = 20  # points; the size does not matter to whether a letter is there
-_UNKNOWN = (
-    "\ue000"  # for private use: what a font draws for it, it draws for all letters that it lacks
-)
+# A private character: a font draws the same sign for it as for every letter that it lacks.
+_UNKNOWN = "\ue000"
 _FONT_FOLDERS = {
     "win32": ("C:/Windows/Fonts",),
     "darwin": ("/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts"),

@@ -7,10 +7,8 @@ import struct
 from collections.abc import Callable
 from typing import BinaryIO
 
-_SEGMENT, _CLUSTER = (
-    0x18538067,
-    0x1F43B675,
-)  # Matroska's elements that hold others and may be of unknown size
+# Matroska's elements that hold others and may be of unknown size.
+_SEGMENT, _CLUSTER = 0x18538067, 0x1F43B675
 
 _BOXES = frozenset(
     b"ftyp styp moov moof mdat sidx ssix mfra free skip wide emsg prft uuid meta".split()

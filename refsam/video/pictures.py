@@ -8,9 +8,8 @@ from av.buffer import Buffer
 
 from refsam.images import on_white
 
-_NEAR_SQUARE = Fraction(
-    2, 100
-)  # nobody sees it, and rounding to whole macroblocks makes such ratios
+# Nobody sees such a difference; rounding to whole macroblocks produces it.
+_NEAR_SQUARE = Fraction(2, 100)
 _LARGEST_ASPECT = 8  # beyond it the number is wrong rather than the pixels long
 _HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ITU-T H.273
 

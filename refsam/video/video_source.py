@@ -66,9 +66,8 @@ class VideoSource(FrameSource):
         self._location = location
         self._is_file = isinstance(location, str) and os.path.isfile(location)
         self._is_closed = self._is_cut = False
-        self._busy = (
-            threading.Lock()
-        )  # held while FFmpeg reads: nobody may close the container meanwhile
+        # Held while FFmpeg reads: nobody may close the container meanwhile.
+        self._busy = threading.Lock()
         began = monotonic()
         try:
             self._container = self._open(container_format, is_live)

@@ -44,9 +44,8 @@ def comparison(
     canvas = np.full((*truth.shape, 3), 60, np.uint8) if image is None else image.copy()
     regions = ((prediction & truth, _AGREED), (~prediction & truth, _MISSED))
     for region, colour in (*regions, (prediction & ~truth, _WRONG)):
-        grey = canvas[region].mean(
-            axis=1, keepdims=True
-        )  # so that the object's colour does not blend with the tint
+        # Tint a grey picture, so that the object's own colour does not mix with the tint.
+        grey = canvas[region].mean(axis=1, keepdims=True)
         canvas[region] = (0.4 * grey + 0.6 * np.array(colour)).astype(np.uint8)
     height = max(1, round(truth.shape[0] * _TILE_WIDTH / truth.shape[1]))
     return Image.fromarray(canvas).resize((_TILE_WIDTH, height), Image.Resampling.BILINEAR)
