@@ -85,7 +85,7 @@ class SmallTextConfig:
     """Sizes of the project's own text encoder; its vocabulary is in the tokenizer.
 
     untaught: words of the vocabulary that name things which the model was not taught to find. They
-    are told like words that it does not know, and an expression of nothing else is refused.
+    are reported like unknown words, and an expression that has no other noun is refused.
     """
 
     kind: Literal["small"] = "small"
@@ -135,7 +135,7 @@ class MaskDecoderConfig:
 
 @dataclass(frozen=True, config=_CLOSED)
 class RefSAMConfig:
-    """Everything that fixes RefSAM's architecture.
+    """Everything that defines RefSAM's architecture.
 
     frozen: SAM's ViT and positional encoding and the text encoder are not trained (paper,
     section 3.2); false trains every part.
@@ -228,7 +228,7 @@ class Beit3Config:
 
 @dataclass(frozen=True, config=_CLOSED)
 class EVFConfig:
-    """Everything that fixes EVF-SAM's architecture; the defaults are those of SAM's ViT-H with BEiT-3 large."""
+    """Everything that defines EVF-SAM's architecture; the defaults are those of SAM's ViT-H with BEiT-3 large."""
 
     image_encoder: ImageEncoderConfig = Field(
         default_factory=lambda: ImageEncoderConfig(

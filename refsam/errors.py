@@ -1,4 +1,4 @@
-"""Errors that a user can cause and can put right."""
+"""Errors that a user can cause and can correct."""
 
 from collections.abc import Collection, Mapping
 from itertools import islice
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Bad input: one line that says what was wrong and what would be right."""
+    """Wrong input: one line that says what was wrong and what would be right."""
 
 
 class CheckpointError(UserError):
@@ -28,7 +28,7 @@ def named(names: Collection[str], limit: int = 5) -> str:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Say of each entry of `now` that differs from `before` what it was and what it is."""
+    """For each entry of `now` that differs from `before`: what it was and what it is."""
     return [
         f"{key} was {before.get(key)!r}, now {value!r}"
         for key, value in now.items()

@@ -1,4 +1,4 @@
-"""Image files: which of a folder, in which order, and their pixels; one reader for training, evaluation and segmentation."""
+"""Image files: the images of a folder, their order and their pixels; one reader for training, evaluation and segmentation."""
 
 import os
 import re
@@ -20,14 +20,14 @@ with suppress(ImportError):  # phones' photographs, which Pillow does not read b
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jfif .png .bmp .tif .tiff .webp .ppm .pgm .pbm .jp2 .avif .heic .heif .hif".split()
 )
-# A file that is cut off, damaged, no image or absurdly large can raise anything in the reader of its format.
+# A file that is cut off, damaged, not an image or extremely large can raise any error in the reader of its format.
 IMAGE_ERRORS = Exception
 # Orientations in which a viewer shows the stored rows as columns.
 _TURNED = (5, 6, 7, 8)
 
 
 class ImageError(UserError):
-    """A file that is missing, damaged or no image; `problem` goes on after its path."""
+    """A file that is missing, damaged or not an image; `problem` is the end of a message that begins with its path."""
 
     def __init__(self, path: str | os.PathLike[str], problem: str) -> None:
         super().__init__(f"{path} {problem}")
@@ -37,7 +37,7 @@ class ImageError(UserError):
 def images_in(folder: Path) -> list[Path]:
     """The images of a folder in natural order (`frame2` before `frame10`), hidden and other files left out.
 
-    A link to nothing is one of them: reading it is an error, where leaving it out would move those behind it.
+    A broken link is one of them: reading it is an error, whereas leaving it out would shift the numbers of those after it.
     """
     paths = (
         path
@@ -50,7 +50,7 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def natural_key(name: str) -> tuple[list[tuple[bool, int, str]], str]:
-    """Digits compare as numbers and before letters; the plain name settles 1.jpg against 01.jpg."""
+    """Digits compare as numbers and before letters; where these are equal, as in 1.jpg and 01.jpg, the plain name decides."""
     parts = re.findall(r"\d+|\D+", name)
     return [
         (not part.isdecimal(), int(part) if part.isdecimal() else 0, part.casefold())
@@ -73,8 +73,8 @@ def read_image(
 ) -> tuple[Image.Image, tuple[int, int]]:
     """An image as a viewer shows it, RGB of 8 bits, and its whole (height, width); raises ImageError.
 
-    EXIF's orientation is applied, transparency lies on white, 16 bits keep their upper 8. `wanted` tells from the whole size what
-    is needed at least: a JPEG may then come at a half, a quarter or an eighth of it, which is quicker to decode.
+    EXIF's orientation is applied, transparency is drawn on white, of 16 bits the upper 8 are kept. `wanted` returns, for the
+    whole size, the least that is needed: a JPEG may then have a half, a quarter or an eighth of it, which is faster to decode.
     """
     try:
         with Image.open(path) as image:
@@ -88,7 +88,7 @@ def read_image(
 
 
 def _shown(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
-    """A size of the stored image as it is shown, or the other way round."""
+    """The shown size for a stored one, or the stored size for a shown one."""
     is_turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
     return (size[1], size[0]) if is_turned else size
 
@@ -115,7 +115,7 @@ def on_white(rgba: np.ndarray) -> np.ndarray:
 
 
 def refuse_image(path: str | os.PathLike[str], error: Exception) -> NoReturn:
-    """Raise what Pillow said of a file as ImageError."""
+    """Raise Pillow's error about a file as ImageError."""
     if isinstance(error, ImageError):
         raise error
     if isinstance(error, FileNotFoundError):

@@ -1,6 +1,6 @@
 """Old names that still work for one minor version, each with the name that replaced it.
 
-All of them stand here, so that removing them is deleting this file and its callers. docs/stability.md says what is covered.
+All of them are in this file, so that removing them means deleting it and its callers. docs/stability.md says what is covered.
 """
 
 import warnings
@@ -42,7 +42,7 @@ VALUES = {"parallel": {"data": "ddp", "sharded": "fsdp"}}
 
 
 class Option(NamedTuple):
-    """An option of a command that has another name now; `values` limits this to those that only the old one took."""
+    """A renamed option of a command; `values`, where given, are the values that only the old name took."""
 
     old: str
     new: str
@@ -86,7 +86,7 @@ def module_getattr(module: str) -> Callable[[str], Any]:
 
 
 def arguments(function: Function) -> Function:
-    """A decorator for functions of which keyword arguments have another name now."""
+    """A decorator for functions with renamed keyword arguments."""
     names = ARGUMENTS[function.__name__]
 
     @wraps(function)
@@ -115,7 +115,7 @@ def attribute(owner_name: str, old: str) -> property:
 
 
 def settings(values: Mapping[str, Any], section: str = "") -> dict[str, Any]:
-    """A configuration file's entries by their new keys and values. Raises ConfigError: an entry is given by both its names."""
+    """A configuration file's entries by their new keys and values. Raises ConfigError if an entry has both of its names."""
     result = {}
     for key, value in values.items():
         new = SETTINGS[section].get(key, key)

@@ -19,7 +19,7 @@ def bench(
         list[str] | None, typer.Argument(metavar="[OPERATOR]...", help="Operators to measure; all by default.")
     ] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Every size, and training too: an hour or more; some ten minutes without.")
+        bool, typer.Option("--full", help="Every size, and training too: an hour or more instead of some ten minutes.")
     ] = False,
     device: Annotated[
         str, typer.Option(help="auto (the GPU if there is one), cpu or cuda.", metavar="NAME")
@@ -30,10 +30,10 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for the rows (JSON lines) and the plots.")] = Path("out/bench"),
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(metavar="BEFORE AFTER", help="Measure nothing: compare two such folders or files."),
+        typer.Option(metavar="BEFORE AFTER", help="Measure nothing: compare the folders or files of two runs."),
     ] = None,
     threshold: Annotated[
-        float, typer.Option(help="With --compare: exit with code 1 beyond this many percent slower.", min=0)
+        float, typer.Option(help="With --compare: exit with code 1 if something is more than this many percent slower.", min=0)
     ] = 10.0,
 ) -> None:  # fmt: skip
     """Measure the operators, whole image encoders and whole frames against the alternatives.

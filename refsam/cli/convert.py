@@ -69,7 +69,7 @@ def official(
     ] = None,
     overwrite: _Overwrite = False,
 ) -> None:
-    """Convert the authors' per-module files, on top of SAM's, to a whole checkpoint."""
+    """Convert the authors' files, one per module, together with SAM's file, to a whole checkpoint."""
     from refsam.checkpoint import convert_official
     from refsam.model import RefSAM
 

@@ -14,9 +14,9 @@ app = typer.Typer(
 
 @app.command()
 def check(
-    root: Annotated[Path, typer.Argument(help="Folder of the dataset, as docs/data.md lays it out.")],
+    root: Annotated[Path, typer.Argument(help="Folder of the dataset, laid out as docs/data.md says.")],
     dataset: Annotated[
-        str | None, typer.Option(help="Which dataset it should be; recognised by its files unless given.")
+        str | None, typer.Option(help="Name of the dataset; by default it is recognised by its files.")
     ] = None,
     decode: Annotated[
         bool, typer.Option("--decode", help="Decode every image and mask, too; this takes a while.")
@@ -59,7 +59,7 @@ def prepare_davis17(
     out: Annotated[Path, typer.Option("--out", help="The new folder to write.")],
     copy: Annotated[bool, typer.Option("--copy", help="Copy frames and masks instead of linking to them.")] = False,
 ) -> None:  # fmt: skip
-    """Make Ref-DAVIS17 from DAVIS 2017 and the four text files; DAVIS is not changed."""
+    """Make Ref-DAVIS17 from DAVIS 2017 and the four text files. DAVIS itself is not changed."""
     from refsam.data.ref_davis17 import prepare
 
     counts = prepare(davis, texts, out, copy=copy)
@@ -69,14 +69,14 @@ def prepare_davis17(
 
 @app.command()
 def split(
-    root: Annotated[Path, typer.Argument(help="Your own videos, as docs/data.md lays them out.")],
+    root: Annotated[Path, typer.Argument(help="Your own videos, laid out as docs/data.md says.")],
     out: Annotated[Path, typer.Option("--out", help="The new folder to write.")],
     validation: Annotated[float, typer.Option(help="Share of the videos to validate on, between 0 and 1.")] = 0.2,
     source: Annotated[str, typer.Option("--split", help="The split of ROOT to divide.")] = "train",
     seed: Annotated[int, typer.Option(help="Another seed draws other videos.", min=0)] = 0,
     copy: Annotated[bool, typer.Option("--copy", help="Copy frames and masks instead of linking to them.")] = False,
 ) -> None:  # fmt: skip
-    """Divide your own videos into train and validation, whole videos each; they stay where they are."""
+    """Divide your own videos, each as a whole, into train and validation; the originals stay where they are."""
     from refsam.data.splitting import split_folder
 
     parts = split_folder(root, out, split=source, share=validation, seed=seed, copy=copy)
@@ -112,7 +112,7 @@ def show(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Entries to change.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="How many steps to show the clips of.", min=1)] = 8,
+    steps: Annotated[int, typer.Option(help="Number of steps whose clips are shown.", min=1)] = 8,
 ) -> None:
     """Show what a run trains on, after augmentation: clips with their masks and expressions, as one page."""
     from refsam.training.samples import write_page

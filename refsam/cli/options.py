@@ -111,14 +111,14 @@ class MaskOptions:
         list[str] | None,
         typer.Option(
             "--format",
-            help="How masks are kept: png (0 and 255; the default), palette (one PNG a frame, in DAVIS's colours), rle (COCO's "
+            help="Format of masks: png (0 and 255; the default), palette (one PNG per frame, in DAVIS's colours), rle (COCO's "
             "run lengths, in masks.json) or cutout (PNGs with transparency); repeat it for more.",
             metavar="NAME",
         ),
     ] = None
     threshold: Annotated[
         float,
-        typer.Option(help="Pixels that are more probable than this belong to a mask, 0 to 1."),
+        typer.Option(help="Pixels with a higher probability than this belong to a mask, 0 to 1."),
     ] = 0.5
     overlay: OverlayOption = True
 
@@ -153,7 +153,7 @@ class ReadingOptions:
     timeout: Annotated[
         float,
         typer.Option(
-            min=0, help="Seconds without a byte after which a stream is given up; 0: never."
+            min=0, help="Give a stream up after this many seconds without data; 0: never."
         ),
     ] = 30.0
     skip_bad_frames: Annotated[

@@ -58,7 +58,7 @@ def segment(
     masks: MaskOptions,
     reading: ReadingOptions,
     overwrite: OverwriteOption = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT where it was ended.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT where it ended.")] = False,
     json: Annotated[
         str | None,
         typer.Option(
@@ -144,7 +144,7 @@ def segment(
                     tell=tell,
                 )
             if run.frames == 0 and earlier is None:
-                raise UserError(f"{source} has no frame that was asked for: see --start and --end")
+                raise UserError(f"{source} has no frame in the chosen range: see --start and --end")
             writer.finish(
                 pack=lambda state: state.to_bytes(),
                 **facts,
@@ -204,7 +204,7 @@ def _state(out: Path) -> Any:
         return TrackState.from_bytes((out / RESUME).read_bytes())
     except OSError as error:
         raise UserError(
-            f"--resume: {out / RESUME} cannot be read ({error.strerror}); --overwrite begins anew"
+            f"--resume: {out / RESUME} cannot be read ({error.strerror}); start again with --overwrite"
         ) from error
 
 

@@ -32,7 +32,7 @@ app = typer.Typer(rich_markup_mode="markdown")
 @app.command()
 @grouped
 def segment_videos(
-    out: Annotated[Path, typer.Option(help="Folder for the results: a new one, or that of an earlier run.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results: a new one, or one with an earlier run to continue.")],
     model: ModelChoice,
     compute: ComputeOptions,
     masks: MaskOptions,

@@ -28,7 +28,7 @@ def train(
         ),
     ] = False,
 ) -> None:  # fmt: skip
-    """Train a model; run again to resume where it stopped, also after a kill. On several GPUs: torchrun -m refsam train CONFIG.
+    """Train a model; run it again to resume where it stopped or was killed. On several GPUs: torchrun -m refsam train CONFIG.
 
     Writes log, curves, the resumable state and, at the end, the model into the folder that the configuration names. SIGUSR1 saves
     the state after the step; SIGTERM and Ctrl-C end the run after it, with its state saved.

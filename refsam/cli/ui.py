@@ -24,7 +24,7 @@ def ui(
     folder: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for uploads and results, in which a temporary one is made and removed at the end.",
+            help="Folder for uploads and results; they go into a temporary folder in it, which is removed at the end.",
             file_okay=False,
             exists=True,
         ),

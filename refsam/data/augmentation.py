@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
-# SAM's mean colour fills what a moved picture leaves free.
+# SAM's mean colour fills the area that a moved picture does not cover.
 _FILL = (124, 116, 104)
 
 
@@ -40,7 +40,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Geometry:
-    """A clip's crop (left, top, right, bottom, as shares of the frame), its new (height, width), whether it is flipped."""
+    """A clip's crop (left, top, right, bottom, as shares of the frame), its new (height, width), and whether it is flipped."""
 
     box: tuple[float, float, float, float]
     size: tuple[int, int]
@@ -99,7 +99,7 @@ def draw_colour(random: np.random.Generator, settings: Augmentation) -> NDArray[
 
 @dataclass(frozen=True)
 class Motion:
-    """A still image's way through a clip of `frames` frames, from the first row of `ends` to the second.
+    """The motion of a still image through a clip of `frames` frames, from the first row of `ends` to the second.
 
     The rows are (angle in radians, zoom, shift to the right, shift down), shifts as shares of the image's sides.
     """
@@ -108,12 +108,12 @@ class Motion:
     frames: int
 
     def moved(self, image: Image.Image, time: int) -> Image.Image:
-        """The image at a moment, at its size: RGB bilinear with SAM's mean colour where nothing is, masks nearest."""
+        """The moved image in one frame, in its own size: RGB bilinear on SAM's mean colour, masks by nearest pixels."""
         share = time / max(1, self.frames - 1)
         angle, zoom, right, down = (1 - share) * self.ends[0] + share * self.ends[1]
         width, height = image.size
         cosine, sine = np.cos(angle) / zoom, np.sin(angle) / zoom
-        # From a place in the result back to the image, both counted from the middle.
+        # From a position in the result back to one in the image, both relative to the middle.
         x, y = width / 2, height / 2
         to_x, to_y = x + right * width, y + down * height
         matrix = (

@@ -23,7 +23,7 @@ def open_dataset(name: str, root: str | Path, split: str, **options: Any) -> Ref
     """One split of a dataset that lies under `root`, laid out as docs/data.md says.
 
     `name` is one of `DATASETS`. The RefCOCO family takes `split_by` (unc, umd, google) and `exclude_shared`. Raises DataError
-    where the name or the split is not one, or where files are missing or not in their format.
+    for an unknown name or split, and where files are missing or not in their format.
     """
     if name not in DATASETS:
         raise DataError(f"dataset: got {name!r}, want one of {', '.join(DATASETS)}")

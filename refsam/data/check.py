@@ -15,9 +15,9 @@ from refsam.data.photographs.check import check_folder
 
 State = Literal["ok", "missing", "broken", "not there"]
 Contents = tuple[str, list[str]]  # what was counted, and every problem
-# The name of a folder of photographs with class masks, which no split of expressions belongs to.
+# The name for a folder of photographs with class masks, which has no expressions and so no split of them.
 PHOTOGRAPHS = "photographs"
-# Most wrong files that are named.
+# The largest number of wrong files that are named.
 _NAMED = 3
 
 
@@ -113,7 +113,7 @@ def _check_photographs(root: Path, decode: bool, advance: Callable[[], None]) ->
 
 
 def _told(counted: str, problems: list[str]) -> str:
-    """The counts, the first few problems, and the number of the others."""
+    """The counts, the first few problems, and the number of all others."""
     more = f" and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
     return "; ".join([*filter(None, [counted]), *problems[:_NAMED]]) + more
 
@@ -123,13 +123,13 @@ def _whole(name: str) -> dict[str, Any]:
 
 
 def _culprit(parts: dict[str, Part], error: str) -> dict[str, Contents]:
-    """The failure to open a dataset, at the part that the message names, else at the list of expressions."""
+    """The error of opening a dataset, assigned to the part that the message names, else to the list of expressions."""
     named = [kind for kind, part in parts.items() if str(part.path) in error]
     return {(named or ["expressions"])[0]: ("", [error])}
 
 
 def _add_own(found: dict[str, Contents], dataset: ReferringDataset, module: Any) -> None:
-    """Add what only the dataset's own module knows to look for, and what it left out as it is wrong."""
+    """Add the problems that only the dataset's own module can find, and what it left out because it is wrong."""
     own = getattr(module, "problems", lambda dataset: ())
     try:
         extra = [("masks", fault) for fault in dataset.faults] + list(own(dataset))

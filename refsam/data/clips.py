@@ -1,4 +1,4 @@
-"""Training clips from datasets: which frames, cut and moved how, and what their expressions mean in them."""
+"""Training clips from datasets: their frames, how these are cut and moved, and what their expressions mean in them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ from refsam.data.dataset import (
 )
 from refsam.data.mirroring import mirrored
 
-# Draws of one sample that may show nothing of its object before another sample is taken, and draws in all.
+# How often one sample is drawn, if nothing of its object is seen, before another one is taken; and the draws in all.
 _DRAWS_OF_SAMPLE = 4
 _DRAWS = 40
 # Largest distance of the two other frames from the first (ReferFormer's sampler, which RefSAM uses).
@@ -40,8 +40,8 @@ _REACH = 3
 class Clip:
     """T frames and what E expressions mean in them.
 
-    `frames (T, H, W, 3)` uint8 RGB, `masks (E, T, H, W)` bool, `colour (4,)` float32 for `adjust_colour`; `name` says what it is
-    of, `skipped` what could not be read on the way to it.
+    `frames (T, H, W, 3)` uint8 RGB, `masks (E, T, H, W)` bool, `colour (4,)` float32 for `adjust_colour`; `name` says where it
+    is from, `skipped` which samples could not be read before it.
     """
 
     frames: NDArray[np.uint8]
@@ -109,7 +109,7 @@ def sample_frames(random: np.random.Generator, anchor: int, wanted: int, length:
 
 
 class ClipSampler:
-    """The training samples of one dataset: every expression once for each stretch of `frames` annotated frames of its video.
+    """The training samples of one dataset: each expression once for every stretch of `frames` annotated frames of its video.
 
     The anchor is drawn from the stretch. With several `expressions`, the others are of the same video, again from the start
     where it has too few. `unreadable`: "skip" takes another sample in place of one that needs an unreadable file,
@@ -146,8 +146,8 @@ class ClipSampler:
     def clip(self, seed: int, epoch: int, index: int) -> Clip:
         """Sample `index` of an epoch, drawn from (seed, epoch, index) alone.
 
-        A clip that shows nothing of what the first expression means is drawn again, at last from another sample, unless the
-        expression means nothing. Raises UnreadableError as asked for, DataError where no draw shows anything.
+        A clip that shows nothing of what the first expression means is drawn again, after some tries from another sample, unless
+        the expression means nothing. Raises UnreadableError where `unreadable` is "stop", DataError where no draw shows anything.
         """
         skipped: list[str] = []
         for attempt in range(_DRAWS):
@@ -243,7 +243,7 @@ class _ClipReader:
         mask = self.dataset.mask(expression, frame, size)
         if mask is None:
             raise DataError(
-                f"{self.dataset.name}: no object is told for {expression.video}, expression {expression.expression_id}"
+                f"{self.dataset.name}: no object is known for expression {expression.expression_id} of {expression.video}"
             )
         return Image.fromarray(mask.view(np.uint8))
 
@@ -251,8 +251,8 @@ class _ClipReader:
 class ClipMixture:
     """Several samplers as one endless stream.
 
-    An epoch goes through each of them as often as its weight says, in an order drawn from (seed, epoch): weight 1 is every sample
-    once, 0.5 every other one, another half in each epoch.
+    A sampler's weight says how often an epoch goes through its samples: with 1 every sample occurs once, with 0.5 half of them
+    do, another half in each epoch. The order is drawn from (seed, epoch).
     """
 
     def __init__(

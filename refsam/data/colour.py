@@ -1,4 +1,4 @@
-"""Changes of colour, batched, on whatever device the frames are: all of them together are one 3 x 3 matrix per clip."""
+"""Changes of colour, in batches and on the device of the frames: all of them together are one 3 x 3 matrix per clip."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ def adjust_colour(frames: Tensor, factors: Tensor, sizes: Sequence[tuple[int, in
 
     Factors are those of brightness (p -> b p), contrast (about the clip's mean luma), saturation (about each pixel's luma) and a
     turn of hue (in full circles, luma kept), in this order; (1, 1, 1, 0) changes nothing. `sizes` (height, width) of the
-    clips: what lies beyond is padding, zeros, and counts for no mean. Rounded and clamped once, at the end.
+    clips: the pixels outside are padding, zeros, and do not count in a mean. Rounded and clamped once, at the end.
     """
     factors = factors.to(frames.device, torch.float32)
     brightness, contrast, saturation, hue = factors.T
@@ -27,7 +27,7 @@ def adjust_colour(frames: Tensor, factors: Tensor, sizes: Sequence[tuple[int, in
     mean = brightness * total / torch.tensor(areas, dtype=torch.float32, device=frames.device)
     matrix = _hue_matrix(hue) @ _saturation_matrix(saturation, luma)
     matrix = matrix * (brightness * contrast)[:, None, None]
-    # Greys pass both matrices unchanged, so what contrast adds may be added last.
+    # Neither matrix changes a grey, so the constant that contrast adds can be added last.
     offset = ((1 - contrast) * mean)[:, None, None]
     changed = torch.baddbmm(offset, pixels.flatten(1, 3), matrix.mT).view_as(pixels)
     return changed.round_().clamp_(0, 255).to(torch.uint8)

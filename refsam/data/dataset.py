@@ -68,10 +68,10 @@ class MaskSource(Protocol):
 class ReferringDataset:
     """One split of a dataset. It holds the lists and the names of the files; pixels are read when they are asked for.
 
-    `videos` in the order of the dataset's protocol, `expressions_by_video` in file order. `frame_file(video, frame)`
-    and `mask_source` are the two things in which the datasets differ; `mask_source` is None where the truth is not there.
+    `videos` are in the order of the dataset's protocol, `expressions_by_video` in file order. Datasets differ in
+    `frame_file(video, frame)` and `mask_source` only; `mask_source` is None where there is no truth.
     `truth` is the file or folder that `refsam.evaluation.scoring.masks` reads, `listing` the file of the expressions.
-    `notes` say what a reader of results must know: what was left out, and why; `faults` what was left out as it is wrong.
+    `notes` tell a reader of results what was left out and why; `faults` say what was left out because it is wrong.
     Instances can be pickled.
     """
 
@@ -96,7 +96,7 @@ class ReferringDataset:
         return {video.name: video for video in self.videos}
 
     def expressions(self, video: str) -> tuple[Expression, ...]:
-        """All that is said about a video, in file order."""
+        """All expressions about a video, in file order."""
         return self.expressions_by_video[video]
 
     def frame(self, video: str, frame: str) -> NDArray[np.uint8]:
@@ -106,7 +106,7 @@ class ReferringDataset:
     def mask(
         self, expression: Expression, frame: str, size: tuple[int, int] | None = None
     ) -> Mask | None:
-        """The true mask (H, W) bool of all that an expression means in a frame; None where the truth is not there.
+        """The true mask (H, W) bool of all that an expression means in a frame; None where there is no truth.
 
         `size` (height, width) is the frame's, read from its file if it is not given. Raises UnreadableError for a file that
         cannot be decoded, DataError for a mask of another size than its frame.

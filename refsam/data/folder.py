@@ -47,8 +47,8 @@ def parts(name: str, root: Path, split: str) -> dict[str, Part]:
 def open_split(name: str, root: Path, split: str) -> ReferringDataset:
     """One split: `frames/<video>/`, `masks/<video>/` with a PNG of the same stem for a frame, and `expressions.csv`.
 
-    Frames are in natural order; those without a mask are seen by evaluation and left out of training. Raises DataError where
-    there are masks and none of them belongs to a frame.
+    Frames are in natural order; those without a mask are used in evaluation but not in training. Raises DataError where
+    there are masks but none of them belongs to a frame.
     """
     places = demand_parts(name, parts(name, root, split))
     by_video = _read_table(places["expressions"])
@@ -78,7 +78,7 @@ def open_split(name: str, root: Path, split: str) -> ReferringDataset:
 
 
 def problems(dataset: ReferringDataset) -> Iterable[tuple[str, str]]:
-    """(part, problem) of objects that no mask of their video shows; masks are decoded until each object was seen."""
+    """(part, problem) of objects that no mask of their video shows; masks are decoded until each object has been seen."""
     if not isinstance(dataset.mask_source, NumberedMasks):
         return
     for video in dataset.videos:
@@ -170,7 +170,7 @@ def _mismatches(
     frames: Mapping[str, Mapping[str, Path]],
     masks: Mapping[str, Mapping[str, Path]],
 ) -> Iterable[str]:
-    """Problems of the masks' folders and names, each with the nearest fix."""
+    """Problems of the masks' folders and names, each with the most likely correction."""
     folder = places["masks"]
     unlisted = [name for name in _folders(folder) if name not in frames]
     for name in unlisted:
@@ -200,12 +200,12 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    """A question after the name that is meant, where there is one like it."""
+    """The question whether a similar name is meant; nothing where no name is similar."""
     near = get_close_matches(name, names, 1)
     return f" (is it {near[0]}?)" if near else ""
 
 
 def _alike(name: str, names: list[str]) -> str:
-    """The name most like another, or the first."""
+    """The name that is most similar, or the first one."""
     within = [each for each in names if each in name]
     return (within or get_close_matches(name, names, 1, 0.0) or names)[0]

@@ -39,7 +39,7 @@ def check_split(name: str, split: str, splits: Collection[str]) -> None:
 
 
 def demand(name: str, path: Path, source: str) -> Path:
-    """The path itself; raises DataError, which says where to get it, if it does not exist."""
+    """The path itself; if it does not exist, raises DataError, which says where to get it."""
     if not path.exists():
         raise DataError(f"{name}: no {path}; it comes from {source}")
     return path
@@ -116,7 +116,7 @@ def open_listed(
     names: Collection[str] | None = None,
     notes: tuple[str, ...] = (),
 ) -> ReferringDataset:
-    """A split whose `places` are the list of expressions, the folder of frames and that of masks; all videos or `names`.
+    """A split from its `places`: the list of expressions, the folder of frames and that of masks; all videos or `names`.
 
     Without `masks` it has no truth. Raises DataError as `records` does.
     """
@@ -137,7 +137,7 @@ def open_listed(
 
 
 def numbers_of(entry: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
-    """The objects that an expression's entry names, one number or several; None if it has none."""
+    """The objects in an expression's entry, one number or several; None if it names none."""
     if key not in entry:
         return None
     numbers = entry[key]
@@ -145,9 +145,9 @@ def numbers_of(entry: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
 
 
 def read_text(path: Path, *encodings: str) -> str:
-    """A text file in UTF-16 if it begins with its mark, else in UTF-8 with or without one, else in the first that fits.
+    """A text file in UTF-16 if it begins with that byte order mark, else in UTF-8, else in the first encoding that fits.
 
-    Raises DataError where none of them does.
+    Raises DataError where none of them fits.
     """
     content = path.read_bytes()
     is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))

@@ -1,4 +1,4 @@
-"""Long-RVOS (arXiv 2505.12702): videos of a minute; an object has a folder of masks, without files where it is not seen."""
+"""Long-RVOS (arXiv 2505.12702): videos of a minute. Each object has a folder of masks, without a file where it is not seen."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -56,7 +56,7 @@ def parts(name: str, root: Path, split: str) -> dict[str, Part]:
 
 
 def open_split(name: str, root: Path, split: str) -> ReferringDataset:
-    """One split. Nothing but the lists is held: a video of any length is read frame by frame."""
+    """One split. Only the lists are held in memory: a video of any length is read frame by frame."""
     check_split(name, split, SPLITS)
     places = demand_parts(name, parts(name, root, split))
     has_truth = places["masks"].is_dir()
@@ -67,7 +67,7 @@ def open_split(name: str, root: Path, split: str) -> ReferringDataset:
 
 
 def expression_types(dataset: ReferringDataset) -> dict[tuple[str, str], str]:
-    """static, dynamic or hybrid by (video, expression), of those that tell."""
+    """static, dynamic or hybrid by (video, expression), where the list has it."""
     assert dataset.listing is not None  # open_split names it
     return {
         (video, number): str(entry["type"])

@@ -42,7 +42,7 @@ def parts(name: str, root: Path, split: str) -> dict[str, Part]:
 
 
 def open_split(name: str, root: Path, split: str) -> ReferringDataset:
-    """One split. An expression's `object_ids` are its `anno_id`s, any number of them, none in expressions about nothing."""
+    """One split. An expression's `object_ids` are its `anno_id`s: any number of them, none where it means nothing."""
     check_split(name, split, SPLITS)
     places = demand_parts(name, parts(name, root, split))
     source = None
@@ -71,7 +71,7 @@ class ListedPositions:
 
 
 def _read_tracks(path: Path) -> Arrays:
-    """The table of a `mask_dict.json`; raises DataError where that is in no such format."""
+    """The table of a `mask_dict.json`; raises DataError where it is not in that format."""
     tracks: dict[int, list[Code | None]] = {}
     content = read_json(path)
     if not isinstance(content, dict):

@@ -12,7 +12,7 @@ _NO_SIDE = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 # Phrases that no rule can mirror. "Right behind the car" may mean a side or only "directly", unless an article or "far", say,
-# makes it a side. A clock's sense is turned, too, and abbreviations could be anything.
+# makes it a side. Clockwise is reversed, too, and abbreviations could mean anything.
 _AMBIGUOUS = re.compile(
     r"""(?<!\bthe\ )(?<!\bfar\ )(?<!\btop\ )(?<!\bbottom\ )(?<!\bupper\ )(?<!\blower\ )(?<!\bfront\ )(?<!\bback\ )
       \bright\ (?:next|behind|besides?|above|below|under|underneath|before|after|in\ front|in\ the\ (?:middle|cent\w+)
@@ -26,7 +26,7 @@ _AMBIGUOUS = re.compile(
 def mirrored(text: str) -> str | None:
     """The expression that is true of the picture flipped left to right; None where that cannot be told.
 
-    Left and right, leftmost, left-hand, leftward and their like change places, whole words only and with their case kept.
+    Left and right, leftmost, left-hand, leftward and so on are exchanged, as whole words only and with their case kept.
     Phrases such as "right now" and "left behind" stay as they are. Mirroring twice gives the expression back.
     """
     swapped = _swap(text)

@@ -11,7 +11,7 @@ from refsam.runtime.files import only_writer, own_name
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder to write into, which becomes `out` at the end; after an error nothing of it remains.
+    """Yield a folder to write into, which becomes `out` at the end; after an error it is removed.
 
     Raises DataError where `out` exists, UserError while another process writes it.
     """

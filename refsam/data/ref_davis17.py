@@ -1,4 +1,4 @@
-"""Ref-DAVIS17: its text annotations and DAVIS 2017 made into the layout of Ref-YouTube-VOS, and that layout read."""
+"""Ref-DAVIS17: converts its text annotations and DAVIS 2017 to the layout of Ref-YouTube-VOS, and reads that layout."""
 
 import json
 import re
@@ -21,7 +21,7 @@ _TEXT_FILES = (
     "Davis17_annot2.txt",
     "Davis17_annot2_full_video.txt",
 )
-# Names that the text annotations spell otherwise than DAVIS.
+# Names that the text annotations and DAVIS spell differently.
 _NAMES = {"clasic-car": "classic-car", "dog-scale": "dogs-scale", "motor-bike": "motorbike"}
 _DAVIS = (
     "https://davischallenge.org/davis2017/code.html (DAVIS-2017-Unsupervised-trainval-480p.zip)"
@@ -35,7 +35,7 @@ OFFICIAL_VIDEOS = {"train": 60, "valid": 30}
 
 
 def open_split(name: str, root: Path, split: str) -> ReferringDataset:
-    """One split; each expression knows its annotator, and those of one object follow each other."""
+    """One split; each expression has its annotator, and those of one object follow each other."""
     check_split(name, split, SPLITS)
     dataset = ref_youtube_vos.open_layout(name, root, split, parts(name, root, split))
     by_video = {
@@ -53,7 +53,7 @@ def parts(name: str, root: Path, split: str) -> dict[str, Part]:
 
 
 def _with_annotators(video: str, expressions: tuple[Expression, ...]) -> Iterable[Expression]:
-    """Expression 4 * object + annotator is annotator's expression about that object."""
+    """Expression number 4 * object + annotator is that annotator's expression about that object."""
     ordered = sorted(expressions, key=lambda expression: int(expression.expression_id))
     for index, expression in enumerate(ordered):
         first = ordered[index - index % ANNOTATORS]
@@ -103,11 +103,11 @@ Texts = dict[str, list[tuple[str, str]]]
 
 
 def _read_texts(path: Path) -> Texts:
-    """(object number, expression) by video, sorted by number as text, which is how the official conversion numbers them."""
+    """(object number, expression) by video, sorted by number as text, as the official conversion does it."""
     found: Texts = {}
     # The second person's files are not UTF-8.
     text = read_text(demand("ref-davis17", path, _TEXTS), "latin-1")
-    # Only these end a line: byte 0x85, an ellipsis in Windows' encoding, would be taken for an end as well.
+    # Only these end a line: splitlines() would also split at byte 0x85, an ellipsis in Windows' encoding.
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
         words = line.split()
         if not words:
@@ -120,7 +120,7 @@ def _read_texts(path: Path) -> Texts:
 
 
 def _unquoted(expression: str) -> str:
-    """The expression without the quotes around it, straight or typographic, where it has them."""
+    """The expression without quotes around it, straight or typographic."""
     return re.sub(r'^["\u201c\u201d]|["\u201c\u201d]$', "", expression).strip()
 
 

@@ -63,7 +63,7 @@ def open_layout(name: str, root: Path, split: str, parts: Mapping[str, Part]) ->
 
 
 def _validation_videos(root: Path, listed: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:
-    """The validation list names the test videos too: those of the test list, or those without frames, are not valid's."""
+    """The validation list names the test videos too: those that the test list has, or that have no frames, are left out."""
     test_list = parts("ref-youtube-vos", root, "test")["expressions"].path
     if test_list.is_file():
         names = sorted(set(listed) - set(read_videos(test_list)))
@@ -79,7 +79,7 @@ def _validation_videos(root: Path, listed: Mapping[str, Any]) -> tuple[list[str]
 
 
 def _mask_source(folder: Path, listed: Mapping[str, Any], names: list[str]) -> MaskSource | None:
-    """Maps of object numbers where the list tells objects, else one folder of binary masks for each expression."""
+    """Maps of object numbers where the list names objects, else one folder of binary masks for each expression."""
     if not folder.is_dir():
         return None
     expressions = [(name, listed[name].get("expressions", {})) for name in names]

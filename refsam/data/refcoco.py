@@ -34,7 +34,7 @@ _PICKLE_ERRORS = (
     AttributeError,
     OverflowError,
 )
-# Who split it -> the splits; the first one is the usual.
+# Who split it -> the splits; the first is the usual one.
 SPLITS_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "refcoco": {
         "unc": ("train", "val", "testA", "testB"),
@@ -59,7 +59,7 @@ _IMAGE_FOLDERS = (
 
 
 def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
-    """The arguments that `open_dataset` takes for each split, of the usual makers and of those whose files are there."""
+    """The arguments that `open_dataset` takes for each split: the usual ones, and others whose files exist."""
     makers = [by for by in SPLITS_BY[name] if _refs_file(root, name, by).is_file()]
     makers = makers or [next(iter(SPLITS_BY[name]))]
     return tuple({"split_by": by, "split": split} for by in makers for split in SPLITS_BY[name][by])
@@ -85,8 +85,8 @@ def open_split(
 ) -> ReferringDataset:
     """One split: each image is a video of one frame, whose expressions have their `sent_id` as number.
 
-    `split_by` is who made the split: unc for RefCOCO and RefCOCO+, umd for RefCOCOg unless given. With `exclude_shared` the
-    images that any of the three has in a usual evaluation split are left out of train: they share COCO's images.
+    `split_by` says who made the split; by default unc for RefCOCO and RefCOCO+, umd for RefCOCOg. With `exclude_shared` the
+    images in a usual evaluation split of any of the three are left out of train: they share COCO's images.
     """
     usual = SPLITS_BY[name]
     split_by = split_by or next(iter(usual))
@@ -119,7 +119,7 @@ def open_split(
 
 
 def problems(dataset: ReferringDataset) -> Iterable[tuple[str, str]]:
-    """(part, problem) of images whose size is not the one that the instances record: a scaled one is right, another is not."""
+    """(part, problem) of images whose size is neither the recorded one of their instances nor that one scaled."""
     assert isinstance(dataset.mask_source, RunLengthMasks)
     for video in dataset.videos:
         file = dataset.frame_file(video.name, video.name)
@@ -175,14 +175,14 @@ def _image_file(folder: Path, video: str, frame: str) -> Path:
 
 
 def _belongs(split: str, wanted: str) -> bool:
-    """testA and testB may be written together with others, as in the original tool; test covers all of these."""
+    """As in the original tool, testA and testB may be combined with other splits; test covers all of these."""
     if wanted in ("testA", "testB"):
         return "test" in split and wanted[-1] in split
     return "test" in split if wanted == "test" else split == wanted
 
 
 def _shared_images(name: str, root: Path, split_by: str) -> tuple[set[int], tuple[str, ...]]:
-    """COCO images of the usual evaluation splits of all three and of this one, and what could not be looked into."""
+    """COCO images of the usual evaluation splits of all three and of this one, and the lists that could not be read."""
     usual = {(other, next(iter(by))) for other, by in SPLITS_BY.items()} | {(name, split_by)}
     excluded: set[int] = set()
     notes = []
@@ -258,9 +258,9 @@ def _only_frame(video: str, frame: str) -> int:
 def _expressions(
     refs: Iterable[Mapping[str, Any]], instances: _Instances, path: Path
 ) -> tuple[dict[str, list[Expression]], tuple[str, ...]]:
-    """Expressions by image, and the objects that were left out for want of an outline.
+    """Expressions by image, and the objects that were left out because they have no outline.
 
-    The file names in `refs` carry the object's number: those of the instances are right.
+    The file names in `refs` end with the object's number; the instances have the right ones.
     """
     found: dict[str, list[Expression]] = {}
     without: dict[str, None] = {}

@@ -1,4 +1,4 @@
-"""Masks as COCO's run lengths, in tables that open at once and that processes share."""
+"""Masks as COCO's run lengths, in tables that open quickly and that processes share."""
 
 import hashlib
 import logging
@@ -19,7 +19,7 @@ from refsam.runtime.files import only_writer, own_name
 Arrays = dict[str, NDArray[Any]]
 Size = tuple[int, int]  # height, width
 _LOG = logging.getLogger(__name__)
-# Changes with what the tables hold, so that those of earlier versions are made anew.
+# Changes with the contents of the tables, so that those of earlier versions are built again.
 _FORMAT = 2
 _CORNERS = 3
 _POLYGON_ERRORS = (TypeError, ValueError, OverflowError)
@@ -89,7 +89,7 @@ class RunLengthTable:
 
 @dataclass(frozen=True)
 class RunLengthMasks:
-    """Masks of a run-length table; `position` of a frame by video and frame, the order in which the codes are listed."""
+    """Masks of a run-length table; `position(video, frame)` is the frame's place in the order of the codes."""
 
     table: RunLengthTable
     position: Callable[[str, str], int]
@@ -118,10 +118,10 @@ class RunLengthMasks:
 
 
 def open_arrays(path: Path, build: Callable[[], Arrays]) -> Arrays:
-    """Cache the arrays that `build` makes of a file on the disk: one process makes them, all share them.
+    """Cache on the disk the arrays that `build` makes of a file: one process makes them, all share them.
 
     It lies in a hidden folder named after the file's size and age: beside the file or, where that cannot be written, in the
-    user's cache (XDG_CACHE_HOME). Where neither can be, it is built each time.
+    user's cache (XDG_CACHE_HOME). If neither can be written, the arrays are built each time.
     """
     facts = path.stat()
     name = f".{path.stem}.{facts.st_size}.{facts.st_mtime_ns}.v{_FORMAT}"
@@ -168,7 +168,7 @@ def _load(folder: Path) -> Arrays:
 def encode(segmentation: Any, size: Size) -> Code | None:
     """The code of a COCO segmentation: polygons on an image of `size`, whose union is the object, or run lengths.
 
-    Polygons of less than three corners cover nothing and are left out; None where nothing is left or the format is wrong.
+    Polygons with fewer than three corners cover nothing and are left out; None where nothing is left or the format is wrong.
     """
     api = coco_masks()
     try:
@@ -196,7 +196,7 @@ def compressed(code: Mapping[str, Any]) -> Code:
 
 
 def decode(code: Code) -> Mask:
-    """The mask (H, W) of a code; raises DataError where its runs do not fill its size, which pycocotools does not notice."""
+    """The mask (H, W) of a code; raises DataError where its runs do not add up to its size, which pycocotools does not notice."""
     height, width = code.size
     total = _total(code.counts)
     if total != height * width:
@@ -209,8 +209,8 @@ def decode(code: Code) -> Mask:
 def _total(counts: bytes) -> int:
     """Number of pixels that compressed run lengths cover, -1 for invalid ones.
 
-    Each is a number of 5 bits a character, lowest first, bit 5 set but in the last, whose bit 4 is the sign; from the fourth on
-    it is the difference to the one two before it.
+    Each number has 5 bits per character, the lowest first. Bit 5 is set in all but the last character, whose bit 4 is the sign.
+    From the fourth on, a number is the difference from the one two before it.
     """
     characters = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero((characters & 32) == 0)
@@ -229,7 +229,7 @@ def _total(counts: bytes) -> int:
 
 
 def scaled(mask: Mask, size: Size) -> Mask:
-    """The mask at another size of the same aspect, by its nearest pixels; raises DataError for another aspect."""
+    """The mask in another size of the same aspect, by its nearest pixels; raises DataError for another aspect."""
     if mask.shape == size:
         return mask
     if not same_aspect((mask.shape[0], mask.shape[1]), size):

@@ -1,4 +1,4 @@
-"""One's own videos divided into those to train on and those to validate on, whole videos each."""
+"""Your own videos divided, each as a whole, into those to train on and those to validate on."""
 
 import csv
 from pathlib import Path
@@ -21,9 +21,9 @@ def split_folder(
     seed: int = 0,
     copy: bool = False,
 ) -> dict[str, list[str]]:
-    """Write the splits train and validation of one's own videos into the new folder `out`; returns the videos of each.
+    """Write the splits train and validation of your own videos into the new folder `out`; returns the videos of each.
 
-    `share` of the videos, one at least and never all, are for validation, drawn from `seed`. Frames and masks become symbolic
+    `share` of the videos, at least one but never all, are for validation, drawn from `seed`. Frames and masks become symbolic
     links, or copies with `copy`; `root` stays as it is. Raises DataError for fewer than two videos, for a share that is not
     between 0 and 1, and where `out` exists.
     """

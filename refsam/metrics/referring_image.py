@@ -1,4 +1,4 @@
-"""IoU scores of referring image segmentation by the conventions that papers mix."""
+"""IoU scores of referring image segmentation, by the different conventions that papers use."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -107,7 +107,7 @@ def referring_image_scores(
         )
     rule = CONVENTIONS[convention]
     smoothed = _ious(intersection + rule.numerator, union, rule.denominator, rule.empty)
-    # The peers' small numbers vanish in float32, so an IoU of exactly X must stay exactly X here.
+    # The small numbers of the other programs vanish in float32, so an IoU of exactly X must stay exactly X here.
     exact = _ious(intersection, union, 0.0, rule.empty)
     above = np.greater_equal if rule.inclusive else np.greater
     return ReferringImageScores(

@@ -92,7 +92,7 @@ def sequence_scores(
     void: ArrayLike | None = None,
     bound: float = BOUND,
 ) -> SequenceScores:
-    """J and F of every frame of `(T, H, W)` masks, or of one `(H, W)` frame; sooner than one by one.
+    """J and F of every frame of `(T, H, W)` masks, or of one `(H, W)` frame; faster than frame by frame.
 
     Raises ValueError as `contour_accuracy` does.
     """
@@ -139,7 +139,7 @@ def statistics(values: ArrayLike) -> Statistics:
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not values.size:
         raise ValueError(f"values: got shape {values.shape}, want (T,) with at least one frame")
-    # The smallest step up turns numpy's rounding to even into MATLAB's rounding up of halves.
+    # With 1e-10 added numpy, which rounds halves to even, rounds them up as MATLAB does.
     limits = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(np.int64) - 1
     first, last = values[: limits[1] + 1], values[limits[3] : limits[4] + 1]
     decay = _mean_of_known(first) - _mean_of_known(last)
@@ -178,7 +178,7 @@ def boundary(mask: ArrayLike) -> Mask:
 
 
 def is_native() -> bool:
-    """Whether the scores come from the compiled module; they are the same without it, only later."""
+    """Whether the scores come from the compiled module; without it they are the same, but slower."""
     return _native is not None
 
 

@@ -79,7 +79,7 @@ class VideoSession:
         expressions: what to segment, for instance ``["the red cup"]``; may be empty at first.
         optimize: call `model.optimize()` if nobody has; False leaves the model as it is.
         graphs: CUDA graphs of the model, which sessions may share; None launches the kernels one by one.
-        threshold: pixels that are more probable than this belong to a mask.
+        threshold: pixels with a higher probability than this belong to a mask.
 
     Raises:
         UserError: an expression that is empty, too long, or has no word that the model knows.

@@ -32,7 +32,7 @@ class VideoOptions:
     Attributes:
         reading: range of frames and time limits; None reads all.
         formats: of `refsam.video.mask_formats.FORMATS`.
-        threshold: pixels that are more probable than this belong to a mask.
+        threshold: pixels with a higher probability than this belong to a mask.
     """
 
     reading: "ReadOptions | None" = None
@@ -251,7 +251,7 @@ class _VideoStream:
             frames = self._writer.frames
         problem = None if self.problem is None else str(self.problem)
         if not frames and problem is None:
-            problem = f"{self.job.source} has no frame that was asked for"
+            problem = f"{self.job.source} has no frame in the chosen range"
         return VideoOutcome(self.job.source, self.job.folder, frames, problem)
 
     def close(self) -> None:

@@ -116,7 +116,7 @@ def check_expressions(encoder: CachedTextEncoder, datasets: Sequence[ReferringDa
                     refused.append(f"{place} {expression.text!r} ({reason})")
     if refused:
         raise UserError(
-            f"data: {len(refused)} expressions cannot be trained on: {named(refused, _NAMED)}; put them right or leave them out"
+            f"data: {len(refused)} expressions cannot be trained on: {named(refused, _NAMED)}; correct them or leave them out"
         )
 
 

@@ -1,4 +1,4 @@
-"""Segment one visitor's clip in a thread of its own, while anybody may look at the frames that are done."""
+"""Segment one visitor's clip in a thread of its own, while finished frames can be looked at."""
 
 import io
 import logging
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PREVIEW_SIDE = 960  # pixels; the downloads have the clip's own size
-_UPDATES_PER_SECOND = 12.0  # a page that shows more is only busier
-_PATIENCE = 0.2  # seconds between looks at whether somebody cancelled
+_UPDATES_PER_SECOND = 12.0  # more would only cost time
+_PATIENCE = 0.2  # seconds between checks for a cancelled job
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Engine:
     Attributes:
         name: of the checkpoint.
         model: in evaluation mode, on its device.
-        precision: autocast dtype; float32 does without.
+        precision: autocast dtype; float32 means no autocast.
     """
 
     name: str
@@ -64,8 +64,8 @@ class Progress:
     """Progress of a job.
 
     Attributes:
-        frames: that are done; previews of all of them can be asked for.
-        expected: number of frames, if the clip announces it.
+        frames: number of finished frames; each of them has a preview.
+        expected: number of frames, if the clip's file contains it.
         rate: frames per second so far.
         unknown: per expression, the words that the model does not know.
     """
@@ -81,10 +81,10 @@ class Job:
 
     Args:
         engine: the model.
-        turn: held while computing, so that jobs of several visitors follow one another.
+        turn: lock that is held while computing, so that jobs of several visitors run one after another.
         upload: the clip.
         root: the only folder that files are read from.
-        folder: to make; results and previews are written there.
+        folder: is created for results and previews.
         expressions: what to segment.
         limits: on the clip.
     """
@@ -112,11 +112,11 @@ class Job:
         self._thread = threading.Thread(target=self._work, name="refsam-job", daemon=True)
 
     def start(self) -> None:
-        """Begin, as soon as no other job computes."""
+        """Begin as soon as no other job computes."""
         self._thread.start()
 
     def cancel(self) -> None:
-        """Stop after the present frame; what is done until then is kept."""
+        """Stop after the current frame; the finished frames are kept."""
         self._cancelled.set()
 
     def discard(self) -> None:
@@ -128,7 +128,7 @@ class Job:
 
     @property
     def running(self) -> bool:
-        """Whether more frames may come."""
+        """Whether the job may still add frames."""
         return self._thread.is_alive()
 
     @property
@@ -137,7 +137,7 @@ class Job:
         return self._stopped_by
 
     def updates(self) -> Iterator[Progress]:
-        """Yield the newest progress some times a second until the job has ended."""
+        """Yield the newest progress several times per second until the job has ended."""
         while self.running:
             if self._changed.wait(_PATIENCE):
                 self._changed.clear()
@@ -162,7 +162,7 @@ class Job:
                 self._turn.release()
         except UserError as error:
             self.error = str(error).replace(str(self._upload), self._upload.name)
-        except Exception:  # whatever it is, the page must say that there will be no masks
+        except Exception:  # for any error the page must say that there will be no masks
             log.exception("a job failed")
             self.error = "the clip could not be segmented; the terminal says why"
 

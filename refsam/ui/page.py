@@ -1,4 +1,4 @@
-"""The page itself: what stands where, and what each button does."""
+"""The page itself: its components, and what each button does."""
 
 import base64
 import html
@@ -33,7 +33,7 @@ _IDLE = "Choose a clip and say what to segment."
 
 
 def build_page(visitors: Visitors) -> gr.Blocks:
-    """The page, with everything that it does; the same for all visitors, whose files are kept apart."""
+    """The page with all its events. It is the same for all visitors, whose files are kept separate."""
     with gr.Blocks(title="refsam", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(_INTRODUCTION)
         model = gr.HTML(elem_id="model")
@@ -96,7 +96,7 @@ def _clip_choices(limits: Limits) -> tuple[gr.File, gr.Video, gr.Button]:
             webcam_options=gr.WebcamOptions(mirror=False, constraints=_CAMERA),
             elem_id="webcam",
         )
-        # gradio would run the program ffmpeg to take away the sound of a clip that was recorded without any. In a subclass
+        # gradio would run the program ffmpeg to remove the sound of a recorded clip that has none. In a subclass
         # this would make it write a stub file beside this one.
         webcam.preprocess = _recorded_file
     with gr.Tab("Sample"):
@@ -133,7 +133,7 @@ class Actions:
         self.shown = [view, status, frame, run_button, stop_button, *downloads]
 
     def name_model(self) -> Iterator[str]:
-        """Say which model there is, once it is."""
+        """Say which model there is, as soon as it is loaded."""
         if not self.visitors.ready:
             yield "The model is being loaded."
         engine = self.visitors.wait_for_engine()
@@ -183,7 +183,7 @@ class Actions:
                 picture = _picture(job.preview(progress.frames - 1))
                 yield {self.view: picture, self.status: _say(job, progress)}
             yield self._ended(job)
-        except FileNotFoundError:  # the visitor has left meanwhile, and the files with them
+        except FileNotFoundError:  # the visitor has left meanwhile, so the files are removed
             return
 
     def _started(self) -> dict[Any, Any]:
@@ -214,7 +214,7 @@ class Actions:
         }
 
     def cancel(self, request: gr.Request) -> str:
-        """Stop the visitor's job; what is done is kept."""
+        """Stop the visitor's job; the finished frames are kept."""
         job = self.visitors.of(request.session_hash).job
         if job is None or not job.running:
             return "Nothing is running."
@@ -255,5 +255,5 @@ def _picture(jpeg: bytes) -> str:
 
 
 def _escape(text: str) -> str:
-    """Text of visitors as HTML that gradio's templates leave as it is."""
+    """A visitor's text as HTML that gradio's templates do not change."""
     return html.escape(text).replace("{", "&#123;").replace("$", "&#36;")

@@ -1,4 +1,4 @@
-"""The server behind the page: it answers first and loads the model afterwards."""
+"""The server of the page: it first begins to answer and then loads the model."""
 
 import os
 import shutil
@@ -24,15 +24,15 @@ def serve(
     limits: Limits | None = None,
     announce: Callable[[str], None] = print,
 ) -> None:
-    """Show the page until Ctrl-C; then remove what was uploaded and made.
+    """Show the page until Ctrl-C; then remove all uploads and results.
 
     Args:
-        load: makes the model, after the server answers.
+        load: makes the model; it is called once the server answers.
         host: address to listen at; 127.0.0.1 is this machine alone.
         port: to listen at; None for the first free one from 7860 on.
-        folder: in which a temporary folder is made for all files; None for the system's place.
+        folder: the place for a temporary folder with all files; None for the system's own.
         limits: on uploads.
-        announce: called with each line of news.
+        announce: is called with each line to print.
 
     Raises:
         UserError: gradio or pycocotools is missing, the address cannot be used, or the model cannot be loaded.
@@ -56,7 +56,7 @@ def serve(
 
 def _open(visitors: Visitors, host: str, port: int | None):  # type: ignore[no-untyped-def]
     """Build the page and launch its server in a thread."""
-    # Read when gradio is imported and when its components are made: all its files stay in our folder, and it asks nobody.
+    # Read when gradio is imported and when its components are made: its files stay in our folder, and it contacts no server.
     os.environ["GRADIO_TEMP_DIR"] = str(visitors.folder)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
@@ -82,7 +82,7 @@ def _open(visitors: Visitors, host: str, port: int | None):  # type: ignore[no-u
         )
     except (
         ValueError
-    ) as error:  # gradio looks whether the page can be reached, through a proxy if there is one
+    ) as error:  # gradio checks whether the page can be reached, through a proxy if there is one
         raise UserError(
             f"the page at {host} cannot be reached from this machine: set NO_PROXY={host}, or choose another --host"
         ) from error
@@ -110,7 +110,7 @@ def _workplace(folder: Path | None) -> Iterator[Path]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends the page as Ctrl-C does: nothing that was uploaded may be left."""
+    """Let SIGTERM end the page as Ctrl-C does, so that uploads are removed then, too."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

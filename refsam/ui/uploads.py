@@ -10,7 +10,7 @@ from refsam.errors import UserError
 from refsam.images import IMAGE_SUFFIXES
 from refsam.video import FrameSource, ReadOptions, open_source
 
-# Files that name other files (playlists, lists of clips, PostScript) are not among them: nobody may read with their help.
+# Formats that name other files (playlists, lists of clips, PostScript) are left out: a visitor could read our files with them.
 _CONTAINERS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,ogg,asf,h264,hevc,mjpeg"
 _IMAGES = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "HEIF")
 
@@ -22,8 +22,8 @@ class Limits:
     Attributes:
         megabytes: size of an uploaded file.
         frames: length of a clip.
-        pixels: of a frame.
-        expressions: how many; characters: of each.
+        pixels: number in a frame.
+        expressions: their number; characters: of each.
     """
 
     megabytes: int = 200
@@ -34,7 +34,7 @@ class Limits:
 
 
 def open_upload(path: Path, folder: Path, limits: Limits) -> FrameSource:
-    """Open a file that a visitor has sent, once it is known to be harmless.
+    """Open a file that a visitor has sent, after checking that it is harmless.
 
     Args:
         path: the file.
@@ -94,7 +94,8 @@ def _check_file(path: Path, folder: Path, limits: Limits) -> None:
 
 def _check_image(path: Path, limits: Limits) -> None:
     Image.init()
-    readable = [name for name in _IMAGES if name in Image.OPEN]  # AVIF and HEIF are not everywhere
+    # Not every pillow reads AVIF and HEIF.
+    readable = [name for name in _IMAGES if name in Image.OPEN]
     try:
         with Image.open(path, formats=readable) as image:
             _check_pixels(path.name, image.width, image.height, limits)

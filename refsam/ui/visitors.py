@@ -18,8 +18,8 @@ class Visitor:
 
     Attributes:
         folder: of the visitor's results; its name cannot be guessed.
-        clip: what was chosen last, None if nothing was or it cannot be used.
-        job: what was started last.
+        clip: the one chosen last; None before that, or if it cannot be used.
+        job: the one started last.
     """
 
     folder: Path
@@ -28,10 +28,10 @@ class Visitor:
 
 
 class Visitors:
-    """All open pages, the folder that all their files are in, and the model once it is there.
+    """All open pages, the folder with all their files, and the model once it is loaded.
 
     Args:
-        folder: uploads come into it, results and previews too.
+        folder: for uploads, results and previews.
         limits: on uploads.
     """
 
@@ -45,7 +45,7 @@ class Visitors:
         self._sample = threading.Lock()
 
     def welcome(self, engine: Engine) -> None:
-        """From now on there is a model."""
+        """Set the model, for which visitors may be waiting."""
         self._engine = engine
         self._loaded.set()
 
@@ -62,14 +62,14 @@ class Visitors:
         return self._loaded.is_set()
 
     def of(self, key: str | None) -> Visitor:
-        """The visitor of that session, made when it is new."""
+        """The visitor of that session; a new session gets a new one."""
         name = key or ""
         if name not in self._visitors:
             self._visitors[name] = Visitor(self.folder / f"visitor-{secrets.token_urlsafe(16)}")
         return self._visitors[name]
 
     def begin(self, key: str | None, text: str) -> Job:
-        """Start a job on the visitor's clip, instead of an earlier one.
+        """Start a job on the visitor's clip; it replaces an earlier one.
 
         Raises UserError: no clip was chosen, it cannot be used, or the expressions cannot.
         """
@@ -102,7 +102,7 @@ class Visitors:
         shutil.rmtree(visitor.folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Everybody leaves; whoever waits for the model no longer does."""
+        """Remove all visitors, and end every wait for the model."""
         self._engine = None
         self._loaded.set()
         for key in list(self._visitors):

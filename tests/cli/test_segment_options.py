@@ -163,7 +163,7 @@ def test_patterns(segment, tmp_path: Path, pattern: str) -> None:  # type: ignor
         (["--start", "2", "--end", "1"], "--end 1: want a time behind --start 2"),
         (["--format", "tiff"], "--format tiff: want png, palette, rle or cutout"),
         (["--threshold", "1"], "--threshold 1: want a number between 0 and 1"),
-        (["--start", "99"], "has no frame that was asked for"),
+        (["--start", "99"], "has no frame in the chosen range"),
         (["--text", "d\udcffg"], "is not UTF-8"),
     ],
 )

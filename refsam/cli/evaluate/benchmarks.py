@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from refsam.evaluation.runners.inference import InferenceRules
 
 VideosOption = Annotated[
-    Path | None, typer.Option(help="Text file of the videos to run, one a line; all by default.")
+    Path | None, typer.Option(help="Text file of the videos to run, one per line; all by default.")
 ]
-ProcessesOption = Annotated[int, typer.Option(help="Processes that share the scoring; 0 is one per core.")]  # fmt: skip
+ProcessesOption = Annotated[int, typer.Option(help="Processes that share the scoring; 0 means one per core.")]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RunOptions:
     root: Annotated[Path, typer.Option(help="Folder of the dataset, laid out as docs/data.md says.")]  # fmt: skip
     out: Annotated[
         Path,
-        typer.Option(help="Folder for predictions, scores and report; that of an interrupted run continues it."),
+        typer.Option(help="Folder for predictions, scores and report; give that of an interrupted run to continue it."),
     ]  # fmt: skip
     inference: Annotated[
         str,
@@ -39,7 +39,7 @@ class RunOptions:
     ] = "default"  # fmt: skip
     missing: Annotated[
         str,
-        typer.Option(help="error: stop where the model cannot take an expression; zero: score it as empty, and list it."),
+        typer.Option(help="error: stop if the model cannot take an expression; zero: score it as empty, and list it."),
     ] = "error"  # fmt: skip
     device: DeviceOption = "auto"
     dtype: DtypeOption = "auto"
@@ -83,16 +83,16 @@ def ref_davis17(
     split: str = "valid",
     merge: Annotated[
         str | None,
-        typer.Option(help="How objects share pixels: probabilities, or logits as the authors do; as --inference by default."),
+        typer.Option(help="How objects share pixels: probabilities, or logits as the authors do; --inference sets the default."),
     ] = None,
     protocol: Annotated[
         list[str] | None,
-        typer.Option(help="How it is scored: davis-unsupervised (default), davis-semi-supervised, per-expression; repeatable."),
+        typer.Option(help="davis-unsupervised (default), davis-semi-supervised or per-expression; repeat it for several."),
     ] = None,
     videos: VideosOption = None,
     processes: ProcessesOption = 0,
 ) -> None:  # fmt: skip
-    """Run a model on Ref-DAVIS17: each of the four annotators by itself, objects joined into maps, the mean of four scores."""
+    """Run a model on Ref-DAVIS17: each annotator's objects are joined into maps; the score is the mean of all annotators."""
     from refsam.evaluation.runners.inference import MERGE_NOTES
     from refsam.evaluation.runners.ref_davis17 import RefDavis17
 
@@ -115,7 +115,7 @@ def _per_expression(
         split: str = usual_split,
         truth: Annotated[
             Path | None,
-            typer.Option(help="Truth elsewhere: <video>/<frame>.png, <video>/<expression>/<frame>.png or mask_dict.json."),
+            typer.Option(help="Truth in another place: <video>/<frame>.png, <video>/<expression>/<frame>.png or mask_dict.json."),
         ] = None,
         truth_expressions: Annotated[
             Path | None,
@@ -164,7 +164,7 @@ def refcoco(
     ] = None,
     protocol: Annotated[
         list[str] | None,
-        typer.Option(help="How scores are made of IoUs: referformer (default), sa2va or lavt; repeat it for several."),
+        typer.Option(help="How scores are computed from IoUs: referformer (default), sa2va or lavt; repeat it for several."),
     ] = None,
 ) -> None:  # fmt: skip
     """Run a model on RefCOCO, RefCOCO+ or RefCOCOg: oIoU, mIoU and P@0.5 to 0.9 of each split."""

@@ -14,7 +14,7 @@ from refsam.cli.progress import progress
 def generated(
     model: ModelChoice,
     clips: Annotated[int, typer.Option(help="Number of clips, from the first of the 240.", min=1, max=240)] = 240,
-    json: Annotated[Path | None, typer.Option(help="Write everything, each expression included.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything, including each expression.")] = None,
 ) -> None:  # fmt: skip
     """Run a model on the frozen benchmark of generated clips and score it, by kind of expression."""
     from refsam.evaluation.runners.generated import evaluate_generated, table

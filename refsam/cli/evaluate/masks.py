@@ -24,7 +24,7 @@ def masks(
     gt: Annotated[
         Path,
         typer.Option(
-            help="Folder of true PNGs, laid out alike; with --expressions, maps of objects <video>/<frame>.png, the file "
+            help="Folder of true PNGs in the same layout; with --expressions, maps of objects <video>/<frame>.png, the file "
             "mask_dict.json of MeViS, or a split of your own videos (with expressions.csv), for which --pred may be what refsam "
             "segment-videos wrote."
         ),
@@ -38,9 +38,9 @@ def masks(
     ] = None,
     videos: Annotated[
         Path | None,
-        typer.Option(help="Text file of the videos to score, one a line, such as DAVIS' val.txt."),
+        typer.Option(help="Text file of the videos to score, one per line, such as DAVIS' val.txt."),
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write everything, scores of each frame included.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything, including the scores of each frame.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write one row per object.")] = None,
     plots: Annotated[
         Path | None, typer.Option(help="Folder for curves of J and F over time, one PNG per video.")
@@ -56,7 +56,7 @@ def masks(
         str,
         typer.Option(help="error: stop and list every problem; zero: score unusable masks as empty and list them."),
     ] = "error",
-    processes: Annotated[int, typer.Option(help="Processes that share the videos; 0 is one per core.")] = 0,
+    processes: Annotated[int, typer.Option(help="Processes that share the videos; 0 means one per core.")] = 0,
 ) -> None:  # fmt: skip
     """Score any model's masks: J, F and J&F with mean, recall and decay, per object and overall."""
     from refsam.evaluation.reports.masks import (

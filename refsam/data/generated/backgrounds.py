@@ -15,7 +15,7 @@ _TRAINED = (
     "skimage/brick.png skimage/grass.png skimage/text.png skimage/page.png skimage/rocket.jpg skimage/moon.png "
     "skimage/retina.jpg skimage/cell.png skimage/clock_motion.png sklearn/china.jpg"
 ).split()
-# Never trained on: the benchmark's backgrounds.
+# The benchmark's backgrounds, which training never uses.
 _HELD_OUT = (
     "skimage/coffee.png skimage/gravel.png skimage/coins.png skimage/hubble_deep_field.jpg sklearn/flower.jpg"
 ).split()
@@ -25,8 +25,8 @@ _HELD_OUT = (
 def photographs(held_out: bool) -> tuple[Tensor, ...]:
     """The photographs of one side of the split, each (3, h, w) float32 RGB in 0..1 with a short side of 320 pixels.
 
-    Those for training come with their channels in every order: few have much colour, and what has a colour in a photograph is
-    easily taken for an object.
+    Those for training come with their channels in every order, because few of them have much colour, and a model that sees
+    little colour in backgrounds takes every coloured area for an object.
 
     Raises UserError where scikit-image or scikit-learn is not installed.
     """

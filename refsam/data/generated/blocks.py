@@ -1,4 +1,4 @@
-"""Toy blocks: what is printed on the face of an object, and the bare side beside it."""
+"""Toy blocks: objects with a print on their face and a bare side beside it."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -18,9 +18,9 @@ _LETTER_SIDE = 32  # pixels
 class Block:
     """A toy block: a printed face, and a bare side that belongs to no object.
 
-    The face has a panel, the outline shrunk to the share `panel` of its radius (0: none), and on it capital number `letter`, of
-    half-height `letter_size`. `side` is where the back lies, (x, y) in the frame's directions. Lengths are in units of the
-    outline, colours (3,) in 0..1.
+    The face has a panel, which is the outline shrunk to the share `panel` of its radius (0: no panel), and on it the capital
+    with number `letter`, of half-height `letter_size`. `side` is the offset of the back, (x, y) in the frame's directions.
+    Lengths are in units of the outline, colours (3,) in 0..1.
     """
 
     panel: float

@@ -141,14 +141,14 @@ def everyday_words() -> list[str]:
 
 
 class Grammar:
-    """Draws expressions about a scene; `held_out` takes the templates, and as targets the pairs, never trained on."""
+    """Draws expressions about a scene; with `held_out` from the templates, and about the pairs, that training never uses."""
 
     def __init__(self, random: np.random.Generator, held_out: bool) -> None:
         self.random = random
         self.held_out = held_out
 
     def expression(self, scene: Scene, kind: str) -> GeneratedExpression | None:
-        """One expression of this kind that is true of exactly its targets in every frame; None where the scene allows none."""
+        """An expression of this kind that is true of exactly its targets in every frame; None where the scene allows none."""
         if kind == "absent":
             return self._absent(scene)
         if kind == "plural":  # not a kind of the benchmark
@@ -221,7 +221,7 @@ class Grammar:
         return None
 
     def _relation(self, scene: Scene, target: int, rivals: list[int]) -> dict[str, str] | None:
-        """The target alone among its rivals lies on that side of an anchor that colour and shape name."""
+        """Of all similar objects only the target lies on that side of an anchor, named by colour and shape."""
         for anchor in self.random.permutation(len(scene.objects)):
             item = scene.objects[anchor]
             if anchor in rivals or item.colour_index is None:
@@ -311,7 +311,7 @@ class Grammar:
         return self._template(kind).format(np=phrase, **slots)
 
     def _pick(self, choices: Sequence[str]) -> str:
-        """Mostly the first, plainest word; the synonyms share the rest."""
+        """Mostly the first and most usual word, otherwise one of its synonyms."""
         if isinstance(choices, tuple) and len(choices) < 6 and self.random.random() < 0.4:
             return choices[0]
         return choices[int(self.random.integers(len(choices)))]
@@ -326,7 +326,7 @@ def _is_benchmark_target(item: SceneObject) -> bool:
 def _matching(
     scene: Scene, item: SceneObject, use_colour: bool, use_shape: bool
 ) -> list[int] | None:
-    """Objects that share the item's colour and shape, as far as they are used; None where the words would be unclear."""
+    """Objects with the item's colour and shape, if these are named; None where the words would be unclear."""
     if (use_colour and item.colour_index is None) or (use_shape and item.shape_index is None):
         return None
     if not use_colour and not use_shape and any(o.colour_index is None for o in scene.objects):
@@ -340,7 +340,7 @@ def _matching(
 
 
 def _along(scene: Scene, index: int, side: str) -> np.ndarray:
-    """(T,) how far from that side the object lies, as a share of the frame."""
+    """(T,) the object's distance from that side, as a share of the frame."""
     centre = scene.objects[index].centre
     along = centre[:, 0 if side in ("left", "right") else 1]
     return along if side in ("left", "top") else 1 - along

@@ -38,7 +38,7 @@ def to_rgb(hue: float, saturation: float, value: float) -> np.ndarray:
 
 
 def sample(colour: Colour, random: np.random.Generator) -> np.ndarray:
-    """A random RGB in 0..1, (3,), that the colour's name is true of."""
+    """A random RGB in 0..1, (3,), within the range of the colour's name."""
     return to_rgb(
         random.uniform(*colour.hue),
         random.uniform(*colour.saturation),

@@ -19,7 +19,7 @@ def render(
 ) -> tuple[Tensor, Tensor]:
     """Draw the scenes, all of one size and number of frames.
 
-    Returns frames (B, T, H, W, 3) uint8 RGB and owner (B, T, H, W) int8: which object is seen at a pixel, -1 for none.
+    Returns frames (B, T, H, W, 3) uint8 RGB and owner (B, T, H, W) int8: the object that is seen at a pixel, -1 for none.
     The device is the generator's.
     """
     device = generator.device
@@ -39,7 +39,7 @@ def render(
 
 
 def _tables(scenes: Sequence[Scene], device: torch.device) -> dict[str, Tensor]:
-    """The objects' parameters as (B*T, O, ·) tensors, O the most that a scene has; objects that a scene lacks have no area."""
+    """The objects' parameters as (B*T, O, ·) tensors, where O is the largest number in a scene; missing objects have no area."""
     frames = len(scenes[0].camera)
     objects = max(len(scene.objects) for scene in scenes)
     rows: dict[str, list[list[list[float]]]] = {}
@@ -113,7 +113,7 @@ def _object_coordinates(
 
 
 def _draw_sides(image: Tensor, owner: Tensor, table: dict[str, Tensor]) -> None:
-    """Lay the bare sides of blocks, the outline swept to where the back is, over image and owner in place."""
+    """Draw the bare sides of blocks, the outline swept to the position of the back, over image and owner in place."""
     frames, rows = _blocks(table)
     if not len(frames):
         return
@@ -130,7 +130,7 @@ def _draw_sides(image: Tensor, owner: Tensor, table: dict[str, Tensor]) -> None:
 
 
 def _blocks(table: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The frames where the object is a toy block, which has a letter of some size, and the table's rows of those frames."""
+    """The frames where the object is a toy block (its letter has a size), and the table's rows of those frames."""
     frames = table["block"][:, 2].nonzero()[:, 0]
     return frames, {key: value[frames] for key, value in table.items()}
 
@@ -158,14 +158,15 @@ def _radius(x: Tensor, y: Tensor, profile: Tensor) -> Tensor:
 
 def _shadow(x: Tensor, y: Tensor, strength: Tensor, present: Tensor) -> Tensor:
     """Darkness, 0..1, of a soft shadow below and beside the object."""
-    distance = ((x - 0.15) ** 2 + (y - 0.2) ** 2).clamp(max=8)  # exp of less is slow and nothing
+    # exp of a smaller number than -8 is slow and practically 0.
+    distance = ((x - 0.15) ** 2 + (y - 0.2) ** 2).clamp(max=8)
     return strength[:, None, None] * present * torch.exp(-2.5 * distance)
 
 
 def _surface(
     x: Tensor, y: Tensor, radius: Tensor, texture: Tensor, table: dict[str, Tensor]
 ) -> Tensor:
-    """The object's colour (F, 3, H, W): base, stripes, shading, a decal or a block's print, and what a photograph lends it."""
+    """The object's colour (F, 3, H, W): base, stripes, shading, a decal or a block's print, and a photograph's texture."""
     slope_x, slope_y, highlight, frequency, angle, contrast, mottle, _ = (
         v[:, None, None] for v in table["look"].unbind(1)
     )
@@ -212,7 +213,7 @@ def _texture(image: Tensor, generator: torch.Generator) -> Tensor:
 def _draw_backgrounds(
     scenes: Sequence[Scene], photographs: Sequence[Tensor], device: torch.device
 ) -> Tensor:
-    """(B, T, 3, H, W) in 0..1: each scene's background as its moving camera sees it."""
+    """(B, T, 3, H, W) in 0..1: each scene's background, seen by its moving camera."""
     height, width = scenes[0].size
     canvas = torch.stack(
         [

@@ -1,4 +1,4 @@
-"""Random scenes: which objects there are, how they look and how they move. No pixels yet."""
+"""Random scenes: the objects, their looks and their motion, but no pixels yet."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,13 +13,13 @@ MAX_OBJECTS = 20
 _ALL = list(range(len(palette.COLOURS)))
 _MUTED = {"brown", "black", "white", "grey"}
 _VIVID = [index for index in _ALL if palette.COLOURS[index].name not in _MUTED]
-_SMALLEST = 100  # pixels; of a smaller object no shape could be seen
+_SMALLEST = 100  # pixels; the shape of a smaller object could not be seen
 _SQUARE = [shape.name for shape in NAMED_SHAPES].index("square")
 
 
 @dataclass(frozen=True)
 class SceneStyle:
-    """Distribution that scenes are drawn from.
+    """The distribution from which scenes are drawn.
 
     `areas` are the smallest and largest share of the frame that an object covers, `counts` how likely 1, 2, ... objects are,
     `clutter` how likely 0, 1, ... things without colour and name, `unnamed` how likely an object has a shape without a name,
@@ -152,7 +152,7 @@ def sample_scene(
 def _sample_kinds(
     random: np.random.Generator, colours: list[int], held_out: bool, style: SceneStyle
 ) -> list[tuple[int | None, int | None]]:
-    """(shape, colour) of each object: the first is the likeliest to be asked for, others often share its shape or colour."""
+    """(shape, colour) of each object: the first is the most likely target, others often have its shape or colour."""
     count = 1 + int(random.choice(len(style.counts), p=style.counts))
     unnamed = 0.25 if held_out else style.unnamed
     first = _pair(random, colours, held_out, unnamed)
@@ -208,7 +208,7 @@ def _place(
     size: tuple[int, int],
     placed: list[tuple[float, np.ndarray]],
 ) -> np.ndarray:
-    """A start that overlaps little with what is placed already, where one is found within some tries."""
+    """A first position that overlaps little with the objects placed before, if one is found within some tries."""
     height, width = size
     scale = np.array([width, height]) / np.sqrt(width * height)
     centre = random.uniform(0.04, 0.96, 2)
@@ -289,7 +289,7 @@ def _sample_object(
 def _turn_into_blocks(
     random: np.random.Generator, objects: list[SceneObject], share: float
 ) -> list[SceneObject]:
-    """The objects with that share of the coloured ones as toy blocks."""
+    """The objects, with that share of the coloured ones turned into toy blocks."""
     side = sample_side(random)
     return [
         _as_block(random, item, side)
@@ -305,7 +305,7 @@ def _as_block(
     item = replace(item, block=sample_block(random, item.rgb, side))
     if item.shape_index != _SQUARE:
         return item
-    # A letter on it shows that a square is one, however it lies.
+    # The letter on it shows a square to be one even if it is rotated.
     turned = random.uniform(-0.8, 0.8) - item.rotation[0]
     shape = ROUNDED_SQUARE if random.random() < 0.5 else item.shape
     return replace(item, shape=shape, rotation=item.rotation + turned)

@@ -13,7 +13,7 @@ class Shape:
     """An outline that an expression may name, or (name None) one that it may not.
 
     `profile (ANGLES,)` is the radius at each angle from -pi, scaled to unit area; `hole` is (x, y, radius) of a disc cut out,
-    in the same units (radius 0: none); `tilt` the largest rotation in radians under which the name stays true; `stretch` the
+    in the same units (radius 0: none); `tilt` is the largest rotation in radians for which the name stays true; `stretch` the
     largest ratio of the axes.
     """
 
@@ -25,7 +25,7 @@ class Shape:
 
 
 def _polygon(vertices: np.ndarray) -> np.ndarray:
-    """Outermost crossing of each ray from the origin with the polygon, (ANGLES,)."""
+    """The outermost point where each ray from the origin crosses the polygon, as a radius, (ANGLES,)."""
     start, end = vertices, np.roll(vertices, -1, axis=0)
     ray = np.stack([np.cos(_THETA), np.sin(_THETA)], axis=-1)[:, None]
     edge = (end - start)[None]
@@ -143,7 +143,7 @@ UNNAMED_SHAPES = (
 
 
 def blob(random: np.random.Generator) -> Shape:
-    """A smooth random outline that no expression names."""
+    """A smooth random outline without a name."""
     profile = np.ones(ANGLES)
     for order in range(2, 7):
         amplitude = random.normal() * 0.28 / order**0.8

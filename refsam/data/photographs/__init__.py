@@ -1,1 +1,1 @@
-"""Photographs with class masks: folders of them, and the clips and expressions that training makes of them."""
+"""Photographs with class masks: their folders, and the clips and expressions that training makes of them."""

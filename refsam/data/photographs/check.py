@@ -14,9 +14,9 @@ from refsam.data.photographs.folder import PARTS, UNSURE, read_lines, read_names
 from refsam.data.photographs.words import load_words
 
 FIELDS = ("image", "label", "source", "licence", "split")
-_SHARE_TOLERANCE = 0.02  # of the area, between what a list says of a class and what the label shows
+_SHARE_TOLERANCE = 0.02  # of the area, between a class's share in the list and in the label
 _OPTIONAL = ("instances", "parts")
-# Which part of the report a field of each list belongs to.
+# Field of each list -> the part of the report that it belongs to.
 _PARTS_OF = {
     "photographs": {
         "image": "photographs",
@@ -42,7 +42,7 @@ def check_folder(
 ) -> dict[str, dict[str, Report]]:
     """Reports by split and part; with `decode` every image is decoded, too. `advance` is called after every photograph.
 
-    Masks and the headers of images are always read. What cannot be read is a problem of its part, nothing is raised.
+    Masks and the headers of images are always read. A file that cannot be read is reported as a problem and raises nothing.
     """
     names, classes = _check_classes(root / "classes.json")
     lists = Report()

@@ -1,4 +1,4 @@
-"""Training batches of photographs: clips, expressions, masks, and the pixels that do not count."""
+"""Training batches of photographs: clips, expressions, masks, and the pixels that the loss ignores."""
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ def photograph_batch(
             masks[clip, place] = torch.from_numpy(expression.mask)
             ignore[clip, place] = torch.from_numpy(expression.ignore)
         texts.append(tuple(expression.text for expression in found))
-        # Brightness, contrast and saturation; a turn of hue would belie the expressions.
+        # Brightness, contrast and saturation; with another hue the names of colours would be wrong.
         colour[clip, :3] = torch.from_numpy(random.uniform(0.8, 1.25, 3))
         colour[clip, 3] = 0
     names = tuple(f"photograph clip {clip} of batch {index}" for clip in range(clips))

@@ -7,8 +7,8 @@ NAMES = (
     "red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "brown", "black", "white", "grey"
 )  # fmt: skip
 _NAMELESS = len(NAMES)
-# A colour is an object's where so much of it has it and no other has more than the second share; it is surely not, where
-# less than the third has it.
+# An object has a colour if at least the first share of its pixels has it and no other colour has more than the second; it
+# certainly does not have a colour that less than the third share has.
 _MOST, _OTHER, _NONE = 0.55, 0.25, 0.02
 _PIXELS = 1500
 
@@ -64,5 +64,5 @@ def colour_of(pixels: NDArray[np.uint8]) -> str | None:
 
 
 def colours_without(pixels: NDArray[np.uint8]) -> list[str]:
-    """The colours that hardly a pixel (N, 3) has."""
+    """The colours that almost none of the pixels (N, 3) has."""
     return [name for name, share in zip(NAMES, shares(pixels), strict=True) if share < _NONE]

@@ -15,12 +15,12 @@ from refsam.data.photographs.layers import PhotoClip
 from refsam.data.photographs.words import Noun
 
 Item = TypeVar("Item")
-_ABSENT = 1 / 3  # of all expressions
-_SEEN_PIXELS = 40  # fewer of an object show nothing
-_RANKED_SHARE = 0.002  # of the frame, that an object covers at least if its place or size counts
-_GAP = 0.07  # of the frame, between the middles of objects whose order counts
-_STANDS_OUT = 1.7  # times the area of any other of its kind, of what "the dog" means among dogs
-_RATIO = 1.5  # between the areas of objects whose size counts
+_ABSENT = 1 / 3  # share of all expressions
+_SEEN_PIXELS = 40  # an object with fewer pixels counts as not seen
+_RANKED_SHARE = 0.002  # share of the frame that an object must cover if its place or size is named
+_GAP = 0.07  # of the frame: least distance between objects whose order is named
+_STANDS_OUT = 1.7  # among several dogs "the dog" must have this many times the area of any other
+_RATIO = 1.5  # least ratio between the areas of objects whose size is named
 # Of a folder's photographs: a class that so many show has a label wherever it is seen, if it is of a group below or a person;
 # of other classes something unlabelled may lie about anywhere.
 _FREQUENT = 0.005
@@ -29,7 +29,7 @@ _NOTICED = ("animal", "vehicle", "fruit")
 
 @dataclass(frozen=True)
 class PhotoExpression:
-    """An expression, its kind, what it means and where that is not known: `mask` and `ignore (T, H, W)` bool."""
+    """An expression, its kind, `mask`: what it means, and `ignore`: where that is not known, both (T, H, W) bool."""
 
     text: str
     kind: str
@@ -69,7 +69,7 @@ class PhotoGrammar:
         self._shares = shares / shares.sum()
 
     def draw(self, count: int) -> list[PhotoExpression]:
-        """So many expressions, a third of them about what is not there."""
+        """Draw `count` expressions, a third of them about things that are absent."""
         found: list[PhotoExpression] = []
         while len(found) < count:
             is_absent = self.random.random() < _ABSENT
@@ -103,7 +103,7 @@ class PhotoGrammar:
         return self._named(noun, "group", self._members(noun.classes))
 
     def _named(self, noun: Noun, kind: str, members: list[int]) -> PhotoExpression:
-        """ "The dog" of the only one or of the one that stands out, "the dogs" of all."""
+        """ "The dog" for the only one or for one that stands out, "the dogs" for all."""
         if len(members) == 1 and self.clip.things[members[0] - 1].single:
             meant, others = members, list[int]()
         else:
@@ -115,7 +115,7 @@ class PhotoGrammar:
         return self._expression(text, kind, meant, others)
 
     def _standing_out(self, members: list[int]) -> tuple[list[int], list[int]]:
-        """The one thing that is by far the largest in every frame, if there is one; and pieces that may belong to it."""
+        """The one thing that is by far the largest in every frame, if there is one, and pieces that may belong to it."""
         pieces = [n for n in members if not self.clip.things[n - 1].single]
         for n in members:
             others = [m for m in members if m != n]
@@ -138,7 +138,7 @@ class PhotoGrammar:
             if own == colour:
                 alike.append(n)
             elif own is None or not self.clip.things[n - 1].single:
-                others.append(n)  # may have that colour in part: not to be counted
+                others.append(n)  # may have that colour in part: ignored
         noun = self._noun(name)
         phrase = (
             f"{self._pick(COLOUR_WORDS[colour])} {noun.plural if len(alike) > 1 else noun.word}"
@@ -222,7 +222,7 @@ class PhotoGrammar:
     # Absent objects
 
     def _absent(self) -> PhotoExpression:
-        """Mostly a noun close to one that is there, or mistaken for it; else an object in a colour that it has not."""
+        """Mostly a noun similar to one that is present, or often mistaken for it; else a present object in a wrong colour."""
         if self.seen and self.random.random() < 0.2:
             expression = self._wrong_colour()
             if expression is not None:
@@ -275,7 +275,7 @@ class PhotoGrammar:
 
     @cached_property
     def _noticed(self) -> tuple[str, ...]:
-        """Classes that would have a label if they were in a photograph that is not labelled completely."""
+        """Classes that would have a label if a photograph showed them, even one that is not labelled completely."""
         told_apart = {c for group in _NOTICED for c in self.words.meaning(group)} | {"person"}
         return tuple(name for name in self._frequent if name in told_apart)
 
@@ -285,7 +285,7 @@ class PhotoGrammar:
         return [n for n, thing in enumerate(self.clip.things, 1) if thing.name in names]
 
     def _rivals(self, least: int) -> tuple[int | None, list[int], Noun]:
-        """One of several single objects of a class, all of them, all well in view, and a noun for them."""
+        """A target among several single objects of a class that are all well in view, all these objects, and a noun for them."""
         number = self._pick(self.seen)
         name = self.clip.things[number - 1].name
         rivals = self._members((name,))
@@ -302,7 +302,7 @@ class PhotoGrammar:
         return "small" if np.all(own < others.min(0) / _RATIO) else None
 
     def are_in_view(self, numbers: Sequence[int]) -> bool:
-        """Whether all these things are single objects that are well seen in every frame."""
+        """Whether all these things are single objects that can be seen well in every frame."""
         least = _RANKED_SHARE * self.clip.owner[0].size
         return all(
             self.clip.things[n - 1].single and self.counts[:, n].min() >= least for n in numbers
@@ -342,7 +342,7 @@ class PhotoGrammar:
         return self._colours[number]
 
     def _garments(self) -> dict[str, NDArray[np.bool_]]:
-        """Garments well in view, by name, where everyone who may wear one has them labelled."""
+        """Garments well in view, by name, if those of all persons are labelled."""
         persons = self._members(("person",))
         if not persons or not set(persons) <= self.clip.garments_known:
             return {}
@@ -360,7 +360,7 @@ class PhotoGrammar:
         return self.unsure & ~mask
 
     def _noun(self, name: str) -> Noun:
-        """Half of the time the class's own name, else one of its nouns, those that the list names early more often."""
+        """Half of the time the class's own name, else one of its nouns; those early in the list are drawn more often."""
         nouns = [noun for noun in self.words.about(name) if noun.role != "group"]
         if self.random.random() < 0.5:
             return nouns[0]

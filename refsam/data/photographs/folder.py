@@ -1,4 +1,4 @@
-"""A folder of photographs with class masks: `images/`, `labels/`, `instances/`, `parts/`, lists of what is where."""
+"""A folder of photographs with class masks: `images/`, `labels/`, `instances/`, `parts/`, and lists of these files."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,9 +35,9 @@ _PARTS_AS = {
 
 @dataclass(frozen=True)
 class Photograph:
-    """A line of `manifest.jsonl`: the files, relative to the folder, and what is known of them.
+    """A line of `manifest.jsonl`: the files, relative to the folder, and facts about them.
 
-    `classes` says which share of the area each class covers, by the word list's name. `complete`: every object of the folder's
+    `classes` has the share of the area that each class covers, by the word list's name. `complete`: every object of the folder's
     classes is labelled; otherwise things without a label may be seen. `human`: people drew the masks.
     """
 
@@ -129,7 +129,7 @@ def open_folder(root: str | Path, split: str) -> PhotoFolder:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; raises DataError with the line that is none."""
+    """The objects of a JSON-lines file; raises DataError that names a line without one."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Pictures laid over each other and moved through a clip, with the exact truth of what is seen."""
+"""Pictures laid over each other and moved through a clip, with the exact masks of what is seen."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,16 +12,16 @@ from refsam.data.photographs.pictures import Picture, Thing
 
 Size = tuple[int, int]
 _SHADOW_SCALE = 4  # a shadow is blurred at a fraction of the size
-_COVERED = 0.5  # of a pixel, from which on it shows the upper layer
+_COVERED = 0.5  # a pixel shows the upper layer if this share of it is covered
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A picture on its way through a clip of T frames.
+    """A picture that moves through a clip of T frames.
 
     `path (T, 4)`: x and y of its middle as shares of the frame, its height as a share of the frame's, its angle in degrees.
     `is_cut_out`: only its thing and unsure pixels are laid over, else the whole rectangle. `gain (3,)` multiplies its colours.
-    `shadow`: darkness, 0..1, of what it casts on the layers below. `softness`: how far its edge is blended, in pixels.
+    `shadow`: darkness, 0..1, of its shadow on the layers below. `softness`: width of its blended edge, in pixels.
     `first` is the number of its first thing in the clip's `owner`.
     """
 
@@ -53,7 +53,7 @@ class PhotoClip:
 
 
 def cover(layer: Layer, size: Size) -> Layer:
-    """The layer, a rectangle, with each height raised until it covers a frame of that size at its middle, kept within it."""
+    """The layer, a rectangle, enlarged in each frame until it covers a frame of that size, and moved as little as needed."""
     height, width = layer.picture.owner.shape
     fit = max(1.0, (size[1] / size[0]) * height / width)
     path = layer.path.copy()

@@ -8,8 +8,8 @@ from scipy import ndimage
 
 from refsam.data.photographs.folder import UNSURE, PhotoFolder, Photograph
 
-# A class without instances counts as one object where this share of it hangs together; otherwise its largest piece does where
-# it is so many times as large as the next.
+# A class without instances counts as one object if this share of it is connected; otherwise its largest piece does if it is
+# this many times as large as the next.
 _ONE_PIECE = 0.95
 _STANDS_OUT = 2.5
 # An object is cut out of its photograph where at most this share of its box's outline lies on the photograph's border.
@@ -20,7 +20,7 @@ _SEAM = 4  # pixels kept around a cut-out
 
 @dataclass(frozen=True)
 class Thing:
-    """An object, or all of a class whose single objects nobody told apart (`single` false)."""
+    """An object, or all objects of a class that are not labelled separately (`single` false)."""
 
     name: str
     single: bool
@@ -31,7 +31,7 @@ class Picture:
     """An image with the truth about its pixels.
 
     `image (H, W, 3)` uint8 RGB; `owner (H, W)` uint8: 0 nothing, n the thing `things[n - 1]`, 255 unsure; `garments (H, W)`
-    uint8, numbered as the folder's `garments`, None where nobody drew them. `complete` as in `Photograph`.
+    uint8, numbered as the folder's `garments`, None where they are not labelled. `complete` as in `Photograph`.
     """
 
     image: NDArray[np.uint8]
@@ -41,14 +41,14 @@ class Picture:
     complete: bool = False
 
     def crop(self, top: int, bottom: int, left: int, right: int) -> "Picture":
-        """A rectangle of it, its ends not included."""
+        """A rectangle of it, without the last row and column."""
         part = np.s_[top:bottom, left:right]
         garments = None if self.garments is None else self.garments[part]
         return replace(self, image=self.image[part], owner=self.owner[part], garments=garments)
 
 
 def read_picture(folder: PhotoFolder, photograph: Photograph) -> Picture:
-    """A photograph and what its label, instances and parts tell; raises UnreadableError."""
+    """A photograph with the contents of its label, instances and parts; raises UnreadableError."""
     labels = folder.map(photograph.label)
     owner = np.where(labels == UNSURE, UNSURE, 0).astype(np.uint8)
     things: list[Thing] = []
@@ -78,7 +78,7 @@ def read_picture(folder: PhotoFolder, photograph: Photograph) -> Picture:
 
 
 def _main_piece(where: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The whole mask if nearly all of it hangs together, else the piece that stands out, else nothing."""
+    """The whole mask if nearly all of it is connected, else its piece that is by far the largest, else nothing."""
     pieces, count = ndimage.label(where)
     sizes = np.bincount(pieces.ravel())[1:]
     first, second = np.partition(sizes, -2)[-1:-3:-1] if count > 1 else (sizes[0], 0)
@@ -91,7 +91,7 @@ def _main_piece(where: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def cut_out(picture: Picture, number: int) -> Picture | None:
-    """Thing `number` alone with a seam around it, as thing 1; None where it is no single object, or not whole enough.
+    """Thing `number` alone with a margin around it, as thing 1; None where it is no single object, or too much of it is cut off.
 
     Pixels of other things and of none are 0 in `owner`; unsure ones that touch the object stay unsure.
     """

@@ -32,10 +32,10 @@ def sample_clip(frames: int = 36, size: Size = (360, 640)) -> NDArray[np.uint8]:
         ) from None
     folder = Path(skimage.__file__).parent / "data"
     images = [np.asarray(read_image(folder / name)[0]) for name in PHOTOGRAPHS]
-    # Widths at the frame's height, as shares of the frame's width; the photographs hang side by side.
+    # Their widths when they are as high as the frame, as shares of the frame's width; the photographs hang side by side.
     widths = [i.shape[1] / i.shape[0] * size[0] / size[1] for i in images]
     share = np.linspace(0, 1, frames)
-    share = share * share * (3 - 2 * share)  # off gently, and gently to a stop
+    share = share * share * (3 - 2 * share)  # starts and stops gently
     zoom = 1.02 + 0.1 * np.sin(np.pi * share)
     camera = 0.5 + share * (sum(widths) - 1)
     layers, left = [], 0.0
@@ -43,7 +43,7 @@ def sample_clip(frames: int = 36, size: Size = (360, 640)) -> NDArray[np.uint8]:
         path = np.zeros((frames, 4))
         path[:, 0] = 0.5 + (left + width / 2 - camera) * zoom
         path[:, 1] = 0.5
-        path[:, 2] = zoom * 1.006  # no gap where two of them meet
+        path[:, 2] = zoom * 1.006  # without a gap between two of them
         picture = Picture(image, np.zeros(image.shape[:2], np.uint8), ())
         layers.append(Layer(picture, path, False))
         left += width

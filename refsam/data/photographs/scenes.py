@@ -1,4 +1,4 @@
-"""Random clips of photographs: one as it is, one within another, or objects cut out of some and pasted into others."""
+"""Random clips of photographs: a single one, one set into another, or objects cut out of some and pasted into others."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -12,20 +12,20 @@ from refsam.data.photographs.layers import Layer, PhotoClip, Size, cover, draw
 from refsam.data.photographs.pictures import Picture, cut_out, read_picture
 
 Times = NDArray[np.float64]
-# A photograph is shown whole if a frame that it covers still shows so much of it; otherwise it is set into another.
+# A photograph fills the frame if at least this share of it is then seen; otherwise it is set into another one.
 _LEAST_SEEN = 0.6
-_CANDIDATES = 3  # photographs of which the one that fits the frame best is taken
-_TRIES = 12  # of finding an object that can be cut out
+_CANDIDATES = 3  # number of photographs from which the one that fits the frame best is taken
+_TRIES = 12  # to find an object that can be cut out
 _COVERED_FRAMES = 10.0
 
 
 class SceneDrawer:
     """Draws clips from a folder.
 
-    `composites` is the share of clips that are composites; `balance` the power of a class's number of photographs that it is
-    drawn in proportion to (0: every class alike, 1: every photograph alike); `only_cut_out` the sources whose photographs
-    are no scenes but hold objects to cut out; `cached` how many photographs are kept decoded; `least` how many a class must
-    have to be drawn.
+    `composites` is the share of clips that are composites. A class is drawn in proportion to its number of photographs to the
+    power `balance` (0: all classes equally often, 1: all photographs equally often). `only_cut_out` are the sources whose
+    photographs are no scenes but have objects to cut out; `cached` is how many photographs are kept decoded; `least` how many
+    photographs a class needs to be drawn.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class SceneDrawer:
         return self.classes[random.choice(len(self.classes), p=self.weights)]
 
     def _scene(self, random: np.random.Generator, size: Size) -> int | None:
-        """A photograph of a class drawn before it, of a few the one that fits the frame best; None if the class has no scene."""
+        """A photograph of a class drawn first: of a few, the one that fits the frame best; None if the class has no scene."""
         numbers = [n for n in self.folder.by_class[self.draw_class(random)] if self.is_scene[n]]
         if not numbers:
             return None
@@ -93,7 +93,7 @@ class SceneDrawer:
     def _background(
         self, random: np.random.Generator, times: Times, size: Size
     ) -> tuple[Layer, tuple[str, ...]]:
-        """A photograph without classes, or a plain colour where the folder has none; and what it is mistaken for."""
+        """A photograph without classes, or a plain colour where the folder has none; and the classes it is mistaken for."""
         rows = self.folder.backgrounds
         if not rows or random.random() < 0.15:
             image = np.full((*size, 3), random.integers(0, 256, 3), np.uint8)
@@ -106,7 +106,7 @@ class SceneDrawer:
         return cover(layer, size), mistaken
 
     def composite(self, random: np.random.Generator, times: Times, size: Size) -> PhotoClip:
-        """One to five cut-outs on a background or on a photograph of another class, two or more of a kind in most."""
+        """One to five cut-outs on a background or on a photograph of another class; most have two or more of one kind."""
         name = self.draw_class(random)
         names = [name]
         for _ in range(int(random.choice(5, p=(0.15, 0.3, 0.3, 0.15, 0.1)))):
@@ -131,7 +131,7 @@ class SceneDrawer:
     def alike(
         self, random: np.random.Generator, times: Times, size: Size, count: int
     ) -> PhotoClip | None:
-        """So many cut-outs of one class on a background, none of them covered; None where the class drawn has too few."""
+        """This many cut-outs of one class on a background, none of them covered; None where the class drawn has too few."""
         name = self.draw_class(random)
         cut_outs = [c for _ in range(count) if (c := self._cut_out(random, name)) is not None]
         if len(cut_outs) < count:
@@ -165,14 +165,14 @@ class SceneDrawer:
     def _spread(
         self, random: np.random.Generator, times: Times, size: Size, cut_outs: list[Picture]
     ) -> list[Layer]:
-        """The cut-outs where they overlap little, with ways of their own."""
+        """The cut-outs at places where they overlap little, each with its own motion."""
         layers: list[Layer] = []
         placed: list[tuple[float, NDArray[np.float64]]] = []
         side = float(np.exp(random.uniform(np.log(0.14), np.log(0.5))))
         one_stands_out = len(cut_outs) > 1 and random.random() < 0.25
         for place, picture in enumerate(cut_outs):
             height, width = picture.owner.shape
-            # The geometric mean of its sides, as a share of the frame's; those of a clip are of like size, or one stands out.
+            # The geometric mean of its sides, as a share of the frame's; in a clip they have similar sizes, or one stands out.
             own = side * float(np.exp(random.normal(0, 0.3)))
             if one_stands_out:
                 own *= 1.6 if place == 0 else 0.6
@@ -215,7 +215,7 @@ class SceneDrawer:
         return Layer(Picture(piece, np.zeros(piece.shape[:2], np.uint8), ()), path, False)
 
     def _piece(self, random: np.random.Generator, ratio: float) -> NDArray[np.uint8]:
-        """A part of a background, or a plain colour, with that ratio of height to width."""
+        """A part of a background, or a plain colour, with this ratio of height to width."""
         rows = self.folder.backgrounds
         if not rows:
             return np.full((max(1, round(8 * ratio)), 8, 3), random.integers(0, 256, 3), np.uint8)
@@ -236,7 +236,7 @@ def _hidden_stretch(random: np.random.Generator, times: Times) -> tuple[float, f
 
 
 def _numbered(layers: list[Layer]) -> list[Layer]:
-    """The layers with the numbers that their things have in the clip."""
+    """The layers with their things numbered through the clip."""
     result, first = [], 1
     for layer in layers:
         result.append(replace(layer, first=first))
@@ -245,7 +245,7 @@ def _numbered(layers: list[Layer]) -> list[Layer]:
 
 
 def _seen_share(photograph: Size, frame: Size) -> float:
-    """Share of a photograph that a frame filled by it shows."""
+    """The share of a photograph that is seen when it fills the frame."""
     ratio = (photograph[0] / photograph[1]) / (frame[0] / frame[1])
     return min(ratio, 1 / ratio)
 
@@ -260,7 +260,7 @@ def _mirrored(random: np.random.Generator, picture: Picture) -> Picture:
 
 
 def _drifting(random: np.random.Generator, times: Times, picture: Picture, height: float) -> Layer:
-    """A rectangle of a height, as a share of the frame's, as a moving camera sees it."""
+    """A rectangle, its height given as a share of the frame's, seen by a moving camera."""
     width_room = 0.5 * (random.random() < 0.9)
     middle = 0.5 + random.uniform(-width_room, width_room, 2)
     phase, rate = random.uniform(0, 2 * np.pi, 3), random.uniform(0.05, 0.3, 3)
@@ -290,7 +290,7 @@ def _way(
 def _free_place(
     random: np.random.Generator, side: float, placed: list[tuple[float, NDArray[np.float64]]]
 ) -> NDArray[np.float64]:
-    """A middle, (x, y), that overlaps little with what is placed, where some tries find one."""
+    """A middle, (x, y), that overlaps little with what is placed already, if some tries find one."""
     low = min(0.4, side * 0.4)
     centre = random.uniform(low, 1 - low, 2)
     for _ in range(15):

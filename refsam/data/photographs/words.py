@@ -1,4 +1,4 @@
-"""The nouns that photographs teach: what `words.csv` says each of them means."""
+"""The nouns that photographs teach, with their meanings from `words.csv`."""
 
 import csv
 import re
@@ -29,7 +29,7 @@ class Noun:
 
 
 class Words:
-    """The list of nouns, looked up from both sides; names that it lacks are their own nouns, with a plural in s."""
+    """The list of nouns, by word and by class; a name that it lacks is its own noun, with a plural in s."""
 
     def __init__(self, nouns: Iterable[Noun]) -> None:
         self.nouns = tuple(nouns)
@@ -68,12 +68,12 @@ class Words:
         return ()
 
     def neighbours(self, name: str) -> tuple[str, ...]:
-        """Other classes that share a group with this one: what it is most easily taken for."""
+        """Other classes that share a group with this one, for which it is most easily taken."""
         groups = (noun for noun in self.about(name) if noun.role == "group")
         return tuple(dict.fromkeys(c for noun in groups for c in noun.classes if c != name))
 
     def relatives(self) -> dict[str, tuple[str, ...]]:
-        """For each single word of the list, single words of like meaning: other names and plurals of its classes."""
+        """For each single word of the list, single words of similar meaning: other names and plurals of its classes."""
         found: dict[str, dict[str, None]] = {}
         for noun in self.nouns:
             names = [noun.word, noun.plural, *noun.classes]

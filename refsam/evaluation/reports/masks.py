@@ -22,7 +22,7 @@ FrameReader = Callable[[str, str], NDArray[np.uint8] | None]
 
 _SHOWN_CLIPS = 3
 _TILES = 5
-_CURVES_OF_BOTH = 4  # so many objects are drawn with J and F each, more of them with J&F alone
+_CURVES_OF_BOTH = 4  # J and F of up to this number of objects are drawn, of more J&F alone
 
 
 @dataclass(frozen=True)

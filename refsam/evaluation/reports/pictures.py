@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw
 from refsam.errors import UserError
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#4d4d4d")
-# Blue where prediction and truth agree, orange what was missed, magenta what is marked wrongly: told apart by
-# readers who do not see red and green as different.
+# Blue where prediction and truth agree, orange what was missed, magenta what is marked wrongly: readers who
+# cannot distinguish red from green can distinguish these.
 _AGREED, _MISSED, _WRONG = (0, 114, 178), (230, 159, 0), (204, 0, 153)
 LEGEND = "blue: right, orange: missed, magenta: marked wrongly"
 _TILE_WIDTH = 300

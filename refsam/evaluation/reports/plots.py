@@ -93,7 +93,7 @@ def chart(
     if len(curves) <= _MOST_LABELS:
         axes.legend(loc="lower left", fontsize="small", ncols=2)
     content = io.BytesIO()
-    # One input, one file.
+    # Without a date and with a fixed salt the same input gives the same file.
     with rc_context({"svg.hashsalt": "refsam", "svg.fonttype": "none"}):
         figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return content.getvalue()

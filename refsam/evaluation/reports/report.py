@@ -81,7 +81,7 @@ Block = Text | Code | Table | Picture
 
 @dataclass(frozen=True)
 class Section:
-    """A title and what stands below it."""
+    """A title and the parts below it."""
 
     title: str
     blocks: tuple[Block, ...]

@@ -54,7 +54,7 @@ class Unit:
 
     @property
     def cost(self) -> float:
-        """Roughly in image encodings: eight expressions are decoded in about the time of one."""
+        """The approximate cost in image encodings: decoding eight expressions takes about as long as encoding one image."""
         return len(self.video.frame_names) * (1 + len(self.expressions) / 8)
 
 
@@ -69,7 +69,7 @@ class Outcome:
 
 
 class Benchmark(Protocol):
-    """The parts in which benchmarks differ; `evaluate` does the rest."""
+    """The parts in which benchmarks differ; `evaluate` does everything else."""
 
     @property
     def title(self) -> str:
@@ -80,10 +80,10 @@ class Benchmark(Protocol):
         """All units of work."""
 
     def settings(self) -> Mapping[str, Any]:
-        """Everything else that predictions depend on, beside the model, the data and the inference rules."""
+        """Everything else that predictions depend on, besides the model, the data and the inference rules."""
 
     def groups(self, unit: Unit) -> list[list[Expression]]:
-        """The expressions of a unit as they are computed together."""
+        """The expressions of a unit in groups; those of a group are computed together."""
 
     def folders(self, unit: Unit) -> list[str]:
         """The folders below `predictions` that a unit fills."""
@@ -107,7 +107,7 @@ class BinaryMasks:
     """The parts of a `Benchmark` whose predictions are binary masks `<unit>/<expression>/<frame>.png`."""
 
     def groups(self, unit: Unit) -> list[list[Expression]]:
-        """Expressions in file order, as many of them together as memory bears; it depends on the video alone."""
+        """Expressions in file order, in groups as large as memory allows; they depend on the video alone."""
         every = unit.expressions
         starts = range(0, len(every), _COMPUTED_TOGETHER)
         return [list(every[start : start + _COMPUTED_TOGETHER]) for start in starts]
@@ -144,7 +144,7 @@ class Runner:
     missing: str = "error"
 
     def settings(self, units: Sequence[Unit]) -> dict[str, Any]:
-        """All that a prediction depends on, as JSON takes it."""
+        """All that a prediction depends on, in types that JSON has."""
         text_encoder = self.model.text_source()
         return {
             "refsam": installed("refsam"),

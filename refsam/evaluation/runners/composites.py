@@ -1,4 +1,4 @@
-"""Benchmark of clips of cut-outs, whose truth is exact: telling objects of one kind apart, finding a covered one again.
+"""Benchmark of clips of cut-outs with exact masks: distinguishing objects of one kind, and finding a covered one again.
 
 Every clip is drawn from its number alone and the `val` photographs of a folder: three objects of one class with "the dog on the
 left", "on the right", "the largest dog" and "the second dog from the left", and one object that is covered for ten frames.
@@ -33,7 +33,7 @@ _SIZE = (216, 384)
 _SEED = 5_000_000
 _ALIKE, _FRAMES, _COVERED_FRAMES = 3, 8, 24
 _TRIES = 400
-_LEAST = 4  # val photographs of a class, so that three of a kind are rarely the same one
+_LEAST = 4  # val photographs that a class needs, so that three of a kind are rarely the same one
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _clip(clip: PhotoClip, text: str, number: int) -> CompositeClip:
 def evaluate_composites(
     model: RefSAM, root: str | Path, clips: int = 40, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Score the model on `clips` clips of each kind: means by kind, every expression's score, and a digest of what was drawn."""
+    """Score the model on `clips` clips of each kind: means by kind, every expression's score, and a hash of the clips."""
     drawer = val_drawer(root)
     scores: list[CompositeScore] = []
     digest = hashlib.sha256()

@@ -1,9 +1,9 @@
-"""The frozen benchmark of generated clips: what the bundled model is measured by.
+"""The frozen benchmark of generated clips, on which the bundled model is measured.
 
 Version 1 has 240 clips of 24 frames, each with an expression about an object that is there and one about an object that is
-not. Pairs of colour and shape, expression templates and background photographs are never trained on. The benchmark is drawn
-anew from its seeds; `generated_v1.json` holds every expression and the area of every mask, so that a generator which would draw
-anything else is refused.
+not. Training never uses its pairs of colour and shape, expression templates and background photographs. The benchmark is drawn
+from its seeds each time; `generated_v1.json` has every expression and the area of every mask, so that a generator that would
+draw anything else is refused.
 """
 
 import json
@@ -52,7 +52,7 @@ def benchmark_clip(index: int) -> GeneratedClip:
 
 
 def benchmark_arguments(index: int) -> dict[str, Any]:
-    """The recipe of clip `index`: seed, frames, size, kinds of expression, held out from training."""
+    """The arguments that draw clip `index`: seed, frames, size, kinds of expression, held out from training."""
     return {
         "seed": _SEED + index,
         "frames": FRAMES,
@@ -156,7 +156,7 @@ def _describe(clip: GeneratedClip) -> dict[str, Any]:
 
 
 def _check_frozen(index: int, drawn: dict[str, Any], frozen: dict[str, Any]) -> None:
-    """Rounding may differ between processors by a pixel here and there; anything else is another benchmark."""
+    """Raise UserError for another benchmark; rounding may make areas differ by single pixels between processors."""
     same = all(drawn[key] == frozen[key] for key in ("size", "sentences"))
     allowed = [_AREA_TOLERANCE * area + FRAMES for area in frozen["area"]]
     gaps = [abs(a - b) for a, b in zip(drawn["area"], frozen["area"], strict=True)]

@@ -21,15 +21,15 @@ from refsam_kernels import mask_postprocess
 
 MergeRule = Literal["probabilities", "logits"]
 BACKGROUND = 0.1
-_NOWHERE = -1e4  # the logit of an expression that the model refuses: outside by every rule
+_NOWHERE = -1e4  # the logit of an expression that the model refuses: below every threshold
 
 
 @dataclass(frozen=True)
 class InferenceRules:
-    """Choices between a frame and its masks that change scores, and `notes` that say them in words.
+    """Choices between a frame and its masks that change scores, and `notes` that describe them.
 
-    `short_side`: frames are shrunk or enlarged to it first, None leaves them. `lower_case`: expressions are. `threshold`: a pixel
-    belongs if its logit is above. `merge`: how several objects share the pixels of one map.
+    `short_side`: frames are first resized to it, unless it is None. `lower_case`: expressions are changed to lower case.
+    `threshold`: a pixel belongs to a mask if its logit is higher. `merge`: how several objects share the pixels of one map.
     """
 
     name: str
@@ -141,8 +141,8 @@ class FrameLogits:
 class VideoPredictor:
     """The model on one video: frames in, logits of every group of expressions out.
 
-    Expressions of one group are computed together; each has its own track token. So what is computed together depends on the
-    video alone, and results do not on how videos are shared by processes. Expressions in `refused` get no mask anywhere.
+    Expressions of one group are computed together; each has its own track token. The groups depend on the video alone, so
+    results do not depend on how processes share the videos. Expressions in `refused` get no mask in any frame.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class VideoPredictor:
                 ]
 
     def _logits(self, index: int, frame: EncodedFrame, size: tuple[int, ...]) -> FrameLogits:
-        """Logits of a group; those of refused expressions are outside everywhere."""
+        """Logits of a group; those of refused expressions mark no pixel."""
         side = 4 * max(frame.image.grid)
         logits = torch.full((self._counts[index], side, side), _NOWHERE, device=self.model.device)
         if self._known[index]:

@@ -1,4 +1,4 @@
-"""Long-RVOS: scores of single expressions, as on MeViS, and of their times: tIoU and vIoU."""
+"""Long-RVOS: scores of single expressions, as on MeViS, and of the times at which objects are seen: tIoU and vIoU."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

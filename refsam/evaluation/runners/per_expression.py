@@ -25,8 +25,8 @@ from refsam.evaluation.scoring.protocols import find_protocol
 class PerExpression(BinaryMasks):
     """Writes predictions `<video>/<expression>/<frame>.png` and a submission; scores them where there is truth.
 
-    `zip_folder` is the folder that the server wants at the top of the zip, "" for none; None where there is no server, as for own
-    videos, whose masks are the truth. `truth` is what `find_clips` takes,
+    `zip_folder` is the folder that the server expects at the top of the zip, "" for none; None where there is no server, as for
+    your own videos, whose masks are the truth. `truth` is what `find_clips` takes,
     `listing` the file that says which objects of it an expression means, None where the truth has a folder for each expression.
     """
 
@@ -71,7 +71,7 @@ class PerExpression(BinaryMasks):
         return Outcome("\n".join(lines), result.as_dict(), tuple(sections), files)
 
     def _submission(self, run: RunFolder, zip_folder: str) -> str:
-        """Write the archive; return a line about what it holds."""
+        """Write the archive; return a line about its contents."""
         files = [
             f"{unit.name}/{expression.expression_id}/{frame}.png"
             for unit in self.units

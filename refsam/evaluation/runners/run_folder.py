@@ -1,4 +1,4 @@
-"""The folder of a benchmark run: finished units stay, however the run ends, and processes share the others."""
+"""The folder of a benchmark run: finished units stay, no matter how the run ends, and processes share the others."""
 
 import json
 import os
@@ -20,7 +20,7 @@ _STAGING = ".unfinished"
 class RunFolder:
     """`run.json` (settings), `results/<unit>.json` (one record per finished unit), `predictions/`.
 
-    A unit counts as done when its record is there, which is written last and as a whole. Opening the folder of an earlier run
+    A unit counts as done when its record exists, which is written last and as a whole. Opening the folder of an earlier run
     with equal settings continues it.
 
     Raises:
@@ -72,7 +72,7 @@ class RunFolder:
             shutil.rmtree(staging, ignore_errors=True)
 
     def tidy(self) -> None:
-        """Remove what killed processes left; to be called when every unit is done."""
+        """Remove the files that killed processes left; call it when every unit is done."""
         shutil.rmtree(self.folder / _STAGING, ignore_errors=True)
 
     def _finish(
@@ -80,7 +80,8 @@ class RunFolder:
     ) -> None:
         for folder in folders:
             target = self.predictions / folder
-            shutil.rmtree(target, ignore_errors=True)  # of a process killed before the record
+            # Left by a process that was killed before it wrote the record.
+            shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             (staging / folder).rename(target)
         record = self._record(unit)

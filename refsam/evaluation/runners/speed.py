@@ -1,4 +1,4 @@
-"""Seconds by stage of an evaluation, and the table that is made of them."""
+"""The seconds of each stage of an evaluation, and a table of them."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ from typing import Any
 
 from refsam.evaluation.reports.report import Table
 
-# In the order of a frame's way, and what each holds.
+# The stages in their order, and what each contains.
 STAGES: Mapping[str, str] = {
     "decode": "read and decode the frame",
     "encode": "resize, normalise, image encoder: once per frame, whatever the number of expressions",

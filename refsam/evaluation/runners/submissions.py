@@ -1,11 +1,12 @@
-"""Zip files in the layouts that the benchmark servers take."""
+"""Zip files in the layouts that the benchmark servers expect."""
 
 import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can hold: equal masks give equal files
+# The earliest date that a zip can hold: without the real one, equal masks give equal files.
+_TIME = (1980, 1, 1, 0, 0, 0)
 
 
 def write_submission(path: Path, predictions: Path, files: Iterable[str], top: str = "") -> int:

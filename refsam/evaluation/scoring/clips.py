@@ -16,8 +16,8 @@ from refsam.evaluation.scoring.protocols import Protocol
 class RunLengths:
     """A mask of `size` (height, width) as the union of COCO run-length codes, none of them if it is empty.
 
-    `size` is None where no mask of the video gives it, as when every expression means nothing: then the prediction's size
-    counts.
+    `size` is None where no mask of the video has one, because every expression means nothing: then the prediction's size
+    is used.
     """
 
     size: tuple[int, int] | None
@@ -54,7 +54,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Layout:
-    """The clips to score, what is wrong with the folders, and notes on what is left aside."""
+    """The clips to score, what is wrong with the folders, and notes on what is not scored."""
 
     clips: tuple[Clip, ...]
     problems: tuple[Problem, ...]
@@ -92,7 +92,7 @@ def find_clips(
 
 
 def read_names(path: Path) -> list[str]:
-    """The names that a text file lists, one a line, such as DAVIS' `val.txt`; raises UserError."""
+    """The names in a text file, one per line, such as DAVIS' `val.txt`; raises UserError."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -233,7 +233,7 @@ def _coded_size(codes: Mapping[str, Any], video: Mapping[str, Any]) -> tuple[int
 
 
 class _PredictionFinder:
-    """Finds the prediction of every frame and notes whatever is missing or left over."""
+    """Finds the prediction of every frame and notes all that is missing or not used."""
 
     def __init__(self, root: Path, protocol: Protocol, videos: Collection[str] | None) -> None:
         self.root = root

@@ -96,7 +96,7 @@ class ClipResult:
 def score_clip(
     clip: Clip, protocol: Protocol, lenient: bool = False, scored: bool = True
 ) -> ClipResult:
-    """Score one clip. Unless `lenient`, the first problem ends the scoring; the search for more problems goes on.
+    """Score one clip. Unless `lenient`, the first problem ends the scoring, but not the search for more problems.
 
     With `scored` False the files are only checked.
     """
@@ -197,7 +197,7 @@ def _scorer(clip: Clip, protocol: Protocol, true_objects: int) -> "_PairedScorer
 
 
 class _PairedScorer:
-    """J and F of masks whose partner is known: `objects` are their names and numbers, None for a binary mask."""
+    """J and F of masks whose true object is known: `objects` are their names and numbers, None for a binary mask."""
 
     def __init__(self, clip: Clip, objects: Mapping[str, int | None]) -> None:
         self.clip = clip
@@ -274,7 +274,7 @@ class _MatchedScorer:
 
 
 def _assignment(table: NDArray[np.float64]) -> list[int]:
-    """The predicted object of each true one, by the best sum of mean J&F (Hungarian method)."""
+    """The predicted object of each true one, with the highest sum of mean J&F (Hungarian method)."""
     from scipy.optimize import linear_sum_assignment
 
     predicted, true = linear_sum_assignment(-table.mean(axis=-1).mean(axis=0).T)
@@ -335,7 +335,7 @@ def _as_done(jobs: Sequence[Job], processes: int) -> Iterator[tuple[int, ClipRes
     # Processes are not forked from this one: it may run threads by now.
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    # The server imports once what all processes need; other start methods take no notice.
+    # The server imports once what all processes need; other start methods ignore this.
     context.set_forkserver_preload([__name__, "scipy.optimize"])
     longest_first = sorted(range(len(jobs)), key=lambda index: -len(jobs[index][0].frames))
     with ProcessPoolExecutor(processes, context, initializer=keep_freed_memory) as pool:

@@ -1,4 +1,4 @@
-"""Pair predictions with the masks of your own videos: of a model's run, or as `refsam segment-videos` writes them."""
+"""Pair predictions, of a benchmark run or of `refsam segment-videos`, with the masks of your own videos."""
 
 import json
 from collections.abc import Iterable
@@ -12,11 +12,11 @@ from refsam.evaluation.scoring.problems import Problem
 
 
 def find_own_clips(predictions: Path, dataset: ReferringDataset) -> Layout:
-    """Pair the masks of own videos with `<video>/<expression>/<frame>.png`, the expression being its number in the table from 0.
+    """Pair the masks of your own videos with `<video>/<expression>/<frame>.png`; expressions are their numbers in the table.
 
-    A video may instead be as `refsam segment` and `segment-videos` write it: `result.json` says the expressions, and masks are
-    `masks/<number>/<number of the frame>.png`. Frames without a true mask are not scored. Raises UserError without predictions or
-    truth.
+    The numbers begin at 0. A video may instead have the form that `refsam segment` and `segment-videos` write: `result.json`
+    has the expressions, and masks are `masks/<number>/<number of the frame>.png`. Frames without a true mask are not scored.
+    Raises UserError without predictions or truth.
     """
     source = dataset.mask_source
     if not isinstance(source, NumberedMasks):
@@ -55,7 +55,7 @@ def find_own_clips(predictions: Path, dataset: ReferringDataset) -> Layout:
 
 
 def _segmented(folder: Path) -> list[str] | None:
-    """The expressions of a video in the order of their masks, None where it is not as `refsam segment` writes it."""
+    """The expressions of a video in the order of their masks, None where it has not the form that `refsam segment` writes."""
     file = folder / "result.json"
     if not file.is_file():
         return None

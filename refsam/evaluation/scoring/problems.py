@@ -1,4 +1,4 @@
-"""Problems of masks that are to be scored, collected and listed in full."""
+"""Problems of masks to score, collected and listed in full."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -36,7 +36,7 @@ class Problem:
 
     @property
     def in_truth(self) -> bool:
-        """Whether the truth itself is at fault, which no option puts right."""
+        """Whether the truth itself is wrong, which no option can correct."""
         return self.kind == "truth"
 
 

@@ -72,7 +72,7 @@ class MaskEvaluation:
 
     @property
     def remarks(self) -> list[str]:
-        """Everything a reader must know beside the scores: notes, and what was scored as empty."""
+        """Everything a reader must know besides the scores: notes, and what was scored as empty."""
         lines = describe(self.problems)
         if lines:
             lines.insert(
@@ -99,7 +99,7 @@ class MaskEvaluation:
         return "\n".join([*lines, *_aligned(rows, unit), *(["", *remarks] if remarks else [])])
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, the scores of each frame included, as JSON has it."""
+        """Everything, including the scores of each frame, in types that JSON has."""
         return {
             "protocol": self.protocol.name,
             "rules": list(self.protocol.rules),
@@ -122,7 +122,7 @@ class MaskEvaluation:
 
 
 def check_writable(path: Path, *, make_folder: bool = False) -> None:
-    """Raise UserError unless a file can be written there; to be asked before the long work.
+    """Raise UserError unless a file can be written there; call it before the long work.
 
     `make_folder` makes its folder if there is none.
     """

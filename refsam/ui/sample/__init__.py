@@ -1,6 +1,6 @@
 """A clip to try the page with. `python -m refsam.ui.sample` draws it: the bundled model knows what is in generated clips.
 
-It is kept as a file, because drawing it takes longer than anybody waits.
+It is kept as a file, because drawing it takes too long for a visitor.
 """
 
 import shutil
@@ -11,7 +11,7 @@ CLIP = Path(__file__).parent / "sample.mp4"
 
 
 def put_sample(folder: Path) -> Path:
-    """A copy of the clip in `folder`, which is made, unless it is there."""
+    """The path of a copy of the clip in `folder`, which is made once."""
     clip = folder / CLIP.name
     if not clip.exists():
         folder.mkdir(exist_ok=True)

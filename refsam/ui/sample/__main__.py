@@ -1,4 +1,4 @@
-"""Draw the sample clip anew."""
+"""Draw the sample clip again."""
 
 import av
 
