@@ -21,10 +21,10 @@ class ExpressionError(UserError):
     """A referring expression that the text encoder cannot take."""
 
 
-def named(names: Collection[str], limit: int = 5) -> str:
+def named(names: Collection[str], limit: int = 5, separator: str = ", ") -> str:
     """The first few names and how many more there are, for a message of one line."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(islice(names, limit)) + more
+    return separator.join(islice(names, limit)) + more
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from refsam.data.dataset import DataError, ReferringDataset, UnreadableError, Vi
 from refsam.data.folder import OWN
 from refsam.data.listings import Part, read_videos
 from refsam.data.photographs.check import check_folder
+from refsam.errors import named
 
 State = Literal["ok", "missing", "broken", "not there"]
 Contents = tuple[str, list[str]]  # what was counted, and every problem
@@ -114,8 +115,7 @@ def _check_photographs(root: Path, decode: bool, advance: Callable[[], None]) ->
 
 def _told(counted: str, problems: list[str]) -> str:
     """The counts, the first few problems, and the number of all others."""
-    more = f" and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
-    return "; ".join([*filter(None, [counted]), *problems[:_NAMED]]) + more
+    return "; ".join(filter(None, [counted, named(problems, _NAMED, "; ")]))
 
 
 def _whole(name: str) -> dict[str, Any]:

@@ -3,12 +3,11 @@
 import csv
 import io
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
 from refsam.data.dataset import DataError, Expression, ReferringDataset, VideoRecord
-from refsam.data.listings import Part, demand_parts, read_text
+from refsam.data.listings import Listed, Part, demand_parts, read_text
 from refsam.data.masks import NumberedMasks, read_numbers
 from refsam.errors import named
 from refsam.images import images_in
@@ -17,17 +16,6 @@ _COLUMNS = ("video", "objects", "text")
 _DELIMITERS = ",;\t"  # Excel's, by language and format
 OWN = "you: docs/data.md says how"
 _WHITE = 255
-
-
-@dataclass(frozen=True)
-class ListedFiles:
-    """Files by video and frame, of any image format."""
-
-    files: Mapping[str, Mapping[str, Path]]
-
-    def __call__(self, video: str, frame: str) -> Path:
-        """The file of a frame."""
-        return self.files[video][frame]
 
 
 def variants(name: str, root: Path) -> tuple[dict[str, str], ...]:
@@ -69,8 +57,8 @@ def open_split(name: str, root: Path, split: str) -> ReferringDataset:
         root,
         videos,
         by_video,
-        ListedFiles(frames),
-        NumberedMasks(ListedFiles(masks)) if has_masks else None,
+        Listed(frames),
+        NumberedMasks(Listed(masks)) if has_masks else None,
         truth=places["masks"] if has_masks else None,
         faults=faults,
         notes=tuple(_unlisted(places["frames"], by_video)),

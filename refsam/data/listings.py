@@ -5,10 +5,12 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from refsam.data.dataset import DataError, Expression, MaskSource, ReferringDataset, VideoRecord
 from refsam.errors import named
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,17 @@ class FrameFolder:
     def __call__(self, video: str, frame: str) -> Path:
         """The file of a frame."""
         return self.folder / video / f"{frame}{self.suffix}"
+
+
+@dataclass(frozen=True)
+class Listed(Generic[Item]):
+    """What belongs to each frame, by video and name of the frame: its file, or its position in a list."""
+
+    items: Mapping[str, Mapping[str, Item]]
+
+    def __call__(self, video: str, frame: str) -> Item:
+        """The item of a frame."""
+        return self.items[video][frame]
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
 """MeViS: expressions about the motion of several objects, with masks as run lengths in one large JSON file."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from refsam.data.dataset import DataError, ReferringDataset
 from refsam.data.listings import (
+    Listed,
     Part,
     check_split,
     demand_parts,
@@ -49,25 +48,15 @@ def open_split(name: str, root: Path, split: str) -> ReferringDataset:
     notes: tuple[str, ...] = (f"{split}: no truth in {places['masks']}; see {_SITE}",)
     if places["masks"].is_file():
         listed = read_videos(places["expressions"])
+        # Run lengths are in the order of the list, not by name.
         positions = {
             video: {frame: index for index, frame in enumerate(entry["frames"])}
             for video, entry in listed.items()
         }
         arrays = open_arrays(places["masks"], lambda: _read_tracks(places["masks"]))
-        source, notes = RunLengthMasks(RunLengthTable(**arrays), ListedPositions(positions)), ()
+        source, notes = RunLengthMasks(RunLengthTable(**arrays), Listed(positions)), ()
     objects = partial(numbers_of, key="anno_id")
     return open_listed(name, split, root, places, source, objects, notes=notes)
-
-
-@dataclass(frozen=True)
-class ListedPositions:
-    """Index of a frame in its video's list; run lengths are in that order, not by name."""
-
-    positions: Mapping[str, Mapping[str, int]]
-
-    def __call__(self, video: str, frame: str) -> int:
-        """The position of a frame."""
-        return self.positions[video][frame]
 
 
 def _read_tracks(path: Path) -> Arrays:

@@ -42,7 +42,7 @@ class ImageEncoderGraph(nn.Module):
         return image.levels, image.fine, image.names
 
 
-class PromptAndMaskGraph(nn.Module):
+class MaskDecoderGraph(nn.Module):
     """Feature maps, P encoded expressions and their track tokens to masks and the next track tokens."""
 
     def __init__(self, model: RefSAM) -> None:
@@ -215,7 +215,7 @@ def _refsam_graphs(model: RefSAM) -> tuple[Graph, Graph]:
     expressions, words = {0: "expressions"}, {0: "expressions", 1: "words"}
     decoder = Graph(
         "mask_decoder",
-        PromptAndMaskGraph(model),
+        MaskDecoderGraph(model),
         {
             "levels": nn.functional.normalize(random(num_levels, 1, side * side, width), dim=-1),
             "tokens": random(3, 5, config.text_encoder.width),

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from refsam.checkpoint import tensors_sha256
-from refsam.errors import UserError
+from refsam.errors import UserError, named
 from refsam.model import RefSAM
 from refsam.runtime.files import only_writer
 from refsam.runtime.signals import StopRequest, WaitedTooLongError
@@ -288,11 +288,10 @@ class Trainer:
         return losses, agreed
 
     def _stop(self, problem: NotANumberError) -> UserError:
-        names = problem.names
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        names = named(problem.names, _NAMED, "; ")
         return UserError(
-            f"the {problem.what} is not a number at step {self.step} (seed {self.settings.seed}), on {'; '.join(names[:_NAMED])}"
-            f"{more}; {self._kept()}: lower optimiser.learning_rate, or look at the data"
+            f"the {problem.what} is not a number at step {self.step} (seed {self.settings.seed}), on {names}; {self._kept()}: "
+            "lower optimiser.learning_rate, or look at the data"
         )
 
     def _read_out(self) -> dict[str, float]:
