@@ -19,7 +19,7 @@ from benchmarks.run import run_case
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints a table, writes `<folder>/<device>.jsonl` and plots; returns 1 if a result was wrong.
 
-    With --compare it measures nothing, and returns 1 if something became slower. 2 is for arguments that cannot be.
+    With --compare it measures nothing, and returns 1 if something became slower. It returns 2 for impossible arguments.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=main.__doc__)
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help="all if none is named")
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace) -> int:
-    """Measures what the options ask for; returns 1 if a result was wrong, raises ValueError for what is not there."""
+    """Measures what the options say; returns 1 if a result was wrong, raises ValueError for an unknown operator or device."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got cuda, wanted cpu: torch sees no CUDA device here")

@@ -1,4 +1,4 @@
-"""Training clips of three 480p frames, from JPEG and palette PNG to a uint8 batch: how many a second.
+"""Training clips of three 480p frames, from JPEG and palette PNG to a uint8 batch: their number per second.
 
 `python -m benchmarks.end_to_end.data_loading --out FILE [--workers 2]` draws clips of Ref-YouTube-VOS's layout, 480 x 854, with
 the default augmentation, and writes one JSON file: clips per second of so many processes, and processor seconds per clip of one.
@@ -72,7 +72,7 @@ def training_settings(root: Path, steps: int) -> TrainingSettings:
 
 
 def clips_per_second(root: Path, workers: int, clips: int) -> float:
-    """Clips that arrive in a second of the clock from so many processes, once all of them run."""
+    """Clips that arrive per second from this many processes, once all of them run."""
     warm = 4 * workers
     dataset = open_dataset("ref-youtube-vos", root, "train")
     stream = DatasetStream(training_settings(root, clips + warm), [dataset])

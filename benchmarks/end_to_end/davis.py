@@ -80,7 +80,7 @@ def main() -> None:
         parser.error(f"folder: missing {', '.join(missing)}")
     origin = collect("cpu")
     model = RefSAM.from_pretrained(arguments.checkpoint)
-    mark_untaught(model, ())  # nouns that it would refuse are asked for as well
+    mark_untaught(model, ())  # with nouns that it would refuse, too
     rows = score(model, arguments.folder)
     print(table(rows))
     content = {**origin, "summary": summary(rows), "rows": rows}

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.end_to_end.decoder --out FILE.jsonl`: segment-anything's mask decoder, as it is and by `optimize()`.
+"""`python -m benchmarks.end_to_end.decoder --out FILE.jsonl`: segment-anything's mask decoder before and after `optimize()`.
 
 `optimize()` is timed with its attentions between tokens and pixels as the original's, and as `token_image_attention`: `FASTER` of
 refsam_kernels/integrations/two_way_transformer.py follows from the rows. Times are processor time of one thread, the ways in

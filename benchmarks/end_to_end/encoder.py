@@ -2,7 +2,7 @@
 
 All share one set of random weights, and adapters are untrained: every result must be segment-anything's. Each dtype is a
 group of its own: checked, timed in turn, checked again. Memory is that of a first call in a process of its own, packed
-copies of the weights included, compilation left out. A peer that cannot run here is skipped with its own reason.
+copies of the weights included, compilation excluded. A peer that cannot run here is skipped with a reason.
 """
 
 import argparse
@@ -55,7 +55,7 @@ BASELINE, COMPILED, SDPA, TIMM = (
     "timm",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Relative to the largest value, in float32; in bfloat16 twice what segment-anything's own is off.
+# Relative to the largest value, in float32; in bfloat16 twice the error of segment-anything's own encoder.
 TOLERANCE = 1e-4
 NEGLIGIBLE = 1e-8
 MEMORY_RUNS = 3
@@ -142,7 +142,7 @@ def make(provider: Provider, config: RefSAMConfig, sam: nn.Module) -> Callable[[
 def make_exported(
     provider: Provider, config: RefSAMConfig, sam: nn.Module
 ) -> Callable[[Tensor], Tensor]:
-    """Another runtime's encoder, exported into a folder that is gone when it is loaded."""
+    """Another runtime's encoder, exported into a temporary folder that is removed after it was loaded."""
     side = config.image_encoder.image_size
     export = export_onnx if provider.name == ONNXRUNTIME else export_openvino
     load = onnxruntime_encoder if provider.name == ONNXRUNTIME else openvino_encoder
@@ -153,7 +153,7 @@ def make_exported(
 
 
 def draw_adapters(encoder: nn.Module) -> None:
-    """Fills untrained adapters' zeros, which a GPU multiplies faster, with values too small to change a result."""
+    """Fills untrained adapters' zeros, which a GPU multiplies faster, with values that are too small to change a result."""
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             if name.endswith("_Adapter.D_fc2.weight"):
@@ -301,7 +301,7 @@ def usable_calls(
 
 @torch.inference_mode()
 def encode_with(made: Callable[[], Callable[[Tensor], Tensor]], pixels: Tensor) -> Tensor:
-    """The features of the pixels by an encoder that is made when it is first wanted."""
+    """The features of the pixels by an encoder that is made at the first call."""
     return made()(pixels)
 
 

@@ -20,7 +20,7 @@ from refsam.model import EVFSAM, ImageFeatures, TextPrompt
 from refsam.runtime.device import choose_device
 
 FRAME = (720, 1280, 3)
-TOKENS = 8  # of an expression, <s> and </s> among them
+TOKENS = 8  # of an expression, including <s> and </s>
 EXPRESSIONS = 4
 TOLERANCE = 0.1  # of the largest logit: bfloat16 products through 32 blocks, random weights
 
@@ -33,7 +33,7 @@ def random_text(model: EVFSAM, count: int) -> TextPrompt:
 
 
 class PerExpression:
-    """EVF-SAM's arrangement: everything is computed anew for each expression."""
+    """EVF-SAM's arrangement: everything is computed again for each expression."""
 
     def __init__(self, model: EVFSAM, dtype: torch.dtype) -> None:
         self.model, self.dtype = model, dtype

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.end_to_end.expressions --out FILE`: what a frame costs with one expression and with eight, in one run.
+"""`python -m benchmarks.end_to_end.expressions --out FILE`: the time of a frame with one expression and with eight, in one run.
 
 Sessions of one model with random weights step through the same 720p frame in turn: preprocessing, image encoder, dense attention,
 decoder, masks of the frame's own size. Expressions have up to eleven words. Before and after, the first expression must get the
@@ -22,7 +22,7 @@ from refsam import RefSAM, VideoSession
 from refsam.runtime.malloc import keep_freed_memory
 
 SIZE = (720, 1280)
-# Of the largest logit: roundings of products that are cut into other parts; the decoder computes in float32.
+# Relative to the largest logit: products are divided differently and so rounded differently; the decoder computes in float32.
 TOLERANCE = 1e-4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SENTENCES = (

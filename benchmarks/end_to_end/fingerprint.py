@@ -1,4 +1,4 @@
-"""`python -m benchmarks.end_to_end.fingerprint --out FILE.json`: the share of a forward that goes into noticing changed weights.
+"""`python -m benchmarks.end_to_end.fingerprint --out FILE.json`: the time spent in a forward on noticing changed weights.
 
 The time inside `Fingerprint` is taken within forwards, where the weights have left the caches. It is to be below 0.5 %. Times
 are processor time of the main thread, so that other work of the machine is not in them.

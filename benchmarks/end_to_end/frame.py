@@ -133,7 +133,7 @@ def measure_in(tree: Path, folder: Path, expression: str) -> dict[str, float]:
     """One round in a process of a tree; compiled libraries are this tree's."""
     libraries = os.environ.get("REFSAM_LIBRARIES", str(ROOT / "kernels" / "refsam_kernels"))
     paths = os.pathsep.join(map(str, (tree, tree / "kernels")))
-    # Threads and memory as the command has them on two cores, without the modules that set them: old trees lack those.
+    # Threads and memory as the command sets them on two cores, but without its modules for this, which old trees lack.
     variables = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
     variables |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
     variables |= {"PYTHONPATH": paths, "REFSAM_LIBRARIES": libraries}
@@ -148,7 +148,7 @@ def compare(base: str) -> dict[str, list[dict[str, float]]]:
     """Rounds of the base and of this tree, in turn."""
     from benchmarks.end_to_end.segment import (
         write_clip,
-    )  # not there in old trees, which only measure
+    )  # old trees, which only measure, do not have it
 
     rounds: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
     with tempfile.TemporaryDirectory() as folder:

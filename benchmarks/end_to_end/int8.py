@@ -103,7 +103,7 @@ def run_all(
         try:
             call = partial(make(provider, config, sam, folder), inputs[provider.wide])
             first = call()
-        except Exception as error:  # whatever a library that does not fit this machine raises
+        except Exception as error:  # a library that does not fit this machine can raise any error
             if provider.name == OURS:
                 raise
             skipped[provider] = str(error).splitlines()[0]

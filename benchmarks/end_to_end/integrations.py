@@ -63,7 +63,7 @@ class Case:
 
 
 def low_rank(encoder: Any) -> nn.Module:
-    """The encoder, frozen, with trainable low-rank layers beside each qkv, as LoRA has them."""
+    """The encoder, frozen, with trainable low-rank layers beside each qkv, as in LoRA."""
 
     class LowRank(nn.Module):
         def __init__(self, base: nn.Linear, rank: int = 4) -> None:

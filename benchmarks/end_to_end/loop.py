@@ -38,7 +38,7 @@ SIZE = (720, 1280)
 LOOP, OURS = "per-expression loop", "refsam segment"
 DTYPES = ("float32", "auto")  # the command's --dtype
 CHECKED_FRAMES = 2  # the second one has track tokens
-# Of the largest logit in float32; with automatic dtypes twice what bfloat16 is off inside the loop itself.
+# Relative to the largest logit, in float32; with automatic dtypes twice the error of bfloat16 inside the loop itself.
 TOLERANCE = 1e-4
 
 Interval = tuple[float, float]
@@ -46,7 +46,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Truth:
-    """The loop's logits (P, H, W) of the first frames, and how far off by dtype others may be, relative to the largest."""
+    """The loop's logits (P, H, W) of the first frames, and how large others' errors may be by dtype, relative to the largest."""
 
     logits: list[Tensor]
     limits: dict[str, float]

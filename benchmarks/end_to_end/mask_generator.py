@@ -23,7 +23,7 @@ from tests.timm_modeling import torchvision_to_import
 
 MASKS = 3  # of a point
 SIZE, FRAME = 1024, (720, 1280)
-WIDTH = 32  # of a model of which only the sizes of its images count
+WIDTH = 32  # of a model that is used for the sizes of its images only
 MOST_DIFFERENT = 1e-6  # share of pixels, about the threshold
 KEPT: dict[str, Any] = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}  # every mask
 
@@ -63,7 +63,7 @@ def batch_of(logits: Tensor, *, optimized: bool) -> Callable[[], Any]:
 
 
 def different_pixels(found: Any, wanted: Any) -> int:
-    """How many pixels of all masks differ. Raises `AssertionError` if they are more than rounding at the threshold explains."""
+    """The number of pixels of all masks that differ. Raises `AssertionError` if rounding at the threshold cannot explain it."""
     different, pixels = 0, FRAME[0] * FRAME[1]
     assert len(found["rles"]) == len(wanted["rles"])
     for pair in zip(found["rles"], wanted["rles"], strict=True):

@@ -66,7 +66,7 @@ def run(model: RefSAM, frames: int, folder: Path) -> list[dict[str, float]]:
 
 
 def row(frames: int, most: int, device: str) -> dict[str, float]:
-    """Memory after so many frames, in MiB: the most bytes that were resident since the row before, and the device's."""
+    """Memory after this many frames, in MiB: the largest resident memory since the last row, and the device's memory."""
     found = {"frames": frames, "host_mib": round(most / 2**20, 2)}
     if device == "cuda":
         found["device_mib"] = round(torch.cuda.memory_allocated() / 2**20, 2)
@@ -81,7 +81,7 @@ def growth(rows: list[dict[str, float]], key: str) -> float:
 
 
 def plot(rows: list[dict[str, float]], path: Path) -> None:
-    """Memory over frames, from zero up."""
+    """Memory over frames; the axis begins at zero."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -20,7 +20,7 @@ from refsam.model.vocabulary import mark_untaught
 from refsam.session import VideoSession
 
 SMALLEST = 0.01  # of the photograph
-# Asked for where the label has none of it; furniture and vessels are left out, which not every source labels.
+# Asked for where the label has none of them; furniture and vessels are left out, because not every source labels them.
 ABSENT = ("cat", "cow", "sheep", "elephant", "airplane", "train", "pizza", "toothbrush")
 _WIDELY_DRAWN = ("person", "horse")
 
@@ -102,7 +102,7 @@ def main() -> None:
     arguments = parser.parse_args()
     origin = collect("cpu")
     model = RefSAM.from_pretrained(arguments.checkpoint)
-    mark_untaught(model, ())  # what it refuses is decided by what is measured here
+    mark_untaught(model, ())  # which nouns it refuses is decided by this measurement
     rows = score(model, open_folder(arguments.folder, "val"))
     result = summary(rows)
     print(table(result))

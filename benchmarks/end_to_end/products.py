@@ -1,4 +1,4 @@
-"""The time that a model's matrix products need at the best rate of one: no code with the same products can be faster."""
+"""The time of a model's matrix products at the highest rate of a single one: no code with the same products can be faster."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.end_to_end.real_clips FOLDER --before COMMIT --out FILE`: `nano` on two real clips, then and now.
+"""`python -m benchmarks.end_to_end.real_clips FOLDER --before COMMIT --out FILE`: `nano` on two real clips, before and now.
 
 FOLDER holds dog.mp4 (a woman in blue trousers and a dog) and blocks.mp4 (letter blocks in four colours on a black mat, hands);
 the clips are not part of the project, their SHA-256 stands in the result. The objects of an expression are found by hue and
@@ -25,7 +25,7 @@ from refsam.session import VideoSession
 ROOT = Path(__file__).parents[2]
 STRIDE = 8
 _WEIGHTS = Path("refsam/weights/nano")
-_SMALLEST = 600  # pixels; of blocks, what is smaller is a rest behind a hand
+_SMALLEST = 600  # pixels; a smaller piece of a block is what a hand leaves uncovered
 
 # Hue in degrees (from, to), the least saturation and value in 0..1, and whether only the largest region counts.
 _HUES = {

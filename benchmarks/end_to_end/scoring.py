@@ -57,7 +57,7 @@ def measure(predictions: Path, truth: Path, rounds: int) -> dict[str, list[float
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
-    # Not above: the processes import this module, and torch, which scoring does without, takes a second.
+    # Not at the top: the processes import this module, and torch, which scoring does not need, takes a second.
     from benchmarks.programs import make_parser, write_json
     from benchmarks.provenance import collect
 

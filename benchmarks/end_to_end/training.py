@@ -60,7 +60,7 @@ class SegmentAnythingStep(nn.Module):
         with torch.device("meta"):
             self.encoder: Any = random_sam(model.config)
             self.decoder: Any = plain_decoder(model)
-        # The same memory, or a process would hold the weights twice.
+        # It shares the memory: otherwise a process would hold the weights twice.
         state = model.image_encoder.state_dict()
         self.encoder.load_state_dict(state, strict=False, assign=True)
         self.encoder.requires_grad_(not freeze)

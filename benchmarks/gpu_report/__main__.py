@@ -63,13 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    """The whole report was told to end: it sums up what there is, told once more or not."""
+    """End the whole report: it then sums up its results, even if it gets a second signal."""
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def no_gpu() -> str | None:
-    """Why no CUDA device can be used, by a process of its own; None if one can."""
+    """Why no CUDA device can be used, as another process finds out; None if one can."""
     code = "import torch; torch.zeros(1, device='cuda'); print(torch.cuda.get_device_name())"
     try:
         result = subprocess.run(

@@ -25,6 +25,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Tests that failed are rows, and the file has run to its end; only what pytest itself failed at is a failure."""
+    """A failed test is a row of a file that has run to its end; only errors of pytest itself count as failures."""
     if exitstatus in (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.OK

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def files_missing(folder: Path) -> Iterator[str]:
-    """The files that a report must leave, and that it leaves no more than come back."""
+    """The report's missing files, or a note that it left more than can be copied back."""
     files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
     yield from (f"{folder}: no {name}" for name in FILES if not (folder / name).is_file())
     if len(files) > MOST_FILES:
@@ -52,7 +52,7 @@ def files_missing(folder: Path) -> Iterator[str]:
 
 
 def tasks_missing(folder: Path, *, short: bool, plant: str | None) -> Iterator[str]:
-    """The tasks of the rehearsal of which nothing is told."""
+    """The tasks of the rehearsal that have no row."""
     told = {(row["stage"], row["task"]) for row in read(folder / "rows.jsonl") if "outcome" in row}
     first = [stage for stage in STAGES if stage.name in FIRST]
     for stage in shortened(first, short=short, plant=plant):
