@@ -171,7 +171,7 @@ class Actions:
     def run(self, text: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
         """Segment the visitor's clip; the overlay plays while it is computed."""
         if not self.visitors.ready:
-            yield {self.status: "The model is being loaded; then it begins."}
+            yield {self.status: "The model is being loaded; then the work begins."}
         try:
             job = self.visitors.begin(request.session_hash, text)
         except UserError as error:
