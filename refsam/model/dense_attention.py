@@ -1,6 +1,7 @@
 """Hierarchical dense attention: which words does each place of the image match?"""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +50,12 @@ class HierarchicalDenseAttention(nn.Module):
         """
         levels = [embedding]
         if self.projection is not None:
-            maps = [self.projection(features.permute(0, 3, 1, 2)) for features in intermediates]
-            levels += [F.normalize(x.flatten(2).transpose(1, 2), dim=-1) for x in maps]
+            layers: list[Any] = list(self.projection)
+            conv, norm = layers
+            weight = conv.weight.flatten(1)
+            maps = torch.stack([F.linear(x.flatten(1, 2), weight) for x in intermediates])
+            normed = F.layer_norm(maps, norm.weight.shape, norm.weight, norm.bias, norm.eps)
+            levels += F.normalize(normed, dim=-1).to(embedding.dtype).unbind()
         return torch.stack(levels)
 
     def forward(self, levels: Tensor, text: Tensor, lengths: Tensor, image_index: Tensor) -> Tensor:

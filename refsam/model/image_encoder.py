@@ -13,7 +13,9 @@ from refsam import renamed
 from refsam.model.block import Block
 from refsam.model.int8_block import Int8Neck, Int8Patches, check_int8
 from refsam.model.layer_norm import LayerNorm2d
+from refsam.model.packed_conv import PackedConv, can_pack
 from refsam.model.packing import Packing, RunBlock, arrange_block
+from refsam_kernels import PackedLinear
 
 
 class PatchEmbedding(nn.Module):
@@ -46,6 +48,26 @@ def _run_neck(neck: nn.Module, x: Tensor) -> Tensor:
     return features.permute(0, 2, 3, 1)
 
 
+class _PackedNeck:
+    """The neck without copies between channels first and last, and with packed weights; autocast takes the module."""
+
+    def __init__(self, neck: nn.Sequential) -> None:
+        self._neck = neck
+        layers: list[Any] = list(neck)
+        first, norm1, second, norm2 = layers
+        self._norms = [(n.weight.shape, n.weight, n.bias, n.eps) for n in (norm1, norm2)]
+        self._first = PackedLinear(first.weight.flatten(1), None)
+        self._second = PackedConv(second)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, h, w, D) to (B, h, w, C)."""
+        if torch.is_autocast_enabled("cpu"):
+            return _run_neck(self._neck, x)
+        x = F.layer_norm(self._first(x), *self._norms[0])
+        x = self._second(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return F.layer_norm(x, *self._norms[1])
+
+
 def _arrange(module: Any, dtype: torch.dtype) -> Any:
     """A callable for a part of the encoder with products in this dtype; only torch.int8 changes the ends."""
     if isinstance(module, Block):
@@ -53,6 +75,8 @@ def _arrange(module: Any, dtype: torch.dtype) -> Any:
     is_neck = isinstance(module, nn.Sequential)
     if dtype == torch.int8:
         return Int8Neck(module) if is_neck else Int8Patches(module.proj)
+    if is_neck and can_pack(module[0]):
+        return _PackedNeck(module)
     return partial(_run_neck, module) if is_neck else module
 
 

@@ -265,8 +265,8 @@ class RefSAM(
         None."""
         seen = None
         if self.trunk is not None:
-            values = pixels * self.pixel_std + self.pixel_mean
-            seen = self.trunk((values - GREY) / GREY)
+            scale, shift = self.pixel_std / GREY, (self.pixel_mean - GREY) / GREY
+            seen = self.trunk(pixels * scale + shift)
         features, intermediates = self.image_encoder(pixels, seen.added if seen else None)
         more = [seen.level] if seen else []
         embedding = F.normalize(features.flatten(1, 2), dim=-1)

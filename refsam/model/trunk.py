@@ -1,13 +1,13 @@
 """MobileNetV2 with DeepLabv3's small head: what a network that was trained on photographs sees in a frame."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from refsam_kernels import can_prepack
+from refsam.model.packed_conv import PackedConv, can_pack
 
 # Output channels at width 1, stride and dilation of each inverted residual; all but the first expand sixfold.
 _RESIDUALS = (
@@ -31,7 +31,6 @@ TRUNK_CLASSES = tuple(
 )
 
 Activation = Literal["relu6", "relu", "silu"]
-_ONEDNN_NAMES = {None: "none", "relu6": "hardtanh", "relu": "relu", "silu": "swish"}
 
 
 class TrunkMaps(NamedTuple):
@@ -61,7 +60,7 @@ class TrunkChannels(NamedTuple):
 class Conv(nn.Conv2d):
     """A convolution with bias that keeps the grid, and what is behind it: relu6, relu, silu or nothing."""
 
-    is_packed = False
+    packed: PackedConv | None = None
 
     def __init__(
         self,
@@ -77,13 +76,11 @@ class Conv(nn.Conv2d):
             channels_in, channels_out, size, stride, dilation * (size // 2), dilation, groups
         )
         self.activation = activation
-        # The weight as oneDNN wants it for inputs of that shape, however many.
-        self._packed: tuple[torch.Size, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) to (B, C', h / stride, w / stride)."""
-        if self.is_packed:
-            return self._convolve_at_once(x)
+        if self.packed is not None:
+            return self.packed(x)
         x = self._convolve(x)
         return x if self.activation is None else getattr(F, self.activation)(x)
 
@@ -101,20 +98,6 @@ class Conv(nn.Conv2d):
         y = F.conv2d(y, self.weight, self.bias, self.stride, padding, 1, self.groups)
         y = y.view(apart.shape).permute(2, 3, 4, 0, 5, 1).flatten(4, 5).flatten(2, 3)
         return y[:, :, :height, :width].contiguous(memory_format=torch.channels_last)
-
-    def _convolve_at_once(self, x: Tensor) -> Tensor:
-        """The same with the activation inside oneDNN's convolution, by the operator that torch.compile calls."""
-        limits: list[float | None] = [0.0, 6.0] if self.activation == "relu6" else []
-        name = _ONEDNN_NAMES[self.activation]
-        sizes = (self.padding, self.stride, self.dilation, self.groups)
-        packed = self._packed  # another thread may pack for another shape meanwhile
-        if packed is None or packed[0] != x.shape[1:]:
-            reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its types are wrong
-            packed = x.shape[1:], reorder(self.weight.to_mkldnn(), *sizes, x.shape)
-            self._packed = packed
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, packed[1], self.bias, *sizes, name, limits, ""
-        )
 
 
 class FirstLayer(nn.Module):
@@ -202,8 +185,5 @@ def channels(width: float) -> TrunkChannels:
 def pack_convolutions(network: nn.Module) -> None:
     """From now on compute each `Conv` and its activation as one, for inference; where torch cannot, nothing changes."""
     for module in network.modules():
-        if isinstance(module, Conv):
-            has_operators = hasattr(torch.ops.mkldnn, "_convolution_pointwise") and hasattr(
-                torch._C._nn, "mkldnn_reorder_conv2d_weight"
-            )
-            module.is_packed = can_prepack(module.weight) and has_operators
+        if isinstance(module, Conv) and can_pack(module):
+            module.packed = PackedConv(module, module.activation)
