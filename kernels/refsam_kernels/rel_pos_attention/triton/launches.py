@@ -137,12 +137,12 @@ def default_tile(kernel: str, problem: Problem) -> Tile:
         num_warps = 8
     elif problem.architecture >= 120:
         keys = 32
-    # Of more channels, and in float32, the sums alone fill the registers.
-    side = 16 if problem.dtype == torch.float32 and problem.head_dim > 64 else 32
+    # Of more channels the sums alone fill the registers: in float32, and those of two gradients where all lie in registers.
+    is_wide, is_single = problem.head_dim > 64, problem.dtype == torch.float32
     if kernel == "query_gradient":
-        keys = side
+        keys = 16 if is_wide and is_single else 32
     elif kernel == "key_gradient":
-        block = side
+        block = 16 if is_wide and (is_single or not 90 <= problem.architecture < 120) else 32
     if problem.architecture == 90 and problem.dtype != torch.float32:
         return hopper_tile(kernel, problem, block, keys)
     columns = columns_for(problem.window_w, keys)
