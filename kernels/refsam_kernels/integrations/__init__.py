@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from refsam_kernels.core.checks import require
 from refsam_kernels.int8_linear.op import say_if_slow
 from refsam_kernels.integrations import (
+    sam2_library,
     segment_anything_generator,
     segment_anything_masks,
     transformers_masks,
@@ -31,16 +32,32 @@ from refsam_kernels.integrations.replacement import (
 
 __all__ = ["Optimization", "optimize"]
 
+
+def _library_of(decoder: Any) -> Any:
+    """The module for a `MaskDecoder`; two libraries have one of this name."""
+    return sam2_library if sam2_library.is_its_decoder(decoder) else segment_anything_masks
+
+
+def _of_mask_decoder(decoder: Any, path: str) -> list[Replacement]:
+    found: list[Replacement] = _library_of(decoder).of_decoder(decoder, path)
+    return found
+
+
+def _mask_decoder_example(decoder: Any, normal: Callable[..., Tensor]) -> Tensor:
+    logits: Tensor = _library_of(decoder).example(decoder, normal)
+    return logits
+
+
 # Replaced in modules of these names, beside the blocks of image encoders.
 PARTS: dict[str, Callable[[Any, str], list[Replacement]]] = {
     "Sam": segment_anything_masks.of_sam,
-    "MaskDecoder": segment_anything_masks.of_decoder,
+    "MaskDecoder": _of_mask_decoder,
     "SamMaskDecoder": transformers_masks.of_decoder,
     **dict.fromkeys(sorted(transformers_sam2.DECODERS), transformers_sam2.of_decoder),
 }
 # How to call the decoders among them on random numbers, for the check.
 EXAMPLES: dict[str, Callable[..., Tensor]] = {
-    "MaskDecoder": segment_anything_masks.example,
+    "MaskDecoder": _mask_decoder_example,
     "SamMaskDecoder": transformers_masks.example,
     **dict.fromkeys(sorted(transformers_sam2.DECODERS), transformers_sam2.example),
 }
@@ -48,25 +65,27 @@ EXAMPLES: dict[str, Callable[..., Tensor]] = {
 HOLDERS: dict[str, Callable[[Any, str], list[Replacement]]] = {
     "SamPredictor": segment_anything_masks.of_predictor,
     "SamAutomaticMaskGenerator": segment_anything_generator.of_generator,
+    "SAM2ImagePredictor": sam2_library.of_predictor,
+    "SAM2AutomaticMaskGenerator": sam2_library.of_generator,
     "SamProcessor": transformers_masks.of_processor,
     "SamHQProcessor": transformers_masks.of_processor,
     "SamImageProcessor": transformers_masks.of_processor,
     "SamImageProcessorPil": transformers_masks.of_processor,
     **dict.fromkeys(sorted(transformers_sam2.PROCESSORS), transformers_sam2.of_processor),
 }
-HELD = {"SamPredictor": "model", "SamAutomaticMaskGenerator": "predictor.model"}
+HELD = {
+    **dict.fromkeys(("SamPredictor", "SAM2ImagePredictor"), "model"),
+    **dict.fromkeys(("SamAutomaticMaskGenerator", "SAM2AutomaticMaskGenerator"), "predictor.model"),
+}
 
 _WANTED = (
     "one of Sam, ImageEncoderViT, SamPredictor, SamModel, or another model with SAM's blocks "
     "(python -m refsam_kernels.integrations --list)"
 )
-_OF_SAM2 = "of SAM 2 and SAM 3, transformers' mask decoders and processors are known, not the sam2 library's"
 _ADVICE = {
     "TinyViT": "MobileSAM has SAM's mask decoder: give model.mask_decoder to optimize() instead",
     "OptimizedModule": "give the model to optimize() before torch.compile",
     "ScriptModule": "give the model to optimize() before torch.jit",
-    "SAM2Base": _OF_SAM2,
-    "SAM2ImagePredictor": _OF_SAM2,
 }
 
 
@@ -98,8 +117,9 @@ def optimize(model: Any, *, dtype: torch.dtype | None = None, check: bool = True
     Args:
         model: a module of any class with blocks as segment-anything, detectron2 (ViTDet), timm and
             transformers write them, with or without SAM's mask decoder, or the decoder alone; or
-            segment-anything's `SamPredictor` or `SamAutomaticMaskGenerator`, or one of transformers'
-            processors of SAM; the last two then refuse logits that are not finite.
+            segment-anything's `SamPredictor` or `SamAutomaticMaskGenerator`, the `sam2` library's
+            `SAM2ImagePredictor` or `SAM2AutomaticMaskGenerator`, or one of transformers'
+            processors of SAM; segment-anything's generator and processors then refuse logits that are not finite.
             `python -m refsam_kernels.integrations --list` lists the models. Any dtype, device and size.
         dtype: torch.int8, or None for the model's own.
         check: whether to compare each kind of block before and after, on a few random tokens.

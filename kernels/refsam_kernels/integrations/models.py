@@ -20,6 +20,7 @@ MODELS = (
     Served("SAM-HQ, EVF-SAM, micro-sam (copies)", "Sam with a decoder of its own, ImageEncoderViT with LoRA layers", _ENCODER),
     Served("SAM in transformers", "SamModel, SamVisionModel, SamMaskDecoder, SamProcessor, SamImageProcessor", _SAM),
     Served("SAM-HQ in transformers", "SamHQModel, SamHQVisionModel, SamHQProcessor", "image encoder, masks"),
+    Served("SAM 2 (sam2 and copies)", "SAM2Base, SAM2VideoPredictor, SAM2ImagePredictor, SAM2AutomaticMaskGenerator", _MASKS),
     Served("SAM 2 in transformers", "Sam2Model, Sam2VideoModel, Sam2Processor, Sam2VideoProcessor", _MASKS),
     Served("SAM 3's tracker in transformers", "Sam3TrackerModel, Sam3TrackerVideoModel, their processors", _MASKS),
     Served("EdgeTAM in transformers", "EdgeTamModel, EdgeTamVideoModel", "mask decoder's upscaling"),

@@ -76,9 +76,11 @@ def inherits(instance: object, method: str, class_name: str) -> bool:
 
 def _decoder_reasons(path: str, decoder: Any) -> Iterator[str]:
     reasons = list(structure_reasons(path, decoder, {"MaskDecoder"}, MEMBERS))
-    if reasons:
-        yield from reasons
-        return
+    yield from reasons or upscaling_reasons_of(path, decoder)
+
+
+def upscaling_reasons_of(path: str, decoder: Any) -> Iterator[str]:
+    """Why `upscale` cannot stand for a decoder's `output_upscaling`."""
     path, parts = f"{path}.output_upscaling", list(decoder.output_upscaling)
     kinds = [type(part).__name__ for part in parts]
     wanted = ["ConvTranspose2d", "LayerNorm2d", "GELU", "ConvTranspose2d", "GELU"]
@@ -100,8 +102,8 @@ def _predict_masks(
     own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     count = len(sparse_prompt_embeddings)
     tokens = torch.cat([own.expand(count, -1, -1), sparse_prompt_embeddings], dim=1)
-    image = _for_each(image_embeddings, count) + dense_prompt_embeddings
-    tokens, pixels = decoder.transformer(image, _for_each(image_pe, count), tokens)
+    image = for_each(image_embeddings, count) + dense_prompt_embeddings
+    tokens, pixels = decoder.transformer(image, for_each(image_pe, count), tokens)
     mask_tokens = tokens[:, 1 : 1 + decoder.num_mask_tokens]
     hyper = [mlp(mask_tokens[:, i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)]
     conv1, norm, _, conv2, _ = decoder.output_upscaling
@@ -110,7 +112,7 @@ def _predict_masks(
     return masks, decoder.iou_prediction_head(tokens[:, 0])
 
 
-def _for_each(of_image: Tensor, count: int) -> Tensor:
+def for_each(of_image: Tensor, count: int) -> Tensor:
     """Expand a tensor of one image (1, C, h, w) to its prompts, without copies."""
     if len(of_image) == 1:
         return of_image.expand(count, -1, -1, -1)

@@ -53,6 +53,8 @@ def _reasons(path: str, transformer: Any) -> Iterator[str]:
     if not reasons:
         for layer in transformer.layers:
             yield from structure_reasons(path, layer, {"TwoWayAttentionBlock"}, BLOCK_MEMBERS)
+        if any(getattr(module, "dropout_p", 0.0) for module in transformer.modules()):
+            yield f"{path}: got dropout in attention, wanted none"
 
 
 def _transformer(
