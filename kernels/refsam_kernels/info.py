@@ -16,6 +16,7 @@ from refsam_kernels.core.dispatch import (
     Dispatcher,
     requested_backend,
 )
+from refsam_kernels.core.output import print_all
 
 
 def describe() -> str:
@@ -99,4 +100,4 @@ def why_not_first(name: str, wanted: str) -> str:
 
 
 if __name__ == "__main__":
-    print(describe())
+    print_all(describe())

@@ -1,6 +1,7 @@
 """What `python -m refsam_kernels.info` says."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from refsam_kernels import info, rel_pos_attention
 from refsam_kernels.core.dispatch import BACKENDS, Dispatcher
+from refsam_kernels.core.output import print_all
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +77,13 @@ def test_is_a_command(root: Path) -> None:
     )
     assert "rel_pos_attention: " in result.stdout
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("text", ["a line", "many lines\n" * 10_000])
+def test_a_reader_may_end_early(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        print_all(text)
+        print("the interpreter's last flush", file=stdout, flush=True)

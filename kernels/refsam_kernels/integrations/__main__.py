@@ -2,6 +2,7 @@
 
 import argparse
 
+from refsam_kernels.core.output import print_all
 from refsam_kernels.integrations.models import MODELS, Served
 
 
@@ -19,7 +20,7 @@ def main() -> None:
     )
     parser.add_argument("--list", action="store_true", required=True, help="print the models")
     parser.parse_args()
-    print(table())
+    print_all(table())
 
 
 if __name__ == "__main__":
