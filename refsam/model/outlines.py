@@ -35,11 +35,11 @@ class OutlineHead(nn.Module):
         match (P, h / 4, w / 4) of the noun, object tokens (P, C), fine features (B, F, h, w), each mask's image (P,).
         """
         condition = self.condition(object_token)
-        gain, condition = condition[:, -1, None, None], condition[:, :-1, None, None]
-        scale, shift, read = condition.chunk(3, 1)
-        match = F.interpolate(match[:, None], logits.shape[1:], mode="bilinear")
+        gain, condition = condition[:, -1, None, None], condition[:, None, None, :-1]
+        scale, shift, read = condition.chunk(3, -1)
+        match = F.interpolate(match[:, None], logits.shape[1:], mode="bilinear")[:, 0]
         if len(fine) != 1:
             fine = fine[image_index]
-        seen = self.logit[:, None, None] * logits[:, None] + self.match[:, None, None] * match
-        hidden = F.gelu(fine * (1 + scale) + shift + seen)
-        return logits + gain * match[:, 0] + (hidden * read).sum(1)
+        seen = logits[..., None] * self.logit + match[..., None] * self.match
+        hidden = F.gelu(fine.permute(0, 2, 3, 1) * (1 + scale) + shift + seen)
+        return logits + gain * match + (hidden * read).sum(-1)

@@ -7,6 +7,7 @@ from typing import Any
 import av
 import numpy as np
 from av.bitstream import BitStreamFilterContext
+from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
 from refsam.video.frames import Frame
@@ -51,6 +52,7 @@ class OverlayVideo:
         self._first: float | None = None
         self._last = -1
         self._duration = float(1 / fps)
+        self._to_yuv = VideoReformatter()
 
     @property
     def problem(self) -> str | None:
@@ -76,7 +78,9 @@ class OverlayVideo:
         if self._container is None:
             self._open(_even(*image.shape[:2]), frame.aspect, frame.time)
         assert self._first is not None
-        picture = av.VideoFrame.from_numpy_buffer(self._fit(image), format="rgb24")
+        rgb = av.VideoFrame.from_numpy_buffer(self._fit(image), format="rgb24")
+        # Two thirds of the encoder's own bilinear conversion's time, and the same error (docs/performance.md).
+        picture = self._to_yuv.reformat(rgb, format="yuv420p", interpolation=Interpolation.POINT)
         earlier = self._last
         self._last = max(self._last + 1, round((frame.time - self._first) / self._time_base))
         if earlier >= 0:
