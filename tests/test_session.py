@@ -262,7 +262,7 @@ def test_reading_and_segmenting_overlap(model: RefSAM, monkeypatch: pytest.Monke
 def test_frames_leave_nothing_in_the_heap(model: RefSAM, frames: list[np.ndarray]) -> None:
     """Some hundred bytes a frame, never freed, kept arrays from lying where others had lain: 200 MiB in 10,000 frames."""
     session = VideoSession(model, ["the red circle", "the blue square"])
-    assert bytes_left_by(lambda: session.step(frames[0])) < 16
+    assert bytes_left_by(lambda: session.step(frames[0]), times=50) < 16
 
 
 def test_nothing_of_past_frames_is_kept(model: RefSAM) -> None:
