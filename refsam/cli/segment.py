@@ -20,6 +20,7 @@ from refsam.cli.options import (
 )
 from refsam.cli.progress import progress
 from refsam.errors import ExpressionError, UserError, differences
+from refsam.runtime.collector import no_collection
 from refsam.runtime.device import (
     check_names,
     choose_device,
@@ -222,6 +223,7 @@ def check_expressions(expressions: list[str]) -> None:
             ) from None
 
 
+@no_collection()
 def load_model(
     choice: ModelChoice, device: "torch.device", dtype: str
 ) -> tuple["PromptedSAM", "torch.dtype"]:
@@ -254,6 +256,7 @@ def graph_facts(graphs: "FrameGraphs | None") -> dict[str, dict[str, float]]:
     return {"cuda_graphs": {"count": graphs.count, "memory_mib": memory}}
 
 
+@no_collection()
 def load_session(
     choice: ModelChoice,
     expressions: list[str],

@@ -1,5 +1,6 @@
 """How many threads, which memory and which precision a process takes."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 
 from refsam import RefSAMConfig
 from refsam.runtime import device, threads
+from refsam.runtime.collector import no_collection
 from refsam.session import VideoSession, segment_video, streaming
 from tests.tiny_model import tiny_model
 
@@ -40,6 +42,20 @@ def faults(mode: str) -> int:
 def test_freed_memory_is_used_again() -> None:
     assert faults("give back") > 1000
     assert faults("keep") < 100
+
+
+def test_the_collector_rests_while_loading_and_leaves_out_what_stays() -> None:
+    try:
+        with no_collection():
+            with no_collection():  # the inner end is not that of the outer one
+                stays: list[list[int]] = [[] for _ in range(1000)]
+            assert not gc.isenabled()
+        assert gc.isenabled() and gc.get_freeze_count() >= len(stays)
+        with pytest.raises(KeyError), no_collection():
+            raise KeyError
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize(
