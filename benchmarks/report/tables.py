@@ -39,7 +39,7 @@ _REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def fill(text: str) -> str:
-    """The page's text with every marked table made anew."""
+    """The page's text with every marked table written again."""
     return _REGION.sub(lambda match: match[1] + TABLES[match[2]]() + "\n" + match[3], text)
 
 
@@ -238,7 +238,8 @@ def operators_cpu() -> str:
         )
         for row in rows
     )
-    note = f"{machine_of(rows[0]['provenance'], 'threads')}. Memory is what a call needs beside its inputs, its result included."
+    memory = "Memory is what a call needs in addition to its inputs, including its result."
+    note = f"{machine_of(rows[0]['provenance'], 'threads')}. {memory}"
     return markdown(
         " | | median (p20 to p80), ms | against the first | memory, MiB", lines, note, text=2
     )

@@ -26,10 +26,10 @@ _CommandLineError: Any = typer.BadParameter.__mro__[2]
 
 
 class CommandLine(TyperGroup):
-    """Load sub-commands on demand; turn what a user can put right into one line and exit code 2."""
+    """Load sub-commands on demand; turn errors that a user can correct into one line and exit code 2."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Names of the sub-commands that are there."""
+        """Names of all sub-commands."""
         return [name for name in _COMMANDS if find_spec(_module(name))]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
@@ -42,7 +42,7 @@ class CommandLine(TyperGroup):
         return command
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
-        """Run the command line and exit: 0, 2 (something to put right), 130 (interrupted) or 128 and the number of a signal.
+        """Run the command line and exit: 0, 2 (an error to correct), 130 (interrupted) or 128 plus the number of a signal.
 
         ``--debug``, anywhere on the line, shows tracebacks.
         """
@@ -127,8 +127,8 @@ def _root(
 
 
 def _message(error: Exception) -> str | None:
-    """One line for an error that the user can put right, None for any other."""
-    name = type(error).__name__  # for errors of packages that need not be imported to ask
+    """One line for an error that the user can correct, None for any other."""
+    name = type(error).__name__  # so that packages are not imported only to know their errors
     if isinstance(error, _CommandLineError):
         text = error.format_message()
         context = getattr(error, "ctx", None)

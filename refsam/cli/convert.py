@@ -1,4 +1,4 @@
-"""``refsam convert``: segment-anything's checkpoints and the RefSAM authors' as checkpoints of ours."""
+"""``refsam convert``: convert other programs' checkpoints to refsam's: segment-anything's, EVF-SAM's and the RefSAM authors'."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,7 +42,7 @@ def sam(
     ] = None,
     overwrite: _Overwrite = False,
 ) -> None:
-    """Convert SAM's weights to an untrained RefSAM, to train or to put a delta on. Nothing in the file is executed."""
+    """Convert SAM's weights to an untrained RefSAM, for training or as the base of a delta. Nothing in the file is executed."""
     from refsam.checkpoint import convert_sam, text_encoder_entries
     from refsam.model import RefSAM
 

@@ -24,7 +24,7 @@ def check(
 ) -> None:  # fmt: skip
     """Print what is present, missing and broken, and where to get each file.
 
-    The exit code is 2 if something is broken, or if no split is there.
+    The exit code is 2 if something is broken, or if there is no split.
     """
     from refsam.cli.progress import progress
     from refsam.data.check import check, recognise

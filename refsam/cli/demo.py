@@ -1,4 +1,4 @@
-"""``refsam demo``: the bundled model on a generated clip of which the true masks are known."""
+"""``refsam demo``: the bundled model on a generated clip whose true masks are known."""
 
 import time
 from collections.abc import Iterator

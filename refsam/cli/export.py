@@ -32,7 +32,7 @@ def export(
     - `image_encoder.onnx` and `.pt2`: `pixels` to `levels`, at the model's own size
     - `mask_decoder.onnx` and `.pt2`: `levels`, `tokens`, `lengths`, `track`, `has_track` to `logits`,
       `iou`, `next_track`, for any number of expressions and words
-    - `export.json`: names, shapes, how to normalise pixels, and how far the results are off
+    - `export.json`: names, shapes, how to normalise pixels, and the errors of the results
 
     Example: `refsam export --checkpoint nano --format onnx --out exported`
     """

@@ -1,4 +1,4 @@
-"""The loop of ``refsam segment`` and ``refsam demo``: frame by frame to the writer, until the end or what comes before it."""
+"""The loop of ``refsam segment`` and ``refsam demo``: frame by frame to the writer, until the clip ends or something stops it."""
 
 import json
 import os
@@ -72,7 +72,7 @@ class Run:
 
 
 def exit_code(interrupt: KeyboardInterrupt) -> int:
-    """As shells count: 128 and the number of the signal."""
+    """The shells' exit code: 128 plus the number of the signal."""
     return 128 + (interrupt.number if isinstance(interrupt, Terminated) else 2)
 
 
@@ -183,7 +183,7 @@ class JsonLines:
 def json_lines(
     target: str | None, texts: Sequence[str], files: Sequence[str] | None, *, with_masks: bool
 ) -> "Iterator[JsonLines | None]":
-    """Lines to standard output (``-``) or a new file; None where they are not wanted.
+    """A writer of lines to standard output (``-``) or a new file; None if no lines are wanted.
 
     Raises UserError: the file cannot be written.
     """

@@ -35,7 +35,7 @@ DtypeOption = Annotated[
     str,
     typer.Option(
         help="Precision of matrix products: float32, bfloat16, int8 (image encoder, CPU only) or auto (bfloat16 where the "
-        "GPU has it; on a CPU that has it, in the image encoder).",
+        "GPU supports it; on a CPU that supports it, in the image encoder).",
         metavar="NAME",
     ),
 ]
@@ -128,7 +128,7 @@ class MaskOptions:
         return list(dict.fromkeys(self.formats or ["png"]))
 
     def check(self, expressions: int) -> None:
-        """Refuse what cannot be done, before anything is; raises UserError."""
+        """Refuse impossible options before the work begins; raises UserError."""
         from refsam.video.mask_formats import check_formats
 
         check_formats(self.format_names, expressions)

@@ -171,7 +171,7 @@ def session_facts(session: "VideoSession", precision: "torch.dtype") -> dict[str
 
 
 def _earlier(out: Path, text: list[str], wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of a run that this one can go on with; None where there is nothing.
+    """The report of a run that this one can continue; None where there is none.
 
     Raises UserError: it did something else, or its source cannot be read twice.
     """

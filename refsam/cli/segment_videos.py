@@ -130,7 +130,7 @@ def _run(
     shard: "Shard",
     note: Callable[["VideoOutcome"], None],
 ) -> None:
-    """Load the model and segment the videos that are this process's."""
+    """Load the model and segment this process's share of the videos."""
     from refsam.session import segment_videos
 
     place = choose_device(compute.device)
@@ -168,7 +168,7 @@ def _wait_for_the_others() -> None:
 
 
 def _report(outcomes: list["VideoOutcome"], out: Path, quiet: bool) -> None:
-    """Print what was done; raise if it was not everything."""
+    """Print what was done; raise UserError if a video could not be segmented."""
     before = sum(outcome.was_done for outcome in outcomes)
     wrong = sum(outcome.problem is not None for outcome in outcomes)
     frames = sum(outcome.frames for outcome in outcomes if not outcome.was_done)

@@ -53,12 +53,12 @@ def train(
     _echo(
         trainer,
         f"stopped by {name} after step {trainer.step} of {trainer.steps}; the state is in {trainer.output}: "
-        "the same command goes on from it",
+        "the same command continues from it",
     )
     raise typer.Exit(128 + trainer.stopped_by)
 
 
 def _echo(trainer: "Trainer", text: str) -> None:
-    """Print once, however many processes train."""
+    """Print in the first process only."""
     if trainer.processes.is_first:
         typer.echo(text)

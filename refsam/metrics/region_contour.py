@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 BOUND = 0.008
-"""Tolerance of the contour in parts of the image's diagonal, as DAVIS has it."""
+"""Tolerance of the contour as a fraction of the image's diagonal, as in DAVIS."""
 
 # The compiled module (csrc/metrics) is there if the installation found a compiler.
 _native: ModuleType | None

@@ -52,7 +52,7 @@ def segment_video(
             iterable of ``(H, W, 3)`` uint8 RGB frames.
         expressions: what to segment.
         optimize, graphs: as for `VideoSession`.
-        dtype: of matrix products on a GPU (autocast). None: bfloat16 where the GPU has it, or autocast as it is
+        dtype: of matrix products on a GPU (autocast). None: bfloat16 where the GPU supports it, or autocast as it is
             where that is on already.
 
     Raises:

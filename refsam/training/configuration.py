@@ -82,7 +82,7 @@ def check_configuration(
     if changes and not allow_changes:
         raise UserError(
             f"{settings.output} holds a run with another configuration: {'; '.join(changes)}; put it back, take another output, "
-            "or go on with --allow-changes"
+            "or continue with --allow-changes"
         )
     return [f"allowed changes: {'; '.join(changes)}"] if changes else []
 
@@ -107,7 +107,7 @@ def keep_batches(
         elif not allow_changes:
             raise UserError(
                 f"{settings.output}: a step was {total} batches on {progress.processes} processes, which {now.processes} cannot "
-                "share evenly: take a number of processes that divides it, or go on with --allow-changes"
+                "share evenly: take a number of processes that divides it, or continue with --allow-changes"
             )
     said = []
     if progress.threads != now.threads:

@@ -80,9 +80,8 @@ def _open(visitors: Visitors, host: str, port: int | None):  # type: ignore[no-u
             theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             css=STYLE,
         )
-    except (
-        ValueError
-    ) as error:  # gradio checks whether the page can be reached, through a proxy if there is one
+    except ValueError as error:
+        # gradio has checked whether the page can be reached, through a proxy if there is one.
         raise UserError(
             f"the page at {host} cannot be reached from this machine: set NO_PROXY={host}, or choose another --host"
         ) from error

@@ -105,7 +105,7 @@ def test_killed_twice_and_resumed_the_curve_is_the_same(tmp_path: Path) -> None:
     ended = start(cut, waits_at=12)
     said = run_until(ended, 12, signal.SIGTERM)
     assert ended.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM after step" in said and "the same command goes on from it" in said
+    assert "stopped by SIGTERM after step" in said and "the same command continues from it" in said
     stopped_at = curve(tmp_path / "cut")[-1]["step"]
     assert 12 <= stopped_at <= 13
     assert f"after step {stopped_at} of {STEPS}" in said

@@ -112,7 +112,7 @@ def masks(
 def _own_layout(
     pred: Path, gt: Path, expressions: Path | None, videos: list[str] | None
 ) -> "Layout":
-    """The clips of one's own videos, scored per expression; raises UserError for options that they do not take."""
+    """The clips of your own videos, scored per expression; raises UserError for options that do not apply to them."""
     from refsam.data import open_dataset
     from refsam.evaluation.scoring.own_videos import find_own_clips
 
