@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from refsam_kernels import frozen_linear
 from refsam_kernels.frozen_linear import FrozenCopy, FrozenLinear, frozen_mlp
@@ -190,6 +193,43 @@ def test_layers_within_adapters_are_packed_and_still_called() -> None:
     assert len(seen) == 3  # two blocks, and a token of zeros before the windowed one
     handle.undo()
     assert torch.equal(model(pixels_of()), plain(pixels_of()))
+
+
+def kept_norms(model: Any) -> tuple[Tensor, list[bool]]:
+    """The features, and of each block whether the first norm's result lies there still, for the backward pass."""
+    results: list[Any] = []
+    note = lambda _, inputs, output: results.append(StorageWeakRef(output.untyped_storage()))  # noqa: E731
+    handles = [block.norm1.register_forward_hook(note) for block in model.blocks]
+    features = model(pixels_of().requires_grad_())
+    for handle in handles:
+        handle.remove()
+    return features, [not each.expired() for each in results]
+
+
+def test_adapters_keep_no_norm() -> None:
+    """The plain model's first block keeps a copy in windows."""
+    model = adapted(MODELS["segment-anything"])
+    assert kept_norms(model)[1] == [False, True]
+    with optimize(model):
+        features, kept = kept_norms(model)
+        assert kept == [False, False]
+        features.sum().backward()
+
+
+def test_others_decide_what_is_kept() -> None:
+    """A checkpoint keeps nothing of a block, and computes it again."""
+    model, x = adapted(MODELS["segment-anything"]), pixels_of().requires_grad_()
+    optimize(model)
+    model(x).square().sum().backward()
+    assert x.grad is not None
+    wanted, x.grad = x.grad, None
+    checkpoint(model, x, use_reentrant=False).square().sum().backward()
+    assert x.grad is not None
+    assert_close(x.grad, wanted)
+    kept: list[Tensor] = []
+    with saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
+        assert kept_norms(model)[1] == [True, True]
+    assert any(each.shape[-1] == 32 for each in kept)
 
 
 @pytest.mark.parametrize("backward", [False, True])

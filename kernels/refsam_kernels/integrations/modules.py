@@ -1,6 +1,7 @@
 """Replacements of single modules of a SAM image encoder: its attention, its MLP, its neck's norm."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from refsam_kernels.frozen_linear import FrozenCopy, frozen_mlp
 from refsam_kernels.int8_linear.copy import Int8Copy
 from refsam_kernels.int8_linear.op import int8_mlp
+from refsam_kernels.integrations.norm_again import normed_again
 from refsam_kernels.integrations.replacement import Replacement
 from refsam_kernels.packed_linear import (
     PackedCopy,
@@ -77,8 +79,11 @@ class Attend:
     def __call__(self, attention: Any, tokens: Tensor) -> Tensor:
         """Tokens (B, h, w, D) float to the same shape."""
         padding = _value_at_zero(attention.qkv, tokens) if self.window_size else None
+        is_wrapped = not is_plain_linear(attention.qkv)
+        with normed_again(tokens) if is_wrapped else nullcontext():
+            qkv = self.qkv(attention.qkv, tokens)
         attended = rel_pos_attention(
-            self.qkv(attention.qkv, tokens),
+            qkv,
             attention.rel_pos_h,
             attention.rel_pos_w,
             num_heads=self.num_heads,
