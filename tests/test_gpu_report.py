@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import registry
 from benchmarks.gpu_report import __main__ as command
@@ -17,7 +18,9 @@ from benchmarks.gpu_report.stages import FIRST, STAGES
 from benchmarks.gpu_report.stand_in import rehearsal_environment, shortened
 from benchmarks.gpu_report.tasks import libraries as libraries_task
 from benchmarks.gpu_report.tasks import operators as operators_task
+from benchmarks.gpu_report.tasks import smoke as smoke_task
 from refsam_kernels import build
+from refsam_kernels.core.dispatch import BACKENDS
 
 
 def test_an_operators_backends_are_smoked_apart() -> None:
@@ -250,6 +253,17 @@ def test_a_rehearsal_is_judged_by_its_files_and_rows(
     # A long one has more tasks.
     assert rehearsed.main([str(out)]) == 1
     assert "tuning/80-0: it did not run" in capsys.readouterr().out
+
+
+def test_a_rehearsal_takes_no_gradient_from_an_interpreter_that_is_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CUDA's operators have no backward: Triton's would run, and multiply bit patterns of bfloat16."""
+    monkeypatch.setattr(machine, "IS_REHEARSAL", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for dtype, is_taken in ((torch.float32, True), (torch.bfloat16, False)):
+        with smoke_task.without_wrong_products(dtype):
+            assert BACKENDS["triton"].supports("cpu") == is_taken
 
 
 def test_a_case_that_cannot_be_made_loses_no_other(
