@@ -114,7 +114,7 @@ def test_released_weights_cannot_come_back(encoder: ImageEncoder) -> None:
         r"state_dict\(\)": encoder.state_dict,
         r"deoptimize\(\)": encoder.deoptimize,
         r"train\(\)": encoder.train,
-        "optimize with another dtype": encoder.optimize,
+        "optimize in another way": encoder.optimize,
         "autograd": lambda: encoder(PIXELS),
     }
     for name, call in calls.items():
