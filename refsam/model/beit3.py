@@ -6,13 +6,13 @@ torchscale's, which EVF-SAM's checkpoints use. The model and its traps are descr
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refsam.model.packing import Packing
+from refsam.model.packing import PackedModule
 from refsam_kernels import PackedLinear, can_prepack
 
 EPS = 1e-5
@@ -120,7 +120,7 @@ class Encoder(nn.Module):
         self.layer_norm = both(lambda: nn.LayerNorm(width, eps=EPS))
 
 
-class BEiT3(nn.Module):
+class BEiT3(PackedModule):
     """BEiT-3's class token of a frame and an expression.
 
     Words attend to patches and patches to words from the first layer on. So a frame's own part, shared by its
@@ -154,7 +154,6 @@ class BEiT3(nn.Module):
         self.vision_embed = PatchEmbedding(width, patch_size)
         patches = 1 + (image_size // patch_size) ** 2
         self.encoder = Encoder(width, depth, hidden, patches, positions)
-        self.packing: Packing | None = None
 
     def embed_patches(self, pixels: Tensor) -> Tensor:
         """(B, 3, s, s) in -1..1 to patches with their positions (B, V, D)."""
@@ -217,6 +216,12 @@ class BEiT3(nn.Module):
         attended = F.scaled_dot_product_attention(q[:, :, :queries], k, v, attn_mask=is_key)
         return attended.transpose(1, 2).flatten(2)
 
+    @staticmethod
+    def arrange(part: Beit3Layer, dtype: torch.dtype) -> tuple[Branch, Branch]:
+        """A layer's branches with products in this dtype; sums and norms stay in the weights' own."""
+        patches, words = (_pack_branch(part, copy, dtype) for copy in "AB")
+        return patches, words
+
     def layers(self) -> list[tuple[Branch, Branch]]:
         """Each layer's branches for patches and for words, packed after `optimize` where autograd is off."""
         layers: list[Any] = [*self.encoder.layers]
@@ -224,28 +229,11 @@ class BEiT3(nn.Module):
             return [(layer.branch("A"), layer.branch("B")) for layer in layers]
         return self.packing.arranged(layers, self.packing.dtype_of(self.text_embed.weight))
 
-    def optimize(self, dtype: torch.dtype | None = None, *, fixed_weights: bool = False) -> Self:
-        """Compute with packed weights wherever autograd is off; both as for `ImageEncoder.optimize`."""
-        if self.packing is None or not self.packing.matches(dtype, fixed_weights):
-            self.packing = Packing(dtype, _pack_layer, fixed_weights)
-        return self
-
-    def deoptimize(self) -> Self:
-        """Undo `optimize`."""
-        self.packing = None
-        return self
-
 
 def key_mask(patches: int, words: int, lengths: Tensor) -> Tensor:
     """Attention mask (P, 1, 1, V + T) bool over V + T tokens, True for valid ones."""
     places = torch.arange(patches + words, device=lengths.device)
     return (places < patches + lengths[:, None])[:, None, None]
-
-
-def _pack_layer(layer: Beit3Layer, dtype: torch.dtype) -> tuple[Branch, Branch]:
-    """A layer's branches with products in this dtype; sums and norms stay in the weights' own."""
-    patches, words = (_pack_branch(layer, copy, dtype) for copy in "AB")
-    return patches, words
 
 
 def _pack_branch(layer: Beit3Layer, copy: str, dtype: torch.dtype) -> Branch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -17,6 +17,7 @@ from refsam.config import EVFConfig
 from refsam.errors import CheckpointError, ExpressionError
 from refsam.model import build
 from refsam.model.features import ImageFeatures, TextPrompt
+from refsam.model.packing import PackedModule
 from refsam.model.prompted_sam import PromptedSAM, Prompts, add_image
 
 SEMANTIC_PREFIX = "[semantic] "
@@ -95,23 +96,9 @@ class EVFSAM(PromptedSAM):
         text = self.tokenizer.to_str() if self.tokenizer is not None else None
         return Checkpoint(self.config, self.state_dict(), "evf", text, dict(self.sources))
 
-    def optimize(
-        self,
-        dtype: torch.dtype | None = None,
-        *,
-        release_weights: bool = False,
-        fixed_weights: bool = False,
-    ) -> Self:
-        """As `PromptedSAM.optimize`; BEiT-3's linear layers are packed as well, without int8."""
-        super().optimize(dtype, release_weights=release_weights, fixed_weights=fixed_weights)
-        own = None if dtype == torch.int8 else dtype
-        self.beit3.optimize(own, fixed_weights=fixed_weights)
-        return self
-
-    def deoptimize(self) -> Self:
-        """As `PromptedSAM.deoptimize`."""
-        self.beit3.deoptimize()
-        return super().deoptimize()
+    def packed_parts(self) -> list[PackedModule]:
+        """BEiT-3."""
+        return [self.beit3]
 
     def view(self, frames: Tensor) -> Tensor:
         """BEiT-3's copy of frames (B, H, W, 3) uint8 RGB: (B, 3, s, s), squeezed to a square, about -1..1.

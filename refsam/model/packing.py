@@ -6,9 +6,10 @@ adapter are one perceptron, exactly:
 oneDNN's own layout, and the GELU is computed where the product is.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +98,37 @@ class Packing:
         """Copies and pickles leave the blocks behind, unless frozen: tensors in oneDNN's layout have no storage."""
         made = self._made if self.is_frozen else None
         return {**self.__dict__, "_fingerprint": Fingerprint(), "_made": made}
+
+
+class PackedModule(nn.Module):
+    """A module that has its `packing` after `optimize`, for calls without autograd.
+
+    A subclass implements `arrange`, as `Packing` takes it, and uses the packing in its forward.
+    """
+
+    packing: Packing | None = None
+
+    @staticmethod
+    @abstractmethod
+    def arrange(part: Any, dtype: torch.dtype) -> Any:
+        """A callable that computes a part of the module in this dtype."""
+
+    def optimize(self, dtype: torch.dtype | None = None, *, fixed_weights: bool = False) -> Self:
+        """Compute with packed weights wherever autograd is off; both as for `ImageEncoder.optimize`."""
+        if self.packing is None or not self.packing.matches(dtype, fixed_weights):
+            self.packing = Packing(dtype, self.arrange, fixed_weights)
+        return self
+
+    def deoptimize(self) -> Self:
+        """Undo `optimize`."""
+        self.packing = None
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, which undoes `optimize`."""
+        if mode:
+            self.deoptimize()
+        return super().train(mode)
 
 
 def _weights(modules: Sequence[Any]) -> list[Tensor]:

@@ -15,6 +15,7 @@ from refsam.config import EVFConfig, RefSAMConfig
 from refsam.model.features import FrameSize, ImageFeatures, MaskOutput, TextPrompt
 from refsam.model.image_encoder import ImageEncoder
 from refsam.model.mask_decoder import MaskDecoder, PromptEncoder
+from refsam.model.packing import PackedModule, Packing
 from refsam.model.preprocessing import preprocess
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -76,6 +77,10 @@ class PromptedSAM(nn.Module):
     def forget_text(self) -> None:
         """Clear the cache of encoded expressions."""
 
+    def packed_parts(self) -> list[PackedModule]:
+        """Parts beside the image encoder that `optimize` packs; with torch.int8 in their automatic dtype."""
+        return []
+
     def refine(
         self,
         logits: Tensor,
@@ -130,11 +135,15 @@ class PromptedSAM(nn.Module):
         self.image_encoder.optimize(
             dtype, release_weights=release_weights, fixed_weights=fixed_weights
         )
+        for part in self.packed_parts():
+            part.optimize(None if dtype == torch.int8 else dtype, fixed_weights=fixed_weights)
         return self
 
     def deoptimize(self) -> Self:
         """Undo `optimize`: results equal those before it, bit by bit; returns the model."""
         self.image_encoder.deoptimize()
+        for part in self.packed_parts():
+            part.deoptimize()
         return self
 
     @property
@@ -143,10 +152,10 @@ class PromptedSAM(nn.Module):
         return self.image_encoder.packing is not None
 
     @property
-    def has_fixed_weights(self) -> bool:
-        """Whether `optimize` was told that no weight will change."""
+    def fixed_packing(self) -> Packing | None:
+        """The image encoder's packing if `optimize` was told that no weight will change; else, and after `train()`, None."""
         packing = self.image_encoder.packing
-        return packing is not None and packing.fixed_weights
+        return packing if packing is not None and packing.fixed_weights else None
 
     def preprocess(self, frames: Tensor, image_size: int | None = None) -> tuple[Tensor, FrameSize]:
         """Frames (B, H, W, 3) uint8 RGB to normalised pixels (B, 3, S, S) and their sizes.

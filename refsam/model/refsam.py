@@ -6,7 +6,7 @@ import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, PyTorchModelHubMixin
@@ -21,6 +21,7 @@ from refsam.errors import CheckpointError
 from refsam.model import build, model_card
 from refsam.model.adapter import Adapter
 from refsam.model.features import ImageFeatures, TextPrompt
+from refsam.model.packing import PackedModule
 from refsam.model.prompted_sam import PromptedSAM, Prompts, add_image
 from refsam.model.text_encoder import CachedTextEncoder, EncodedText
 from refsam.model.trunk_features import GREY
@@ -240,25 +241,9 @@ class RefSAM(
             module.training = False
         return self
 
-    def optimize(
-        self,
-        dtype: torch.dtype | None = None,
-        *,
-        release_weights: bool = False,
-        fixed_weights: bool = False,
-    ) -> Self:
-        """As `PromptedSAM.optimize`, for the trunk too; with torch.int8 the trunk uses its automatic dtype."""
-        super().optimize(dtype, release_weights=release_weights, fixed_weights=fixed_weights)
-        if self.trunk is not None:
-            own = None if dtype == torch.int8 else dtype
-            self.trunk.optimize(own, fixed_weights=fixed_weights)
-        return self
-
-    def deoptimize(self) -> Self:
-        """As `PromptedSAM.deoptimize`."""
-        if self.trunk is not None:
-            self.trunk.deoptimize()
-        return super().deoptimize()
+    def packed_parts(self) -> list[PackedModule]:
+        """The trunk, if there is one."""
+        return [] if self.trunk is None else [self.trunk]
 
     def encode_image(self, pixels: Tensor, view: Tensor | None = None) -> ImageFeatures:
         """Encode normalised pixels (B, 3, h, w), whole patches, into features that all expressions share; `view` is

@@ -2,14 +2,14 @@
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refsam.model.detector import BOX_CHANNELS, DETECTOR_CLASSES, Detector, box_maps
-from refsam.model.packing import Packing
+from refsam.model.packing import PackedModule
 from refsam.model.trunk import STRIDE, Trunk, TrunkMaps, channels, pack_convolutions
 
 FINE_CHANNELS = 32
@@ -38,14 +38,12 @@ class TrunkOutput(NamedTuple):
     fine: Tensor
 
 
-class TrunkFeatures(nn.Module):
+class TrunkFeatures(PackedModule):
     """Projections of a trunk's maps, each of them normalised first: its values reach far beyond a linear layer's.
 
     The addition to the tokens starts at zero, so an encoder that gets a trunk computes the same as before. With a
     detector, its boxes are added to the tokens too, and their scores are further names.
     """
-
-    packing: Packing | None = None
 
     def __init__(self, width: float, embed_dim: int, detector: bool = False) -> None:
         super().__init__()
@@ -84,22 +82,14 @@ class TrunkFeatures(nn.Module):
             output = packed(pixels.to(dtype, memory_format=torch.channels_last))
         return TrunkOutput(*(map_.to(pixels.dtype) for map_ in output))
 
-    def optimize(self, dtype: torch.dtype | None = None, *, fixed_weights: bool = False) -> Self:
-        """Compute with a copy of the weights in this dtype wherever autograd is off; both as for `ImageEncoder.optimize`."""
-        if self.packing is None or not self.packing.matches(dtype, fixed_weights):
-            self.packing = Packing(dtype, _arrange, fixed_weights)
-        return self
-
-    def deoptimize(self) -> Self:
-        """Undo `optimize`."""
-        self.packing = None
-        return self
-
-    def train(self, mode: bool = True) -> Self:
-        """Set training mode, which undoes `optimize`."""
-        if mode:
-            self.deoptimize()
-        return super().train(mode)
+    @staticmethod
+    def arrange(part: "TrunkFeatures", dtype: torch.dtype) -> Callable[[Tensor], TrunkOutput]:
+        """A callable that computes the module in this dtype, channels last, which is faster for convolutions."""
+        arranged = copy.deepcopy(part).deoptimize()
+        # torch's types leave the memory format out.
+        arranged.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        pack_convolutions(arranged)
+        return arranged._compute
 
     def _compute(self, pixels: Tensor) -> TrunkOutput:
         maps = self.network(pixels)
@@ -125,12 +115,3 @@ class TrunkFeatures(nn.Module):
 def name_channels(detector: bool) -> int:
     """Number of values that nouns are compared with at a place: the trunk's, then a detector's for its classes."""
     return NAME_CHANNELS + (len(DETECTOR_CLASSES) if detector else 0)
-
-
-def _arrange(module: TrunkFeatures, dtype: torch.dtype) -> Callable[[Tensor], TrunkOutput]:
-    """A callable that computes the module in this dtype, channels last, which is faster for convolutions."""
-    arranged = copy.deepcopy(module).deoptimize()
-    # torch's types leave the memory format out.
-    arranged.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    pack_convolutions(arranged)
-    return arranged._compute

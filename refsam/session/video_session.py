@@ -18,6 +18,7 @@ from refsam_kernels import mask_postprocess
 if TYPE_CHECKING:
     from refsam.model import PromptedSAM, TextPrompt
     from refsam.model.features import FrameSize, ImageFeatures
+    from refsam.model.packing import Packing
 
 
 AnyFrame = np.ndarray | Tensor | PreparedFrame | EncodedFrame
@@ -108,7 +109,8 @@ class VideoSession:
         self._runner = model if graphs is None else graphs
         self._least_logit = math.log(threshold / (1 - threshold))
         self._expressions = list(expressions)
-        self._text: TextPrompt | None = None  # of all expressions, where weights are fixed
+        # Prompts of all expressions, and the packing of fixed weights that they belong to.
+        self._text: tuple[Packing, TextPrompt] | None = None
         self._unknown = list(self._encode(self._expressions).unknown) if expressions else []
         self._track: Tensor | None = None  # (E, C); None before the first frame
         self._has_track = [False] * len(self._expressions)
@@ -206,11 +208,12 @@ class VideoSession:
 
     def _prompts(self) -> "TextPrompt":
         """The expressions as prompts, never of older weights."""
-        if not self.model.has_fixed_weights:
+        fixed = self.model.fixed_packing
+        if fixed is None:
             return self._encode(self._expressions)
-        if self._text is None:
-            self._text = self._encode(self._expressions)
-        return self._text
+        if self._text is None or self._text[0] is not fixed:
+            self._text = fixed, self._encode(self._expressions)
+        return self._text[1]
 
     def _remember(self, track: Tensor) -> None:
         """Keep the track tokens (E, C) for the next frame."""

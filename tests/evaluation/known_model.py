@@ -24,7 +24,7 @@ class ColourModel(nn.Module):
 
     image_size = 64
     is_optimized = True
-    has_fixed_weights = False
+    fixed_packing = None
     device = torch.device("cpu")
 
     def __init__(self, misled="-", refuses="-", fails_after=None, failure=KeyboardInterrupt):

@@ -3,19 +3,21 @@
 import copy
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from refsam import RefSAM, VideoSession
+from refsam import RefSAM, VideoSession, load_model
 from refsam.model import packing
 from refsam.model.image_encoder import ImageEncoder
 from refsam.model.packing import PackedBlock, automatic_dtype, fuse
+from tests.evf_folder import write_evf
 from tests.kernels.test_fingerprint import Change, each_change
 from tests.model.test_image_encoder import build_encoder, build_trained_encoder
-from tests.tiny_model import tiny_model
+from tests.tiny_model import tiny_model, tiny_trunk_model
 
 # A few roundings, relative to the largest value: sums are taken in another order, GELUs on their way.
 TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 3e-2}
@@ -239,7 +241,7 @@ def test_a_session_packs_unless_told_otherwise() -> None:
 
 def test_a_session_with_fixed_weights_makes_prompts_once() -> None:
     fixed, other = tiny_model().optimize(torch.float32, fixed_weights=True), tiny_model()
-    assert fixed.has_fixed_weights and not other.optimize(torch.float32).has_fixed_weights
+    assert fixed.fixed_packing and not other.optimize(torch.float32).fixed_packing
     sessions = [VideoSession(model, ["the red cup"]) for model in (fixed, other)]
     with mock.patch.object(fixed, "encode_text", wraps=fixed.encode_text) as encode_text:
         for change in (None, lambda s: s.add("the dog"), lambda s: s.remove(0)):
@@ -250,6 +252,27 @@ def test_a_session_with_fixed_weights_makes_prompts_once() -> None:
                 found, wanted = (session.step(frame()).logits for session in sessions)
                 assert torch.equal(found, wanted)
             assert encode_text.call_count <= calls + 2  # a sentence that is new, and all of them
+
+
+@pytest.mark.parametrize("kind", ["plain", "trunk", "evf"])
+def test_training_ends_the_promise_of_fixed_weights(kind: str, tmp_path: Path) -> None:
+    """A later promise holds for the weights of that time, in every part and in a session that continues."""
+    models = {"plain": tiny_model, "trunk": tiny_trunk_model}
+    model = models[kind]() if kind in models else load_model(write_evf(tmp_path / "evf"))
+    model.optimize(torch.float32, fixed_weights=True)
+    session = VideoSession(model, ["the red cup"])
+    session.step(frame())
+    model.train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    model.eval()
+    plain = VideoSession(copy.deepcopy(model), ["the red cup"], optimize=False)
+    assert not model.fixed_packing
+    model.optimize(torch.float32, fixed_weights=True)
+    session.reset()
+    found, wanted = session.step(frame()).logits, plain.step(frame()).logits
+    assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
 def test_the_whole_model_round_trip() -> None:
