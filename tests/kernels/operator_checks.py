@@ -144,6 +144,18 @@ def assert_close(name: str, found: Tensor, wanted: Tensor, tolerance: float) -> 
     assert error <= tolerance, f"{name}: relative error {error:.2e}, wanted at most {tolerance}"
 
 
+def assert_same_gradients(found: Inputs, wanted: Inputs, tolerance: float) -> None:
+    """The same names, and gradients within the tolerance of their own largest value.
+
+    Some are zero but for rounding: those may differ by a thousandth of that beside the largest of all.
+    """
+    assert found.keys() == wanted.keys()
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        atol = tolerance * max(float(gradient.abs().max()), 1e-3 * largest)
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=atol)
+
+
 # A few roundings of the dtype, relative to the largest value.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from refsam_kernels.integrations import encoders, optimize
 from tests.kernels.encoder_models import MODELS, Example, pixels_of
+from tests.kernels.operator_checks import assert_same_gradients
 from tests.kernels.test_integrations import assert_close, sam
 
 each_model = pytest.mark.parametrize("example", MODELS.values(), ids=MODELS.keys())
@@ -50,11 +51,7 @@ def test_gradients_are_the_original_ones(example: Example) -> None:
     wanted = gradients()
     with optimize(model):
         found = gradients()
-    assert found.keys() == wanted.keys()
-    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
-    for name, gradient in wanted.items():
-        atol = 1e-4 * max(float(gradient.abs().max()), 1e-3 * largest)
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=atol)
+    assert_same_gradients(found, wanted, 1e-4)
 
 
 @each_model

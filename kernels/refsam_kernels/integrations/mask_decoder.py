@@ -1,10 +1,11 @@
-"""The upscaling of other libraries' mask decoders by `mask_upscale`, and when it may stand for theirs."""
+"""Other libraries' mask decoders: their upscaling by `mask_upscale`, when it may stand for theirs, and masks of their logits."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from refsam_kernels.mask_postprocess.op import mask_postprocess
 from refsam_kernels.mask_upscale.op import mask_upscale
 
 
@@ -55,3 +56,28 @@ def upscale(
         feat_s0=feat_s0,
         eps=norm.eps,
     )
+
+
+def to_masks(
+    logits: Tensor,
+    output_size: Sequence[int],
+    threshold: float,
+    *,
+    image_size: int | None = None,
+    input_size: Sequence[int] | None = None,
+) -> Tensor:
+    """Logits (P, M, h, w) to masks (P, M, H, W) bool of the output size, by `mask_postprocess`, whose sizes these are.
+
+    Without image and input sizes square logits show the whole image.
+    """
+    side = image_size or logits.shape[-1]
+    height, width = output_size
+    rows, columns = input_size or (side, side)
+    masks = mask_postprocess(
+        logits.flatten(0, 1),
+        image_size=side,
+        input_size=(rows, columns),
+        output_size=(height, width),
+        threshold=threshold,
+    )
+    return masks.unflatten(0, logits.shape[:2])

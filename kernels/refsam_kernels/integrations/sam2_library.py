@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from refsam_kernels.integrations import segment_anything_masks, two_way_transformer
-from refsam_kernels.integrations.mask_decoder import upscale
+from refsam_kernels.integrations.mask_decoder import to_masks, upscale
 from refsam_kernels.integrations.replacement import Replacement, refuse, structure_reasons
 from refsam_kernels.integrations.segment_anything_masks import for_each, inherits
-from refsam_kernels.mask_postprocess.op import mask_postprocess
 
 # What a decoder has beside segment-anything's members, by the attribute that says so.
 MORE = {
@@ -136,15 +135,8 @@ class _Masks:
 
     def postprocess_masks(self, logits: Tensor, orig_hw: Sequence[int]) -> Tensor:
         """Logits (P, M, h, w) to masks (P, M, H, W) bool."""
-        height, side = logits.shape[-2:]
-        if height != side:
+        height, width = logits.shape[-2:]
+        if height != width:
             resized: Tensor = self._transforms.postprocess_masks(logits, orig_hw)
             return resized > self._threshold
-        masks = mask_postprocess(
-            logits.float().flatten(0, 1),
-            image_size=side,
-            input_size=(side, side),
-            output_size=(int(orig_hw[0]), int(orig_hw[1])),
-            threshold=self._threshold,
-        )
-        return masks.unflatten(0, logits.shape[:2])
+        return to_masks(logits.float(), [int(side) for side in orig_hw], self._threshold)

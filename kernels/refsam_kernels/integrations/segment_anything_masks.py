@@ -9,9 +9,8 @@ from torch import Tensor
 
 from refsam_kernels.integrations import two_way_transformer
 from refsam_kernels.integrations.encoders import find_blocks
-from refsam_kernels.integrations.mask_decoder import upscale, upscaling_reasons
+from refsam_kernels.integrations.mask_decoder import to_masks, upscale, upscaling_reasons
 from refsam_kernels.integrations.replacement import Replacement, refuse, structure_reasons
-from refsam_kernels.mask_postprocess.op import mask_postprocess
 
 MEMBERS = {
     "transformer", "iou_token", "mask_tokens", "output_upscaling", "output_hypernetworks_mlps", "iou_prediction_head"
@@ -175,11 +174,7 @@ def _masks(
     sam: Any, logits: Tensor, input_size: Sequence[int], original_size: Sequence[int]
 ) -> Tensor:
     """`postprocess_masks` and the threshold: logits (P, M, 4h, 4w) to masks (P, M, H, W) bool."""
-    masks = mask_postprocess(
-        logits.flatten(0, 1),
-        image_size=sam.image_encoder.img_size,
-        input_size=(input_size[0], input_size[1]),
-        output_size=(original_size[0], original_size[1]),
-        threshold=sam.mask_threshold,
+    image_size = sam.image_encoder.img_size
+    return to_masks(
+        logits, original_size, sam.mask_threshold, image_size=image_size, input_size=input_size
     )
-    return masks.unflatten(0, logits.shape[:2])

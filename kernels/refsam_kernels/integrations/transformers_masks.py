@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from refsam_kernels.integrations import transformers_two_way
-from refsam_kernels.integrations.mask_decoder import upscale, upscaling_reasons
+from refsam_kernels.integrations.mask_decoder import to_masks, upscale, upscaling_reasons
 from refsam_kernels.integrations.replacement import Replacement, refuse, structure_reasons
-from refsam_kernels.mask_postprocess.op import mask_postprocess
 
 MEMBERS = {
     "transformer", "iou_token", "mask_tokens", "upscale_conv1", "upscale_conv2", "upscale_layer_norm", "activation",
@@ -122,18 +121,16 @@ def _post_process_masks(
         )
         return type(processor).post_process_masks(processor, *arguments)
     sizes = zip(masks, _pairs(reshaped_input_sizes), _pairs(original_sizes), strict=True)
-    results = []
-    for logits, input_size, output_size in sizes:
-        logits = torch.as_tensor(logits)
-        flat = mask_postprocess(
-            logits.flatten(0, 1),
+    return [
+        to_masks(
+            torch.as_tensor(logits),
+            output_size,
+            mask_threshold,
             image_size=pad["height"],
             input_size=input_size,
-            output_size=output_size,
-            threshold=mask_threshold,
         )
-        results.append(flat.unflatten(0, logits.shape[:2]))
-    return results
+        for logits, input_size, output_size in sizes
+    ]
 
 
 def _pairs(sizes: Any) -> list[tuple[int, int]]:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from refsam_kernels.integrations import transformers_masks, transformers_two_way
-from refsam_kernels.integrations.mask_decoder import upscale
+from refsam_kernels.integrations.mask_decoder import to_masks, upscale
 from refsam_kernels.integrations.replacement import Replacement, refuse
-from refsam_kernels.mask_postprocess.op import mask_postprocess
 
 DECODERS = {
     "Sam2MaskDecoder", "Sam2VideoMaskDecoder", "Sam3TrackerMaskDecoder", "Sam3TrackerVideoMaskDecoder", "EdgeTamMaskDecoder",
@@ -143,16 +142,7 @@ def _post_process_masks(
             masks, original_sizes, mask_threshold, binarize, max_hole_area, max_sprinkle_area, apply_non_overlapping_constraints
         )  # fmt: skip
         return type(processor).post_process_masks(processor, *arguments, **kwargs)
-    results = []
-    for logits, (height, width) in zip(masks, original_sizes, strict=False):
-        logits = torch.as_tensor(logits)
-        side = logits.shape[-1]
-        flat = mask_postprocess(
-            logits.flatten(0, 1),
-            image_size=side,
-            input_size=(side, side),
-            output_size=(int(height), int(width)),
-            threshold=mask_threshold,
-        )
-        results.append(flat.unflatten(0, logits.shape[:2]))
-    return results
+    return [
+        to_masks(torch.as_tensor(logits), (int(height), int(width)), mask_threshold)
+        for logits, (height, width) in zip(masks, original_sizes, strict=False)
+    ]
