@@ -354,13 +354,6 @@ def errors() -> str:
 
 
 @table
-def attention_hopper() -> str:
-    from benchmarks.gates.attention_loops import hopper_table
-
-    return hopper_table(read_result("attention_loops"))
-
-
-@table
 def training_cpu() -> str:
     result = read_result("training_cpu")
     baseline = result["rows"][0]
