@@ -1,11 +1,14 @@
 """Files in folders that several people and processes share: modes by the umask, one writer at a time."""
 
 import os
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from refsam.errors import UserError
+
+_ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest date that a zip can hold
 
 
 def follow_umask(path: Path) -> None:
@@ -28,6 +31,25 @@ def replace_file(path: Path, content: str | bytes) -> None:
 def own_name(path: Path) -> Path:
     """A hidden name beside `path` that no other process, on any machine, takes."""
     return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+
+
+def write_zip(path: Path, folder: Path, files: Iterable[str], top: str = "") -> int:
+    """Zip `files` (paths below `folder`) into `path`, below the folder `top` if there is one; returns their number.
+
+    Nothing is compressed: PNGs are already. Equal files give equal zips. The zip appears as a whole. Raises FileNotFoundError for
+    a file that is not there.
+    """
+    temporary, names = own_name(path), sorted(files)
+    try:
+        with zipfile.ZipFile(temporary, "w") as archive:
+            for name in names:
+                entry = zipfile.ZipInfo(f"{top}/{name}" if top else name, _ZIP_TIME)
+                entry.external_attr = 0o644 << 16
+                archive.writestr(entry, (folder / name).read_bytes())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(names)
 
 
 class BusyError(UserError):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from refsam.errors import UserError
 from refsam.runtime.device import autocast
-from refsam.ui.downloads import write_zip
+from refsam.runtime.files import write_zip
 from refsam.ui.uploads import Limits, open_upload
 from refsam.video import Frame, FrameDecodeError, FrameSource, ResultWriter, draw_overlay, prefetch
 from refsam.video.captions import caption
@@ -106,7 +106,7 @@ class Job:
         self.downloads: Downloads | None = None
         self._engine, self._turn, self._limits = engine, turn, limits
         self._upload, self._root, self._folder = upload, root, folder
-        self._stopped_by: str | None = None
+        self.stopped_by: str | None = None  # the reason why the job ended before the clip did
         self._cancelled = threading.Event()
         self._changed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="refsam-job", daemon=True)
@@ -130,11 +130,6 @@ class Job:
     def running(self) -> bool:
         """Whether the job may still add frames."""
         return self._thread.is_alive()
-
-    @property
-    def stopped_by(self) -> str | None:
-        """The reason why the job ended before the clip did, else None."""
-        return self._stopped_by
 
     def updates(self) -> Iterator[Progress]:
         """Yield the newest progress several times per second until the job has ended."""
@@ -187,12 +182,22 @@ class Job:
                 try:
                     self._step_through(session, source, frames, writer)
                 except FrameDecodeError as error:
-                    self._stopped_by = str(error).replace(str(self._upload), self._upload.name)
+                    self.stopped_by = str(error).replace(str(self._upload), self._upload.name)
                 if self.progress.frames:
-                    writer.finish(**self._facts(), **source_facts(source))
+                    facts: dict[str, Any] = {
+                        "refsam": version("refsam"),
+                        "model": self._engine.name,
+                        "source": self._upload.name,
+                        "complete": self.stopped_by is None,
+                        "stopped_by": self.stopped_by,
+                        "device": str(self._engine.model.device),
+                    }
+                    writer.finish(**facts, **source_facts(source))
                     self.notes = tuple(source.notes)
         if self.progress.frames:
-            self.downloads = self._pack(out)
+            pngs = (path.relative_to(out).as_posix() for path in out.glob("masks/*/*.png"))
+            write_zip(out / "masks.zip", out, ["result.json", *pngs])
+            self.downloads = Downloads(out / "masks.zip", out / "masks.json", out / "overlay.mp4")
 
     def _step_through(
         self,
@@ -206,23 +211,19 @@ class Job:
         with autocast(device, precision):
             for frame, prepared in frames:
                 if self._cancelled.is_set():
-                    self._stopped_by = "cancelled"
+                    self.stopped_by = "cancelled"
                     return
                 if frame.index >= self._limits.frames:
-                    self._stopped_by = f"the limit of {self._limits.frames} frames"
+                    self.stopped_by = f"the limit of {self._limits.frames} frames"
                     return
                 result = session.step(prepared)
                 masks, scores = result.masks.cpu().numpy(), result.scores.cpu().numpy()
                 self._preview_file(frame.index).write_bytes(self._draw(frame, masks, scores))
-                self._tell(frame.index + 1, source.expected_frames, begun, session.unknown_words)
+                done = frame.index + 1
+                rate = done / (time.perf_counter() - begun)
+                self.progress = Progress(done, source.expected_frames, rate, session.unknown_words)
+                self._changed.set()
                 writer.write(frame, masks, scores)
-
-    def _tell(
-        self, frames: int, expected: int | None, begun: float, unknown: tuple[tuple[str, ...], ...]
-    ) -> None:
-        rate = frames / (time.perf_counter() - begun)
-        self.progress = Progress(frames, expected, rate, unknown)
-        self._changed.set()
 
     def _draw(self, frame: Frame, masks: np.ndarray, scores: np.ndarray) -> bytes:
         """The frame with its masks, as JPEG of at most `_PREVIEW_SIDE` pixels."""
@@ -234,21 +235,6 @@ class Job:
         ]
         image, small = _shrink(frame.image, masks, _PREVIEW_SIDE)
         return encode_jpeg(draw_overlay(image, small, captions))
-
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "refsam": version("refsam"),
-            "model": self._engine.name,
-            "source": self._upload.name,
-            "complete": self._stopped_by is None,
-            "stopped_by": self._stopped_by,
-            "device": str(self._engine.model.device),
-        }
-
-    def _pack(self, out: Path) -> Downloads:
-        downloads = Downloads(out / "masks.zip", out / "masks.json", out / "overlay.mp4")
-        write_zip(downloads.masks, out, ["masks", "result.json"])
-        return downloads
 
 
 def first_frame(path: Path, root: Path, limits: Limits) -> tuple[bytes, str]:

@@ -3,6 +3,7 @@
 import base64
 import html
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,15 @@ def build_page(visitors: Visitors) -> gr.Blocks:
                             ("Overlay (MP4)", "download-overlay"),
                         )
                     ]
-        actions = Actions(visitors, view, status, text, frame, run, stop, downloads)
+        actions = Actions(visitors, view, status, frame, run, stop, downloads)
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         chosen = [view, status]
         upload.change(actions.choose, upload, chosen, **quiet)
         webcam.change(actions.choose, webcam, chosen, **quiet)
         sample.click(actions.choose_sample, None, [*chosen, text], **quiet)
         text.change(actions.name_colours, text, legend, queue=False, **quiet)
-        run.click(actions.run, text, actions.shown, concurrency_limit=None, **quiet)
+        shown = [view, status, frame, run, stop, *downloads]
+        run.click(actions.run, text, shown, concurrency_limit=None, **quiet)
         stop.click(actions.cancel, None, status, queue=False, **quiet)
         frame.change(
             actions.show, frame, view, trigger_mode="always_last", concurrency_limit=None, **quiet
@@ -108,29 +110,22 @@ def _recorded_file(recording: FileData | None) -> str | None:
     return recording.path if recording else None
 
 
+@dataclass(frozen=True)
 class Actions:
     """The page's events: each method handles one, and returns what its outputs show.
 
-    Args:
+    Attributes:
         visitors: who has the page open.
-        view, status, text, frame, run_button, stop_button, downloads: the components that are written to.
+        view, status, frame, run_button, stop_button, downloads: the components that are written to.
     """
 
-    def __init__(
-        self,
-        visitors: Visitors,
-        view: gr.HTML,
-        status: gr.HTML,
-        text: gr.Textbox,
-        frame: gr.Slider,
-        run_button: gr.Button,
-        stop_button: gr.Button,
-        downloads: list[gr.DownloadButton],
-    ) -> None:
-        self.visitors = visitors
-        self.view, self.status, self.text, self.frame = view, status, text, frame
-        self.run_button, self.stop_button, self.downloads = run_button, stop_button, downloads
-        self.shown = [view, status, frame, run_button, stop_button, *downloads]
+    visitors: Visitors
+    view: gr.HTML
+    status: gr.HTML
+    frame: gr.Slider
+    run_button: gr.Button
+    stop_button: gr.Button
+    downloads: list[gr.DownloadButton]
 
     def name_model(self) -> Iterator[str]:
         """Say which model there is, as soon as it is loaded."""
@@ -162,11 +157,10 @@ class Actions:
     def name_colours(self, text: str) -> str:
         """The expressions in their colours."""
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        chips = (
+        return "".join(
             f'<span style="color: rgb{expression_colour(index)}">{_escape(line)}</span>'
             for index, line in enumerate(lines[: self.visitors.limits.expressions])
         )
-        return "".join(chips)
 
     def run(self, text: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
         """Segment the visitor's clip; the overlay plays while it is computed."""

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from refsam.errors import UserError
+from refsam.runtime.signals import termination_interrupts
 from refsam.ui.jobs import Engine
 from refsam.ui.uploads import Limits
 from refsam.ui.visitors import Visitors
@@ -37,7 +37,7 @@ def serve(
     Raises:
         UserError: gradio or pycocotools is missing, the address cannot be used, or the model cannot be loaded.
     """
-    with _workplace(folder) as place, _terminable():
+    with _workplace(folder) as place, termination_interrupts():
         visitors = Visitors(place, limits or Limits())
         page = _open(visitors, host, port)
         try:
@@ -105,17 +105,3 @@ def _workplace(folder: Path | None) -> Iterator[Path]:
         yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the page as Ctrl-C does, so that uploads are removed then, too."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from refsam.errors import UserError
 from refsam.ui.jobs import Engine, Job
-from refsam.ui.sample import put_sample
+from refsam.ui.sample import CLIP
 from refsam.ui.uploads import Limits, open_upload, read_expressions
 
 
@@ -88,9 +88,13 @@ class Visitors:
         return job
 
     def sample(self) -> Path:
-        """The sample clip, inside the folder."""
+        """A copy of the sample clip inside the folder, made once."""
+        clip = self.folder / "sample" / CLIP.name
         with self._sample:
-            return put_sample(self.folder / "sample")
+            if not clip.exists():
+                clip.parent.mkdir(exist_ok=True)
+                shutil.copyfile(CLIP, clip)
+        return clip
 
     def leave(self, key: str | None) -> None:
         """Forget a visitor who has closed the page, with all files."""

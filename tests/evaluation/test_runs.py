@@ -23,8 +23,8 @@ from refsam.evaluation.runners.per_expression import PerExpression
 from refsam.evaluation.runners.ref_davis17 import RefDavis17
 from refsam.evaluation.runners.refcoco import RefCoco
 from refsam.evaluation.runners.run_folder import RunFolder
-from refsam.evaluation.runners.submissions import write_submission
 from refsam.evaluation.scoring.problems import MaskProblemsError
+from refsam.runtime.files import write_zip
 from refsam.session import Shard, VideoSession
 from refsam.video.mask_formats import davis_palette
 from tests.data import fixtures
@@ -318,17 +318,17 @@ def test_pictures_without_a_record_are_done_again(tmp_path):
     stale.mkdir()
     (stale / "stale.png").write_bytes(b"")
     assert not run.is_done("v")
-    with run.unit("v", ["v"]) as writer:
-        (writer.folder / "v" / "fresh.png").write_bytes(b"")
-        writer.finish({"frames": 1})
+    with run.unit("v", ["v"]) as (folder, facts):
+        (folder / "v" / "fresh.png").write_bytes(b"")
+        facts["frames"] = 1
     assert list(files_of(stale)) == ["fresh.png"]
     assert run.record("v") == {"unit": "v", "frames": 1}
 
 
 def test_a_unit_that_fails_leaves_nothing(tmp_path):
     run = RunFolder(tmp_path / "out", {})
-    with pytest.raises(RuntimeError), run.unit("a/b", ["a/b"]) as writer:
-        (writer.folder / "a/b/x.png").write_bytes(b"")
+    with pytest.raises(RuntimeError), run.unit("a/b", ["a/b"]) as (folder, _):
+        (folder / "a/b/x.png").write_bytes(b"")
         raise RuntimeError
     assert not list((tmp_path / "out/.unfinished").iterdir())
     assert not run.is_done("a/b")
@@ -405,10 +405,10 @@ def test_submissions_are_reproducible_and_complete(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/1.png").write_bytes(b"x")
     for name in ("one.zip", "two.zip"):
-        assert write_submission(tmp_path / name, tmp_path, ["a/1.png"], "Annotations") == 1
+        assert write_zip(tmp_path / name, tmp_path, ["a/1.png"], "Annotations") == 1
     assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
     with pytest.raises(FileNotFoundError):
-        write_submission(tmp_path / "three.zip", tmp_path, ["a/1.png", "a/2.png"])
+        write_zip(tmp_path / "three.zip", tmp_path, ["a/1.png", "a/2.png"])
     assert not list(tmp_path.glob("*three*"))
 
 

@@ -16,7 +16,7 @@ from refsam.evaluation.reports.report import Code, Picture, Section, Table, Text
 from refsam.evaluation.scoring.clips import Clip
 from refsam.evaluation.scoring.masks import read_maps
 from refsam.evaluation.scoring.protocols import Protocol
-from refsam.evaluation.scoring.results import MEASURES, MaskEvaluation, ObjectScores
+from refsam.evaluation.scoring.results import MEASURES, MaskEvaluation, ObjectScores, mean_measures
 
 FrameReader = Callable[[str, str], NDArray[np.uint8] | None]
 
@@ -91,14 +91,8 @@ def overall_table(scored: Sequence[Scored]) -> Table:
         _row(scores.name or "overall", row) for scores, row in zip(scored, overall, strict=True)
     ]
     if len(scored) > 1 and len({scores.result.protocol for scores in scored}) == 1:
-        rows.append(_row("mean", mean_of(overall)))
+        rows.append(_row("mean", mean_measures(overall)))
     return Table(("", *MEASURES), tuple(rows))
-
-
-def mean_of(overall: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Every measure, averaged over evaluations, each with the same weight."""
-    rows = list(overall)
-    return {measure: float(np.mean([row[measure] for row in rows])) for measure in MEASURES}
 
 
 def _row(name: str, measures: Mapping[str, float]) -> tuple[str, ...]:

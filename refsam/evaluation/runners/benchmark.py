@@ -2,11 +2,13 @@
 
 import hashlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,25 +70,33 @@ class Outcome:
     files: Mapping[str, str] = field(default_factory=dict)
 
 
-class Benchmark(Protocol):
-    """The parts in which benchmarks differ; `evaluate` does everything else."""
+class Benchmark(ABC):
+    """The parts in which benchmarks differ; `evaluate` does everything else.
+
+    `title` is that of the report. Unless a benchmark overrides them, predictions are binary masks
+    `<unit>/<expression>/<frame>.png`, and a unit's record has no rows.
+    """
+
+    title: str
 
     @property
-    def title(self) -> str:
-        """The title of the report."""
-
-    @property
+    @abstractmethod
     def units(self) -> Sequence[Unit]:
         """All units of work."""
 
+    @abstractmethod
     def settings(self) -> Mapping[str, Any]:
         """Everything else that predictions depend on, besides the model, the data and the inference rules."""
 
     def groups(self, unit: Unit) -> list[list[Expression]]:
-        """The expressions of a unit in groups; those of a group are computed together."""
+        """The expressions of a unit in groups that are computed together: file order, as many as memory allows."""
+        every = unit.expressions
+        starts = range(0, len(every), _COMPUTED_TOGETHER)
+        return [list(every[start : start + _COMPUTED_TOGETHER]) for start in starts]
 
     def folders(self, unit: Unit) -> list[str]:
         """The folders below `predictions` that a unit fills."""
+        return [unit.name]
 
     def render(
         self, unit: Unit, logits: Sequence[FrameLogits], rules: InferenceRules
@@ -95,34 +105,32 @@ class Benchmark(Protocol):
 
         `logits` are those of each group.
         """
+        masks = [mask for group in logits for mask in group.masks(rules.threshold)]
+        pairs = zip(unit.expressions, masks, strict=True)
+        return {f"{unit.name}/{e.expression_id}": mask for e, mask in pairs}
 
     def rows(self, unit: Unit, frame: str, rendered: _Pictures) -> list[_Record]:
         """The rows of a frame in the unit's record."""
+        return []
 
+    @abstractmethod
     def outcome(self, run: RunFolder, records: Mapping[str, _Record], processes: int) -> Outcome:
         """Score the predictions of all units; `records` by unit. Up to `processes` processes share the scoring."""
 
 
-class BinaryMasks:
-    """The parts of a `Benchmark` whose predictions are binary masks `<unit>/<expression>/<frame>.png`."""
+class VideoBenchmark(Benchmark):
+    """A benchmark on the videos of one split of one dataset."""
 
-    def groups(self, unit: Unit) -> list[list[Expression]]:
-        """Expressions in file order, in groups as large as memory allows; they depend on the video alone."""
-        every = unit.expressions
-        starts = range(0, len(every), _COMPUTED_TOGETHER)
-        return [list(every[start : start + _COMPUTED_TOGETHER]) for start in starts]
+    dataset: ReferringDataset
 
-    def folders(self, unit: Unit) -> list[str]:
-        """The unit's own."""
-        return [unit.name]
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """A unit for each video."""
+        return tuple(Unit(video.name, self.dataset, video) for video in self.dataset.videos)
 
-    def render(
-        self, unit: Unit, logits: Sequence[FrameLogits], rules: InferenceRules
-    ) -> dict[str, NDArray[Any]]:
-        """A mask for each expression."""
-        masks = [mask for group in logits for mask in group.masks(rules.threshold)]
-        pairs = zip(unit.expressions, masks, strict=True)
-        return {f"{unit.name}/{e.expression_id}": mask for e, mask in pairs}
+    def settings(self) -> dict[str, Any]:
+        """Dataset and split."""
+        return {"dataset": self.dataset.name, "split": self.dataset.split}
 
 
 def texts_of(units: Sequence[Unit]) -> dict[tuple[str, str], str]:
@@ -157,25 +165,23 @@ class Runner:
             "data_sha256": _data_sha256(units),
         }
 
-    def refused(self, units: Sequence[Unit]) -> dict[str, str]:
-        """Expressions that get no mask, with the reason; raises MaskProblemsError for them unless `missing` is "zero"."""
-        texts = [(unit.name, e.text) for unit in units for e in unit.expressions]
-        refused = refused_expressions(self.model, [self.rules.text(text) for _, text in texts])
+    def refused(self, units: Sequence[Unit]) -> frozenset[str]:
+        """Expressions that get no mask; raises MaskProblemsError for them unless `missing` is "zero"."""
+        asked = [
+            (unit.name, e.text, self.rules.text(e.text)) for unit in units for e in unit.expressions
+        ]
+        reasons = refused_expressions(self.model, [given for _, _, given in asked])
         problems = [
-            Problem("expression refused", name, f"{text!r} ({refused[self.rules.text(text)]})")
-            for name, text in texts
-            if self.rules.text(text) in refused
+            Problem("expression refused", name, f"{text!r} ({reasons[given]})")
+            for name, text, given in asked
+            if given in reasons
         ]
         if problems and self.missing != "zero":
             raise MaskProblemsError(problems)
-        return {
-            text: refused[self.rules.text(text)]
-            for _, text in texts
-            if self.rules.text(text) in refused
-        }
+        return frozenset(text for _, text, given in asked if given in reasons)
 
     def predict(
-        self, benchmark: Benchmark, unit: Unit, run: RunFolder, refused: Mapping[str, str]
+        self, benchmark: Benchmark, unit: Unit, run: RunFolder, refused: frozenset[str]
     ) -> None:
         """Write the pictures of one unit and, as the last thing, its record."""
         started, clock = time.perf_counter(), StageClock(self._synchronize)
@@ -186,11 +192,11 @@ class Runner:
             [[e.text for e in group] for group in benchmark.groups(unit)],
             precision=self.precision,
             clock=clock,
-            refused=frozenset(refused),
+            refused=refused,
         )
         rows: list[_Record] = []
         with (
-            run.unit(unit.name, benchmark.folders(unit)) as writer,
+            run.unit(unit.name, benchmark.folders(unit)) as (folder, facts),
             closing(prefetch(_frames(unit, clock))) as frames,
         ):
             for frame, image in frames:
@@ -198,9 +204,9 @@ class Runner:
                 with clock.stage("decode masks"):
                     rendered = benchmark.render(unit, logits, self.rules)
                 with clock.stage("write"):
-                    _write_pictures(writer.folder, frame, rendered)
+                    _write_pictures(folder, frame, rendered)
                 rows += benchmark.rows(unit, frame, rendered)
-            facts = {
+            facts |= {
                 "frames": len(unit.video.frame_names),
                 "expressions": len(unit.expressions),
                 "refused": [e.text for e in unit.expressions if e.text in refused],
@@ -208,7 +214,6 @@ class Runner:
                 "total_seconds": round(time.perf_counter() - started, 6),
                 "rows": rows,
             }
-            writer.finish(facts)
 
     def _synchronize(self) -> None:
         if self.model.device.type == "cuda":

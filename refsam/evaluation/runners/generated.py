@@ -78,11 +78,6 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def manifest(clips: int = CLIPS) -> dict[str, Any]:
-    """The manifest that freezes the benchmark: size, expressions and mask areas of each clip."""
-    return {"version": 1, "clips": [_describe(benchmark_clip(index)) for index in range(clips)]}
-
-
 def evaluate_generated(
     model: PromptedSAM, clips: int = CLIPS, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
@@ -131,18 +126,12 @@ def _score_clip(index: int, clip: GeneratedClip, model: PromptedSAM) -> Iterator
         truth = clip.masks[e].numpy()
         shown = truth.any(axis=(1, 2))
         marked = predicted[e][~shown]
-        yield ExpressionScore(
-            clip=index,
-            kind=kind,
-            text=text,
-            region=float(region_similarity(predicted[e][shown], truth[shown]).mean())
-            if shown.any()
-            else None,
-            contour=float(contour_accuracy(predicted[e][shown], truth[shown]).mean())
-            if shown.any()
-            else None,
-            false_area=float(marked.mean()) if len(marked) else None,
+        region, contour = (
+            float(measure(predicted[e][shown], truth[shown]).mean()) if shown.any() else None
+            for measure in (region_similarity, contour_accuracy)
         )
+        false_area = float(marked.mean()) if len(marked) else None
+        yield ExpressionScore(index, kind, text, region, contour, false_area)
 
 
 def _describe(clip: GeneratedClip) -> dict[str, Any]:

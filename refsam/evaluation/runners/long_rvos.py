@@ -1,6 +1,6 @@
 """Long-RVOS: scores of single expressions, as on MeViS, and of the times at which objects are seen: tIoU and vIoU."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from refsam.evaluation.reports.report import Section, Table, Text
 from refsam.evaluation.runners.benchmark import Outcome, Unit
 from refsam.evaluation.runners.per_expression import PerExpression
 from refsam.evaluation.runners.run_folder import RunFolder
-from refsam.evaluation.scoring.results import as_csv
+from refsam.evaluation.scoring.results import as_csv, mean_measures
 from refsam.metrics import contour_accuracy, region_similarity
 
 RULES = (
@@ -64,7 +64,7 @@ class LongRvos(PerExpression):
         types = expression_types(self.dataset)
         kinds = ["all", *sorted(set(types.values()))]
         means = {
-            kind: _mean(s for key, s in scores.items() if kind in ("all", types.get(key)))
+            kind: mean_measures(s for key, s in scores.items() if kind in ("all", types.get(key)))
             for kind in kinds
         }
         rows = tuple((k, *(f"{100 * m[name]:.2f}" for name in _NAMES)) for k, m in means.items())
@@ -85,11 +85,6 @@ def _of_expression(rows: list[Mapping[str, Any]]) -> dict[str, float]:
         "tIoU": float(both.sum() / either) if either else 1.0,
         "vIoU": float(region[both].sum() / either) if either else 1.0,
     }
-
-
-def _mean(scores: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    every = list(scores)
-    return {name: float(np.mean([score[name] for score in every])) for name in _NAMES}
 
 
 def _csv(scores: Mapping[tuple[str, str], Mapping[str, float]]) -> str:

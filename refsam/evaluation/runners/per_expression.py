@@ -2,27 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from refsam.data import ReferringDataset
 from refsam.evaluation.reports.masks import Scored, mask_sections, overall_table
 from refsam.evaluation.reports.report import Section, Text
-from refsam.evaluation.runners.benchmark import BinaryMasks, Outcome, Unit, texts_of
+from refsam.evaluation.runners.benchmark import Outcome, VideoBenchmark, texts_of
 from refsam.evaluation.runners.run_folder import RunFolder
-from refsam.evaluation.runners.submissions import write_submission
 from refsam.evaluation.scoring.clips import find_clips
 from refsam.evaluation.scoring.masks import score_layout
 from refsam.evaluation.scoring.own_videos import find_own_clips
 from refsam.evaluation.scoring.protocols import find_protocol
+from refsam.runtime.files import write_zip
 
 
 @dataclass(frozen=True)
-class PerExpression(BinaryMasks):
+class PerExpression(VideoBenchmark):
     """Writes predictions `<video>/<expression>/<frame>.png` and a submission; scores them where there is truth.
 
     `zip_folder` is the folder that the server expects at the top of the zip, "" for none; None where there is no server, as for
@@ -35,21 +31,6 @@ class PerExpression(BinaryMasks):
     zip_folder: str | None
     truth: Path | None = None
     listing: Path | None = None
-
-    @cached_property
-    def units(self) -> tuple[Unit, ...]:
-        """A unit for each video."""
-        return tuple(Unit(video.name, self.dataset, video) for video in self.dataset.videos)
-
-    def settings(self) -> Mapping[str, Any]:
-        """Dataset and split."""
-        return {"dataset": self.dataset.name, "split": self.dataset.split}
-
-    def rows(
-        self, unit: Unit, frame: str, rendered: Mapping[str, NDArray[np.bool_]]
-    ) -> list[Mapping[str, Any]]:
-        """No rows: the PNGs hold everything."""
-        return []
 
     def outcome(
         self, run: RunFolder, records: Mapping[str, Mapping[str, Any]], processes: int
@@ -79,7 +60,7 @@ class PerExpression(BinaryMasks):
             for frame in unit.video.frame_names
         ]
         archive = run.folder / "submission.zip"
-        count = write_submission(archive, run.predictions, files, zip_folder)
+        count = write_zip(archive, run.predictions, files, zip_folder)
         top = f"{zip_folder}/" if zip_folder else ""
         return f"{archive}: {count} masks as {top}<video>/<expression>/<frame>.png"
 

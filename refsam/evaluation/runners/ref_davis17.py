@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +9,22 @@ from numpy.typing import NDArray
 
 from refsam.data import Expression, ReferringDataset
 from refsam.errors import UserError
-from refsam.evaluation.reports.masks import Scored, mask_sections, mean_of, overall_table
+from refsam.evaluation.reports.masks import Scored, mask_sections, overall_table
 from refsam.evaluation.reports.report import Section, Text
-from refsam.evaluation.runners.benchmark import Outcome, Unit, texts_of
+from refsam.evaluation.runners.benchmark import Outcome, Unit, VideoBenchmark, texts_of
 from refsam.evaluation.runners.inference import MERGE_NOTES, FrameLogits, InferenceRules, MergeRule
 from refsam.evaluation.runners.run_folder import RunFolder
 from refsam.evaluation.scoring.clips import find_clips
 from refsam.evaluation.scoring.masks import score_layout
 from refsam.evaluation.scoring.protocols import find_protocol
+from refsam.evaluation.scoring.results import mean_measures
 
 ANNOTATORS = ("first frame 1", "full video 1", "first frame 2", "full video 2")
 _PER_EXPRESSION = "per-expression"
 
 
 @dataclass(frozen=True)
-class RefDavis17:
+class RefDavis17(VideoBenchmark):
     """Predictions `anno_<annotator>/<video>/<frame>.png`, maps of object numbers.
 
     `scoring` names protocols of `refsam.evaluation.scoring.protocols`; with per-expression among them there are also binary masks
@@ -52,19 +52,10 @@ class RefDavis17:
                     f"ref-davis17: {unit.name} does not have one expression per annotator and object"
                 )
 
-    @cached_property
-    def units(self) -> tuple[Unit, ...]:
-        """A unit for each video."""
-        return tuple(Unit(video.name, self.dataset, video) for video in self.dataset.videos)
-
-    def settings(self) -> Mapping[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Dataset, split, and what is drawn into the predictions."""
-        return {
-            "dataset": self.dataset.name,
-            "split": self.dataset.split,
-            "joint": self.merge,
-            "per_expression": _PER_EXPRESSION in self.scoring,
-        }
+        drawn = {"joint": self.merge, "per_expression": _PER_EXPRESSION in self.scoring}
+        return super().settings() | drawn
 
     def groups(self, unit: Unit) -> list[list[Expression]]:
         """The expressions of each annotator, by object."""
@@ -94,12 +85,6 @@ class RefDavis17:
                     pictures[f"expressions/{unit.video.name}/{expression.expression_id}"] = mask
         return pictures
 
-    def rows(
-        self, unit: Unit, frame: str, rendered: Mapping[str, NDArray[Any]]
-    ) -> list[Mapping[str, Any]]:
-        """No rows: the PNGs hold everything."""
-        return []
-
     def outcome(
         self, run: RunFolder, records: Mapping[str, Mapping[str, Any]], processes: int
     ) -> Outcome:
@@ -110,7 +95,7 @@ class RefDavis17:
         files: dict[str, str] = {}
         for name in self.scoring:
             scored = self._scored(run.predictions, name, processes)
-            mean = mean_of(scores.result.overall for scores in scored)
+            mean = mean_measures(scores.result.overall for scores in scored)
             evaluations = {scores.name: scores.result.as_dict() for scores in scored}
             summary["scores"][name] = {"mean": mean, "evaluations": evaluations}
             texts += [

@@ -14,7 +14,7 @@ from refsam.errors import UserError
 from refsam.evaluation.reports.pictures import COLOURS, LEGEND, best_and_worst, comparison, strip
 from refsam.evaluation.reports.plots import Curve, picture
 from refsam.evaluation.reports.report import Picture, Section, Table, Text
-from refsam.evaluation.runners.benchmark import BinaryMasks, Outcome, Unit
+from refsam.evaluation.runners.benchmark import Benchmark, Outcome, Unit
 from refsam.evaluation.runners.run_folder import RunFolder
 from refsam.evaluation.scoring.results import as_csv
 from refsam.metrics.referring_image import (
@@ -44,7 +44,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class RefCoco(BinaryMasks):
+class RefCoco(Benchmark):
     """Predictions `<split>/<image>/<expression>/<image>.png` of one or more splits, binary masks.
 
     `conventions` are names of `refsam.metrics.referring_image.CONVENTIONS`, all of which the JSON holds; these are printed.
@@ -62,8 +62,8 @@ class RefCoco(BinaryMasks):
             if not any(dataset.expressions(video.name) for video in dataset.videos):
                 raise UserError(f"{dataset.name}: no expressions in {dataset.split}")
 
-    @property
-    def title(self) -> str:
+    @cached_property
+    def title(self) -> str:  # type: ignore[override]  # never assigned
         """The dataset with its splits."""
         splits = ", ".join(dataset.split for dataset in self.datasets)
         return f"{self.datasets[0].name} {splits}"

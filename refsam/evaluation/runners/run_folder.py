@@ -4,9 +4,8 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +55,10 @@ class RunFolder:
         return found
 
     @contextmanager
-    def unit(self, unit: str, folders: Sequence[str]) -> Iterator["UnitWriter"]:
-        """Write a unit's files into the writer's folder, below `folders`; `finish` moves these into `predictions`.
+    def unit(self, unit: str, folders: Sequence[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Write a unit's files below `folders` of the folder that is yielded, and fill its record, an empty dictionary.
 
-        Without `finish`, nothing of it remains.
+        At the end these folders are moved into `predictions`, and the record is written. After an error nothing of it remains.
         """
         name = f"{unit.replace('/', '+')}.{socket.gethostname()}-{os.getpid()}"
         staging = self.folder / _STAGING / name
@@ -67,7 +66,9 @@ class RunFolder:
         for folder in folders:
             (staging / folder).mkdir(parents=True)
         try:
-            yield UnitWriter(staging, lambda facts: self._finish(unit, staging, folders, facts))
+            facts: dict[str, Any] = {}
+            yield staging, facts
+            self._finish(unit, staging, folders, facts)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -90,14 +91,6 @@ class RunFolder:
 
     def _record(self, unit: str) -> Path:
         return self._results / f"{unit}.json"
-
-
-@dataclass(frozen=True)
-class UnitWriter:
-    """Collects a unit's files in `folder`; call `finish(facts)` once they are complete."""
-
-    folder: Path
-    finish: Callable[[Mapping[str, Any]], None]
 
 
 def _visible(folder: Path) -> Iterator[Path]:

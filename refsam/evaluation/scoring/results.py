@@ -60,7 +60,7 @@ class MaskEvaluation:
     @property
     def overall(self) -> dict[str, float]:
         """Every measure, averaged over all objects (or expressions) of all videos."""
-        return _average(score.measures for score in self.scores)
+        return mean_measures(score.measures for score in self.scores)
 
     @property
     def videos(self) -> dict[str, dict[str, float]]:
@@ -68,7 +68,7 @@ class MaskEvaluation:
         rows: dict[str, list[dict[str, float]]] = {}
         for score in self.scores:
             rows.setdefault(score.video, []).append(score.measures)
-        return {video: _average(of_video) for video, of_video in rows.items()}
+        return {video: mean_measures(of_video) for video, of_video in rows.items()}
 
     @property
     def remarks(self) -> list[str]:
@@ -161,9 +161,10 @@ def _object_entry(score: ObjectScores) -> dict[str, Any]:
     }
 
 
-def _average(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def mean_measures(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each measure over rows that hold the same ones, in their order; all rows have the same weight."""
     table = list(rows)
-    return {measure: float(np.mean([row[measure] for row in table])) for measure in MEASURES}
+    return {measure: float(np.mean([row[measure] for row in table])) for measure in table[0]}
 
 
 def _aligned(rows: Sequence[tuple[tuple[str, str], Mapping[str, float]]], unit: str) -> list[str]:
