@@ -261,12 +261,10 @@ def ui_cpu() -> str:
 @table
 def frame_cpu() -> str:
     result = read_result("frame_cpu")
-    before, after = result["medians"]["before"], result["medians"]["after"]
-    lines = ((name, f"{before[name]:.1f}", f"{after[name]:.1f}") for name in before)
-    what = f"nano, one expression, 720p, medians of {len(result['rounds']['after'])} rounds"
-    commits = f"commits {result['base'][:7]} and {result['commit'][:7]}"
-    note = f"{what}, {machine_of(result, 'cores')}, {commits}."
-    return markdown("core-milliseconds of a frame | before | after", lines, note)
+    lines = ((name, f"{value:.1f}") for name, value in result["medians"].items())
+    what = f"nano, one expression, 720p, medians of {len(result['rounds'])} rounds"
+    note = f"{what}, {machine_of(result, 'cores')}, commit {result['commit'][:7]}."
+    return markdown("core-milliseconds of a frame | measured", lines, note)
 
 
 @table
