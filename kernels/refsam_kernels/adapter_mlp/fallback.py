@@ -6,13 +6,7 @@ from torch import Tensor
 
 from refsam_kernels.adapter_mlp.inputs import Inputs, Outputs
 from refsam_kernels.core.registration import or_empty
-from refsam_kernels.feed_forward.mlp import (
-    empty_kept,
-    mlp_backward,
-    mlp_forward,
-    scaled,
-    shaped,
-)
+from refsam_kernels.feed_forward.mlp import empty_kept, mlp_backward, mlp_forward, scaled
 from refsam_kernels.feed_forward.torch_steps import TORCH_STEPS, Steps, Sum, SumBackward, rows
 
 
@@ -36,7 +30,7 @@ def backward(
     grads: Sequence[Tensor],
     needs: Sequence[bool],
     steps: Steps = TORCH_STEPS,
-) -> list[Tensor]:
+) -> tuple[Tensor | None, ...]:
     """One gradient for each tensor of the inputs."""
     normed, scale = inputs.normed, inputs.scale
     (grad_x, grad_next), norm = grads, (inputs.norm_weight, inputs.norm_bias)
@@ -59,5 +53,4 @@ def backward(
             steps, *arguments, scale=scale, addend=grad_normed
         )
         grad_adapter += [None if column_sum is None else scaled(column_sum, scale)]
-    gradients = (grad_normed, total, *grad_mlp, column_sum, *grad_adapter, *grad_norm)
-    return shaped(gradients, inputs[:12], needs)
+    return (grad_normed, total, *grad_mlp, column_sum, *grad_adapter, *grad_norm)

@@ -1,12 +1,10 @@
 """The formula of `adapter_mlp`, in segment-anything's order of operations."""
 
-from collections.abc import Sequence
-
 import torch.nn.functional as F
-from torch import Tensor
 
 from refsam_kernels.adapter_mlp.inputs import Inputs, Outputs
-from refsam_kernels.core.registration import bundle_gradients, or_empty
+from refsam_kernels.core.gradients import derived_backward
+from refsam_kernels.core.registration import or_empty
 from refsam_kernels.feed_forward.mlp import empty_kept, kept_of
 from refsam_kernels.feed_forward.torch_steps import (
     empty_statistics,
@@ -38,8 +36,4 @@ def forward(inputs: Inputs) -> Outputs:
     return Outputs(x.contiguous(), normed_next, *statistics, *kept, *adapter_kept)
 
 
-def backward(
-    inputs: Inputs, outputs: Outputs, grads: Sequence[Tensor], needs: Sequence[bool]
-) -> Sequence[Tensor]:
-    """One gradient for each tensor of the inputs."""
-    return bundle_gradients(forward, inputs, inputs._fields[:12], needs, grads)
+backward = derived_backward(forward, *Inputs._fields[:12])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from refsam_kernels.adapter_projection.inputs import Inputs, Outputs
 from refsam_kernels.core.registration import or_empty
-from refsam_kernels.feed_forward.mlp import empty_kept, mlp_backward, mlp_forward, shaped
+from refsam_kernels.feed_forward.mlp import empty_kept, mlp_backward, mlp_forward
 from refsam_kernels.feed_forward.torch_steps import TORCH_STEPS, Steps, Sum, SumBackward, rows
 
 
@@ -35,7 +35,7 @@ def backward(
     grads: Sequence[Tensor],
     needs: Sequence[bool],
     steps: Steps = TORCH_STEPS,
-) -> list[Tensor]:
+) -> tuple[Tensor | None, ...]:
     """One gradient for each tensor of the inputs."""
     attention, adapter = inputs.attention, inputs.adapter
     (grad_x, grad_normed), norm = grads, (inputs.norm_weight, inputs.norm_bias)
@@ -58,5 +58,4 @@ def backward(
             grad_bias = grad.sum(0) if needs[3] else None
     grad_attention = grad @ inputs.weight if needs[0] else None
     grad_weight = grad.T @ rows(attention) if needs[2] else None
-    gradients = (grad_attention, total, grad_weight, grad_bias, *grad_adapter, *grad_norm)
-    return shaped(gradients, inputs[:10], needs)
+    return (grad_attention, total, grad_weight, grad_bias, *grad_adapter, *grad_norm)

@@ -1,12 +1,10 @@
 """The formula of `adapter_projection`, in segment-anything's order of operations."""
 
-from collections.abc import Sequence
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.adapter_projection.inputs import Inputs, Outputs
-from refsam_kernels.core.registration import bundle_gradients
+from refsam_kernels.core.gradients import derived_backward
 from refsam_kernels.feed_forward.mlp import empty_kept, kept_of
 from refsam_kernels.feed_forward.torch_steps import (
     empty_statistics,
@@ -32,8 +30,4 @@ def forward(inputs: Inputs) -> Outputs:
     return Outputs(x.contiguous(), normed.to(attention.dtype), *statistics, *saved)
 
 
-def backward(
-    inputs: Inputs, outputs: Outputs, grads: Sequence[Tensor], needs: Sequence[bool]
-) -> Sequence[Tensor]:
-    """One gradient for each tensor of the inputs."""
-    return bundle_gradients(forward, inputs, inputs._fields[:10], needs, grads)
+backward = derived_backward(forward, *Inputs._fields[:10])

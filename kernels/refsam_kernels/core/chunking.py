@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from refsam_kernels.core.registration import gradients_by_vjp
+from refsam_kernels.core.gradients import gradients_by_vjp
 
 ELEMENTS_ON_CPU = 2**18
 ELEMENTS_ELSEWHERE = 2**23
@@ -37,7 +37,7 @@ def chunked_gradients(
     slices: Sequence[slice],
     needs: Sequence[bool],
     grad: Tensor,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """Gradients of `map_chunks`, as `gradients_by_vjp` returns them; of tensors that are not split, summed in a fixed order."""
     if len(slices) <= 1:
         return gradients_by_vjp(formula, tensors, needs, (grad,))
@@ -46,8 +46,8 @@ def chunked_gradients(
         for part in slices
     ]
     return tuple(
-        torch.cat(gradients) if is_split or not need else _sum(gradients)
-        for gradients, is_split, need in zip(zip(*parts, strict=True), split, needs, strict=True)
+        None if gradients[0] is None else torch.cat(gradients) if is_split else _sum(gradients)
+        for gradients, is_split in zip(zip(*parts, strict=True), split, strict=True)
     )
 
 

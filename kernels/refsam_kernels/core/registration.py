@@ -34,17 +34,17 @@ tensors of `Inputs`, the saved outputs, the settings, `needs` and `backend`.
 `reference.py`, `fallback.py`, ... (see `dispatch`)::
 
     def forward(inputs: Inputs) -> Outputs: ...
-    def backward(inputs: Inputs, outputs: Outputs, grads: Sequence[Tensor], needs: Sequence[bool]) -> Sequence[Tensor]: ...
+    def backward(inputs: Inputs, outputs: Outputs, grads: Sequence[Tensor], needs: Sequence[bool]) -> Sequence[Tensor | None]: ...
 
-`outputs` holds what was saved, None elsewhere. The backward returns one gradient per differentiable tensor, without elements
-where `needs` is False. Saved outputs must mean the same in every backend: the backward may run in another one. Plain autograd
-is off below a custom operator; `gradients_by_vjp` derives a backward from the forward's formula. Outputs must be new memory,
-contiguous as the fake says. Then name the public function in `refsam_kernels/__init__.py`.
+`outputs` holds what was saved, None elsewhere. The backward returns one gradient per differentiable tensor; those that `needs`
+does not ask for are ignored and may be None, the others get the tensor's shape and dtype (`gradients.finished`). Saved outputs
+must mean the same in every backend: the backward may run in another one. Plain autograd is off below a custom operator;
+`gradients.derived_backward` makes a backward of a forward. Outputs must be new memory, contiguous as the fake says. Then name the
+public function in `refsam_kernels/__init__.py`.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, get_type_hints
 
@@ -54,6 +54,7 @@ from torch.autograd import forward_ad
 from torch.library import Library, infer_schema, register_autograd, register_fake
 
 from refsam_kernels.core.dispatch import Dispatcher, requested_backend
+from refsam_kernels.core.gradients import empty_gradients, finished
 
 NAMESPACE = "refsam_kernels"
 # Not `torch.library.custom_op`: its first call imports torch._dynamo, which takes seconds.
@@ -95,11 +96,14 @@ class Operator:
     ) -> Callable[..., Any]:
         is_single = outputs is Tensor
         returns = Tensor if is_single else tuple[(Tensor,) * len(outputs._fields)]  # type: ignore[misc]
-        plain = same if is_single else tuple
-        parameters = get_type_hints(inputs)
-        return self._define(
-            name, function, parameters, returns, lambda *values: (inputs(*values),), fake, plain
-        )
+
+        def bundle(*values: Any) -> tuple[Any]:
+            return (inputs(*values),)
+
+        def plain(result: Any, inputs: Any) -> Any:
+            return result if is_single else tuple(result)
+
+        return self._define(name, function, get_type_hints(inputs), returns, bundle, fake, plain)
 
     def _define(
         self,
@@ -109,18 +113,20 @@ class Operator:
         returns: Any,
         bundle: Callable[..., tuple[Any, ...]],
         fake: Callable[..., Any],
-        plain: Callable[[Any], Any],
+        plain: Callable[..., Any],
     ) -> Callable[..., Any]:
         """Defines an operator with these parameters, by their types, and `backend`.
 
-        `bundle` makes the arguments of a backend of the values, `plain` the operator's result of a backend's.
+        `bundle` makes the arguments of a backend of the values, `plain` the operator's result of a backend's and its arguments.
         """
 
         def implementation(*values: Any) -> Any:
-            return plain(self.dispatcher.run(function, bundle(*values[:-1]), values[-1]))
+            arguments = bundle(*values[:-1])
+            return plain(self.dispatcher.run(function, arguments, values[-1]), *arguments)
 
         def fake_implementation(*values: Any) -> Any:
-            return plain(fake(*bundle(*values[:-1])))
+            arguments = bundle(*values[:-1])
+            return plain(fake(*arguments), *arguments)
 
         schema = infer_schema(signed({**parameters, "backend": str}, returns), mutates_args=())
         LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
@@ -151,6 +157,11 @@ class Operator:
             returns = Tensor
         elif as_tuple:
             returns = tuple[(Tensor,) * len(derivative.wanted)]  # type: ignore[misc]
+        kind = itemgetter(0) if derivative.is_single else tuple if as_tuple else list
+
+        def plain(gradients: Any, inputs: Any, outputs: Any, grads: Any, needs: Any) -> Any:
+            return kind(finished(gradients, derivative.tensors_of(inputs), needs))
+
         derivative.backward = self._define(
             f"{self.name}_backward",
             "backward",
@@ -158,7 +169,7 @@ class Operator:
             returns,
             derivative.bundle,
             derivative.fake,
-            itemgetter(0) if derivative.is_single else tuple if as_tuple else list,
+            plain,
         )
 
         def refuse(ctx: Any, *grads: Tensor) -> None:
@@ -218,7 +229,11 @@ class _Derivative:
         self, inputs: Any, outputs: Any, grads: Sequence[Tensor], needs: Sequence[bool]
     ) -> Sequence[Tensor]:
         """Uninitialised gradients."""
-        return empty_gradients([getattr(inputs, name) for name in self.wanted], needs)
+        return empty_gradients(self.tensors_of(inputs), needs)
+
+    def tensors_of(self, inputs: Any) -> list[Tensor | None]:
+        """The tensors that get gradients."""
+        return [getattr(inputs, name) for name in self.wanted]
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Saves the backward's arguments, and the backend that was requested by name, which the backward uses too.
@@ -249,8 +264,11 @@ class _Derivative:
         needs = [needed[name] for name in self.wanted]
         options = (*ctx.settings, *([] if self.is_single else [needs]), ctx.backend)
         results = self.backward(*found, *kept, *options)
-        results = drop_skipped([results] if self.is_single else results, needs)
-        by_name = dict(zip(self.wanted, results, strict=True))
+        results = [results] if self.is_single else results
+        by_name = {
+            name: gradient if need else None
+            for name, gradient, need in zip(self.wanted, results, needs, strict=True)
+        }
         return *map(by_name.get, self.fields), None
 
     def _or_zeros(
@@ -275,11 +293,6 @@ def signed(parameters: Mapping[str, Any], returns: Any) -> Callable[..., Any]:
     listed = [inspect.Parameter(name, kind, annotation=hint) for name, hint in parameters.items()]
     function.__signature__ = inspect.Signature(listed, return_annotation=returns)  # type: ignore[attr-defined]
     return function
-
-
-def same(result: Any) -> Any:
-    """The result itself."""
-    return result
 
 
 def refusing_tangents(owner: Any, operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -310,91 +323,3 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     """The tensor, or in its place one without elements, since an operator cannot return None."""
     return like.new_empty(0) if tensor is None else tensor
-
-
-def empty_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Uninitialised contiguous gradients; of a tensor that is None or not in need, one without elements."""
-    first = next(tensor for tensor in tensors if tensor is not None)
-    return tuple(
-        tensor.new_empty(tensor.shape) if tensor is not None and need else first.new_empty(0)
-        for tensor, need in zip(tensors, needs, strict=True)
-    )
-
-
-def drop_skipped(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """The gradients as autograd wants them: None for those that were not needed."""
-    pairs = zip(gradients, needs, strict=True)
-    return tuple(gradient if need else None for gradient, need in pairs)
-
-
-def gradients_by_vjp(
-    formula: Callable[..., Tensor | tuple[Tensor, ...]],
-    inputs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    grads: Sequence[Tensor],
-) -> tuple[Tensor, ...]:
-    """Gradients of `formula(*inputs)` as a backward operator returns them.
-
-    `grads` are those of the formula's first outputs; its further outputs are ignored.
-    The result has one tensor per input, contiguous, in memory of its own, in the input's dtype,
-    without elements where `needs` is False. It works inside a custom operator, where plain autograd
-    records nothing.
-    """
-    wanted = {i: t for i, t in enumerate(inputs) if needs[i] and t is not None}
-    results = list(empty_gradients(inputs, [False] * len(inputs)))
-    if not wanted:
-        return tuple(results)
-    with recording():
-        leaves = {i: tensor.detach().requires_grad_() for i, tensor in wanted.items()}
-        outputs = formula(
-            *(leaves.get(i, t if t is None else t.detach()) for i, t in enumerate(inputs))
-        )
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = zip(outputs, grads, strict=False)
-        roots = {output: grad for output, grad in pairs if output.requires_grad}
-        gradients = torch.autograd.grad(
-            list(roots), list(leaves.values()), list(roots.values()), materialize_grads=True
-        )
-    taken = {memory_of(tensor) for tensor in (*inputs, *grads) if tensor is not None}
-    for i, gradient in zip(wanted, gradients, strict=True):
-        gradient = gradient.contiguous()
-        if memory_of(gradient) in taken:  # the gradient of a plain sum is the incoming one itself
-            gradient = gradient.clone()
-        taken.add(memory_of(gradient))
-        results[i] = gradient
-    return tuple(results)
-
-
-def bundle_gradients(
-    forward: Callable[[Any], Tensor | tuple[Tensor, ...]],
-    inputs: Any,
-    names: Sequence[str],
-    needs: Sequence[bool],
-    grads: Sequence[Tensor],
-) -> tuple[Tensor, ...]:
-    """Gradients of `forward(inputs)` to the tensors of these names, by `gradients_by_vjp`."""
-
-    def formula(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return forward(inputs._replace(**dict(zip(names, tensors, strict=True))))
-
-    return gradients_by_vjp(formula, [getattr(inputs, name) for name in names], needs, grads)
-
-
-@contextmanager
-def recording() -> Iterator[None]:
-    """Lets autograd record inside a custom operator's implementation, where torch has switched it off.
-
-    `torch.func.vjp` would do without the private names, but breaks there under any dispatch mode:
-    under a FLOP counter, selective checkpointing and `opcheck`.
-    """
-    switched_off = torch._C._dispatch_tls_local_exclude_set()
-    for key in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
-        switched_off = switched_off - torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-    switched_on = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(switched_on, switched_off), torch.enable_grad():
-        yield
-
-
-def memory_of(tensor: Tensor) -> int:
-    """Address of the tensor's storage: the same for tensors that share memory."""
-    return tensor.untyped_storage().data_ptr()

@@ -84,7 +84,9 @@ class Launch:
         return cls(kernel, programs, taken, num_warps=8, num_stages=1)
 
     def run(self) -> None:
-        """Launches the kernel on the current device and stream."""
+        """Launches the kernel on the current device and stream; of no programs nothing is launched."""
+        if 0 in self.programs:
+            return
         options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         options["default_dot_input_precision"] = "tf32" if allows_tf32() else "ieee"
         self.kernel[self.programs](**self.arguments, **options)

@@ -66,17 +66,13 @@ def backward(
             _add_features_gradient(grad_features, grad_similarity, text[part], index)
     grad_own = grad_image.flatten(0, 1).T @ _mix(features, shares).flatten(0, 1)
     grad_attended = grad_absorbed.flatten(0, 1).T @ text.flatten(0, 1)
-    gradients = (
-        grad_features.to(features.dtype),
+    return (
+        grad_features,
         grad_text + grad_absorbed @ attended,
         torch.cat([grad_own, grad_attended], dim=1),
-        (grad_bias * shares.sum()).to(bias.dtype),
-        grad_scale.to(scale.dtype),
-        grad_shares.to(level_weights.dtype),
-    )
-    return tuple(
-        gradient if need else grad.new_empty(0)
-        for gradient, need in zip(gradients, needs, strict=True)
+        grad_bias * shares.sum(),
+        grad_scale,
+        grad_shares,
     )
 
 

@@ -16,6 +16,3 @@ class Inputs(NamedTuple):
     bias: Tensor
     scale: Tensor
     level_weights: Tensor
-
-
-DIFFERENTIABLE = ("features", "text", "weight", "bias", "scale", "level_weights")

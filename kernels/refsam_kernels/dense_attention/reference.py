@@ -1,14 +1,12 @@
 """Hierarchical dense attention as the paper writes it (arXiv 2307.00997, section on dense attention)."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refsam_kernels.core.gradients import derived_backward
 from refsam_kernels.core.index_checks import valid_positions
-from refsam_kernels.core.registration import bundle_gradients
-from refsam_kernels.dense_attention.inputs import DIFFERENTIABLE, Inputs
+from refsam_kernels.dense_attention.inputs import Inputs
 
 
 def forward(inputs: Inputs) -> Tensor:
@@ -31,8 +29,4 @@ def forward(inputs: Inputs) -> Tensor:
     return dense.to(features.dtype)
 
 
-def backward(
-    inputs: Inputs, outputs: None, grads: Sequence[Tensor], needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    """Gradients to features, text, weight, bias, scale and level_weights for the gradient (P, N, C)."""
-    return bundle_gradients(forward, inputs, DIFFERENTIABLE, needs, grads)
+backward = derived_backward(forward, "features", "text", "weight", "bias", "scale", "level_weights")

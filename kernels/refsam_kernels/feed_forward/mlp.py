@@ -159,19 +159,6 @@ def scaled(tensor: Tensor, scale: float) -> Tensor:
     return tensor if scale == 1 else tensor * scale
 
 
-def shaped(
-    gradients: Sequence[Tensor | None], tensors: Sequence[Tensor | None], needs: Sequence[bool]
-) -> list[Tensor]:
-    """The gradients in the tensors' shapes and dtypes, without elements where `needs` is False."""
-    like = next(tensor for tensor in tensors if tensor is not None)
-    return [
-        gradient.view(tensor.shape).to(tensor.dtype)
-        if need and gradient is not None and tensor is not None
-        else like.new_empty(0)
-        for gradient, tensor, need in zip(gradients, tensors, needs, strict=True)
-    ]
-
-
 def reasons_against(tokens: Tensor, residual: Tensor) -> list[str]:
     """Why the kernels on rows cannot compute these: their dtype, or rows too wide for the registers."""
     reasons = [

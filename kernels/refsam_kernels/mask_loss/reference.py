@@ -3,13 +3,10 @@
 Focal loss of arXiv 1708.02002, mean over the pixels; dice loss with 1 added to numerator and denominator; both per mask.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from refsam_kernels.core.registration import bundle_gradients
+from refsam_kernels.core.gradients import derived_backward
 from refsam_kernels.mask_loss.inputs import Inputs, Outputs
 from refsam_kernels.mask_postprocess.reference import resize_twice
 
@@ -39,8 +36,4 @@ def forward(inputs: Inputs) -> Outputs:
     return Outputs(focal, dice, torch.stack([intersection, probabilities, inside, pixels]))
 
 
-def backward(
-    inputs: Inputs, outputs: Outputs, grads: Sequence[Tensor], needs: Sequence[bool]
-) -> Sequence[Tensor]:
-    """The gradient to the logits (P, 4h, 4w) for those of focal and dice, (P,) each."""
-    return bundle_gradients(forward, inputs, ["logits"], needs, grads)
+backward = derived_backward(forward, "logits")

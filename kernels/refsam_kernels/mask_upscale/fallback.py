@@ -33,7 +33,7 @@ def forward(inputs: Inputs) -> Tensor:
 
 def backward(
     inputs: Inputs, outputs: None, grads: Sequence[Tensor], needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
+) -> list[Tensor | None]:
     """Like `reference.backward`; the upscaled features are computed again."""
     *tensors, eps = inputs
     packed, formula = _pack(tensors), partial(_formula, eps=eps, product_gelu=_product_gelu)
@@ -41,11 +41,12 @@ def backward(
         chunked_gradients(formula, packed, _per_expression(packed), _slices(packed), needs, *grads)
     )
     for index in (CONV1, CONV2):
-        if needs[index]:
-            gradients[index] = _unpack(gradients[index])
-        if needs[index + 1]:
-            gradients[index + 1] = gradients[index + 1].view(4, -1).sum(dim=0)
-    return tuple(gradients)
+        weight, bias = gradients[index : index + 2]
+        if weight is not None:
+            gradients[index] = _unpack(weight)
+        if bias is not None:
+            gradients[index + 1] = bias.view(4, -1).sum(dim=0)
+    return gradients
 
 
 def _per_expression(tensors: Sequence[Tensor | None]) -> list[bool]:
@@ -67,7 +68,7 @@ def _pack(tensors: Sequence[Any]) -> list[Any]:
 
 def _unpack(weight: Tensor) -> Tensor:
     """(2 * 2 * out, in) -> (in, out, 2, 2), as nn.ConvTranspose2d holds it."""
-    return weight.unflatten(0, (2, 2, -1)).permute(3, 2, 0, 1).contiguous()
+    return weight.unflatten(0, (2, 2, -1)).permute(3, 2, 0, 1)
 
 
 def _slices(tensors: Sequence[Tensor]) -> list[slice]:

@@ -5,13 +5,11 @@ modeling/common.py: in float32 the result has the same bits. SAM 2's decoder add
 convolution (transformers' `Sam2MaskDecoder`).
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.core.registration import bundle_gradients
+from refsam_kernels.core.gradients import derived_backward
 from refsam_kernels.mask_upscale.inputs import Inputs
 
 
@@ -39,8 +37,4 @@ def layer_norm_2d(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
     return weight[:, None, None] * (centred / torch.sqrt(variance + eps)) + bias[:, None, None]
 
 
-def backward(
-    inputs: Inputs, outputs: None, grads: Sequence[Tensor], needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    """Gradients to the ten tensors of the inputs for the gradient (P, M, 4h, 4w)."""
-    return bundle_gradients(forward, inputs, inputs._fields[:10], needs, grads)
+backward = derived_backward(forward, *Inputs._fields[:10])

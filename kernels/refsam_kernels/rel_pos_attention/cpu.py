@@ -42,13 +42,9 @@ def backward(
     """Gradients with respect to qkv, both tables and the bias of padding tokens."""
     tensors = (grads[0].contiguous(), *compact(inputs), *map(Tensor.contiguous, outputs))
     options = (*inputs[4:], needs[1] or needs[2], instruction_set())
-    grad_qkv, grad_h, grad_w, grad_padding = _library.rel_pos_attention_backward(*tensors, *options)
-    shapes = ((grad_h, inputs.rel_pos_h), (grad_w, inputs.rel_pos_w))
-    tables = [grad.view(table.shape) if grad.numel() else grad for grad, table in shapes]
-    grad_bias = F.pad(grad_padding, (grad_padding.numel() // 2, 0))  # padding is never a query
-    results = (grad_qkv, *tables, grad_bias)
-    pairs = zip(results, needs, strict=True)
-    return [result if need else inputs.qkv.new_empty(0) for result, need in pairs]
+    *gradients, grad_padding = _library.rel_pos_attention_backward(*tensors, *options)
+    # Padding is never a query.
+    return [*gradients, F.pad(grad_padding, (grad_padding.numel() // 2, 0))]
 
 
 def compact(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

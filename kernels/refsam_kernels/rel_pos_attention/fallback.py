@@ -63,10 +63,7 @@ def backward(
         grad_padding[2, heads] += group.write_keys(gradients.v, grad_v[..., heads, :])
         if needs[1] or needs[2]:
             windows.add_to_relative(gradients, *grad_relative)
-    grad_h, grad_w = (sum_of_relative(total).to(qkv.dtype) for total in grad_relative)
-    results = (grad_qkv, grad_h, grad_w, grad_padding.flatten().to(qkv.dtype))
-    pairs = zip(results, needs, strict=True)
-    return [result if need else qkv.new_empty(0) for result, need in pairs]
+    return [grad_qkv, *map(sum_of_relative, grad_relative), grad_padding]
 
 
 def parts_of_grid(

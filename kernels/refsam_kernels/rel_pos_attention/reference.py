@@ -3,13 +3,11 @@
 Bit-equal to segment-anything's `Attention` between `window_partition` and `window_unpartition`.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.core.registration import bundle_gradients
+from refsam_kernels.core.gradients import derived_backward
 from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs
 
 
@@ -33,11 +31,7 @@ def forward(inputs: Inputs) -> Outputs:
     return Outputs(out.contiguous(), log_sum_exp.permute(0, 3, 1, 2).contiguous())
 
 
-def backward(
-    inputs: Inputs, outputs: Outputs, grads: Sequence[Tensor], needs: Sequence[bool]
-) -> list[Tensor]:
-    """Gradients with respect to qkv, both tables and the bias of padding tokens."""
-    return list(bundle_gradients(forward, inputs, inputs._fields[:4], needs, grads))
+backward = derived_backward(forward, *Inputs._fields[:4])
 
 
 def pad(tokens: Tensor, value: Tensor | None, height: int, width: int) -> Tensor:

@@ -87,7 +87,7 @@ def backward(
     grads: Sequence[Tensor],
     needs: Sequence[bool],
     attend_backward: AttendBackward | None = None,
-) -> list[Tensor]:
+) -> tuple[Tensor | None, ...]:
     """Like `reference.backward`; of the forward only the softmax is computed again.
 
     `attend_backward` computes the attention's own gradients, like `_attend_backward`, for some expressions at a time.
@@ -137,11 +137,7 @@ def backward(
         grad_v_weight,
         grad_v_bias,
     )
-    gradients = (*of_inputs, *of_heads, grad_out_weight, grad_out_bias, *grad_norm)
-    return [
-        t.new_empty(0) if gradient is None or not need else gradient.to(t.dtype).contiguous()
-        for gradient, t, need in zip(gradients, inputs[:14], needs, strict=True)
-    ]
+    return (*of_inputs, *of_heads, grad_out_weight, grad_out_bias, *grad_norm)
 
 
 def _output_backward(

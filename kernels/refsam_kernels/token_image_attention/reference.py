@@ -5,14 +5,12 @@ result has the same bits.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from refsam_kernels.core.gradients import derived_backward
 from refsam_kernels.core.index_checks import valid_positions
-from refsam_kernels.core.registration import bundle_gradients
 from refsam_kernels.token_image_attention.inputs import Inputs, Outputs
 
 
@@ -63,8 +61,4 @@ def forward(inputs: Inputs) -> Outputs:
     return Outputs(*sums, *channels_first, log_sum_exp)  # type: ignore[call-arg]
 
 
-def backward(
-    inputs: Inputs, outputs: Outputs, grads: Sequence[Tensor], needs: Sequence[bool]
-) -> Sequence[Tensor]:
-    """Gradients to the fourteen tensors of the inputs but the lengths, for the gradient (P, Tq, C)."""
-    return bundle_gradients(forward, inputs, inputs._fields[:14], needs, grads)
+backward = derived_backward(forward, *Inputs._fields[:14])  # all tensors but the lengths

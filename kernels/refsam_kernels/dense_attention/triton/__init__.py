@@ -49,7 +49,7 @@ def forward(inputs: Inputs) -> Tensor:
 
 def backward(
     inputs: Inputs, outputs: None, grads: Sequence[Tensor], needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """Like `reference.backward`; the attention is computed again."""
     (grad,), weight = grads, inputs.weight.contiguous()
     attended = weight.chunk(2, dim=1)[1]
@@ -67,16 +67,14 @@ def backward(
     grad_attended = grad_absorbed.flatten(0, 1).T @ text.flatten(0, 1)
     grad_bias = grad.sum((0, 1), dtype=torch.float32)
     grad_shares = grad_text["grad_share"].sum((0, 1)) + grad_images["grad_share"].sum((0, 1))
-    gradients = (
+    return (
         grad_images["grad_features"],
-        grad_text["grad_text"].sum(0).add_(grad_absorbed @ attended).to(text.dtype),
+        grad_text["grad_text"].sum(0).add_(grad_absorbed @ attended),
         torch.cat([grad_own, grad_attended], dim=1),
-        (grad_bias * shares.sum()).to(weight.dtype),
-        grad_text["grad_scale"].sum().to(inputs.scale.dtype),
-        (grad_shares + grad_bias @ bias).to(inputs.level_weights.dtype),
+        grad_bias * shares.sum(),
+        grad_text["grad_scale"].sum(),
+        grad_shares + grad_bias @ bias,
     )
-    pairs = zip(gradients, needs, strict=True)
-    return tuple(gradient if need else grad.new_empty(0) for gradient, need in pairs)
 
 
 def _tensors(inputs: Inputs) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ import torch
 import triton
 from torch import Tensor
 
-from refsam_kernels.core.registration import empty_gradients
 from refsam_kernels.core.triton_aot import CompileCase, Launch
 from refsam_kernels.mask_upscale.inputs import Inputs
 from refsam_kernels.mask_upscale.triton.kernels import _backward_kernel, _forward_kernel
@@ -63,33 +62,27 @@ def forward(inputs: Inputs) -> Tensor:
 
 def backward(
     inputs: Inputs, outputs: None, grads: Sequence[Tensor], needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """Like `reference.backward`."""
-    (grad,), tensors = grads, inputs[:8]
-    gradients = list(empty_gradients(inputs[:10], needs))
-    if not grad.numel():
-        return tuple(gradient.zero_() for gradient in gradients)
-    packed = _pack(tensors)
-    launch = _backward_launch(grad.contiguous(), packed, inputs.eps)
+    packed = _pack(inputs[:8])
+    launch = _backward_launch(grads[0].contiguous(), packed, inputs.eps)
     launch.run()
     found = launch.arguments
     features = packed["features"].flatten(0, 1)
     grad_columns = found["grad_x"].view(len(features), -1)
-    rows = found["grad_rows"].sum(dim=(0, 1))
-    made = (
-        lambda: grad_columns @ packed["weight1"].T,
-        lambda: found["grad_hyper"].sum(dim=(1, 2)),
-        lambda: _unpack(features.T @ grad_columns),
-        lambda: rows[2],
-        lambda: rows[0],
-        lambda: rows[1],
-        lambda: _unpack(found["grad_weight2"].sum(dim=(0, 1))),
-        lambda: found["grad_bias2"].sum(dim=(0, 1)).view(PLACES, -1).sum(dim=0),
+    norm_weight, norm_bias, bias1 = found["grad_rows"].sum(dim=(0, 1))
+    return (
+        grad_columns @ packed["weight1"].T if needs[0] else None,
+        found["grad_hyper"].sum(dim=(1, 2)),
+        _unpack(features.T @ grad_columns) if needs[2] else None,
+        bias1,
+        norm_weight,
+        norm_bias,
+        _unpack(found["grad_weight2"].sum(dim=(0, 1))),
+        found["grad_bias2"].sum(dim=(0, 1)).view(PLACES, -1).sum(dim=0),
+        None,
+        None,
     )
-    for gradient, make, need in zip(gradients[:8], made, needs[:8], strict=True):
-        if need:
-            gradient.copy_(make().view_as(gradient))
-    return tuple(gradients)
 
 
 def _pack(tensors: Sequence[Tensor]) -> dict[str, Tensor]:

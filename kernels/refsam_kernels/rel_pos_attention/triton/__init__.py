@@ -66,7 +66,7 @@ def forward(inputs: Inputs) -> Outputs:
 
 def backward(
     inputs: Inputs, outputs: Outputs, grads: Sequence[Tensor], needs: Sequence[bool]
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Gradients with respect to qkv, both tables and the bias of padding tokens."""
     qkv, log_sum_exp = inputs.qkv, outputs.log_sum_exp
     problem, operands = Problem.of(qkv, *inputs[4:]), make_operands(inputs)
@@ -94,15 +94,11 @@ def backward(
             else None
             for axis in (0, 1)
         ]
-    results = (tensors["grad_qkv"], *tables, padding)
-    return [
-        result.to(qkv.dtype) if need and result is not None else qkv.new_empty(0)
-        for result, need in zip(results, needs, strict=True)
-    ]
+    return [tensors["grad_qkv"], *tables, padding]
 
 
 def key_gradients(problem: Problem, operands: Operands, tensors: dict[str, Tensor]) -> Tensor:
-    """Fills the keys' and values' part of `grad_qkv`; returns the sum over padding tokens (3*D,), float32."""
+    """Fills the keys' and values' part of `grad_qkv`; returns the sum over padding tokens (3, heads, head_dim), float32."""
     heads, head_dim = problem.heads, problem.head_dim
     total = operands.qkv.new_zeros(3, heads, head_dim, dtype=torch.float32)
     parts = None
@@ -112,7 +108,7 @@ def key_gradients(problem: Problem, operands: Operands, tensors: dict[str, Tenso
     key_gradient_launch(problem, operands, {**tensors, "grad_padding": parts}).run()
     if parts is not None:
         total[1:] = parts.sum((0, 2)).transpose(0, 1)
-    return total.flatten()
+    return total
 
 
 def table_gradient(problem: Problem, qkv: Tensor, d_rel: Tensor, *, of_rows: bool) -> Tensor:

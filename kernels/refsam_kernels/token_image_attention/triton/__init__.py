@@ -90,7 +90,7 @@ def forward(inputs: Inputs) -> Outputs:
 
 def backward(
     inputs: Inputs, outputs: Outputs, grads: Sequence[Tensor], needs: Sequence[bool]
-) -> list[Tensor]:
+) -> tuple[Tensor | None, ...]:
     """Like `reference.backward`; of the forward only the attention's probabilities are computed again."""
     return fallback.backward(inputs, outputs, grads, needs, _attend_backward)
 
