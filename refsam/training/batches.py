@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from refsam.data import DataError, ReferringDataset, open_dataset
+from refsam.data import DataError, ReferringDataset
 from refsam.data.clips import ClipBatch, ClipMixture, ClipSampler
 from refsam.data.generated import generate_batch
 from refsam.data.photographs.clips import photograph_batch
@@ -59,40 +59,22 @@ class GeneratedStream(Dataset[TrainingBatch | DataError]):
         stage = stage_at(self.settings.stages, index // self.batches)
         random = np.random.default_rng([self.settings.seed, index])
         aspect = _ASPECTS[random.integers(len(_ASPECTS))]
-        long_side = stage.image_size or self.image_size
-        if self.drawer is not None and random.random() < stage.photographs:
+        takes_photographs = self.drawer is not None and random.random() < stage.photographs
+        drawer = self.drawer if takes_photographs else None
+        if drawer is not None:
             aspect = _PHOTOGRAPH_ASPECTS[random.integers(len(_PHOTOGRAPH_ASPECTS))]
-            return self._photographs(index, stage, _size_of(long_side, aspect))
-        return self._generated(index, stage, _size_of(long_side, aspect))
-
-    def _photographs(
-        self, index: int, stage: StageSettings, size: tuple[int, int]
-    ) -> TrainingBatch | DataError:
-        assert self.drawer is not None
-        try:
-            clips = photograph_batch(
-                self.drawer,
-                self.settings.seed,
-                index,
-                clips=stage.clips,
-                frames=stage.frames,
-                expressions=stage.expressions,
-                size=size,
-            )
-        except DataError as error:
-            return error
-        return TrainingBatch(clips)
-
-    def _generated(self, index: int, stage: StageSettings, size: tuple[int, int]) -> TrainingBatch:
+        size = _size_of(stage.image_size or self.image_size, aspect)
+        counts = {"clips": stage.clips, "frames": stage.frames, "expressions": stage.expressions}
+        if drawer is not None:
+            try:
+                return TrainingBatch(
+                    photograph_batch(drawer, self.settings.seed, index, **counts, size=size)
+                )
+            except DataError as error:
+                return error
+        device = "cpu" if self.settings.workers else self.settings.device
         batch = generate_batch(
-            self.settings.seed,
-            index,
-            clips=stage.clips,
-            frames=stage.frames,
-            expressions=stage.expressions,
-            size=size,
-            style=stage.style,
-            device="cpu" if self.settings.workers else self.settings.device,
+            self.settings.seed, index, **counts, size=size, style=stage.style, device=device
         )
         clips = ClipBatch(
             batch.frames,
@@ -203,14 +185,6 @@ def open_photographs(settings: PhotographSettings | None) -> SceneDrawer | None:
         settings.only_cut_out,
         settings.cached,
     )
-
-
-def open_datasets(settings: TrainingSettings) -> list[ReferringDataset]:
-    """The datasets that a run trains on, empty if it draws its own clips; raises DataError."""
-    return [
-        open_dataset(entry.name, entry.root, entry.split, **entry.options)
-        for entry in settings.data.datasets
-    ]
 
 
 def batches(

@@ -1,7 +1,12 @@
-"""Gathers a run's resumable state and its averaged model from all processes."""
+"""Gathers a run's resumable state and its averaged model from all processes.
+
+`torch.distributed.checkpoint.state_dict` would give a parameter that was never updated the optimiser state of one step: a
+resumed run would differ from an uninterrupted one.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -57,7 +62,7 @@ class Weights:
         with self.averaged():
             stored = self.model.to_checkpoint(delta)
             tensors = {n: whole(t).detach().cpu().clone() for n, t in stored.tensors.items()}
-        return Checkpoint(stored.config, tensors, stored.kind, stored.tokenizer, stored.sources)
+        return replace(stored, tensors=tensors)
 
     def averaged_model(self) -> RefSAM:
         """A copy of the model, in eval mode, with the averaged weights."""

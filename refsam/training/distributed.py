@@ -7,7 +7,7 @@ reads and writes the output folder.
 import gc
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -79,8 +79,6 @@ class Processes:
 
     def means(self, values: dict[str, float]) -> dict[str, float]:
         """The mean of each entry over the processes, whose dictionaries have the same keys."""
-        if self.count == 1:
-            return values
         rows = self.gather(values)
         return {name: sum(row[name] for row in rows) / self.count for name in values}
 
@@ -235,8 +233,3 @@ def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def are_sharded(tensors: Sequence[Tensor]) -> bool:
-    """Whether any of the tensors is spread over processes."""
-    return any(isinstance(tensor, DTensor) for tensor in tensors)

@@ -3,7 +3,7 @@
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,13 +12,11 @@ from torch import Tensor
 
 from refsam.checkpoint import tensors_sha256
 from refsam.errors import UserError, named
-from refsam.model import RefSAM
 from refsam.runtime.files import only_writer
 from refsam.runtime.signals import StopRequest, WaitedTooLongError
 from refsam.training.batches import (
     TrainingBatch,
     batches,
-    open_datasets,
     open_photographs,
     open_stream,
     stage_at,
@@ -39,7 +37,7 @@ from refsam.training.optim import (
     update_average,
 )
 from refsam.training.settings import TrainingSettings
-from refsam.training.start import build_model, check_expressions, every_expression, validated_on
+from refsam.training.start import build_model, check_expressions, every_expression
 from refsam.training.state import Progress, read_state, write_state
 from refsam.training.validation import open_clips
 from refsam.training.validator import Validator
@@ -79,7 +77,7 @@ class Trainer:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
-        self.datasets = open_datasets(settings)
+        self.datasets = [entry.open() for entry in settings.data.datasets]
         self.settings = settings = with_steps(settings, self.datasets, self.processes.count)
         self.drawer = open_photographs(settings.data.photographs)
         self.model = build_model(settings, self.datasets, self.drawer).to(self.processes.device)
@@ -89,9 +87,7 @@ class Trainer:
         self.module = TrainingModule(self.model, settings).to(self.processes.device)
         self.module.train()
         if self.module.features is not None:
-            every = every_expression([*self.datasets, *validated_on(settings)])
-            self.module.features.encode_all(every)
-        self.head = self.module.head
+            self.module.features.encode_all(every_expression(settings, self.datasets))
         frozen = {n: p for n, p in self.model.named_parameters() if not p.requires_grad}
         self.accumulation = settings.optimiser.gradient_accumulation_steps
         self.progress = Progress(
@@ -104,12 +100,11 @@ class Trainer:
         if settings.compile:
             self.model.image_encoder.compile()
         self.optimisers = build_optimisers(
-            torch.nn.ModuleList([self.model, self.head]), settings.optimiser
+            torch.nn.ModuleList([self.model, self.module.head]), settings.optimiser
         )
         self.weights = Weights(
             self.module, self.optimisers, self.processes, settings.optimiser.ema_decay is not None
         )
-        self.average = self.weights.average
         self.validator = (
             None if clips is None else Validator(settings, clips, self.weights, self.shared)
         )
@@ -161,7 +156,8 @@ class Trainer:
     def _steps(self, request: StopRequest) -> Iterator[dict[str, float]]:
         arriving = self._batches()
         self.meter.restart()
-        if self._is_due(self.settings.validation.every) and self._must_validate():
+        is_missing = self.step > 0 and self.progress.validated < self.step
+        if is_missing and self._is_due(self.settings.validation.every):
             yield from self._validate_and_save()  # the previous process ended during validation
         while self.step < self.steps and not self._has_stalled():
             try:
@@ -182,9 +178,6 @@ class Trainer:
                 self.stopped_by = self.processes.maximum(request.signal)
                 return
 
-    def _must_validate(self) -> bool:
-        return self.step > 0 and self.progress.validated < self.step
-
     def _validate_and_save(self) -> Iterator[dict[str, float]]:
         """Validate a state that is saved already, and save the result."""
         yield self.validate()
@@ -195,12 +188,8 @@ class Trainer:
         patience = self.settings.validation.patience
         if patience is None or self.progress.worse < patience:
             return False
-        self._note(
-            "stopped",
-            [
-                f"no better score in {patience} validations; the best was at step {self.progress.best_step}"
-            ],
-        )
+        best = f"the best was at step {self.progress.best_step}"
+        self._note("stopped", [f"no better score in {patience} validations; {best}"])
         return True
 
     def _stop_waiting(self, request: StopRequest) -> None:
@@ -261,7 +250,7 @@ class Trainer:
             optimiser.step()
         if settings.ema_decay:
             parameters = dict(self.model.named_parameters())
-            update_average(self.average, parameters, settings.ema_decay, self.step)
+            update_average(self.weights.average, parameters, settings.ema_decay, self.step)
         self.progress.step += 1
         self.progress.counted += 1
         self._flops_of_step = of_batch * together
@@ -277,9 +266,9 @@ class Trainer:
         losses: dict[str, Tensor] = {}
         try:
             losses = self.shared(batch, stage_at(self.settings.stages, self.step))
+            status = _STOP_AFTER_STEP if request.signal else _SAVE if request.save_wanted else _FINE
         except NotANumberError as error:
-            problem = error
-        status = _FAILED if problem else _asked_for(request)
+            problem, status = error, _FAILED
         agreed = self.processes.maximum(status)
         if problem:
             raise self._stop(problem) from None
@@ -325,14 +314,6 @@ class Trainer:
         self.log.write(record)
         self.meter.restart()
         return record
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """Within, the model's weights are the averaged ones."""
-        return self.weights.averaged()
-
-    def averaged_model(self) -> RefSAM:
-        """A copy of the model, in eval mode, with the averaged weights; every process must ask for it."""
-        return self.weights.averaged_model()
 
     def save(self) -> None:
         """Write the resumable state; the one before stays beside it. Raises UserError where it cannot be written."""
@@ -388,8 +369,3 @@ class Trainer:
             for text in texts:
                 self.say(f"{kind}: {text}")
             self.log.write({"step": self.step, kind: list(texts)})
-
-
-def _asked_for(request: StopRequest) -> int:
-    """The status that a signal asks for after this step."""
-    return _STOP_AFTER_STEP if request.signal else _SAVE if request.save_wanted else _FINE

@@ -1,7 +1,6 @@
 """The trained modules as one, with the losses of a batch as its forward; several processes share it."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 from refsam.data.clips import ClipBatch
 from refsam.data.colour import adjust_colour
 from refsam.model import FrameSize, ImageFeatures, MaskOutput, RefSAM, TextPrompt
+from refsam.runtime.device import autocast
 from refsam.training.auxiliary_losses import ObjectHead
 from refsam.training.batches import TrainingBatch
 from refsam.training.losses import mask_losses
@@ -90,7 +90,7 @@ class TrainingModule(nn.Module):
         frames = self._on_device(batch.clips.frames)
         if batch.clips.colour is not None:
             frames = adjust_colour(frames, batch.clips.colour, batch.clips.sizes)
-        with self._autocast():
+        with autocast(self.model.device, getattr(torch, self.settings.dtype)):
             pixels, groups = self._preprocess(frames, batch.clips.sizes, stage.image_size)
             image = self.model.encode_image(pixels)
             if stage.expressions:
@@ -98,11 +98,8 @@ class TrainingModule(nn.Module):
                 if self.nouns is not None:
                     losses["nouns"] = self.nouns(self.model)
             total = [getattr(self.settings.loss, name) * value for name, value in losses.items()]
-            if (
-                batch.attributes is not None
-                and batch.owner is not None
-                and self.settings.loss.objects
-            ):
+            if batch.attributes is not None and self.settings.loss.objects:
+                assert batch.owner is not None
                 seen = (self._on_device(t.flatten(0, 1)) for t in (batch.attributes, batch.owner))
                 objects = self.head(image, *seen)
                 total.append(self.settings.loss.objects * torch.stack(list(objects.values())).sum())
@@ -193,8 +190,3 @@ class TrainingModule(nn.Module):
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.model.device, non_blocking=True)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self.settings.dtype == "float32":
-            return nullcontext()
-        return torch.autocast(self.model.device.type, getattr(torch, self.settings.dtype))

@@ -28,8 +28,7 @@ class Meter:
     def __init__(self, device: torch.device, peak_flops: float | None) -> None:
         self.device = device
         self.peak_flops = peak_flops
-        self.steps, self.clips, self.flops = 0, 0, 0
-        self.begin = time.perf_counter()
+        self.restart()
 
     def count(self, clips: int, flops: int) -> None:
         """Add a finished step's clips and operations."""

@@ -5,10 +5,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from refsam.errors import UserError
-from refsam.training.distributed import are_sharded, local, whole
+from refsam.training.distributed import local, whole
 from refsam.training.settings import OptimiserSettings, TrainingSettings
 
 
@@ -36,7 +37,7 @@ def build_optimisers(model: nn.Module, settings: OptimiserSettings) -> list[torc
         is_vector = parameter.ndim <= 1
         is_table = any(k in name for k in ("rel_pos", "pos_embed", "token"))
         free = (is_vector or is_table) and not settings.decay_norms
-        adamw.setdefault((scale, free, are_sharded([parameter])), []).append(parameter)
+        adamw.setdefault((scale, free, isinstance(parameter, DTensor)), []).append(parameter)
     if unknown := sorted(set(settings.lr_overrides) - trained):
         raise UserError(
             f"optimiser.lr_overrides: nothing to train in {', '.join(unknown)}, want some of "
@@ -106,7 +107,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> f
     groups: dict[bool, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            groups.setdefault(are_sharded([parameter]), []).append(parameter)
+            groups.setdefault(isinstance(parameter, DTensor), []).append(parameter)
     norms = [
         whole(get_total_norm([p.grad for p in group if p.grad is not None]))
         for group in groups.values()

@@ -15,7 +15,6 @@ from refsam.runtime.files import replace_file
 from refsam.training.batches import (
     TrainingBatch,
     batches,
-    open_datasets,
     open_photographs,
     open_stream,
 )
@@ -33,7 +32,7 @@ def write_page(settings: TrainingSettings, path: Path, steps: int) -> int:
 
     Each clip is its frames side by side with the masks of all of its expressions. Raises DataError as training does.
     """
-    datasets = open_datasets(settings)
+    datasets = [entry.open() for entry in settings.data.datasets]
     size = _image_size(settings)
     drawer = open_photographs(settings.data.photographs)
     stream = open_stream(settings, datasets, size, 1, drawer)

@@ -27,6 +27,7 @@ from refsam.config import (
     config_to_dict,
     read_yaml,
 )
+from refsam.data import ReferringDataset, open_dataset
 from refsam.data.augmentation import Augmentation
 from refsam.errors import ConfigError
 
@@ -116,11 +117,11 @@ class DatasetSettings:
     split_by: str | None = None
     exclude_shared: bool | None = None
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Arguments of `open_dataset` beside name, root and split."""
+    def open(self) -> ReferringDataset:
+        """The dataset; raises DataError."""
         options = {"split_by": self.split_by, "exclude_shared": self.exclude_shared}
-        return {name: value for name, value in options.items() if value is not None}
+        given = {name: value for name, value in options.items() if value is not None}
+        return open_dataset(self.name, self.root, self.split, **given)
 
 
 @dataclass(frozen=True, config=_CLOSED)

@@ -1,14 +1,16 @@
 """Builds the model of a run, and checks that its text encoder can take every expression."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
 
 import torch
 
 from refsam import checkpoint
 from refsam.checkpoint import Checkpoint
 from refsam.config import RefSAMConfig, config_to_dict
-from refsam.data import ReferringDataset, open_dataset
+from refsam.data import Expression, ReferringDataset
 from refsam.data.generated.grammar import vocabulary
 from refsam.data.mirroring import mirrored
 from refsam.data.photographs.scenes import SceneDrawer
@@ -19,7 +21,7 @@ from refsam.model.detector_weights import load_detector
 from refsam.model.text_encoder import CachedTextEncoder
 from refsam.model.trunk_weights import load_trunk
 from refsam.model.vocabulary import extend_vocabulary, mark_untaught
-from refsam.training.batches import open_datasets, open_photographs
+from refsam.training.batches import open_photographs
 from refsam.training.configuration import leaves
 from refsam.training.module import TrainingModule
 from refsam.training.settings import TrainingSettings
@@ -51,7 +53,7 @@ def build_model(
         new = [*words, *_words(datasets)]
         if drawer is not None:
             extend_vocabulary(model.text_encoder, new, load_words().relatives())
-        elif _unknown(model.text_encoder, new):
+        elif not model.text_encoder.tokenizer.get_vocab().keys() >= set(new):
             extend_vocabulary(model.text_encoder, new)
     return model
 
@@ -63,8 +65,7 @@ def _changed(stored: Checkpoint, settings: TrainingSettings, known: Sequence[str
     if stored.kind == "sam":
         is_small = config.text_encoder.kind == "small"
         tokenizer = word_tokenizer(known).to_str() if is_small else None
-        tensors = _fitted(stored, config)
-        return Checkpoint(config, tensors, stored.kind, tokenizer, stored.sources)
+        return replace(stored, config=config, tensors=_fitted(stored, config), tokenizer=tokenizer)
     before, now = (leaves(config_to_dict(each)) for each in (stored.config, config))
     different = [key for key in before if now[key] != before[key]]
     try:
@@ -81,7 +82,7 @@ def _changed(stored: Checkpoint, settings: TrainingSettings, known: Sequence[str
     sources = dict(stored.sources)
     if config.text_encoder != stored.config.text_encoder:
         sources.pop("text_encoder", None)
-    return Checkpoint(config, tensors, stored.kind, stored.tokenizer, sources)
+    return replace(stored, config=config, tensors=tensors, sources=sources)
 
 
 def _fitted(stored: Checkpoint, config: RefSAMConfig) -> dict[str, torch.Tensor]:
@@ -92,28 +93,19 @@ def _fitted(stored: Checkpoint, config: RefSAMConfig) -> dict[str, torch.Tensor]
 
 def _words(datasets: Sequence[ReferringDataset]) -> list[str]:
     """Every word of the datasets' expressions."""
-    texts = (
-        e.text for dataset in datasets for row in dataset.expressions_by_video.values() for e in row
-    )
-    return sorted({word for text in texts for word in re.findall(r"\w+", text.lower())})
-
-
-def _unknown(encoder: SmallTextEncoder, words: Iterable[str]) -> list[str]:
-    known = encoder.tokenizer.get_vocab()
-    return [word for word in words if word not in known]
+    texts = (expression.text.lower() for expression in _expressions(datasets))
+    return sorted({word for text in texts for word in re.findall(r"\w+", text)})
 
 
 def check_expressions(encoder: CachedTextEncoder, datasets: Sequence[ReferringDataset]) -> None:
     """Raise UserError with every expression that the text encoder cannot take, before one of them ends the run."""
-    refused = []
-    for dataset in datasets:
-        for video in dataset.videos:
-            for expression in dataset.expressions(video.name):
-                if reason := _refusal(encoder, expression.text):
-                    place = (
-                        f"{dataset.name} {dataset.split} {video.name}/{expression.expression_id}"
-                    )
-                    refused.append(f"{place} {expression.text!r} ({reason})")
+    refused = [
+        f"{dataset.name} {dataset.split} {each.video}/{each.expression_id} {each.text!r} ({reason})"
+        for dataset in datasets
+        for video in dataset.videos
+        for each in dataset.expressions(video.name)
+        if (reason := _refusal(encoder, each.text))
+    ]
     if refused:
         raise UserError(
             f"data: {len(refused)} expressions cannot be trained on: {named(refused, _NAMED)}; correct them or leave them out"
@@ -132,16 +124,17 @@ def _refusal(encoder: CachedTextEncoder, text: str) -> str | None:
     return None
 
 
-def every_expression(datasets: Iterable[ReferringDataset]) -> list[str]:
+def every_expression(settings: TrainingSettings, datasets: Sequence[ReferringDataset]) -> list[str]:
     """All expressions of training and validation, and their mirrored forms where those exist."""
-    texts = dict.fromkeys(
-        e.text for dataset in datasets for row in dataset.expressions_by_video.values() for e in row
-    )
-    other = (mirrored(text) for text in texts)
-    return [
-        *texts,
-        *dict.fromkeys(text for text in other if text is not None and text not in texts),
-    ]
+    entry = settings.validation.dataset if settings.validation.every is not None else None
+    validated_on = [] if entry is None else [entry.open()]
+    texts = [expression.text for expression in _expressions([*datasets, *validated_on])]
+    return [*dict.fromkeys([*texts, *filter(None, map(mirrored, texts))])]
+
+
+def _expressions(datasets: Iterable[ReferringDataset]) -> Iterator[Expression]:
+    for dataset in datasets:
+        yield from chain.from_iterable(dataset.expressions_by_video.values())
 
 
 def encode_text(settings: TrainingSettings, advance: Callable[[], None] = lambda: None) -> int:
@@ -151,19 +144,11 @@ def encode_text(settings: TrainingSettings, advance: Callable[[], None] = lambda
     """
     if settings.text_cache is None:
         raise UserError("text_cache: not set in this configuration, want a folder")
-    datasets = open_datasets(settings)
+    datasets = [entry.open() for entry in settings.data.datasets]
     model = build_model(settings, datasets, open_photographs(settings.data.photographs))
     features = TrainingModule(model, settings).features
     if features is None:
         raise UserError(
             "text_cache: the text encoder of this configuration is trained, so that nothing can be kept"
         )
-    return features.encode_all(every_expression([*datasets, *validated_on(settings)]), advance)
-
-
-def validated_on(settings: TrainingSettings) -> list[ReferringDataset]:
-    """The dataset of validation, none where it has none."""
-    entry = settings.validation.dataset
-    if entry is None or settings.validation.every is None:
-        return []
-    return [open_dataset(entry.name, entry.root, entry.split, **entry.options)]
+    return features.encode_all(every_expression(settings, datasets), advance)

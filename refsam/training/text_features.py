@@ -82,7 +82,8 @@ class TextFeatures:
         path = self.file(expression)
         if path is not None and (tokens := _read(path)) is not None:
             return tokens
-        with torch.no_grad(), torch.autocast(self.encoder_device.type, enabled=False):
+        device = next(chain(self.encoder.parameters(), self.encoder.buffers())).device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             encoded = self.encoder([expression])
         tokens = encoded.tokens[0, : int(encoded.lengths[0])].float().cpu()
         if path is not None:
@@ -96,11 +97,6 @@ class TextFeatures:
             replace_file(path, save({"tokens": tokens.contiguous()}))
         except OSError as error:
             warnings.warn(f"text_cache: {path} cannot be written ({error.strerror})", stacklevel=2)
-
-    @property
-    def encoder_device(self) -> torch.device:
-        """The encoder's device."""
-        return next(chain(self.encoder.parameters(), self.encoder.buffers())).device
 
 
 def identity(encoder: CachedTextEncoder) -> str:

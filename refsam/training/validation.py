@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from refsam.data import DataError, ReferringDataset, VideoRecord, open_dataset
+from refsam.data import DataError, ReferringDataset, VideoRecord
 from refsam.data.dataset import UnreadableError
 from refsam.data.generated import generate_clip
 from refsam.errors import ExpressionError
@@ -32,87 +32,63 @@ class ValidationClip:
     masks: NDArray[np.bool_]
 
 
-class ValidationClips(Protocol):
-    """Clips by number, read or drawn on access."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> ValidationClip: ...
-
-
-class GeneratedClips:
-    """Clips of colours, shapes and expressions that training never draws."""
-
-    def __init__(self, settings: ValidationSettings, image_size: int) -> None:
-        self.settings = settings
-        self.size = (9 * image_size // 16, image_size)
-
-    def __len__(self) -> int:
-        return self.settings.clips
-
-    def __getitem__(self, index: int) -> ValidationClip:
-        clip = generate_clip(
-            _SEED + index,
-            frames=self.settings.frames or 1,
-            size=self.size,
-            kinds=_KINDS[index % len(_KINDS)],
-            held_out=True,
-        )
-        return ValidationClip(clip.frames.numpy(), tuple(clip.expressions), clip.masks.numpy())
-
-
-class DatasetClips:
-    """The first annotated frames of videos spread evenly over a dataset, with all of their expressions."""
-
-    def __init__(self, settings: ValidationSettings, dataset: ReferringDataset) -> None:
-        if dataset.mask_source is None:
-            raise DataError(
-                f"validation.dataset: the masks of {dataset.name} {dataset.split} are not there, want a split that has them"
-            )
-        self.frames = settings.frames
-        self.dataset = dataset
-        videos = [video for video in dataset.videos if video.annotated]
-        if not videos:
-            raise DataError(
-                f"validation.dataset: no frame of {dataset.name} {dataset.split} has a mask"
-            )
-        count = min(settings.clips, len(videos))
-        self.videos = [videos[index * len(videos) // count] for index in range(count)]
-        if settings.most_frames is not None:
-            self.videos = self._within(settings.most_frames)
-
-    def _within(self, most_frames: int) -> list[VideoRecord]:
-        """As many videos, spread evenly, as have at most `most_frames` frames in all; at least one."""
-        for count in range(len(self.videos), 1, -1):
-            chosen = [self.videos[index * len(self.videos) // count] for index in range(count)]
-            if sum(len(video.annotated[: self.frames]) for video in chosen) <= most_frames:
-                return chosen
-        return self.videos[:1]
-
-    def __len__(self) -> int:
-        return len(self.videos)
-
-    def __getitem__(self, index: int) -> ValidationClip:
-        video = self.videos[index]
-        names = video.annotated[: self.frames]
-        expressions = self.dataset.expressions(video.name)
-        masks = [[self.dataset.mask(each, name) for name in names] for each in expressions]
-        return ValidationClip(
-            np.stack([self.dataset.frame(video.name, name) for name in names]),
-            tuple(each.text for each in expressions),
-            np.array(masks, dtype=bool),
-        )
+# Each clip is read or drawn when its function is called.
+ValidationClips = Sequence[Callable[[], ValidationClip]]
 
 
 def open_clips(settings: ValidationSettings, image_size: int) -> ValidationClips | None:
-    """The validation clips of a run, None without validation; `image_size` is the model's, in pixels. Raises DataError."""
+    """The validation clips of a run, None without validation; `image_size` is the model's, in pixels. Raises DataError.
+
+    They are generated clips of colours, shapes and expressions that training never draws, or the first annotated frames of
+    videos spread evenly over a dataset, with all of their expressions.
+    """
     if settings.every is None:
         return None
-    entry = settings.dataset
-    if entry is None:
-        return GeneratedClips(settings, image_size)
-    return DatasetClips(
-        settings, open_dataset(entry.name, entry.root, entry.split, **entry.options)
+    if settings.dataset is None:
+        size = (9 * image_size // 16, image_size)
+        return [partial(_generated, settings, size, index) for index in range(settings.clips)]
+    dataset = settings.dataset.open()
+    name = f"{dataset.name} {dataset.split}"
+    if dataset.mask_source is None:
+        raise DataError(
+            f"validation.dataset: the masks of {name} are not there, want a split that has them"
+        )
+    videos = [video for video in dataset.videos if video.annotated]
+    if not videos:
+        raise DataError(f"validation.dataset: no frame of {name} has a mask")
+    return [partial(_of_video, settings, dataset, video) for video in _chosen(settings, videos)]
+
+
+def _generated(settings: ValidationSettings, size: tuple[int, int], index: int) -> ValidationClip:
+    frames, kinds = settings.frames or 1, _KINDS[index % len(_KINDS)]
+    clip = generate_clip(_SEED + index, frames=frames, size=size, kinds=kinds, held_out=True)
+    return ValidationClip(clip.frames.numpy(), tuple(clip.expressions), clip.masks.numpy())
+
+
+def _chosen(settings: ValidationSettings, videos: Sequence[VideoRecord]) -> Sequence[VideoRecord]:
+    """Up to `clips` videos with at most `most_frames` frames in all, at least one."""
+    videos = _spread(videos, min(settings.clips, len(videos)))
+    for count in range(len(videos), 1, -1):
+        chosen = _spread(videos, count)
+        frames = sum(len(video.annotated[: settings.frames]) for video in chosen)
+        if settings.most_frames is None or frames <= settings.most_frames:
+            return chosen
+    return videos[:1]
+
+
+def _spread(videos: Sequence[VideoRecord], count: int) -> list[VideoRecord]:
+    return [videos[index * len(videos) // count] for index in range(count)]
+
+
+def _of_video(
+    settings: ValidationSettings, dataset: ReferringDataset, video: VideoRecord
+) -> ValidationClip:
+    names, expressions = video.annotated[: settings.frames], dataset.expressions(video.name)
+    masks = [[dataset.mask(each, name) for name in names] for each in expressions]
+    return ValidationClip(
+        np.stack([dataset.frame(video.name, name) for name in names]),
+        tuple(each.text for each in expressions),
+        np.array(masks, dtype=bool),
     )
 
 
@@ -132,7 +108,7 @@ def score_clips(
     scores = []
     for index in indices:
         try:
-            clip = clips[index]
+            clip = clips[index]()
         except UnreadableError as error:
             if skipped is None:
                 raise

@@ -1,6 +1,7 @@
 """Validation during training: scores the averaged model, keeps the best models, draws examples."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,13 +46,11 @@ class Validator:
         # Sharded weights are gathered frame by frame, so every process must go through the same frames.
         begin, every = (0, 1) if is_sharded else (processes.rank, processes.count)
 
-        def draw(index: int, image: NDArray[np.uint8]) -> None:
-            self._draw(index, image, progress.step, log)
-
         may_skip = self.settings.data.unreadable == "skip"
         with self.weights.averaged(), self.shared.gathered():
             model.eval()
             order = range(begin, len(self.clips), every)
+            draw = partial(self._draw, progress.step, log)
             own = score_clips(model, self.clips, order, draw, skipped if may_skip else None)
             model.train()
         rows = own if is_sharded else [row for part in processes.gather(own) for row in part]
@@ -83,7 +82,7 @@ class Validator:
     def _top(self, step: int) -> Path:
         return self.output / "top" / f"{step:06d}"
 
-    def _draw(self, index: int, image: NDArray[np.uint8], step: int, log: Log) -> None:
+    def _draw(self, step: int, log: Log, index: int, image: NDArray[np.uint8]) -> None:
         if index >= self.settings.validation.examples or not self.weights.processes.is_first:
             return
         folder = self.output / "examples"

@@ -90,7 +90,7 @@ def test_one_clip_is_learnt_by_heart(tmp_path: Path) -> None:
     (dataset,) = trainer.datasets
     (video,) = dataset.videos
     expression = dataset.expressions(video.name)[0]
-    session = VideoSession(trainer.averaged_model(), [expression.text])
+    session = VideoSession(trainer.weights.averaged_model(), [expression.text])
     for name in video.annotated:
         found = session.step(torch.from_numpy(dataset.frame(video.name, name).copy())).masks[0]
         assert region_similarity(found.numpy(), dataset.mask(expression, name)) > 0.95, name

@@ -24,7 +24,7 @@ from refsam.training.batches import stage_at
 from refsam.training.loop import Trainer
 from refsam.training.monitoring import measure_peak_flops
 from refsam.training.settings import ValidationSettings
-from refsam.training.validation import GeneratedClips, open_clips, predict, score_clips
+from refsam.training.validation import open_clips, predict, score_clips
 from refsam_kernels import (
     AdapterWeights,
     AttentionWeights,
@@ -99,8 +99,8 @@ def test_an_expression_that_is_not_understood_marks_nothing(folder: Path) -> Non
     listing.write_text(json.dumps(content))
     clips = open_clips(ValidationSettings(**validation(folder)), 64)
     assert clips is not None
-    assert clips[0].texts[0] == "xylophone" and clips[0].masks.any()
-    assert not predict(tiny_model(), clips[0]).any()
+    assert clips[0]().texts[0] == "xylophone" and clips[0]().masks.any()
+    assert not predict(tiny_model(), clips[0]()).any()
 
 
 def test_masks_that_are_not_public_are_refused(folder: Path) -> None:
@@ -111,10 +111,10 @@ def test_masks_that_are_not_public_are_refused(folder: Path) -> None:
 
 
 def test_generated_clips_are_drawn_again() -> None:
-    clips = GeneratedClips(ValidationSettings(every=1, clips=3, frames=2), 64)
-    assert len(clips) == 3
+    clips = open_clips(ValidationSettings(every=1, clips=3, frames=2), 64)
+    assert clips is not None and len(clips) == 3
     for index in range(3):
-        one, again = clips[index], clips[index]
+        one, again = clips[index](), clips[index]()
         assert one.frames.shape == (2, 36, 64, 3) and one.masks.shape == (2, 2, 36, 64)
         assert np.array_equal(one.frames, again.frames) and one.texts == again.texts
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from refsam.checkpoint import Checkpoint, write_checkpoint
 from refsam.cli import main
 from refsam.config import config_to_dict
-from refsam.training.batches import DatasetStream, batches, open_datasets
+from refsam.training.batches import DatasetStream, batches
 from tests.data import fixtures
 from tests.evf_folder import tiny_evf_config
 from tests.training.runs import run_settings
@@ -26,7 +26,9 @@ def test_the_page_shows_the_clips_of_the_first_steps(tmp_path: Path) -> None:
     assert result.exit_code == 0 and "6 clips" in result.output, result.output
     page = (tmp_path / "page.html").read_text()
     assert page.count("<img") == 6 and "<b>blue" not in page and "http" not in page
-    first = next(batches(DatasetStream(settings, open_datasets(settings)), 0, 1, workers=0))
+    first = next(
+        batches(DatasetStream(settings, [settings.data.datasets[0].open()]), 0, 1, workers=0)
+    )
     assert all(name in page for name in first.clips.names)
     assert not (tmp_path / "run").exists()
 
