@@ -17,12 +17,12 @@ REFUSED = {
     "dtype": (
         ((2,), 8, 16, 2),
         torch.float64,
-        "computes float32, bfloat16, float16, got float64",
+        "computes float32, float16, bfloat16, got float64",
     ),
     "width": (
         ((1,), 8200, 1, 1),
         torch.float32,
-        "takes rows of at most 8192 channels, got 8200",
+        "takes at most 8192 channels in a row, got 8200",
     ),
 }
 

@@ -13,7 +13,7 @@ SIZES: dict[str, Size] = {  # leading dimensions, width, hidden width of the ada
     "one-token": ((1,), 8, 2),
 }
 REFUSED = {
-    "dtype": (((2,), 8, 2), torch.float64, "computes float32, bfloat16, float16, got float64"),
+    "dtype": (((2,), 8, 2), torch.float64, "computes float32, float16, bfloat16, got float64"),
 }
 
 

@@ -17,7 +17,11 @@ SIZES: dict[str, Size] = {  # levels, images, pixels, channels, expressions, wor
 REFUSED = {
     "channels": ((1, 1, 2, 513, 1, 1), torch.float32, "at most 512 channels, got 513"),
     "words": ((1, 1, 2, 4, 1, 129), torch.float32, "at most 128 words, got 129"),
-    "dtype": (SIZES["one-of-all"], torch.float64, r"computes float32, .* got torch.float64"),
+    "dtype": (
+        SIZES["one-of-all"],
+        torch.float64,
+        "computes float32, float16, bfloat16, got float64",
+    ),
 }
 OF_EXPRESSIONS = ("text", "lengths", "image_index")
 

@@ -167,8 +167,8 @@ def test_large_strides_are_read_without_overflow() -> None:
 def test_what_it_cannot_compute_falls_back() -> None:
     """Named, it says why it cannot; not named, another backend computes it."""
     for sizes, dtype, reason in (
-        ((1, 2, 2, 1, 8, 0), torch.float16, "got torch.float16"),
-        ((1, 2, 2, 1, 1025, 0), torch.float32, "head dimensions go to 1024, got 1025"),
+        ((1, 2, 2, 1, 8, 0), torch.float16, "computes float32, bfloat16, got float16"),
+        ((1, 2, 2, 1, 1025, 0), torch.float32, "takes at most 1024 channels in a head, got 1025"),
     ):
         inputs = make_inputs(*sizes, dtype)
         with pytest.raises(BackendError, match=reason):

@@ -35,7 +35,7 @@ REFUSED = {
     "dtype": (
         TO_IMAGE["one-of-all"],
         torch.float64,
-        r"computes float32, .* got torch.float64",
+        "computes float32, float16, bfloat16, got float64",
     ),
 }
 

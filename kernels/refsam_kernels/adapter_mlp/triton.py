@@ -3,18 +3,14 @@
 from functools import partial
 
 from refsam_kernels.adapter_mlp import fallback
-from refsam_kernels.adapter_mlp.inputs import Inputs
 from refsam_kernels.core.triton_aot import CompileCase
-from refsam_kernels.feed_forward.mlp import reasons_against
+from refsam_kernels.feed_forward.mlp import not_supported_reasons
 from refsam_kernels.feed_forward.triton_steps import TRITON_STEPS, gelu_cases, row_cases
+
+__all__ = ["backward", "compile_cases", "forward", "not_supported_reasons"]
 
 forward = partial(fallback.forward, steps=TRITON_STEPS)
 backward = partial(fallback.backward, steps=TRITON_STEPS)
-
-
-def not_supported_reasons(inputs: Inputs) -> list[str]:
-    """Why the kernels cannot compute these."""
-    return reasons_against(inputs.normed, inputs.residual)
 
 
 def compile_cases() -> list[CompileCase]:

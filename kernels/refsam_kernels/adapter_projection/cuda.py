@@ -3,15 +3,8 @@
 from functools import partial
 
 from refsam_kernels.adapter_projection import fallback
-from refsam_kernels.adapter_projection.inputs import Inputs
-from refsam_kernels.core.libraries import reasons_against_device
-from refsam_kernels.feed_forward.cuda_steps import CUDA_STEPS
-from refsam_kernels.feed_forward.mlp import reasons_against
+from refsam_kernels.feed_forward.cuda_steps import CUDA_STEPS, not_supported_reasons
+
+__all__ = ["forward", "not_supported_reasons"]
 
 forward = partial(fallback.forward, steps=CUDA_STEPS)
-
-
-def not_supported_reasons(inputs: Inputs) -> list[str]:
-    """Why the kernels cannot compute these."""
-    tokens = inputs.attention
-    return reasons_against(tokens, inputs.residual) + reasons_against_device(tokens)

@@ -15,7 +15,7 @@ from torch import Tensor
 from refsam_kernels.build import PACKAGE, REPORT
 
 INSTRUCTION_SET_VARIABLE = "REFSAM_CPU_INSTRUCTION_SET"
-OLDEST_CAPABILITY = (8, 0)  # of a GPU, the oldest that the CUDA kernels support
+OLDEST_CAPABILITY = (8, 0)  # of a GPU, the oldest that the CUDA and Triton kernels support
 
 
 @cache
@@ -54,7 +54,7 @@ def cuda_is_emulated() -> bool:
 
 
 def reasons_against_device(tensor: Tensor) -> list[str]:
-    """Why the CUDA library has no kernels for the tensor's GPU; empty if it has, or the tensor is on none."""
+    """Why the CUDA and Triton kernels cannot run on the tensor's GPU; empty if they can, or the tensor is on none."""
     if not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) >= OLDEST_CAPABILITY:
         return []
     name = torch.cuda.get_device_name(tensor.device)

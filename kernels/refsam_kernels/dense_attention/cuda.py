@@ -1,33 +1,20 @@
 """The compiled CUDA implementation of the forward, csrc/cuda/dense_attention.cu: the absorbed form in one kernel."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.core import libraries
-from refsam_kernels.dense_attention.inputs import Inputs
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WIDEST_CHANNELS = 512  # as csrc/cuda/dense_attention.h
-MOST_WORDS = 128  # as csrc/cuda/dense_attention.h
+from refsam_kernels.core.reasons import KERNEL_DTYPES, dtype_reasons
+from refsam_kernels.dense_attention.inputs import Inputs, kernel_reasons
 
 _library = libraries.load("cuda")
 
 
 def not_supported_reasons(inputs: Inputs) -> list[str]:
     """Why the kernel cannot compute these."""
-    features = inputs.features
-    channels, words = features.shape[3], inputs.text.shape[1]
-    reasons = [
-        f"computes float32, float16 and bfloat16, got {dtype}"
-        for dtype in dict.fromkeys((features.dtype, inputs.scale.dtype, inputs.level_weights.dtype))
-        if dtype not in DTYPES
-    ]
-    if channels > WIDEST_CHANNELS:
-        reasons.append(f"takes at most {WIDEST_CHANNELS} channels, got {channels}")
-    if words > MOST_WORDS:
-        reasons.append(f"takes at most {MOST_WORDS} words, got {words}")
-    return reasons + libraries.reasons_against_device(features)
+    of_scalars = dtype_reasons(KERNEL_DTYPES, inputs.scale, inputs.level_weights)
+    on_device = libraries.reasons_against_device(inputs.features)
+    return kernel_reasons(inputs) + of_scalars + on_device
 
 
 def forward(inputs: Inputs) -> Tensor:

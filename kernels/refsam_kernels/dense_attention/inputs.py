@@ -1,8 +1,14 @@
-"""The arguments of `dense_attention`."""
+"""The arguments of `dense_attention`, and the limits of its kernels."""
 
 from typing import NamedTuple
 
 from torch import Tensor
+
+from refsam_kernels.core.reasons import KERNEL_DTYPES, dtype_reasons, limit_reasons
+
+# Of the kernels in Triton and CUDA, as csrc/cuda/dense_attention.h.
+MOST_CHANNELS = 512
+MOST_WORDS = 128
 
 
 class Inputs(NamedTuple):
@@ -16,3 +22,10 @@ class Inputs(NamedTuple):
     bias: Tensor
     scale: Tensor
     level_weights: Tensor
+
+
+def kernel_reasons(inputs: Inputs) -> list[str]:
+    """Why the kernels in Triton and CUDA cannot compute these."""
+    channels, words = inputs.features.shape[3], inputs.text.shape[1]
+    limits = ("channels", channels, MOST_CHANNELS), ("words", words, MOST_WORDS)
+    return dtype_reasons(KERNEL_DTYPES, inputs.features) + limit_reasons(*limits)

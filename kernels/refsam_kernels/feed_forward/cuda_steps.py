@@ -3,11 +3,14 @@
 csrc/cuda/feed_forward.cu: a product's bias with the GELU, a sum with its layer norm. Other backends run the backwards.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.core import libraries
+from refsam_kernels.feed_forward import mlp
 from refsam_kernels.feed_forward.torch_steps import TORCH_STEPS, Normed, Sum
 
 _library = libraries.load("cuda")
@@ -26,6 +29,11 @@ def add_and_norm(terms: Sum) -> Normed:
     arguments = (x.contiguous() if isinstance(x, Tensor) else x for x in terms)
     x, normed, *statistics = _library.add_and_norm(*arguments)
     return Normed(x, None if terms.norm_weight is None else normed, *statistics)
+
+
+def not_supported_reasons(inputs: Any) -> list[str]:
+    """Why the kernels cannot compute these, or not on this GPU."""
+    return mlp.not_supported_reasons(inputs) + libraries.reasons_against_device(inputs[0])
 
 
 CUDA_STEPS = TORCH_STEPS._replace(hidden_layer=hidden_layer, add_and_norm=add_and_norm)

@@ -5,7 +5,7 @@ its result. Every backend takes torch's matrix products; its `Steps` compute the
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ from refsam_kernels.core.checks import (
     check_shape,
     require,
 )
-from refsam_kernels.feed_forward.torch_steps import Steps, rows, short, sum_dtype
+from refsam_kernels.core.reasons import KERNEL_DTYPES, dtype_reasons, limit_reasons
+from refsam_kernels.feed_forward.torch_steps import Steps, rows, sum_dtype
 
 
 class MLPWeights(NamedTuple):
@@ -34,9 +35,7 @@ NO_ADAPTER = (None, None, None, None)
 # Largest GELU result that is kept for the backward, in elements: recomputing takes time, and saves much memory only
 # where the result is large.
 MOST_KEPT = 2**22
-# Dtypes and width of the row kernels in Triton and CUDA, which hold a row in registers.
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST_ROW = 8192
+WIDEST_ROW = 8192  # of the kernels in Triton and CUDA, which hold a row in registers
 
 
 def check_mlp(weights: Mapping[str, Tensor], width: int) -> None:
@@ -159,12 +158,8 @@ def scaled(tensor: Tensor, scale: float) -> Tensor:
     return tensor if scale == 1 else tensor * scale
 
 
-def reasons_against(tokens: Tensor, residual: Tensor) -> list[str]:
+def not_supported_reasons(inputs: Any) -> list[str]:
     """Why the kernels on rows cannot compute these: their dtype, or rows too wide for the registers."""
-    reasons = [
-        f"computes {', '.join(map(short, KERNEL_DTYPES))}, got {short(dtype)}"
-        for dtype in sorted({tokens.dtype, residual.dtype} - set(KERNEL_DTYPES), key=str)
-    ]
-    if tokens.shape[-1] > WIDEST_ROW:
-        reasons.append(f"takes rows of at most {WIDEST_ROW} channels, got {tokens.shape[-1]}")
-    return reasons
+    tokens, residual, *_ = inputs
+    limit = ("channels in a row", tokens.shape[-1], WIDEST_ROW)
+    return dtype_reasons(KERNEL_DTYPES, tokens, residual) + limit_reasons(limit)

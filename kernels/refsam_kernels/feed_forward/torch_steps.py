@@ -168,8 +168,3 @@ TORCH_STEPS = Steps(hidden_layer, add_and_norm, add_and_norm_backward, gelu_back
 def rows(tensor: Tensor) -> Tensor:
     """(..., C) as (rows, C)."""
     return tensor.reshape(-1, tensor.shape[-1])
-
-
-def short(dtype: torch.dtype) -> str:
-    """The dtype's name without "torch."."""
-    return str(dtype).removeprefix("torch.")

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refsam_kernels.core.reasons import KERNEL_DTYPES, short
 from refsam_kernels.core.triton_aot import CompileCase, Launch
 from refsam_kernels.core.triton_math import gelu, gelu_derivative, row_statistics
 from refsam_kernels.feed_forward import torch_steps
-from refsam_kernels.feed_forward.mlp import KERNEL_DTYPES
 from refsam_kernels.feed_forward.torch_steps import (
     Normed,
     Steps,
@@ -25,7 +25,6 @@ from refsam_kernels.feed_forward.torch_steps import (
     SumGradients,
     empty_statistics,
     rows,
-    short,
     sum_dtype,
 )
 

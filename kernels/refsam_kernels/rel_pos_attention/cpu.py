@@ -12,6 +12,7 @@ from torch import Tensor
 
 from refsam_kernels.core import libraries
 from refsam_kernels.core.libraries import instruction_set
+from refsam_kernels.core.reasons import dtype_reasons, limit_reasons
 from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs
 
 LARGEST_HEAD_DIM = 1024  # as csrc/rel_pos_attention_check.h
@@ -21,13 +22,8 @@ _library = libraries.load("cpu")
 
 def not_supported_reasons(inputs: Inputs) -> list[str]:
     """Why the library cannot compute these; empty if it can."""
-    qkv, rel_pos_h, *_ = inputs
-    reasons = []
-    if qkv.dtype not in (torch.float32, torch.bfloat16):
-        reasons.append(f"computes in torch.float32 and torch.bfloat16, got {qkv.dtype}")
-    if rel_pos_h.shape[1] > LARGEST_HEAD_DIM:
-        reasons.append(f"head dimensions go to {LARGEST_HEAD_DIM}, got {rel_pos_h.shape[1]}")
-    return reasons
+    limit = ("channels in a head", inputs.head_dim, LARGEST_HEAD_DIM)
+    return dtype_reasons((torch.float32, torch.bfloat16), inputs.qkv) + limit_reasons(limit)
 
 
 def forward(inputs: Inputs) -> Outputs:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from refsam_kernels.core import libraries
+from refsam_kernels.core.reasons import dtype_reasons, limit_reasons
 from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs
 
-DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (32, 64, 80)  # as csrc/cuda/rel_pos_attention.h
 LARGEST_SIDES = 192  # as csrc/cuda/rel_pos_attention.h: rows plus columns of a window's keys
 ALIGNMENT = 16  # bytes that are copied at a time
@@ -19,21 +19,16 @@ _library = libraries.load("cuda")
 
 def not_supported_reasons(inputs: Inputs) -> list[str]:
     """Why the kernels cannot compute these; empty if they can."""
-    qkv, _, _, _, num_heads, window_size, pad_mode = inputs
-    reasons = []
-    if qkv.dtype not in DTYPES:
-        reasons.append(f"computes in torch.float16 and torch.bfloat16, got {qkv.dtype}")
-    head_dim = qkv.shape[-1] // (3 * num_heads)
-    if head_dim not in HEAD_DIMS:
+    qkv, window_size, pad_mode = inputs.qkv, inputs.window_size, inputs.pad_mode
+    reasons = dtype_reasons((torch.float16, torch.bfloat16), qkv)
+    if inputs.head_dim not in HEAD_DIMS:
         wanted = ", ".join(map(str, HEAD_DIMS))
-        reasons.append(f"has kernels for head dimensions {wanted}, got {head_dim}")
+        reasons.append(f"has kernels for {wanted} channels in a head, got {inputs.head_dim}")
     key_height, key_width = (
         window_size if window_size and (pad_mode == "bias" or window_size < side) else side
         for side in qkv.shape[1:3]
     )
-    if key_height + key_width > LARGEST_SIDES:
-        sides = f"{key_height} + {key_width}"
-        reasons.append(f"needs sides of at most {LARGEST_SIDES} keys together, got {sides}")
+    reasons += limit_reasons(("rows and columns of keys", key_height + key_width, LARGEST_SIDES))
     return reasons + libraries.reasons_against_device(qkv)
 
 

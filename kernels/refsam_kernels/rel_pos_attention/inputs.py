@@ -19,6 +19,11 @@ class Inputs(NamedTuple):
     window_size: int
     pad_mode: str
 
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.qkv.shape[-1] // (3 * self.num_heads)
+
 
 class Outputs(NamedTuple):
     """Output (B, h, w, D), and for the backward the log-sum-exp of each softmax (B, heads, h, w), float32 at least."""

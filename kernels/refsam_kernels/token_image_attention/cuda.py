@@ -3,11 +3,11 @@
 import torch
 
 from refsam_kernels.core import libraries
+from refsam_kernels.core.reasons import KERNEL_DTYPES, dtype_reasons, limit_reasons
 from refsam_kernels.token_image_attention.fallback import without_padding
 from refsam_kernels.token_image_attention.inputs import Inputs, Outputs
 from refsam_kernels.token_image_attention.projection import Projection
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 512  # as csrc/cuda/token_image_attention.h
 WIDEST_HEAD = 128  # as csrc/cuda/token_image_attention.h
 
@@ -18,19 +18,13 @@ def not_supported_reasons(inputs: Inputs) -> list[str]:
     """Why the kernels cannot compute these."""
     queries, q_weight = inputs.queries, inputs.q_weight
     (internal, channels), head = q_weight.shape, len(q_weight) // inputs.num_heads
-    tensors = (queries, q_weight, inputs.norm_weight, inputs.norm_bias)
-    reasons = [
-        f"computes float32, float16 and bfloat16, got {dtype}"
-        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors)
-        if dtype not in DTYPES
-    ]
-    for name, count, most in (
+    limits = limit_reasons(
         ("channels", channels, WIDEST),
         ("internal channels", internal, WIDEST),
         ("channels in a head", head, WIDEST_HEAD),
-    ):
-        if count > most:
-            reasons.append(f"takes at most {most} {name}, got {count}")
+    )
+    tensors = (queries, q_weight, inputs.norm_weight, inputs.norm_bias)
+    reasons = dtype_reasons(KERNEL_DTYPES, *tensors) + limits
     return reasons + libraries.reasons_against_device(queries)
 
 

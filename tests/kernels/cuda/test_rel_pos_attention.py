@@ -191,9 +191,9 @@ def test_largest_window_that_shared_memory_holds() -> None:
 
 
 REFUSED = {
-    "dtype": ((1, 2, 2, 1, 32, 0), torch.float32, "computes in torch.float16 and torch.bfloat16, got torch.float32"),
-    "head": ((1, 2, 2, 1, 48, 0), torch.float16, "has kernels for head dimensions 32, 64, 80, got 48"),
-    "sides": ((1, 2, 191, 1, 32, 0), torch.float16, "needs sides of at most 192 keys together, got 2 + 191"),
+    "dtype": ((1, 2, 2, 1, 32, 0), torch.float32, "computes float16, bfloat16, got float32"),
+    "head": ((1, 2, 2, 1, 48, 0), torch.float16, "has kernels for 32, 64, 80 channels in a head, got 48"),
+    "sides": ((1, 2, 191, 1, 32, 0), torch.float16, "takes at most 192 rows and columns of keys, got 193"),
 }  # fmt: skip
 
 

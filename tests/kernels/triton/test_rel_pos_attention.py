@@ -167,8 +167,8 @@ def test_compile_checkpoint_and_second_derivative() -> None:
 
 
 REFUSED = {
-    "dtype": ((1, 2, 2, 1, 16, 0), torch.float64, "needs float32, float16 or bfloat16, got torch.float64"),
-    "head": ((1, 2, 2, 1, 144, 0), torch.float32, "needs a head dimension of at most 128, got 144"),
+    "dtype": ((1, 2, 2, 1, 16, 0), torch.float64, "computes float32, float16, bfloat16, got float64"),
+    "head": ((1, 2, 2, 1, 144, 0), torch.float32, "takes at most 128 channels in a head, got 144"),
 }  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def test_backward_refuses_what_the_forward_does() -> None:
     inputs = Inputs(*(x.to(DEVICE) for x in make_inputs(*SMALL).values()), 1, 2, "bias")
     dispatcher = Dispatcher.known["rel_pos_attention"]
     assert dispatcher.not_supported_reasons("triton", "backward", (inputs,)) == [
-        "needs float32, float16 or bfloat16, got torch.float64"
+        "computes float32, float16, bfloat16, got float64"
     ]
 
 

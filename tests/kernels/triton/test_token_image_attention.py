@@ -12,12 +12,12 @@ class TestToImage(TritonCases, ToImageCases):
         "many-of-both": (
             (1, 65, 66, 8, 2, 1, 1, ()),
             torch.float32,
-            "at most 64 queries or at most 64 keys, got 65 and more",
+            "at most 64 queries, or as many keys, got 65",
         ),
         "heads": (
             (1, 1, 1, 8, 258, 2, 1, ()),
             torch.float32,
-            "heads of at most 128 channels, got 129",
+            "at most 128 channels in a head, got 129",
         ),
     }
 

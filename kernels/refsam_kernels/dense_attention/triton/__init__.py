@@ -9,31 +9,16 @@ import triton
 from torch import Tensor
 
 from refsam_kernels.core.index_checks import valid_positions
+from refsam_kernels.core.reasons import short
 from refsam_kernels.core.triton_aot import CompileCase, Launch
-from refsam_kernels.dense_attention.inputs import Inputs
+from refsam_kernels.dense_attention.inputs import Inputs, kernel_reasons
 from refsam_kernels.dense_attention.triton.kernels import (
     _forward_kernel,
     _image_backward_kernel,
     _text_backward_kernel,
 )
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WIDEST_CHANNELS = 512
-MOST_WORDS = 128
-
-
-def not_supported_reasons(inputs: Inputs) -> list[str]:
-    """Why the kernels cannot compute these."""
-    features = inputs.features
-    channels, words = features.shape[3], inputs.text.shape[1]
-    reasons = []
-    if features.dtype not in DTYPES:
-        reasons.append(f"computes float32, float16 and bfloat16, got {features.dtype}")
-    if channels > WIDEST_CHANNELS:
-        reasons.append(f"takes at most {WIDEST_CHANNELS} channels, got {channels}")
-    if words > MOST_WORDS:
-        reasons.append(f"takes at most {MOST_WORDS} words, got {words}")
-    return reasons
+not_supported_reasons = kernel_reasons
 
 
 def forward(inputs: Inputs) -> Tensor:
@@ -181,6 +166,6 @@ def compile_cases() -> list[CompileCase]:
             "text backward": _text_launch(tensors, grad_text),
             "image backward": _image_launch(tensors, similarity, grad_images, weight),
         }
-        name = f"{str(dtype).removeprefix('torch.')}, {channels} channels, {words} words"
+        name = f"{short(dtype)}, {channels} channels, {words} words"
         cases += [launch.compile_case(f"{kind}, {name}") for kind, launch in launches.items()]
     return cases

@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from refsam_kernels.core.reasons import short
 from refsam_kernels.core.triton_aot import CompileCase, Launch
 from refsam_kernels.mask_loss.inputs import Inputs, Outputs
 from refsam_kernels.mask_loss.triton.kernels import _gradient_kernel, _losses_kernel, _sums_kernel
@@ -112,7 +113,7 @@ def compile_cases() -> list[CompileCase]:
         ignore = None if dtype == torch.bool else torch.empty_like(targets, dtype=torch.bool)
         inputs = Inputs(logits, targets, ignore, 1024, (576, 1024), 0.25, 2.0)
         places = _places(inputs)
-        name = f"{str(dtype).removeprefix('torch.')} targets{'' if ignore is None else ', ignore'}"
+        name = f"{short(dtype)} targets{'' if ignore is None else ', ignore'}"
         losses = Outputs(logits.new_empty(8), logits.new_empty(8), logits.new_empty(4, 8))
         sums, totals = _forward_launches(inputs, losses, places)
         tensors = {"grad_focal": losses.focal, "grad_dice": losses.dice, "sums": losses.sums}

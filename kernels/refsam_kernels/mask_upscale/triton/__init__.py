@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from refsam_kernels.core.reasons import KERNEL_DTYPES, dtype_reasons, limit_reasons, short
 from refsam_kernels.core.triton_aot import CompileCase, Launch
 from refsam_kernels.mask_upscale.inputs import Inputs
 from refsam_kernels.mask_upscale.triton.kernels import _backward_kernel, _forward_kernel
@@ -16,7 +17,6 @@ PLACES = 4
 PARTS = 64
 MOST_CHANNELS = (128, 64)  # after the first and after the second convolution
 MOST_EXPRESSIONS = 65535  # of the second dimension of a grid
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Configuration(NamedTuple):
@@ -36,18 +36,15 @@ BACKWARD = {2: Configuration(32, 32, 8, 2), 4: Configuration(16, 16, 8, 1)}
 def not_supported_reasons(inputs: Inputs) -> list[str]:
     """Why the kernels cannot compute these: their dtype, or more channels than fit the registers."""
     features = inputs.features
-    reasons = []
+    reasons = dtype_reasons(KERNEL_DTYPES, features)
     if inputs.feat_s1 is not None or inputs.feat_s0 is not None:
         reasons.append("adds no features of higher resolution (feat_s1, feat_s0)")
-    if features.dtype not in DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        reasons.append(f"computes {names}, got {features.dtype}")
-    widths = inputs.conv1_weight.shape[1], inputs.conv2_weight.shape[1]
-    if any(width > most for width, most in zip(widths, MOST_CHANNELS, strict=True)):
-        reasons.append(f"takes at most {MOST_CHANNELS} channels in the middle, got {widths}")
-    if len(features) > MOST_EXPRESSIONS:
-        reasons.append(f"takes at most {MOST_EXPRESSIONS} expressions, got {len(features)}")
-    return reasons
+    width1, width2 = inputs.conv1_weight.shape[1], inputs.conv2_weight.shape[1]
+    return reasons + limit_reasons(
+        ("channels after the first convolution", width1, MOST_CHANNELS[0]),
+        ("channels after the second convolution", width2, MOST_CHANNELS[1]),
+        ("expressions", len(features), MOST_EXPRESSIONS),
+    )
 
 
 def forward(inputs: Inputs) -> Tensor:
@@ -167,7 +164,7 @@ def _float32(like: Tensor, *shape: int) -> Tensor:
 def compile_cases() -> list[CompileCase]:
     """SAM's decoder in every dtype."""
     cases = []
-    for dtype in DTYPES:
+    for dtype in KERNEL_DTYPES:
         made: dict[str, Any] = {"dtype": dtype, "device": "meta"}
         shapes = (
             (8, 64, 64, 256),
@@ -181,7 +178,7 @@ def compile_cases() -> list[CompileCase]:
         )
         packed = _pack([torch.empty(shape, **made) for shape in shapes])
         logits = torch.empty(8, 1, 256, 256, **made)
-        name = str(dtype).removeprefix("torch.")
+        name = short(dtype)
         cases += [
             _forward_launch(packed, logits, 1e-6).compile_case(f"forward, {name}"),
             _backward_launch(logits, packed, 1e-6).compile_case(f"backward, {name}"),

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from refsam_kernels.core.libraries import reasons_against_device
+from refsam_kernels.core.reasons import KERNEL_DTYPES, dtype_reasons, limit_reasons
 from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs
 from refsam_kernels.rel_pos_attention.triton.cases import compile_cases
 from refsam_kernels.rel_pos_attention.triton.launches import (
@@ -21,34 +23,18 @@ from refsam_kernels.rel_pos_attention.triton.launches import (
     table_parts,
 )
 
-__all__ = [
-    "backward",
-    "compile_cases",
-    "forward",
-    "not_supported_reasons",
-]
+__all__ = ["backward", "compile_cases", "forward", "not_supported_reasons"]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LARGEST_HEAD = 128
-OLDEST_ARCHITECTURE = 80
+MOST_CHANNELS = 128  # of a head
 
 
 def not_supported_reasons(inputs: Inputs) -> list[str]:
     """Why the kernels cannot compute these; empty if they can."""
-    qkv, num_heads = inputs.qkv, inputs.num_heads
-    reasons = []
-    if qkv.dtype not in DTYPES:
-        reasons.append(f"needs float32, float16 or bfloat16, got {qkv.dtype}")
-    elif qkv.dtype == torch.bfloat16 and not qkv.is_cuda:
+    qkv, limit = inputs.qkv, ("channels in a head", inputs.head_dim, MOST_CHANNELS)
+    reasons = dtype_reasons(KERNEL_DTYPES, qkv) + limit_reasons(limit)
+    if qkv.dtype == torch.bfloat16 and not qkv.is_cuda:
         reasons.append("Triton's interpreter cannot multiply bfloat16")
-    head_dim = qkv.shape[-1] // (3 * num_heads)
-    if head_dim > LARGEST_HEAD:
-        reasons.append(f"needs a head dimension of at most {LARGEST_HEAD}, got {head_dim}")
-    if qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) < (8, 0):
-        reasons.append(
-            f"needs compute capability 8.0, got {torch.cuda.get_device_name(qkv.device)}"
-        )
-    return reasons
+    return reasons + reasons_against_device(qkv)
 
 
 def forward(inputs: Inputs) -> Outputs:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from refsam_kernels.core.reasons import short
 from refsam_kernels.core.triton_aot import ARCHITECTURES, SPILL_LIMIT, CompileCase, Launch
 from refsam_kernels.rel_pos_attention.triton.launches import (
     Operands,
@@ -34,7 +35,7 @@ def compile_cases() -> list[CompileCase]:
     """The kernels for SAM's windows and grids on every architecture; float16 differs from bfloat16 in no instruction's size."""
     return [
         launch.compile_case(
-            f"{name} {head_dim} {str(dtype).removeprefix('torch.')} {of_grid}",
+            f"{name} {head_dim} {short(dtype)} {of_grid}",
             architectures=(architecture,),
             spill_limit=SPILL_LIMIT if head_dim in JUDGED else None,
         )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refsam_kernels.core.reasons import KERNEL_DTYPES, dtype_reasons, limit_reasons
 from refsam_kernels.token_image_attention import fallback
 from refsam_kernels.token_image_attention.fallback import without_padding
 from refsam_kernels.token_image_attention.inputs import Inputs, Outputs, empty_outputs
@@ -27,33 +28,19 @@ from refsam_kernels.token_image_attention.triton.launches import (
 
 __all__ = ["backward", "compile_cases", "forward", "not_supported_reasons"]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
 WIDEST_CHANNELS = 512
-
-
 WIDEST_HEAD = 128
 
 
 def not_supported_reasons(inputs: Inputs) -> list[str]:
     """Why the kernels cannot compute these."""
-    queries, keys, q_weight = inputs.queries, inputs.keys, inputs.q_weight
-    channels, head = queries.shape[2], len(q_weight) // inputs.num_heads
-    few = min(queries.shape[1], keys.shape[1])
-    dtypes = dict.fromkeys((queries.dtype, q_weight.dtype))
-    reasons = [
-        f"computes float32, float16 and bfloat16, got {dtype}"
-        for dtype in dtypes
-        if dtype not in DTYPES
-    ]
-    if channels > WIDEST_CHANNELS:
-        reasons.append(f"takes at most {WIDEST_CHANNELS} channels, got {channels}")
-    if head > WIDEST_HEAD:
-        reasons.append(f"takes heads of at most {WIDEST_HEAD} channels, got {head}")
-    if few > FEW:
-        reasons.append(f"takes at most {FEW} queries or at most {FEW} keys, got {few} and more")
-    return reasons
+    queries, q_weight = inputs.queries, inputs.q_weight
+    limits = limit_reasons(
+        ("channels", queries.shape[2], WIDEST_CHANNELS),
+        ("channels in a head", len(q_weight) // inputs.num_heads, WIDEST_HEAD),
+        ("queries, or as many keys", min(queries.shape[1], inputs.keys.shape[1]), FEW),
+    )
+    return dtype_reasons(KERNEL_DTYPES, queries, q_weight) + limits
 
 
 def forward(inputs: Inputs) -> Outputs:

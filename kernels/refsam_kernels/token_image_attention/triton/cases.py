@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from refsam_kernels.core.reasons import short
 from refsam_kernels.core.triton_aot import CompileCase, Launch
 from refsam_kernels.token_image_attention.inputs import Inputs, empty_outputs
 from refsam_kernels.token_image_attention.projection import Projection
@@ -26,7 +27,7 @@ def compile_cases() -> list[CompileCase]:
         (torch.float16, 256, 32),
         (torch.float32, 256, 32),
     ):
-        name = f"{str(dtype).removeprefix('torch.')}, {channels} channels, {tokens} tokens"
+        name = f"{short(dtype)}, {channels} channels, {tokens} tokens"
         for kind, launch in _example_launches(dtype, channels, tokens):
             # Rows of 256 channels in single precision do not fit the registers, by some 40 of their values.
             is_judged = dtype != torch.float32 or kind != "to many keys"
