@@ -1,210 +1,136 @@
-// Both resizes at once, columns first: a band of output rows needs few low-resolution rows, which
-// are widened to the output's width (a gather) and stay in the cache while every output row is
-// blended from four of them (contiguous).
+// Both resizes at once, in bands of rows that a thread computes with the kernels of the best
+// instruction set; and from bits to run lengths.
 #include "mask_postprocess.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <bit>
+#include <cstdlib>
 #include <deque>
 #include <vector>
 
-#include "simd.h"
+#include "instruction_set.h"
+#include "mask_postprocess_band.h"
+#include "scratch.h"
 
 namespace refsam::cpu {
 namespace {
 
-constexpr int64_t kBandRows = kWordBits;  // so that a band is a word of every column
+static_assert(kBandRows % kWordBits == 0 && sizeof(MaskStatistics) == kStatistics * 8);
 
-// The taps of every output position of an axis, one array per tap.
-struct TapTable {
-  std::vector<int32_t> index[kTaps];
-  std::vector<float> weight[kTaps];
-};
-
-TapTable make_taps(const ResizeAxis& axis) {
-  TapTable table;
-  for (int tap = 0; tap < kTaps; ++tap) {
-    table.index[tap].resize(axis.output);
-    table.weight[tap].resize(axis.output);
+// REFSAM_CPU_INSTRUCTION_SET is read here: the operator is the same on every device.
+const MaskKernels& choose_kernels() {
+  const char* name = std::getenv("REFSAM_CPU_INSTRUCTION_SET");
+  switch (choose_instruction_set(name ? name : "")) {
+    case kAvx512Bf16:
+    case kAvx512Vnni:
+    case kAvx512:
+      return *kAvx512MaskKernels;
+    case kAvx512Vl:
+    case kAvxVnni:
+    case kAvx2:
+      return *kAvx2MaskKernels;
+    default:
+      return *kPortableMaskKernels;
   }
-  for (int64_t position = 0; position < axis.output; ++position) {
-    const Taps taps = two_resize_taps(position, axis);
+}
+
+// The taps of every output position of an axis, those of the same input position in one.
+class TapTable {
+ public:
+  explicit TapTable(const ResizeAxis& axis) {
+    const int64_t size = (axis.output + kMostLanes - 1) / kMostLanes * kMostLanes;
     for (int tap = 0; tap < kTaps; ++tap) {
-      table.index[tap][position] = taps.index[tap];
-      table.weight[tap][position] = taps.weight[tap];
+      index_[tap].resize(size);
+      weight_[tap].resize(size);
     }
+    for (int64_t position = 0; position < size; ++position)
+      add(position, two_resize_taps(std::min(position, axis.output - 1), axis));
   }
-  return table;
-}
 
-// row (low) -> widened (width)
-REFSAM_SIMD void widen(const float* __restrict row, const TapTable& taps, int64_t width,
-                       float* __restrict widened) {
-  const int32_t *i0 = taps.index[0].data(), *i1 = taps.index[1].data();
-  const int32_t *i2 = taps.index[2].data(), *i3 = taps.index[3].data();
-  const float *w0 = taps.weight[0].data(), *w1 = taps.weight[1].data();
-  const float *w2 = taps.weight[2].data(), *w3 = taps.weight[3].data();
-  for (int64_t x = 0; x < width; ++x) {
-    widened[x] =
-        (w0[x] * row[i0[x]] + w1[x] * row[i1[x]]) + (w2[x] * row[i2[x]] + w3[x] * row[i3[x]]);
-  }
-}
-
-// One pixel of four widened rows; always the same expression, so that bytes and bits are the same.
-inline __attribute__((always_inline)) float blended(float r0, float r1, float r2, float r3,
-                                                    float w0, float w1, float w2, float w3) {
-  return (w0 * r0 + w1 * r1) + (w2 * r2 + w3 * r3);
-}
-
-// Four widened rows, their weights -> one row of the mask
-REFSAM_SIMD void blend(const float* const rows[kTaps], const float weight[kTaps], int64_t width,
-                       float threshold, uint8_t* __restrict mask) {
-  const float *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3];
-  const float w0 = weight[0], w1 = weight[1], w2 = weight[2], w3 = weight[3];
-  for (int64_t x = 0; x < width; ++x) {
-    mask[x] = blended(r0[x], r1[x], r2[x], r3[x], w0, w1, w2, w3) > threshold;
-  }
-}
-
-struct Thresholds {
-  float threshold, certain, possible;
-};
-
-// Pixels above `certain`, above `possible`, and NaN.
-struct Counts {
-  int32_t certain = 0, possible = 0, nan = 0;
-};
-
-// Like blend, but the row becomes bit `bit` of the words of its columns, and pixels are counted.
-REFSAM_SIMD Counts blend_bits(const float* const rows[kTaps], const float weight[kTaps],
-                              int64_t width, const Thresholds& limits, int bit,
-                              uint32_t* __restrict words) {
-  const float *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3];
-  const float w0 = weight[0], w1 = weight[1], w2 = weight[2], w3 = weight[3];
-  const float threshold = limits.threshold, above = limits.certain, below = limits.possible;
-  const uint32_t set = uint32_t{1} << bit;
-  int32_t certain = 0, possible = 0, nan = 0;
-  for (int64_t x = 0; x < width; ++x) {
-    const float value = blended(r0[x], r1[x], r2[x], r3[x], w0, w1, w2, w3);
-    words[x] |= value > threshold ? set : 0;
-    certain += value > above;
-    possible += value > below;
-    nan += value != value;
-  }
-  return {certain, possible, nan};
-}
-
-// Shared by masks of the same sizes.
-struct Resizer {
-  int64_t low_width, height, width;
-  TapTable rows, columns;
-
-  explicit Resizer(const MaskAxes& axes)
-      : low_width(axes.columns.low),
-        height(axes.rows.output),
-        width(axes.columns.output),
-        rows(make_taps(axes.rows)),
-        columns(make_taps(axes.columns)) {}
-
-  // Calls use_row(y, the four widened rows that row y is blended from, their weights) for the
-  // output rows [begin, end) of one mask; `widened` is scratch.
-  template <typename UseRow>
-  void run_band(const float* logits, int64_t begin, int64_t end, std::vector<float>& widened,
-                const UseRow& use_row) const {
-    // Positions grow with the row, so the first tap of the first row and the last tap of the last
-    // row bound the band.
-    const int64_t low = rows.index[0][begin];
-    const int64_t high = rows.index[kTaps - 1][end - 1] + 1;
-    widened.resize((high - low) * width);
-    for (int64_t row = low; row < high; ++row) {
-      widen(logits + row * low_width, columns, width, widened.data() + (row - low) * width);
+  MaskTaps view() const {
+    MaskTaps taps{count_, {}, {}};
+    for (int tap = 0; tap < kTaps; ++tap) {
+      taps.index[tap] = index_[tap].data();
+      taps.weight[tap] = weight_[tap].data();
     }
-    for (int64_t y = begin; y < end; ++y) {
-      const float* lines[kTaps];
-      float weight[kTaps];
-      for (int tap = 0; tap < kTaps; ++tap) {
-        lines[tap] = widened.data() + (rows.index[tap][y] - low) * width;
-        weight[tap] = rows.weight[tap][y];
+    return taps;
+  }
+
+ private:
+  void add(int64_t position, const Taps& taps) {
+    int count = 0;
+    for (int tap = 0; tap < kTaps; ++tap) {
+      if (taps.weight[tap] == 0) continue;
+      int place = 0;
+      while (place < count && index_[place][position] < taps.index[tap]) ++place;
+      if (place == count || index_[place][position] != taps.index[tap]) {
+        for (int moved = count++; moved > place; --moved) {
+          index_[moved][position] = index_[moved - 1][position];
+          weight_[moved][position] = weight_[moved - 1][position];
+        }
+        index_[place][position] = taps.index[tap];
+        weight_[place][position] = 0;
       }
-      use_row(y, lines, weight);
+      weight_[place][position] += taps.weight[tap];
+    }
+    count_ = std::max(count_, count);
+    for (; count < kTaps; ++count) {
+      index_[count][position] = index_[count - 1][position];
+      weight_[count][position] = 0;
     }
   }
+
+  std::vector<int32_t> index_[kTaps];
+  std::vector<float> weight_[kTaps];
+  int count_ = 1;
 };
 
 int64_t bands_of(int64_t height) { return (height + kBandRows - 1) / kBandRows; }
 
-// The statistics of a band, or of a mask, in the order of kStatistics.
-struct Statistics {
-  int64_t area = 0, certain = 0, possible = 0;
-  int64_t left = kNone, top = kNone, right = 0, bottom = 0;
-  int64_t nan = 0;
+// Shared by masks of the same sizes.
+struct Resizer {
+  TapTable rows, columns;
+  MaskBand all;  // of a mask without logits
 
-  static constexpr int64_t kNone = int64_t{1} << 62;
+  explicit Resizer(const MaskAxes& axes)
+      : rows(axes.rows),
+        columns(axes.columns),
+        all{nullptr, axes.columns.low, axes.columns.output, rows.view(), columns.view(),
+            0,       axes.rows.output} {}
 
-  void add(const Counts& counts) {
-    certain += counts.certain;
-    possible += counts.possible;
-    nan += counts.nan;
-  }
-
-  // The words of a band of rows that begins with row `first`.
-  void add_words(const uint32_t* words, int64_t width, int64_t first) {
-    uint32_t any = 0;
-    for (int64_t x = 0; x < width; ++x) {
-      if (words[x] == 0) continue;
-      area += std::popcount(words[x]);
-      any |= words[x];
-      left = std::min(left, x);
-      right = x + 1;
-    }
-    if (any == 0) return;
-    top = first + std::countr_zero(any);
-    bottom = first + kWordBits - std::countl_zero(any);
-  }
-
-  void add(const Statistics& other) {
-    area += other.area;
-    certain += other.certain;
-    possible += other.possible;
-    left = std::min(left, other.left);
-    top = std::min(top, other.top);
-    right = std::max(right, other.right);
-    bottom = std::max(bottom, other.bottom);
-    nan += other.nan;
-  }
-
-  void write(int64_t* target) const {
-    const bool empty = area == 0;
-    const int64_t values[kStatistics] = {
-        area, certain, possible, empty ? 0 : left, empty ? 0 : top, right, bottom, nan};
-    std::copy(values, values + kStatistics, target);
+  MaskBand band(const float* logits, int64_t number) const {
+    MaskBand band = all;
+    band.logits = logits;
+    band.first = number * kBandRows;
+    band.last = std::min(band.first + kBandRows, all.last);
+    return band;
   }
 };
 
-// A band of a mask to be packed: its resizer, and where mask, words and rows lie.
-struct BandTask {
-  const Resizer* resizer;
-  const float* logits;
-  uint32_t* words;  // the band's word of the first column
-  int64_t mask, first, last;
-};
+// Low-resolution rows from which no band needs more.
+int64_t most_rows(const std::vector<MaskAxes>& masks) {
+  int64_t most = 0;
+  for (const MaskAxes& mask : masks) most = std::max(most, mask.rows.low);
+  return most;
+}
 
-Statistics pack_band(const BandTask& task, const Thresholds& limits, std::vector<float>& widened,
-                     std::vector<uint32_t>& line) {
-  const Resizer& resizer = *task.resizer;
-  const int64_t width = resizer.width, stride = MaskSize{resizer.height, width}.column_words();
-  line.assign(width, 0);
-  Statistics statistics;
-  resizer.run_band(task.logits, task.first, task.last, widened,
-                   [&](int64_t y, const float* const lines[kTaps], const float weight[kTaps]) {
-                     const int bit = static_cast<int>(y - task.first);
-                     statistics.add(blend_bits(lines, weight, width, limits, bit, line.data()));
-                   });
-  for (int64_t x = 0; x < width; ++x) task.words[x * stride] = line[x];
-  statistics.add_words(line.data(), width, task.first);
-  return statistics;
+Scratch scratch_of(int64_t rows) {
+  return allocate(rows * kMostLanes * static_cast<int64_t>(sizeof(float)));
+}
+
+float* floats(const Scratch& scratch) { return reinterpret_cast<float*>(scratch.get()); }
+
+void add(const MaskStatistics& band, MaskStatistics& mask) {
+  mask.area += band.area;
+  mask.certain += band.certain;
+  mask.possible += band.possible;
+  mask.left = std::min(mask.left, band.left);
+  mask.top = std::min(mask.top, band.top);
+  mask.right = std::max(mask.right, band.right);
+  mask.bottom = std::max(mask.bottom, band.bottom);
+  mask.nan += band.nan;
 }
 
 bool same(const ResizeAxis& a, const ResizeAxis& b) {
@@ -224,92 +150,136 @@ std::vector<const Resizer*> make_resizers(const std::vector<MaskAxes>& masks,
   return resizers;
 }
 
-// Calls use(changes, position) for every word of a packed mask: the bits that differ from the pixel
-// before, and the first pixel's place in column-major order.
-template <typename Use>
-void for_each_word(const uint32_t* words, const MaskSize& size, const Use& use) {
+// A band of a mask to be packed.
+struct BandTask {
+  MaskBand band;
+  uint32_t* words;  // the band's first word of the first column
+  int64_t stride;
+  size_t mask;
+};
+
+std::vector<BandTask> make_tasks(const float* logits, const std::vector<MaskAxes>& masks,
+                                 const std::vector<const Resizer*>& resizers, uint32_t* words) {
+  std::vector<BandTask> tasks;
+  for (size_t mask = 0; mask < masks.size(); ++mask) {
+    const MaskSize size = masks[mask].size();
+    for (int64_t band = 0; band < bands_of(size.height); ++band)
+      tasks.push_back({resizers[mask]->band(logits, band), words + band * (kBandRows / kWordBits),
+                       size.column_words(), mask});
+    logits += masks[mask].rows.low * masks[mask].columns.low;
+    words += size.words();
+  }
+  return tasks;
+}
+
+// Where the runs of a packed mask end, one after another.
+void find_ends(const uint32_t* words, const MaskSize& size, std::vector<int32_t>& ends) {
   const int64_t column_words = size.column_words();
-  uint32_t carry = 0;
+  const int last_bits = static_cast<int>(size.height - (column_words - 1) * kWordBits);
+  uint32_t carry = 0;  // the pixel before
   for (int64_t x = 0; x < size.width; ++x) {
-    for (int64_t j = 0; j < column_words; ++j) {
+    int64_t position = x * size.height;
+    for (int64_t j = 0; j < column_words; ++j, position += kWordBits) {
       const uint32_t word = *words++;
-      const int bits = static_cast<int>(std::min(kWordBits, size.height - j * kWordBits));
-      const uint32_t valid = ~uint32_t{0} >> (kWordBits - bits);
-      use((word ^ (word << 1 | carry)) & valid, x * size.height + j * kWordBits);
+      const int bits = j + 1 < column_words ? static_cast<int>(kWordBits) : last_bits;
+      uint32_t changes = (word ^ (word << 1 | carry)) & ~uint32_t{0} >> (kWordBits - bits);
       carry = word >> (bits - 1) & 1;
+      for (; changes != 0; changes &= changes - 1)
+        ends.push_back(static_cast<int32_t>(position + std::countr_zero(changes)));
     }
   }
+}
+
+// One number of COCO's format, whose bits come in fives, the lowest first; returns what is behind
+// it.
+uint8_t* write_number(int64_t number, uint8_t* text) {
+  for (bool more = true; more;) {
+    const int64_t bits = number & 31;
+    number >>= 5;
+    more = number != (bits & 16 ? -1 : 0);
+    *text++ = static_cast<uint8_t>(bits + (more ? 32 : 0) + 48);
+  }
+  return text;
 }
 
 }  // namespace
 
 void mask_postprocess(const float* logits, const MaskPostprocessSizes& sizes, float threshold,
                       bool* masks) {
+  const MaskKernels& kernels = choose_kernels();
   const Resizer resizer({sizes.rows, sizes.columns});
   const int64_t low_pixels = sizes.rows.low * sizes.columns.low;
-  const int64_t bands = bands_of(resizer.height), width = resizer.width;
+  const int64_t bands = bands_of(sizes.rows.output);
+  const int64_t pixels = sizes.rows.output * sizes.columns.output;
   torch::stable::parallel_for(0, sizes.masks * bands, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> widened;
+    const Scratch scratch = scratch_of(sizes.rows.low);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t mask = task / bands, first = task % bands * kBandRows;
-      const int64_t last = std::min(first + kBandRows, resizer.height);
-      uint8_t* bytes = reinterpret_cast<uint8_t*>(masks) + mask * resizer.height * width;
-      resizer.run_band(logits + mask * low_pixels, first, last, widened,
-                       [&](int64_t y, const float* const lines[kTaps], const float weight[kTaps]) {
-                         blend(lines, weight, width, threshold, bytes + y * width);
-                       });
+      const int64_t mask = task / bands;
+      kernels.bytes(resizer.band(logits + mask * low_pixels, task % bands), threshold,
+                    reinterpret_cast<uint8_t*>(masks) + mask * pixels, floats(scratch));
     }
   });
 }
 
 void mask_postprocess_bits(const float* logits, const std::vector<MaskAxes>& masks, float threshold,
                            float stability_offset, uint32_t* words, int64_t* statistics) {
-  const Thresholds limits{threshold, threshold + stability_offset, threshold - stability_offset};
+  const MaskKernels& kernels = choose_kernels();
+  const MaskThresholds limits{threshold, threshold + stability_offset,
+                              threshold - stability_offset};
   std::deque<Resizer> owner;
-  const std::vector<const Resizer*> resizers = make_resizers(masks, owner);
-  std::vector<BandTask> tasks;
-  for (size_t mask = 0; mask < masks.size(); ++mask) {
-    const MaskSize size = masks[mask].size();
-    for (int64_t band = 0; band < bands_of(size.height); ++band) {
-      const int64_t first = band * kBandRows;
-      tasks.push_back({resizers[mask], logits, words + band, static_cast<int64_t>(mask), first,
-                       std::min(first + kBandRows, size.height)});
-    }
-    logits += masks[mask].rows.low * masks[mask].columns.low;
-    words += size.words();
-  }
-  std::vector<Statistics> found(tasks.size());
+  const std::vector<BandTask> tasks = make_tasks(logits, masks, make_resizers(masks, owner), words);
+  std::vector<MaskStatistics> found(tasks.size());
   torch::stable::parallel_for(0, tasks.size(), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> widened;
-    std::vector<uint32_t> line;
-    for (int64_t i = begin; i < end; ++i) found[i] = pack_band(tasks[i], limits, widened, line);
+    const Scratch scratch = scratch_of(most_rows(masks));
+    for (int64_t i = begin; i < end; ++i)
+      found[i] =
+          kernels.bits(tasks[i].band, limits, tasks[i].words, tasks[i].stride, floats(scratch));
   });
-  std::vector<Statistics> totals(masks.size());
-  for (size_t i = 0; i < tasks.size(); ++i) totals[tasks[i].mask].add(found[i]);
-  for (size_t i = 0; i < totals.size(); ++i) totals[i].write(statistics + i * kStatistics);
+  MaskStatistics* totals = reinterpret_cast<MaskStatistics*>(statistics);
+  for (size_t i = 0; i < masks.size(); ++i)
+    totals[i] = {0, 0, 0, kStatisticsNone, kStatisticsNone, 0, 0, 0};
+  for (size_t i = 0; i < tasks.size(); ++i) add(found[i], totals[tasks[i].mask]);
+  for (size_t i = 0; i < masks.size(); ++i)
+    if (totals[i].area == 0) totals[i].left = totals[i].top = 0;
 }
 
 void mask_postprocess_runs(const uint32_t* words, const std::vector<MaskSize>& masks,
                            int64_t capacity, int32_t* ends, int64_t* counts) {
-  std::vector<int64_t> begins(masks.size(), 0), offsets(masks.size(), 0);
+  std::vector<int64_t> begins(masks.size(), 0);
   for (size_t i = 1; i < masks.size(); ++i) begins[i] = begins[i - 1] + masks[i - 1].words();
-  const int64_t number = static_cast<int64_t>(masks.size());
-  torch::stable::parallel_for(0, number, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      int64_t count = 0;
-      for_each_word(words + begins[i], masks[i],
-                    [&](uint32_t changes, int64_t) { count += std::popcount(changes); });
-      counts[i] = count;
-    }
+  std::vector<std::vector<int32_t>> found(masks.size());
+  torch::stable::parallel_for(0, masks.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) find_ends(words + begins[i], masks[i], found[i]);
   });
-  for (int64_t i = 1; i < number; ++i) offsets[i] = offsets[i - 1] + counts[i - 1];
-  torch::stable::parallel_for(0, number, 1, [&](int64_t begin, int64_t end) {
+  int64_t place = 0;
+  for (size_t i = 0; i < masks.size(); ++i) {
+    counts[i] = static_cast<int64_t>(found[i].size());
+    const int64_t copied = std::min(counts[i], capacity - place);
+    std::copy_n(found[i].data(), copied, ends + place);
+    place += copied;
+  }
+}
+
+void mask_postprocess_characters(const int32_t* ends, const std::vector<int64_t>& counts,
+                                 const std::vector<MaskSize>& masks, uint8_t* text,
+                                 int64_t* lengths) {
+  std::vector<int64_t> begins(masks.size(), 0);
+  for (size_t i = 1; i < masks.size(); ++i) begins[i] = begins[i - 1] + counts[i - 1];
+  torch::stable::parallel_for(0, masks.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      int64_t place = offsets[i];
-      for_each_word(words + begins[i], masks[i], [&](uint32_t changes, int64_t position) {
-        for (; changes != 0 && place < capacity; changes &= changes - 1)
-          ends[place++] = static_cast<int32_t>(position + std::countr_zero(changes));
-      });
+      uint8_t* const first = text + kMostCharacters * (begins[i] + i);
+      uint8_t* place = first;
+      int64_t before = 0, lengths_before[2] = {0, 0};  // of the last two runs, the older one first
+      for (int64_t run = 0; run <= counts[i]; ++run) {
+        const int64_t bound =
+            run < counts[i] ? ends[begins[i] + run] : masks[i].height * masks[i].width;
+        const int64_t length = bound - before;
+        place = write_number(run > 2 ? length - lengths_before[0] : length, place);
+        before = bound;
+        lengths_before[0] = lengths_before[1];
+        lengths_before[1] = length;
+      }
+      lengths[i] = place - first;
     }
   });
 }

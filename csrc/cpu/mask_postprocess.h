@@ -1,5 +1,5 @@
 // Logits to masks on the CPU: as bytes, as packed bits with statistics, and from bits to run
-// lengths.
+// lengths and their characters.
 #pragma once
 
 #include <vector>
@@ -21,5 +21,15 @@ void mask_postprocess_bits(const float* logits, const std::vector<MaskAxes>& mas
 // says; counts (P) of all.
 void mask_postprocess_runs(const uint32_t* words, const std::vector<MaskSize>& masks,
                            int64_t capacity, int32_t* ends, int64_t* counts);
+
+// Characters that a number of a run length takes at most: differences have 33 bits.
+constexpr int64_t kMostCharacters = 7;
+
+// Where runs end, mask after mask, `counts` of each -> COCO's characters of every mask, and how
+// many they are. Those of a mask begin kMostCharacters times the number of runs before it behind
+// `text`.
+void mask_postprocess_characters(const int32_t* ends, const std::vector<int64_t>& counts,
+                                 const std::vector<MaskSize>& masks, uint8_t* text,
+                                 int64_t* lengths);
 
 }  // namespace refsam::cpu

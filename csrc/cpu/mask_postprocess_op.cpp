@@ -6,6 +6,7 @@
 namespace refsam::cpu {
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 struct Device {
@@ -36,10 +37,43 @@ struct Device {
   }
 };
 
+// Text (n,) and the lengths (P,) of its parts; see mask_postprocess.h.
+std::tuple<Tensor, Tensor> characters(const Tensor& ends, std::vector<int64_t> counts,
+                                      std::vector<int64_t> sizes) {
+  Device::check_device("ends", ends);
+  check_rank("ends", ends, 1);
+  check_dtype("ends", ends, ScalarType::Int);
+  check_contiguous("ends", ends);
+  const std::vector<MaskSize> masks = check_mask_sizes(sizes);
+  check(counts.size() == masks.size(), "counts: got ", counts.size(), ", wanted one for each of ",
+        masks.size(), " masks");
+  int64_t total = 0;
+  for (const int64_t count : counts) {
+    check_range("counts", count, 0, ends.numel() - total);
+    total += count;
+  }
+  const int64_t runs = total + static_cast<int64_t>(masks.size());
+  Tensor text = torch::stable::new_empty(ends, {kMostCharacters * runs}, ScalarType::Byte);
+  Tensor lengths =
+      torch::stable::new_empty(ends, {static_cast<int64_t>(masks.size())}, ScalarType::Long);
+  if (!masks.empty()) {
+    mask_postprocess_characters(static_cast<const int32_t*>(ends.const_data_ptr()), counts, masks,
+                                static_cast<uint8_t*>(text.mutable_data_ptr()),
+                                static_cast<int64_t*>(lengths.mutable_data_ptr()));
+  }
+  return {text, lengths};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(refsam_kernels_cpu, m) { MaskPostprocess<Device>::define(m); }
+STABLE_TORCH_LIBRARY_FRAGMENT(refsam_kernels_cpu, m) {
+  MaskPostprocess<Device>::define(m);
+  m.def("mask_postprocess_characters(Tensor ends, int[] counts, int[] sizes) -> (Tensor, Tensor)");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(refsam_kernels_cpu, CPU, m) { MaskPostprocess<Device>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(refsam_kernels_cpu, CPU, m) {
+  MaskPostprocess<Device>::implement(m);
+  m.impl("mask_postprocess_characters", TORCH_BOX(&characters));
+}
 
 }  // namespace refsam::cpu

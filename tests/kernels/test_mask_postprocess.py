@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels import mask_postprocess, use_backend
+from refsam_kernels import mask_postprocess, mask_postprocess_bits, use_backend
 from refsam_kernels.core import libraries
+from refsam_kernels.mask_postprocess.layout import STATISTICS, unpack
 from refsam_kernels.mask_postprocess.resize import resize_matrix, two_resizes
 from tests.kernels.mask_postprocess_cases import (
     AnySizeCases,
@@ -81,6 +83,62 @@ def test_full_size(
     assert flips(masks, logits, full) == 0
     if backend == "reference":
         assert torch.equal(masks, full > 0)
+
+
+CLOUDS = {  # flat parts, outlines, and what is neither; by the sizes that the compiled kernels tell apart
+    "enlarged": ((3, 40, 40), 160, (150, 101), (130, 211)),
+    "one-resize": ((3, 40, 40), 40, (40, 40), (97, 203)),
+    "smaller-than-a-vector": ((3, 5, 6), 20, (20, 20), (70, 33)),
+    "shrunk": ((3, 120, 90), 40, (37, 40), (35, 21)),
+}
+
+
+@pytest.mark.parametrize(("shape", "image", "cropped", "output"), CLOUDS.values(), ids=CLOUDS)
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
+def test_every_instruction_set_makes_the_masks(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    shape: tuple[int, ...],
+    image: int,
+    cropped: tuple[int, int],
+    output: tuple[int, int],
+) -> None:
+    """As bytes and bits; parts whose logits are all far from the thresholds are made otherwise than the rest."""
+    skip_if_not_built()
+    monkeypatch.setenv("REFSAM_CPU_INSTRUCTION_SET", name)
+    coarse = 20 * torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(3))
+    logits = F.interpolate(coarse, shape[1:], mode="bilinear")[:, 0]
+    full = interpolated(logits, image, cropped, output)
+    sizes: dict[str, Any] = {"image_size": image, "input_size": cropped, "output_size": output}
+    sizes["backend"] = "cpu"
+    try:
+        masks = mask_postprocess(logits, **sizes, threshold=1.5)
+    except RuntimeError as reason:
+        pytest.skip(str(reason).splitlines()[0])
+    assert flips(masks, logits, full, 1.5) == 0
+    packed = mask_postprocess_bits(logits, **sizes, threshold=1.5, stability_offset=2.0)
+    assert torch.equal(torch.stack(packed.masks()), masks)
+    areas = [(full > limit).sum(dim=(1, 2)).tolist() for limit in (1.5, 3.5, -0.5)]
+    area, stability = packed.statistics.area.tolist(), packed.statistics.stability.tolist()
+    assert area == pytest.approx(areas[0], abs=2)
+    assert stability == pytest.approx([a / b for a, b in zip(*areas[1:], strict=True)], abs=2e-3)
+
+
+def test_nan_changes_and_counts_the_pixels_that_share_it() -> None:
+    """Below the public function, which refuses NaN; beside a flat part, whose pixels are not looked at one by one."""
+    skip_if_not_built()
+    logits = torch.full((1, 40, 40), 5.0)
+    logits[0, 20:, 20:] = -5.0
+    broken = logits.clone()
+    broken[0, 3, 30] = broken[0, 30, 3] = broken[0, 39, 39] = float("nan")
+    sizes = (160, [160, 131], [131, 203])
+    of_bits = torch.ops.refsam_kernels.mask_postprocess_bits
+    words, statistics = of_bits(broken, *sizes, 0.0, 1.0, "cpu")
+    touched, _ = of_bits(broken.isnan().float(), *sizes, 0.0, 1.0, "cpu")
+    whole, _ = of_bits(logits, *sizes, 0.0, 1.0, "cpu")
+    assert torch.equal(words, whole & ~touched)
+    (mask,) = unpack(touched, [(131, 203)])
+    assert 0 < int(mask.sum()) == int(statistics[0, STATISTICS.index("nan")])
 
 
 def test_cpu_result_does_not_depend_on_the_number_of_threads() -> None:

@@ -15,8 +15,9 @@ from refsam_kernels import (
     mask_postprocess_rle,
     use_backend,
 )
+from refsam_kernels.core import libraries
 from refsam_kernels.mask_postprocess import packed
-from refsam_kernels.mask_postprocess.run_lengths import compress, encode
+from refsam_kernels.mask_postprocess.run_lengths import encode
 from tests.kernels.mask_postprocess_cases import MIXED, make_logits
 
 
@@ -34,7 +35,18 @@ def test_small_masks_written_out(mask: list[list[int]], counts: bytes) -> None:
     assert mask_postprocess_rle(logits, **sizes)[0] == [{"size": [2, 2], "counts": counts}]
 
 
-def test_long_runs_are_written_in_several_characters() -> None:
+@pytest.fixture(params=["compiled", "torch"])
+def written_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run lengths are written by the compiled library, or as where there is none."""
+    if request.param == "torch":
+
+        def load(name: str) -> None:
+            raise ImportError(name)
+
+        monkeypatch.setattr(libraries, "load", load)
+
+
+def test_long_runs_are_written_in_several_characters(written_by: None) -> None:
     """Differences of both signs, at and around where a number takes one more character; decoded by pycocotools."""
     lengths = [
         1,
@@ -54,17 +66,33 @@ def test_long_runs_are_written_in_several_characters() -> None:
         2,
         40_000_000,
         1,
-        3,
+        4,
     ]
-    found = compress(torch.tensor(lengths))
-    total = sum(lengths)
-    assert found == coco.frPyObjects({"size": [total, 1], "counts": lengths}, total, 1)["counts"]
+    height, width = 24, sum(lengths) // 24
+    ends = torch.tensor(lengths[:-1]).cumsum(0).int()
+    wanted = coco.frPyObjects({"size": [height, width], "counts": lengths}, height, width)["counts"]
+    few, nothing = (torch.tensor(each, dtype=torch.int32) for each in ([3, 5], []))
+    found = encode([few, ends, nothing], [(3, 3), (height, width), (2, 2)])
+    assert [each["counts"] for each in found] == [b"324", wanted, b"4"]
 
 
-def test_largest_mask_is_encoded() -> None:
+def test_largest_mask_is_encoded(written_by: None) -> None:
     height, width = 2**16, 2**15 - 1
-    encoded = encode(torch.tensor([height * width - 1], dtype=torch.int32), (height, width))
+    ends = torch.tensor([height * width - 1], dtype=torch.int32)
+    (encoded,) = encode([ends], [(height, width)])
     assert coco.area(encoded) == 1
+
+
+def test_compiled_characters_refuse_other_counts() -> None:
+    try:
+        characters = libraries.load("cpu").mask_postprocess_characters
+    except ImportError as reason:
+        pytest.skip(str(reason))
+    ends = torch.tensor([3, 5], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="counts: got 3, wanted 0 to 2"):
+        characters(ends, [3], [3, 3])
+    with pytest.raises(RuntimeError, match="counts: got 1, wanted one for each of 2 masks"):
+        characters(ends, [2], [3, 3, 2, 2])
 
 
 def test_run_lengths_refuse_nan_where_values_were_not_looked_at(

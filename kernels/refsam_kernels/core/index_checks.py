@@ -4,6 +4,8 @@ Values are checked where that is free: in eager mode on the CPU. On other device
 `torch.compile` break the graph; there the caller is trusted.
 """
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,8 @@ def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raises `ValueError` if a value is NaN or infinite, where they can be seen."""
-    if _can_be_seen(tensor) and not bool(torch.isfinite(tensor).all()):
+    # NaN is the least and the greatest of all; looking at every value on its own takes 20 times as long.
+    if _can_be_seen(tensor) and not all(map(isfinite, map(float, tensor.detach().aminmax()))):
         count = int((~torch.isfinite(tensor)).sum())
         require(False, name, f"{count} of {tensor.numel()} values not finite", "finite values")
 

@@ -16,7 +16,7 @@ from refsam_kernels.mask_postprocess.run_lengths import RunLengths, encode
 Size = tuple[int, int]
 # Runs that are fetched together with their number; more of them cost a second round. An outline that crosses every column
 # twice has two per column.
-RUNS_PER_COLUMN = 8
+RUNS_PER_COLUMN = 16
 LARGEST_MASK = 2**31 - 1
 
 
@@ -121,8 +121,7 @@ def mask_postprocess_rle(
     ends, sizes, statistics = mask_runs(
         logits, image_size, input_size, output_size, threshold, stability_offset, backend
     )
-    lengths = [encode(part, size) for part, size in zip(ends, sizes, strict=True)]
-    return lengths, _named(statistics)
+    return encode(ends, sizes), _named(statistics)
 
 
 def mask_runs(

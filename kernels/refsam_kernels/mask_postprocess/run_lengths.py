@@ -5,10 +5,13 @@ the same value; five bits per character, the lowest first, a sixth bit where mor
 """
 
 import ctypes
-from typing import TypedDict
+from collections.abc import Sequence
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+
+from refsam_kernels.core import libraries
 
 # Characters that a difference of two numbers of 31 bits can take.
 CHARACTERS = 7
@@ -21,11 +24,34 @@ class RunLengths(TypedDict):
     counts: bytes
 
 
-def encode(ends: Tensor, size: tuple[int, int]) -> RunLengths:
-    """Ends of the runs but the last (n,) integer, ascending, on the CPU -> the mask's run lengths."""
-    height, width = size
-    bounds = torch.cat([ends.new_zeros(1), ends, ends.new_tensor([height * width])])
-    return {"size": [height, width], "counts": compress(bounds.long().diff())}
+def encode(ends: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[RunLengths]:
+    """Ends of the runs but the last of every mask (n,) int32, ascending, on the CPU -> the masks' run lengths."""
+    try:
+        library = libraries.load("cpu")
+    except (ImportError, OSError):
+        texts = [compress(_lengths(part, size)) for part, size in zip(ends, sizes, strict=True)]
+    else:
+        texts = _compress_compiled(library, ends, sizes)
+    return [
+        {"size": [height, width], "counts": text}
+        for (height, width), text in zip(sizes, texts, strict=True)
+    ]
+
+
+def _compress_compiled(
+    library: Any, ends: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
+) -> list[bytes]:
+    """The characters of all masks, by csrc/cpu/mask_postprocess.cpp."""
+    counts, flat = [len(part) for part in ends], [side for size in sizes for side in size]
+    joined = torch.cat([torch.empty(0, dtype=torch.int32), *ends])
+    text, lengths = library.mask_postprocess_characters(joined, counts, flat)
+    parts = text.split([CHARACTERS * (count + 1) for count in counts])
+    return [_bytes(part[:length]) for part, length in zip(parts, lengths.tolist(), strict=True)]
+
+
+def _lengths(ends: Tensor, size: tuple[int, int]) -> Tensor:
+    bounds = torch.cat([ends.new_zeros(1), ends, ends.new_tensor([size[0] * size[1]])])
+    return bounds.long().diff()
 
 
 def compress(lengths: Tensor) -> bytes:
@@ -39,5 +65,8 @@ def compress(lengths: Tensor) -> bytes:
     characters += 48 + 32 * more
     begun = torch.ones_like(more)
     begun[:, 1:] = more[:, :-1]
-    text = characters[begun].to(torch.uint8)
+    return _bytes(characters[begun].to(torch.uint8))
+
+
+def _bytes(text: Tensor) -> bytes:
     return ctypes.string_at(text.data_ptr(), text.numel())

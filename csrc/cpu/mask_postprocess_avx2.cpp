@@ -1,0 +1,16 @@
+// Compiled with the flags that build.py has for the name's ending.
+#ifdef __AVX2__
+#include "mask_postprocess_kernels.h"
+#else
+#include "mask_postprocess_band.h"
+#endif
+
+namespace refsam::cpu {
+
+#ifdef __AVX2__
+extern const MaskKernels* const kAvx2MaskKernels = &kMaskKernels;
+#else
+extern const MaskKernels* const kAvx2MaskKernels = nullptr;
+#endif
+
+}  // namespace refsam::cpu
