@@ -1,26 +1,30 @@
-"""Shared by the programs in `end_to_end`: options, sizes of models, processes of their own, files."""
+"""Shared by the programs in `end_to_end`: options, sizes of models, new processes, files."""
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from benchmarks.provenance import ROOT
+from benchmarks.provenance import collect
 from refsam.config import RefSAMConfig
 
 MODELS = ("vit_b", "vit_l", "vit_h")
+Result = TypeVar("Result")
 
 
 def make_parser(file: str, doc: str | None, out: str | None = None) -> argparse.ArgumentParser:
-    """A program's parser with `--out`, the file to write: `out/bench/<out>`, or required where no `out` is given."""
+    """A program's parser with `--out`, the file to write: `out/bench/<out>`, or required where no `out` is given.
+
+    `origin` in the options is the provenance of what is measured now.
+    """
     name = f"python -m benchmarks.end_to_end.{Path(file).stem}"
     parser = argparse.ArgumentParser(prog=name, description=doc)
     default = None if out is None else Path("out/bench") / out
     parser.add_argument("--out", type=Path, default=default, required=out is None)
+    parser.set_defaults(origin=collect("cpu"))
     return parser
 
 
@@ -45,23 +49,17 @@ def random_config(name: str, image_size: int, depth: int | None = None) -> RefSA
     return RefSAMConfig.from_dict(values)
 
 
-def call_process(module: str, *words: str, variables: Mapping[str, str] | None = None) -> Any:
-    """The JSON value in the last line that `python -m benchmarks.end_to_end.<module>` prints."""
-    result = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.end_to_end.{module}", *words],
-        cwd=ROOT,
-        env=os.environ | (variables or {}),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(result.stdout.splitlines()[-1])
+def in_new_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """The function's result from a new process, whose memory holds nothing else."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON value, indented."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+def write_result(options: argparse.Namespace, content: Mapping[str, Any]) -> None:
+    """Write one JSON object, indented: where it comes from, then the content."""
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**options.origin, **content}, indent=1)
+    options.out.write_text(text + "\n", encoding="utf-8")
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -71,17 +69,17 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def report_rows(
-    path: Path,
+    options: argparse.Namespace,
     rows: Iterable[dict[str, Any]],
     line: Callable[[dict[str, Any]], str],
-    origin: dict[str, Any],
 ) -> int:
     """Print a line for each row as it comes, then write all of them with their origin; returns 1 if one is wrong, else 0."""
+    origin = options.origin | {"model": options.model, "image_size": options.image_size}
     found = []
     for row in rows:
         found.append(row | {"provenance": origin})
         print(line(row), flush=True)
-    write_rows(path, found)
+    write_rows(options.out, found)
     return int(any("wrong" in row for row in found))
 
 

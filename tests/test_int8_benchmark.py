@@ -1,7 +1,6 @@
 """The benchmarks of int8 at a tiny size: rows for all of ours, reasons for peers that are not there, errors by block."""
 
-import argparse
-import json
+import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -78,14 +77,13 @@ def test_the_accuracy_table_shows_each_variant() -> None:
     assert "the first 60 frozen clips, mean J&F | 0.250 | 0.250 | 0.250 |" in table
 
 
-def test_memory_is_asked_of_a_process_with_the_same_sizes() -> None:
-    options = argparse.Namespace(model="vit_b", image_size=64)
-    answer = mock.Mock(stdout="noise\n123\n")
-    with mock.patch.object(programs.subprocess, "run", return_value=answer) as run:
-        assert int8.memory_of(int8.PROVIDERS[2], options) == 123
-    command = run.call_args.args[0]
-    assert command[-6:-2] == ["--model", "vit_b", "--image-size", "64"]
-    assert json.loads(command[-1])["dtype"] == "int8"
+def test_memory_of_a_first_call() -> None:
+    used = int8.first_call_bytes(int8.PROVIDERS[2], RefSAMConfig.from_dict(CONFIG))
+    assert used is None or used > 0
+
+
+def test_a_new_process_gives_its_result() -> None:
+    assert programs.in_new_process(os.getpid) != os.getpid()
 
 
 @pytest.mark.parametrize("size", [160])

@@ -1,13 +1,12 @@
 """The benchmark of other libraries' models at a tiny size: rows, the products that bound them, and their table."""
 
-import json
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.end_to_end import products
-from benchmarks.end_to_end.integrations import Case, low_rank, measure, print_memory
+from benchmarks.end_to_end import integrations, products
+from benchmarks.end_to_end.integrations import Case, low_rank, measure
 from benchmarks.report import model_tables
 from tests.kernels.encoder_models import SAM
 from tests.sam_modeling import sam_image_encoder
@@ -56,7 +55,8 @@ def test_a_training_steps_row(dtype: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert f"| {row['speedup']:.2f}x | {bound:.2f}x |" in model_tables.models_cpu()
 
 
-def test_memory_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
-    print_memory(STEP, "float32", "after")
-    assert json.loads(capsys.readouterr().out).keys() == {"first_call", "call", "kept"}
+def test_memory_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(integrations.CASES, "tiny", STEP)
+    found = integrations.memory_of("tiny", "float32", "after")
+    assert found.keys() == {"first_call", "call", "kept"}
     assert torch.is_grad_enabled()

@@ -7,8 +7,7 @@ project; the result holds the SHA-256 of its list. See `refsam.evaluation.runner
 from pathlib import Path
 from typing import Any
 
-from benchmarks.programs import make_parser, write_json
-from benchmarks.provenance import collect
+from benchmarks.programs import make_parser, write_result
 from benchmarks.report.results import markdown
 from refsam.checkpoint.files import file_sha256
 from refsam.evaluation.runners.composites import evaluate_composites
@@ -25,12 +24,10 @@ def main() -> None:
     manifest = arguments.folder / "manifest.jsonl"
     if not manifest.is_file():
         parser.error(f"folder: no {manifest}")
-    origin = collect("cpu")
     model = RefSAM.from_pretrained(arguments.model).eval()
     result = evaluate_composites(model, arguments.folder, arguments.clips)
     print(table(result))
-    content = {**origin, "manifest_sha256": file_sha256(manifest), **result}
-    write_json(arguments.out, content)
+    write_result(arguments, {"manifest_sha256": file_sha256(manifest), **result})
 
 
 def table(result: dict[str, Any]) -> str:

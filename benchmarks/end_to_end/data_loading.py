@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.programs import make_parser, write_json
-from benchmarks.provenance import collect
+from benchmarks.programs import make_parser, write_result
 from refsam.config import config_from_dict
 from refsam.data import open_dataset
 from refsam.data.clips import ClipSampler
@@ -96,15 +95,14 @@ def seconds_per_clip(root: Path, clips: int) -> float:
 
 def main() -> None:
     """Measure, print and write."""
+    torch.set_num_threads(1)
     parser = make_parser(__file__, __doc__)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--clips", type=int, default=400)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         content = {
-            **collect("cpu"),
             "cores": len(os.sched_getaffinity(0)),
             "workers": arguments.workers,
             "frame_size": SIZE,
@@ -117,7 +115,7 @@ def main() -> None:
         f"{content['clips_per_second']:.1f} clips/s with {arguments.workers} processes, "
         f"{1e3 * content['cpu_seconds_per_clip']:.1f} ms of processor time per clip"
     )
-    write_json(arguments.out, content)
+    write_result(arguments, content)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.programs import make_parser, write_json
-from benchmarks.provenance import collect
+from benchmarks.programs import make_parser, write_result
 from benchmarks.report.results import markdown
 from refsam.metrics import region_similarity
 from refsam.model import RefSAM
@@ -78,13 +77,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if missing := [name for name in SENTENCES if not (arguments.folder / name).is_dir()]:
         parser.error(f"folder: missing {', '.join(missing)}")
-    origin = collect("cpu")
     model = RefSAM.from_pretrained(arguments.checkpoint)
     mark_untaught(model, ())  # with nouns that it would refuse, too
     rows = score(model, arguments.folder)
     print(table(rows))
-    content = {**origin, "summary": summary(rows), "rows": rows}
-    write_json(arguments.out, content)
+    write_result(arguments, {"summary": summary(rows), "rows": rows})
 
 
 if __name__ == "__main__":

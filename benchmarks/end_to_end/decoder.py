@@ -16,7 +16,6 @@ from torch import Tensor
 
 from benchmarks.measure import take_turns
 from benchmarks.programs import make_parser
-from benchmarks.provenance import collect
 from refsam_kernels.integrations import optimize, two_way_transformer
 from tests.sam_modeling import sam_mask_decoder
 
@@ -59,11 +58,11 @@ def measure(prompts: int, tokens: int, dtype: torch.dtype) -> dict[str, float]:
 
 def main() -> None:
     """Measures, and adds a row for each size to the file."""
+    torch.set_num_threads(1)
     parser = make_parser(__file__, __doc__)
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="PROMPTSxTOKENS")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     for size in arguments.sizes:
         prompts, tokens = map(int, size.split("x"))
         with torch.inference_mode():
@@ -71,7 +70,7 @@ def main() -> None:
         row = {"dtype": arguments.dtype, "prompts": prompts, "tokens": tokens} | times
         print(row, flush=True)
         with arguments.out.open("a") as file:
-            file.write(json.dumps(row | {"provenance": collect("cpu")}) + "\n")
+            file.write(json.dumps(row | {"provenance": arguments.origin}) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@ group of its own: checked, timed in turn, checked again. Memory is that of a fir
 copies of the weights included, compilation excluded. A peer that cannot run here is skipped with a reason.
 """
 
-import argparse
 import copy
-import json
 import statistics
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -32,13 +30,12 @@ from benchmarks.end_to_end.peers import (
 from benchmarks.measure import peak_memory, take_turns
 from benchmarks.programs import (
     add_sizes,
-    call_process,
+    in_new_process,
     make_parser,
     milliseconds,
     random_config,
     report_rows,
 )
-from benchmarks.provenance import collect
 from benchmarks.registry import backends_of, unusable
 from benchmarks.report.results import failure
 from refsam.config import EVFConfig, RefSAMConfig
@@ -307,23 +304,20 @@ def encode_with(made: Callable[[], Callable[[Tensor], Tensor]], pixels: Tensor) 
 
 def memory_of(provider: Provider, config: RefSAMConfig) -> int | None:
     """Bytes that a first call needs at its peak above the weights: the median of several processes, whose heaps vary."""
-    task = json.dumps({"provider": asdict(provider), "config": config.to_dict()})
-    found = [call_process("encoder", "--memory-of", task) for _ in range(MEMORY_RUNS)]
-    return None if None in found else int(statistics.median(found))
+    found = [in_new_process(first_call_bytes, provider, config) for _ in range(MEMORY_RUNS)]
+    known = [used for used in found if used is not None]
+    return int(statistics.median(known)) if known else None
 
 
-def print_memory(task: str) -> None:
-    """The process that `memory_of` starts: print the bytes, or null where they cannot be measured."""
-    settings = json.loads(task)
-    config = RefSAMConfig.from_dict(settings["config"])
-    sam = random_sam(config)
-    encode = make(Provider(**settings["provider"]), config, sam)
+@torch.inference_mode()
+def first_call_bytes(provider: Provider, config: RefSAMConfig) -> int | None:
+    """Bytes of a first call in this process; None where they cannot be measured."""
+    encode = make(provider, config, random_sam(config))
     size = config.image_encoder.image_size
     call = partial(encode, torch.zeros(1, 3, size, size))
-    with torch.inference_mode():
-        if settings["provider"]["name"] == COMPILED:
-            call()  # compiling takes more than computing
-        print(json.dumps(peak_memory(call, "cpu")))
+    if provider.name == COMPILED:
+        call()  # compiling takes more than computing
+    return peak_memory(call, "cpu")
 
 
 def main() -> int:
@@ -339,13 +333,8 @@ def main() -> int:
         help="providers by name; the baseline is always there",
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.memory_of:
-        print_memory(options.memory_of)
-        return 0
     config = random_config(options.model, options.image_size, options.depth)
-    origin = collect("cpu") | {"model": options.model, "image_size": options.image_size}
     with torch.inference_mode():
         sam = random_sam(config)
         side = options.image_size
@@ -356,7 +345,7 @@ def main() -> int:
             for dtype in options.dtypes
             for row in run_group(config, sam, dtype, exact, pixels, options.repeats, options.only)
         )
-        return report_rows(options.out, rows, table_line, origin)
+        return report_rows(options, rows, table_line)
 
 
 def table_line(row: dict[str, Any]) -> str:

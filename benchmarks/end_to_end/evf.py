@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import provenance
 from benchmarks.end_to_end.encoder import random_sam
 from benchmarks.measure import resident, take_turns
-from benchmarks.programs import make_parser, write_json
+from benchmarks.programs import make_parser, write_result
 from refsam.config import EVFConfig
 from refsam.model import EVFSAM, ImageFeatures, TextPrompt
 from refsam.runtime.device import choose_device
@@ -106,8 +105,7 @@ def main() -> None:
     options = parser.parse_args()
     choose_device("cpu")
     row = measure(EVFConfig(), getattr(torch, options.dtype), options.rounds)
-    row["provenance"] = provenance.collect("cpu")
-    write_json(options.out, row)
+    write_result(options, row)
     print(json.dumps(row, indent=2))
 
 

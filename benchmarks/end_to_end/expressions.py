@@ -16,7 +16,6 @@ from torch import Tensor
 
 from benchmarks.measure import take_turns
 from benchmarks.programs import add_sizes, make_parser, milliseconds, random_config, report_rows
-from benchmarks.provenance import collect
 from benchmarks.report.results import failure
 from refsam import RefSAM, VideoSession
 from refsam.runtime.malloc import keep_freed_memory
@@ -79,7 +78,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args(arguments)
     keep_freed_memory()  # as `refsam segment` does
-    origin = collect("cpu") | {"model": options.model, "image_size": options.image_size}
     model = make_model(options.model, options.image_size, options.depth)
     generator = torch.Generator().manual_seed(0)
     frame = torch.randint(256, (*SIZE, 3), dtype=torch.uint8, generator=generator)
@@ -88,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         for dtype in options.dtypes
         for row in run_group(model.deoptimize().optimize(DTYPES[dtype]), frame, options.repeats)
     )
-    return report_rows(options.out, rows, table_line, origin)
+    return report_rows(options, rows, table_line)
 
 
 def table_line(row: dict[str, Any]) -> str:

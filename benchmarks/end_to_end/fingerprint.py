@@ -14,8 +14,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from benchmarks.programs import make_parser, write_json
-from benchmarks.provenance import collect
+from benchmarks.programs import make_parser, write_result
 from refsam import RefSAM
 from refsam_kernels import Fingerprint
 from refsam_kernels.integrations import optimize
@@ -91,7 +90,7 @@ def main() -> None:
         row = {"model": name, "forward_ms": whole, "fingerprint_ms": part}
         rows.append(row | {"share_percent": 100 * part / whole})
         print(rows[-1], flush=True)
-    write_json(arguments.out, collect("cpu") | {"rows": rows})
+    write_result(arguments, {"rows": rows})
 
 
 if __name__ == "__main__":

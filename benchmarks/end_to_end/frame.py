@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.end_to_end.segment import write_clip
-from benchmarks.programs import make_parser, write_json
-from benchmarks.provenance import collect
+from benchmarks.programs import make_parser, write_result
 from refsam import RefSAM
 from refsam.model.features import ImageFeatures, MaskOutput, TextPrompt
 from refsam.runtime.malloc import keep_freed_memory
@@ -89,7 +88,6 @@ def write(out: Path, expression: str, overlay: bool, pairs: Pairs) -> None:
 def main() -> None:
     """Measure, print and write."""
     arguments = make_parser(__file__, __doc__).parse_args()
-    origin = collect("cpu")
     keep_freed_memory()
     model = (
         RefSAM.from_pretrained("nano").eval().optimize(fixed_weights=True)
@@ -103,7 +101,7 @@ def main() -> None:
     medians = {name: median(row[name] for row in rounds) for name in rounds[0]}
     for name, value in medians.items():
         print(f"{name:28} {value:8.2f}")
-    write_json(arguments.out, {**origin, "medians": medians, "rounds": rounds})
+    write_result(arguments, {"medians": medians, "rounds": rounds})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ the others. Rows of other models, sizes, threads and
 instruction sets (REFSAM_CPU_INSTRUCTION_SET) stay in FILE.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -33,7 +32,7 @@ from benchmarks.end_to_end.peers import (
     prepare,
 )
 from benchmarks.measure import peak_memory, take_turns
-from benchmarks.programs import MODELS, call_process, make_parser, milliseconds, write_rows
+from benchmarks.programs import MODELS, in_new_process, make_parser, milliseconds, write_rows
 from benchmarks.provenance import collect
 from refsam.config import RefSAMConfig
 from refsam.model.build import build_image_encoder
@@ -133,11 +132,11 @@ def image(config: RefSAMConfig) -> Tensor:
     return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def memory_of(provider: Provider, options: argparse.Namespace) -> int | None:
-    """Bytes that a first call of ours needs at its peak, in a process of its own."""
-    sizes = ("--model", options.model, "--image-size", str(options.image_size))
-    found: int | None = call_process("int8", *sizes, "--memory-of", json.dumps(asdict(provider)))
-    return found
+@torch.inference_mode()
+def first_call_bytes(provider: Provider, config: RefSAMConfig) -> int | None:
+    """Bytes that a first call of ours needs at its peak in this process; None where they cannot be measured."""
+    encode = make_ours(provider, config, seeded_sam(config), release=provider.dtype == "int8")
+    return peak_memory(partial(encode, image(config)), "cpu")
 
 
 def main() -> None:
@@ -157,7 +156,6 @@ def main() -> None:
     parser.add_argument(
         "--memory", action="store_true", help="measure it too, in processes of their own"
     )
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     config = RefSAMConfig.preset(options.model).override(
         f"image_encoder.image_size={options.image_size}"
@@ -165,13 +163,6 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     with torch.inference_mode():
-        if options.memory_of:
-            provider = Provider(**json.loads(options.memory_of))
-            encode = make_ours(
-                provider, config, seeded_sam(config), release=provider.dtype == "int8"
-            )
-            print(json.dumps(peak_memory(partial(encode, image(config)), "cpu")))
-            return
         if options.prepare:
             for reason in prepare(seeded_sam(config), image(config), options.prepare):
                 print(f"left out: {reason}", file=sys.stderr)
@@ -185,7 +176,7 @@ def main() -> None:
         row |= {"model": options.model, "image_size": options.image_size}
         row |= {"threads": torch.get_num_threads(), "instruction_set": instruction_set()}
         if options.memory and provider.name == OURS and not provider.wide:
-            row["peak_memory_bytes"] = memory_of(provider, options)
+            row["peak_memory_bytes"] = in_new_process(first_call_bytes, provider, config)
         print(line_of(provider, row), flush=True)
     write_rows(options.out, [*other_rows(options.out, rows), *rows])
 

@@ -19,8 +19,7 @@ from torch import Tensor
 from benchmarks.end_to_end import davis
 from benchmarks.end_to_end.encoder import random_sam
 from benchmarks.end_to_end.int8 import image
-from benchmarks.programs import make_parser, write_json
-from benchmarks.provenance import collect
+from benchmarks.programs import make_parser, write_result
 from refsam.config import RefSAMConfig
 from refsam.evaluation.runners.generated import evaluate_generated
 from refsam.model import RefSAM, SmallTextEncoder
@@ -119,8 +118,7 @@ def main() -> None:
         for name, found in zip(DTYPES, pool.map(measure, DTYPES), strict=True):
             print(name, json.dumps(found), flush=True)
             result[name] = found
-    result["provenance"] = collect("cpu")
-    write_json(options.out, result)
+    write_result(options, result)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ are a figure of their own. Both are measured in processes of their own. A traini
 Rows are appended, one for times and one for memory; `--list` names the cases.
 """
 
-import argparse
 import copy
 import json
 from collections.abc import Callable
@@ -20,8 +19,7 @@ from torch import Tensor, nn
 from benchmarks.end_to_end.encoder import DTYPES, errors, features_of
 from benchmarks.end_to_end.products import products_of
 from benchmarks.measure import peak_memory, resident, take_turns
-from benchmarks.programs import call_process, make_parser
-from benchmarks.provenance import collect
+from benchmarks.programs import in_new_process, make_parser
 from refsam_kernels.integrations import optimize
 from tests.kernels.encoder_models import cellpose, of_transformers, processor_of
 from tests.sam_modeling import sam_image_encoder
@@ -167,14 +165,9 @@ def measure(case: Case, dtype: str, rounds: int) -> dict[str, Any]:
     return row
 
 
-def memory_of(name: str, dtype: str) -> dict[str, Any]:
-    """Bytes above the weights, before and after, each from a process of its own."""
-    words = (name, "--dtype", dtype, "--memory-of")
-    return {which: call_process("integrations", *words, which) for which in ("before", "after")}
-
-
-def print_memory(case: Case, dtype: str, which: str) -> None:
-    """The process that `memory_of` starts: the peak of a call; of an optimized model's second one, and what the first left."""
+def memory_of(name: str, dtype: str, which: str) -> dict[str, Any]:
+    """Bytes above the weights in this process: a call's peak; of an optimized model's second one, and what the first left."""
+    case = CASES[name]
     model = case.cast(case.make(), DTYPES[dtype])
     call = call_of(case, model, DTYPES[dtype])
     if which == "after":
@@ -182,11 +175,10 @@ def print_memory(case: Case, dtype: str, which: str) -> None:
     lying = resident("VmRSS")
     first = peak_memory(call, "cpu")
     if which == "before":
-        print(json.dumps({"call": first, "kept": 0}))
-        return
+        return {"call": first, "kept": 0}
     second = peak_memory(call, "cpu")
     peak_memory(lambda: None, "cpu")  # gives freed memory back
-    print(json.dumps({"first_call": first, "call": second, "kept": resident("VmRSS") - lying}))
+    return {"first_call": first, "call": second, "kept": resident("VmRSS") - lying}
 
 
 def main() -> int:
@@ -197,22 +189,20 @@ def main() -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--measure", choices=["time", "memory"], default="time")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory-of", choices=["before", "after"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.list:
         print("\n".join(CASES))
     for name in options.cases:
         case = CASES[name]
-        if options.memory_of:
-            print_memory(case, options.dtype, options.memory_of)
-            continue
         labels = {"case": name, "model": case.model, "pixels": case.pixels, "task": case.task}
         row: dict[str, Any] = labels | {"dtype": options.dtype, "measured": options.measure}
         if options.measure == "time":
             row |= measure(case, options.dtype, options.rounds)
         else:
-            row |= memory_of(name, options.dtype)
-        row["provenance"] = collect("cpu")
+            row |= {
+                w: in_new_process(memory_of, name, options.dtype, w) for w in ("before", "after")
+            }
+        row["provenance"] = options.origin
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("a") as file:
             file.write(json.dumps(row) + "\n")

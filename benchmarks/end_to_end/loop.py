@@ -6,8 +6,7 @@ size in float32, and reads and writes nothing. Both have the same random weights
 encoded before the clocks start. No time is reported for a command whose masks are not the loop's, in any of its runs.
 """
 
-import argparse
-import json
+import os
 import sys
 import tempfile
 import time
@@ -25,8 +24,7 @@ from torch import Tensor
 from benchmarks.end_to_end.expressions import SENTENCES, make_model
 from benchmarks.end_to_end.per_expression import PerExpressionLoop
 from benchmarks.measure import summarise, time_cpu
-from benchmarks.programs import add_sizes, call_process, make_parser, milliseconds, report_rows
-from benchmarks.provenance import collect
+from benchmarks.programs import add_sizes, in_new_process, make_parser, milliseconds, report_rows
 from benchmarks.report.results import failure
 from refsam import RefSAM
 from refsam.data.generated import generate_clip
@@ -72,7 +70,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Task:
-    """One run of the command, as JSON takes it."""
+    """One run of the command."""
 
     clip: str
     expressions: Sequence[str]
@@ -89,8 +87,8 @@ def written_masks(out: Path, frame: int, count: int) -> Tensor:
 
 def run_segment(task: Task) -> dict[str, float]:
     """`segment_once` in a process of its own, whose threads wait as the command's do."""
-    passive = {"OMP_WAIT_POLICY": "PASSIVE"}
-    return call_process("loop", "--segment", json.dumps(asdict(task)), variables=passive)
+    with mock.patch.dict(os.environ, OMP_WAIT_POLICY="PASSIVE"):
+        return in_new_process(segment_once, task)
 
 
 def segment_once(task: Task) -> dict[str, float]:
@@ -199,18 +197,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--expressions", type=int, default=4)
     parser.add_argument("--frames", type=int, default=6, help="of the clip")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--segment", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.segment:
-        print(json.dumps(segment_once(Task(**json.loads(options.segment)))))
-        return 0
-    origin = collect("cpu") | {"model": options.model, "image_size": options.image_size}
     model: Any = randomise(make_model(options.model, options.image_size, options.depth))
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder) / "clip.mp4"
         encode_video(clip, generate_clip(seed=0, frames=options.frames, size=SIZE).frames.numpy())
         rows = measure(model, clip, SENTENCES[: options.expressions], options.rounds)
-        return report_rows(options.out, rows, table_line, origin)
+        return report_rows(options, rows, table_line)
 
 
 def table_line(row: dict[str, Any]) -> str:

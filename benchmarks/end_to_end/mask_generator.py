@@ -16,7 +16,6 @@ from torch import Tensor
 
 from benchmarks.measure import peak_memory, take_turns
 from benchmarks.programs import make_parser, write_rows
-from benchmarks.provenance import collect
 from refsam_kernels.integrations import optimize
 from tests.sam_modeling import load_sam_modeling, sam_image_encoder
 from tests.timm_modeling import torchvision_to_import
@@ -82,11 +81,11 @@ def thread_seconds(call: Callable[[], Any]) -> float:
 
 def main() -> None:
     """Compares, measures and writes a row for each way."""
+    torch.set_num_threads(1)
     parser = make_parser(__file__, __doc__)
     parser.add_argument("--points", type=int, default=64, help="of a batch")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     logits = smooth_logits(arguments.points)
     ways = {
         "segment-anything": batch_of(logits, optimized=False),
@@ -103,7 +102,7 @@ def main() -> None:
         {"provider": name, **facts, **asdict(times[name]), "peak_memory_bytes": memory[name]}
         for name in ways
     ]
-    write_rows(arguments.out, (row | {"provenance": collect("cpu")} for row in rows))
+    write_rows(arguments.out, (row | {"provenance": arguments.origin} for row in rows))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.measure import resident
-from benchmarks.programs import make_parser, write_json
+from benchmarks.programs import make_parser, write_result
 from benchmarks.provenance import collect
 from refsam import RefSAM, VideoSession
 from refsam.runtime.malloc import keep_freed_memory
@@ -109,15 +108,14 @@ def main() -> None:
     keep_freed_memory()
     model = RefSAM.from_pretrained("nano").to(arguments.device).eval()
     choose_threads(model.device, model.config.image_encoder.multiplications)
-    origin: dict[str, Any] = collect(arguments.device)
+    arguments.origin = collect(arguments.device)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         rows = run(model, arguments.frames, Path(folder))
     keys = [key for key in rows[0] if key != "frames"]
     summary = {f"{key}_for_each_thousand_frames": growth(rows, key) for key in keys}
     print(summary, f"in {time.perf_counter() - started:.0f} s")
-    content = {**origin, "frame_size": SIZE, "growth": summary, "rows": rows}
-    write_json(arguments.out, content)
+    write_result(arguments, {"frame_size": SIZE, "growth": summary, "rows": rows})
     plot(rows, arguments.plot)
 
 

@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from benchmarks.programs import make_parser, write_json
-from benchmarks.provenance import collect
+from benchmarks.programs import make_parser, write_result
 from refsam.metrics import (
     boundary_radius,
     region_contour,
@@ -98,8 +97,7 @@ def main() -> None:
     milliseconds = measure(providers, example())
     for name, value in milliseconds.items():
         print(f"{name:8} {value:8.3f} ms  {value / milliseconds['native']:6.1f} x native")
-    content = {**collect("cpu"), "milliseconds_per_pair": milliseconds}
-    write_json(arguments.out, content)
+    write_result(arguments, {"milliseconds_per_pair": milliseconds})
 
 
 if __name__ == "__main__":

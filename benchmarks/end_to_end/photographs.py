@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.programs import make_parser, write_json
-from benchmarks.provenance import collect
+from benchmarks.programs import make_parser, write_result
 from benchmarks.report.results import markdown
 from refsam.data.photographs.folder import UNSURE, PhotoFolder, Photograph, open_folder
 from refsam.model import RefSAM
@@ -100,14 +99,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a folder of photographs with class masks")
     parser.add_argument("--checkpoint", default="nano", help="bundled name or folder")
     arguments = parser.parse_args()
-    origin = collect("cpu")
     model = RefSAM.from_pretrained(arguments.checkpoint)
     mark_untaught(model, ())  # which nouns it refuses is decided by this measurement
     rows = score(model, open_folder(arguments.folder, "val"))
     result = summary(rows)
     print(table(result))
-    content = {**origin, "summary": result, "rows": rows}
-    write_json(arguments.out, content)
+    write_result(arguments, {"summary": result, "rows": rows})
 
 
 if __name__ == "__main__":

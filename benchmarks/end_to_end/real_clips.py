@@ -15,8 +15,7 @@ import av
 import numpy as np
 from scipy import ndimage
 
-from benchmarks.programs import make_parser, write_json
-from benchmarks.provenance import collect
+from benchmarks.programs import make_parser, write_result
 from refsam.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, file_sha256
 from refsam.metrics import region_similarity
 from refsam.model import RefSAM
@@ -149,7 +148,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where dog.mp4 and blocks.mp4 lie")
     parser.add_argument("--before", required=True, help="commit whose weights are compared")
     arguments = parser.parse_args()
-    origin = collect("cpu")
     clips = {name: arguments.folder / f"{name}.mp4" for name in SENTENCES}
     if missing := [str(path) for path in clips.values() if not path.is_file()]:
         parser.error(f"folder: missing {', '.join(missing)}")
@@ -159,9 +157,8 @@ def main() -> None:
         before = score(RefSAM.from_pretrained(folder).eval(), arguments.folder)
     now = score(RefSAM.from_pretrained("nano").eval(), arguments.folder)
     print(table(before, now))
-    content = {**origin, "base": base, "sha256": digests, "stride": STRIDE}
-    content |= {"before": before, "now": now}
-    write_json(arguments.out, content)
+    content = {"base": base, "sha256": digests, "stride": STRIDE, "before": before, "now": now}
+    write_result(arguments, content)
 
 
 def table(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:

@@ -58,8 +58,7 @@ def measure(predictions: Path, truth: Path, rounds: int) -> dict[str, list[float
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
     # Not at the top: the processes import this module, and torch, which scoring does not need, takes a second.
-    from benchmarks.programs import make_parser, write_json
-    from benchmarks.provenance import collect
+    from benchmarks.programs import make_parser, write_result
 
     os.environ["OMP_NUM_THREADS"] = "1"
     keep_freed_memory()  # as the command does
@@ -73,7 +72,6 @@ def main(arguments: list[str] | None = None) -> None:
         seconds = measure(*folders, options.rounds)
     one, two = (statistics.median(seconds[str(count)]) for count in PROCESSES)
     content = {
-        **collect("cpu"),
         "cores": len(os.sched_getaffinity(0)),
         "videos": options.videos,
         "frames": options.videos * options.frames,
@@ -81,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         "speedup": one / two,
     }
     print(f"one process {one:.2f} s, two {two:.2f} s: {one / two:.2f} times as fast")
-    write_json(options.out, content)
+    write_result(options, content)
 
 
 if __name__ == "__main__":

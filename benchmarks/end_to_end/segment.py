@@ -12,10 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from benchmarks.programs import make_parser, write_json
-from benchmarks.provenance import collect
+from benchmarks.programs import make_parser, write_result
 from refsam.data.generated import generate_clip
 from tests.video.clips import encode_video
 
@@ -69,7 +67,6 @@ def _core_seconds() -> float:
 def main() -> None:
     """Measure, print and write."""
     arguments = make_parser(__file__, __doc__).parse_args()
-    origin: dict[str, Any] = collect("cpu")
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder) / "clip.mp4"
         expression = write_clip(clip)
@@ -77,8 +74,7 @@ def main() -> None:
     result = {name: median(run[name] for run in runs) for name in runs[0]}
     for name, value in result.items():
         print(f"{name:34} {value:8.2f}")
-    content = {**origin, "frames": FRAMES, "medians": result, "runs": runs}
-    write_json(arguments.out, content)
+    write_result(arguments, {"frames": FRAMES, "medians": result, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ first step in a process of its own: above the weights (gradients and the optimis
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,13 +24,12 @@ from benchmarks.measure import peak_memory, resident, take_turns
 from benchmarks.ops import mask_loss
 from benchmarks.programs import (
     add_sizes,
-    call_process,
     encoder_sizes,
+    in_new_process,
     make_parser,
     milliseconds,
-    write_json,
+    write_result,
 )
-from benchmarks.provenance import collect
 from benchmarks.report.results import failure
 from refsam.config import config_from_dict
 from refsam.data.clips import ClipBatch
@@ -225,18 +224,12 @@ def measure(
     return rows
 
 
-def memory_of(name: str) -> dict[str, Any]:
-    """Bytes of a first step in a process of its own."""
-    found: dict[str, Any] = call_process("training", *sys.argv[1:], "--memory-of", name)
-    return found
-
-
-def print_memory(options: argparse.Namespace) -> None:
-    """The process that `memory_of` starts: print the bytes, or null where they cannot be measured."""
-    step = Step(options.memory_of, make_module(options), make_batch(options.frames))
+def first_step_bytes(options: argparse.Namespace, name: str) -> dict[str, int | None]:
+    """Bytes of a first step, and of the whole process, in this one; None where they cannot be measured."""
+    step = Step(name, make_module(options), make_batch(options.frames))
     used = peak_memory(step, "cpu")
     whole = None if used is None else resident("VmHWM")
-    print(json.dumps({"step_memory_bytes": used, "process_memory_bytes": whole}))
+    return {"step_memory_bytes": used, "process_memory_bytes": whole}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -245,22 +238,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add_sizes(parser, image_size=512)
     parser.add_argument("--frames", type=int, default=3, help="of the clip")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--memory-of", choices=PROVIDERS, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def main() -> int:
     """Measures, prints and writes one JSON file; returns 1 if a result was wrong."""
     options = parse()
-    if options.memory_of:
-        print_memory(options)
-        return 0
     names = ("model", "image_size", "frames", "depth")
-    content = collect("cpu") | {name: getattr(options, name) for name in names}
-    content["rows"] = rows = measure(options, memory_of)
+    content: dict[str, Any] = {name: getattr(options, name) for name in names}
+    content["rows"] = rows = measure(options, partial(in_new_process, first_step_bytes, options))
     for row in rows:
         print(table_line(row))
-    write_json(options.out, content)
+    write_result(options, content)
     return int(any("wrong" in row for row in rows))
 
 

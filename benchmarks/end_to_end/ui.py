@@ -15,8 +15,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.end_to_end.segment import write_clip
-from benchmarks.programs import make_parser, write_json
-from benchmarks.provenance import collect
+from benchmarks.programs import make_parser, write_result
 
 RUNS = 3
 _BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")
@@ -74,7 +73,6 @@ def main() -> None:
     from playwright.sync_api import sync_playwright
 
     arguments = make_parser(__file__, __doc__).parse_args()
-    origin: dict[str, Any] = collect("cpu")
     path = next(filter(None, map(shutil.which, _BROWSERS)), None)
     if path is None:
         raise SystemExit(f"needs one of {', '.join(_BROWSERS)}")
@@ -87,7 +85,7 @@ def main() -> None:
     result = {name: median(run[name] for run in runs) for name in runs[0]}
     for name, value in result.items():
         print(f"{name:26} {value:8.2f}")
-    write_json(arguments.out, {**origin, "medians": result, "runs": runs})
+    write_result(arguments, {"medians": result, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -96,7 +96,6 @@ def _peers_and_int8() -> tuple[list[str], float]:
 @table
 def evf_cpu() -> str:
     result = read_result("evf_cpu")
-    origin = result["provenance"]
     rows = [
         ("a frame, one expression, s", f"{result['frame_1_s']:.1f}"),
         ("a frame, four expressions, s", f"{result['frame_4_s']:.1f}"),
@@ -105,7 +104,7 @@ def evf_cpu() -> str:
         ("peak memory of the process, GiB", f"{result['peak_rss_bytes'] / 2**30:.1f}"),
     ]
     what = f"ViT-H and BEiT-3 large, random weights, 1280 x 720, {result['dtype']}"
-    return markdown(" | measured", rows, f"{what}, {_machine(origin)}.")
+    return markdown(" | measured", rows, f"{what}, {_machine(result)}.")
 
 
 def _machine(origin: dict[str, Any]) -> str:
