@@ -2,7 +2,7 @@
 
 import codecs
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -90,18 +90,18 @@ def records(
     videos: Mapping[str, Mapping[str, Any]],
     names: Collection[str],
     annotated: bool,
-    objects: Callable[[Mapping[str, Any]], tuple[int, ...] | None],
+    objects: str,
 ) -> tuple[tuple[VideoRecord, ...], dict[str, tuple[Expression, ...]]]:
     """Videos and expressions of the entries `names` of a `meta_expressions.json`, frames sorted, expressions in file order.
 
-    `objects` reads the objects out of an expression's entry. Raises DataError for an entry that does not follow the format.
+    `objects` is the key of the objects in an expression's entry. Raises DataError for an entry that does not follow the format.
     """
     found, by_video = [], {}
     for name in names:
         try:
             frames = tuple(sorted(videos[name]["frames"]))
             by_video[name] = tuple(
-                Expression(name, number, " ".join(entry["exp"].split()), objects(entry))
+                Expression(name, number, " ".join(entry["exp"].split()), _numbers(entry, objects))
                 for number, entry in videos[name]["expressions"].items()
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -124,7 +124,7 @@ def open_listed(
     root: Path,
     places: Mapping[str, Path],
     masks: MaskSource | None,
-    objects: Callable[[Mapping[str, Any]], tuple[int, ...] | None],
+    objects: str,
     *,
     names: Collection[str] | None = None,
     notes: tuple[str, ...] = (),
@@ -149,7 +149,7 @@ def open_listed(
     )
 
 
-def numbers_of(entry: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
+def _numbers(entry: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
     """The objects in an expression's entry, one number or several; None if it names none."""
     if key not in entry:
         return None

@@ -1,20 +1,12 @@
 """Long-RVOS (arXiv 2505.12702): videos of a minute. Each object has a folder of masks, without a file where it is not seen."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from refsam.data.dataset import Expression, Mask, ReferringDataset
-from refsam.data.listings import (
-    Part,
-    check_split,
-    demand_parts,
-    numbers_of,
-    open_listed,
-    read_videos,
-)
+from refsam.data.listings import Part, check_split, demand_parts, open_listed, read_videos
 from refsam.data.masks import read_numbers
 
 SPLITS = ("train", "valid", "test")
@@ -62,8 +54,7 @@ def open_split(name: str, root: Path, split: str) -> ReferringDataset:
     has_truth = places["masks"].is_dir()
     masks = ObjectFolders(places["masks"]) if has_truth else None
     notes = () if has_truth else (f"{split}: no truth in {places['masks']}; see {_SITE}",)
-    objects = partial(numbers_of, key="obj_id")
-    return open_listed(name, split, root, places, masks, objects, notes=notes)
+    return open_listed(name, split, root, places, masks, "obj_id", notes=notes)
 
 
 def expression_types(dataset: ReferringDataset) -> dict[tuple[str, str], str]:

@@ -1,6 +1,5 @@
 """MeViS: expressions about the motion of several objects, with masks as run lengths in one large JSON file."""
 
-from functools import partial
 from pathlib import Path
 
 from refsam.data.dataset import DataError, ReferringDataset
@@ -9,7 +8,6 @@ from refsam.data.listings import (
     Part,
     check_split,
     demand_parts,
-    numbers_of,
     open_listed,
     read_json,
     read_videos,
@@ -55,8 +53,7 @@ def open_split(name: str, root: Path, split: str) -> ReferringDataset:
         }
         arrays = open_arrays(places["masks"], lambda: _read_tracks(places["masks"]))
         source, notes = RunLengthMasks(RunLengthTable(**arrays), Listed(positions)), ()
-    objects = partial(numbers_of, key="anno_id")
-    return open_listed(name, split, root, places, source, objects, notes=notes)
+    return open_listed(name, split, root, places, source, "anno_id", notes=notes)
 
 
 def _read_tracks(path: Path) -> Arrays:

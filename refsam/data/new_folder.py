@@ -19,13 +19,21 @@ def new_folder(out: Path) -> Iterator[Path]:
     with only_writer(out, wait=False):
         if out.exists():
             raise DataError(f"out: {out} exists, want a new folder")
-        partial = own_name(out)
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
+        with staged_folder(out) as partial:
             yield partial
-            partial.rename(out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def staged_folder(folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder to write into, which is renamed to `folder` at the end; after an error it is removed."""
+    partial = own_name(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def place(source: Path, target: Path, copy: bool) -> None:

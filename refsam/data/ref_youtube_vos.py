@@ -1,7 +1,6 @@
 """Ref-YouTube-VOS, and the layout that Ref-DAVIS17 shares with it once it is prepared."""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from refsam.data.listings import (
     Part,
     check_split,
     demand_parts,
-    numbers_of,
     open_listed,
     read_videos,
 )
@@ -58,8 +56,7 @@ def open_layout(name: str, root: Path, split: str, parts: Mapping[str, Part]) ->
     source = _mask_source(places["masks"], listed, names)
     if source is None:
         notes += (f"{split}: no truth in {places['masks']}; it comes from {parts['masks'].source}",)
-    objects = partial(numbers_of, key="obj_id")
-    return open_listed(name, split, root, places, source, objects, names=names, notes=notes)
+    return open_listed(name, split, root, places, source, "obj_id", names=names, notes=notes)
 
 
 def _validation_videos(root: Path, listed: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:

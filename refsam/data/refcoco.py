@@ -18,28 +18,13 @@ from refsam.data.run_lengths import (
     RunLengthTable,
     encode,
     open_arrays,
-    recorded_sizes,
     same_aspect,
 )
 from refsam.errors import named
 
-# Errors that a damaged pickle may raise.
-_PICKLE_ERRORS = (
-    pickle.UnpicklingError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-)
 # Who split it -> the splits; the first is the usual one.
 SPLITS_BY: dict[str, dict[str, tuple[str, ...]]] = {
-    "refcoco": {
-        "unc": ("train", "val", "testA", "testB"),
-        "google": ("train", "val", "test"),
-    },
+    "refcoco": {"unc": ("train", "val", "testA", "testB"), "google": ("train", "val", "test")},
     "refcoco+": {"unc": ("train", "val", "testA", "testB")},
     "refcocog": {"umd": ("train", "val", "test"), "google": ("train", "val")},
 }
@@ -76,12 +61,7 @@ def parts(name: str, root: Path, split: str, split_by: str) -> dict[str, Part]:
 
 
 def open_split(
-    name: str,
-    root: Path,
-    split: str,
-    *,
-    split_by: str | None = None,
-    exclude_shared: bool = True,
+    name: str, root: Path, split: str, *, split_by: str | None = None, exclude_shared: bool = True
 ) -> ReferringDataset:
     """One split: each image is a video of one frame, whose expressions have their `sent_id` as number.
 
@@ -95,9 +75,9 @@ def open_split(
     check_split(f"{name} ({split_by})", split, usual[split_by])
     places = demand_parts(name, parts(name, root, split, split_by))
     refs = [ref for ref in read_refs(places["expressions"]) if _belongs(ref["split"], split)]
-    excluded, notes = _shared_images(name, root, split_by) if split == "train" else (set(), ())
-    if exclude_shared and split == "train":
-        refs, notes = _without(refs, excluded, notes)
+    notes: tuple[str, ...] = ()
+    if split == "train" and exclude_shared:
+        refs, notes = _without_shared(refs, name, root, split_by)
     elif split == "train":
         notes = (f"{name} train: images of evaluation splits are not excluded",)
     instances = _Instances.of_file(places["masks"])
@@ -127,12 +107,10 @@ def problems(dataset: ReferringDataset) -> Iterable[tuple[str, str]]:
             continue
         size = image_size(file)
         numbers = [n for e in dataset.expressions(video.name) for n in e.object_ids or ()]
-        for recorded in recorded_sizes(dataset.mask_source.table, numbers):
-            if recorded != size and not same_aspect(recorded, size):
-                yield (
-                    "frames",
-                    f"{file} has {size[1]}x{size[0]} where instances.json says {recorded[1]}x{recorded[0]} (width x height)",
-                )
+        for height, width in dataset.mask_source.table.sizes_of(numbers):
+            if not same_aspect((height, width), size):
+                found = f"{file} has {size[1]}x{size[0]} where instances.json says {width}x{height}"
+                yield "frames", f"{found} (width x height)"
                 break
 
 
@@ -147,7 +125,7 @@ def read_refs(path: Path) -> list[dict[str, Any]]:
         try:
             with open(path, "rb") as file:
                 refs = _PlainUnpickler(file, encoding="latin1").load()
-        except _PICKLE_ERRORS as error:
+        except Exception as error:  # a damaged pickle may raise any
             raise DataError(f"{path}: cannot be read as a pickle of plain data: {error}") from error
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
         raise DataError(f"{path}: no list of references")
@@ -181,30 +159,26 @@ def _belongs(split: str, wanted: str) -> bool:
     return "test" in split if wanted == "test" else split == wanted
 
 
-def _shared_images(name: str, root: Path, split_by: str) -> tuple[set[int], tuple[str, ...]]:
-    """COCO images of the usual evaluation splits of all three and of this one, and the lists that could not be read."""
+def _without_shared(
+    refs: list[dict[str, Any]], name: str, root: Path, split_by: str
+) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """References whose image is in no usual evaluation split of the three, nor in one of this split; and notes."""
     usual = {(other, next(iter(by))) for other, by in SPLITS_BY.items()} | {(name, split_by)}
     excluded: set[int] = set()
-    notes = []
+    unread = []
     for other, by in sorted(usual):
         path = _refs_file(root, other, by)
         if path.is_file():
             excluded |= {ref["image_id"] for ref in read_refs(path) if ref["split"] != "train"}
         else:
-            notes.append(f"evaluation images of {other} ({by}) are not excluded: no {path}")
-    return excluded, tuple(notes)
-
-
-def _without(
-    refs: list[dict[str, Any]], excluded: set[int], notes: tuple[str, ...]
-) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+            unread.append(f"evaluation images of {other} ({by}) are not excluded: no {path}")
     kept = [ref for ref in refs if ref["image_id"] not in excluded]
     dropped = {ref["image_id"] for ref in refs} & excluded
     note = (
         f"train: left out {len(dropped)} images ({len(refs) - len(kept)} objects) that stand in evaluation splits of the "
         "RefCOCO family"
     )
-    return kept, (note, *notes)
+    return kept, (note, *unread)
 
 
 @dataclass(frozen=True)

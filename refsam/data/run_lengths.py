@@ -3,18 +3,18 @@
 import hashlib
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from refsam.data.dataset import DataError, Expression, Mask
-from refsam.runtime.files import only_writer, own_name
+from refsam.data.new_folder import staged_folder
+from refsam.runtime.files import only_writer
 
 Arrays = dict[str, NDArray[Any]]
 Size = tuple[int, int]  # height, width
@@ -22,7 +22,6 @@ _LOG = logging.getLogger(__name__)
 # Changes with the contents of the tables, so that those of earlier versions are built again.
 _FORMAT = 2
 _CORNERS = 3
-_POLYGON_ERRORS = (TypeError, ValueError, OverflowError)
 
 
 class Code(NamedTuple):
@@ -50,21 +49,15 @@ class RunLengthTable:
     def of_tracks(tracks: Mapping[int, Sequence[Code | None]]) -> "RunLengthTable":
         """The table of each object's codes."""
         order = sorted(tracks)
-        starts, offsets, codes, sizes = [0], [0], bytearray(), []
-        for number in order:
-            size = (0, 0)
-            for code in tracks[number]:
-                if code is not None:
-                    size = code.size
-                    codes += code.counts
-                offsets.append(len(codes))
-            starts.append(len(offsets) - 1)
-            sizes.append(size)
+        codes = [b"" if code is None else code.counts for n in order for code in tracks[n]]
+        sizes = [
+            next((c.size for c in reversed(tracks[n]) if c is not None), (0, 0)) for n in order
+        ]
         return RunLengthTable(
             np.array(order, np.int64),
-            np.array(starts, np.int64),
-            np.array(offsets, np.int64),
-            np.frombuffer(bytes(codes), np.uint8),
+            np.cumsum([0, *(len(tracks[n]) for n in order)]),
+            np.cumsum([0, *map(len, codes)]),
+            np.frombuffer(b"".join(codes), np.uint8),
             np.array(sizes, np.int64).reshape(-1, 2),
         )
 
@@ -80,6 +73,11 @@ class RunLengthTable:
         counts = self.codes[self.offsets[index] : self.offsets[index + 1]].tobytes()
         height, width = self.sizes[row]
         return Code(counts, (int(height), int(width))) if counts else None
+
+    def sizes_of(self, numbers: Iterable[int]) -> list[Size]:
+        """The sizes of some objects' masks, without those that the table lacks."""
+        rows = (self.row(number) for number in numbers)
+        return [(int(self.sizes[r][0]), int(self.sizes[r][1])) for r in rows if r is not None]
 
     def row(self, number: int) -> int | None:
         """Index of an object in `ids`."""
@@ -124,10 +122,10 @@ def open_arrays(path: Path, build: Callable[[], Arrays]) -> Arrays:
     user's cache (XDG_CACHE_HOME). If neither can be written, the arrays are built each time.
     """
     facts = path.stat()
-    name = f".{path.stem}.{facts.st_size}.{facts.st_mtime_ns}.v{_FORMAT}"
+    hidden = f".{path.stem}.{facts.st_size}.{facts.st_mtime_ns}.v{_FORMAT}"
     unique = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refsam" / unique
-    places = (path.with_name(name), cache / name)
+    places = (path.with_name(hidden), cache / hidden)
     for place in places:
         if place.is_dir():
             return _load(place)
@@ -136,7 +134,10 @@ def open_arrays(path: Path, build: Callable[[], Arrays]) -> Arrays:
             with only_writer(place, wait=True):
                 if not place.is_dir():  # another process was quicker
                     _LOG.info("reading %s once; later it opens from %s", path, place)
-                    _write(build(), place)
+                    arrays = build()
+                    with staged_folder(place) as folder:
+                        for name, array in arrays.items():
+                            np.save(folder / f"{name}.npy", array)
             return _load(place)
     return build()
 
@@ -147,18 +148,6 @@ def _can_write(folder: Path) -> bool:
     except OSError:
         return False
     return os.access(folder, os.W_OK)
-
-
-def _write(arrays: Arrays, folder: Path) -> None:
-    partial = own_name(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        for name, array in arrays.items():
-            np.save(partial / f"{name}.npy", array)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _load(folder: Path) -> Arrays:
@@ -180,7 +169,7 @@ def encode(segmentation: Any, size: Size) -> Code | None:
             return None
         # Parts may overlap: the union, never the sum.
         return Code(api.merge(api.frPyObjects(usable, *size))["counts"], size)
-    except (*_POLYGON_ERRORS, KeyError):
+    except (TypeError, ValueError, OverflowError, KeyError):
         return None
 
 
@@ -249,15 +238,7 @@ def same_aspect(first: Size, second: Size) -> bool:
     return by_height or abs(first[0] * ratios[1] - second[0]) <= 1
 
 
-class _CocoMasks(Protocol):
-    def frPyObjects(self, objects: Any, height: int, width: int) -> Any: ...
-
-    def merge(self, codes: Any) -> Mapping[str, Any]: ...
-
-    def decode(self, code: Mapping[str, Any]) -> NDArray[np.uint8]: ...
-
-
-def coco_masks() -> _CocoMasks:
+def coco_masks() -> Any:
     """pycocotools' masks; raises DataError where the package is not installed."""
     try:
         from pycocotools import mask
@@ -265,11 +246,4 @@ def coco_masks() -> _CocoMasks:
         raise DataError(
             "pycocotools is not installed, which COCO's masks need: pip install 'refsam[train]'"
         ) from error
-    api: _CocoMasks = mask
-    return api
-
-
-def recorded_sizes(table: RunLengthTable, numbers: Iterable[int]) -> list[Size]:
-    """The sizes of some objects' masks, without those that the table lacks."""
-    rows = (table.row(number) for number in numbers)
-    return [(int(table.sizes[r][0]), int(table.sizes[r][1])) for r in rows if r is not None]
+    return mask

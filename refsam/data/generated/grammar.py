@@ -1,6 +1,6 @@
 """Expressions about a scene: nouns, synonyms, templates, and what each expression means."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,14 +68,9 @@ RELATION_WORDS = {
     "bottom": ("below", "under", "beneath"),
 }
 _PLURALS = {
-    "box": "boxes",
-    "cross": "crosses",
-    "glass": "glasses",
-    "bus": "buses",
-    "dress": "dresses",
-}
-_PLURALS |= {"bench": "benches", "person": "people", "man": "men", "woman": "women", "fish": "fish"}
-_PLURALS |= {"shorts": "shorts", "trousers": "trousers"}
+    "box": "boxes", "cross": "crosses", "glass": "glasses", "bus": "buses", "dress": "dresses", "bench": "benches",
+    "person": "people", "man": "men", "woman": "women", "fish": "fish", "shorts": "shorts", "trousers": "trousers",
+}  # fmt: skip
 
 # Templates: {np} is a noun phrase such as "red cup"; {c}, {n} its colour and noun. The second tuple of each pair
 # is kept for the benchmark and never trained on.
@@ -153,40 +148,38 @@ class Grammar:
             return self._absent(scene)
         if kind == "plural":  # not a kind of the benchmark
             return None if self.held_out else self._plural(scene)
-        candidates = list(self._candidates(scene, kind))
+        candidates = [
+            (text, target)
+            for target, item in enumerate(scene.objects)
+            if _can_be_target(item, self.held_out)
+            and (text := self._describe(scene, target, kind)) is not None
+        ]
         if not candidates:
             return None
         text, target = candidates[self.random.integers(len(candidates))]
         return GeneratedExpression(text, kind, (target,))
-
-    def _candidates(self, scene: Scene, kind: str) -> Iterator[tuple[str, int]]:
-        for target, item in enumerate(scene.objects):
-            if item.colour_index is None or (self.held_out and not _is_benchmark_target(item)):
-                continue
-            text = self._describe(scene, target, kind)
-            if text is not None:
-                yield text, target
 
     def _describe(self, scene: Scene, target: int, kind: str) -> str | None:
         """An expression of this kind that singles the target out, or None."""
         if kind in ("colour", "shape", "colour and shape"):
             use = {"colour": (True, False), "shape": (False, True)}.get(kind, (True, True))
             return self._direct(scene, target, *use)
+        item = scene.objects[target]
         for use_colour, use_shape in self.random.permutation([(0, 0), (1, 0), (0, 1), (1, 1)]):
-            rivals = _matching(scene, scene.objects[target], bool(use_colour), bool(use_shape))
+            rivals = _matching(scene, item, bool(use_colour), bool(use_shape))
             if rivals is None or len(rivals) < 2:
                 continue
-            phrase = self._noun_phrase(scene.objects[target], bool(use_colour), bool(use_shape))
+            phrase = self._phrase(*_named(item, use_colour, use_shape))
             slots = getattr(self, f"_{kind}")(scene, target, rivals)
             if slots is not None:
-                return self._fill(kind, phrase, slots)
+                return self._template(kind).format(np=phrase, **slots)
         return None
 
     def _direct(self, scene: Scene, target: int, use_colour: bool, use_shape: bool) -> str | None:
         item = scene.objects[target]
         if _matching(scene, item, use_colour, use_shape) != [target]:
             return None
-        colour, noun = self._words(item, use_colour, use_shape)
+        colour, noun = self._words(*_named(item, use_colour, use_shape))
         if colour and self.random.random() < 0.25:
             return self._template("coloured").format(c=colour, n=noun)
         return self._template("plain").format(np=f"{colour} {noun}".strip())
@@ -226,8 +219,7 @@ class Grammar:
             item = scene.objects[anchor]
             if anchor in rivals or item.colour_index is None:
                 continue
-            use_shape = item.shape_index is not None
-            if _matching(scene, item, True, use_shape) != [anchor]:
+            if _matching(scene, item, True, item.shape_index is not None) != [anchor]:
                 continue
             for side in self.random.permutation(list(RELATION_WORDS)):
                 beside = [_is_beside(scene, i, int(anchor), side) for i in rivals]
@@ -235,24 +227,20 @@ class Grammar:
                     i for i, is_beside in zip(rivals, beside, strict=True) if is_beside is not False
                 ]
                 if alone == [target] and beside[rivals.index(target)]:
-                    colour, noun = self._words(item, True, use_shape)
-                    relation = self._pick(RELATION_WORDS[side])
-                    return {"relation": relation, "anchor": f"{colour} {noun}"}
+                    name = self._phrase(item.colour_index, item.shape_index)
+                    return {"relation": self._pick(RELATION_WORDS[side]), "anchor": name}
         return None
 
     def _plural(self, scene: Scene) -> GeneratedExpression | None:
         item = scene.objects[self.random.integers(len(scene.objects))]
-        use_colour, use_shape = ((True, False), (False, True), (True, True))[
-            self.random.integers(3)
-        ]
-        rivals = _matching(scene, item, use_colour, use_shape)
+        uses = ((True, False), (False, True), (True, True))[self.random.integers(3)]
+        rivals = _matching(scene, item, *uses)
         if rivals is None or len(rivals) < 2:
             return None
-        colour, noun = self._words(item, use_colour, use_shape)
-        slots = {"nps": f"{colour} {_plural(noun)}".strip(), "np": f"{colour} {noun}".strip()}
-        return GeneratedExpression(
-            self._template("plural").format(**slots), "plural", tuple(rivals)
-        )
+        colour, noun = self._words(*_named(item, *uses))
+        slots = {"np": f"{colour} {noun}".strip(), "nps": f"{colour} {_plural(noun)}".strip()}
+        text = self._template("plural").format(**slots)
+        return GeneratedExpression(text, "plural", tuple(rivals))
 
     def _absent(self, scene: Scene) -> GeneratedExpression | None:
         """An expression true of nothing here; most often one whose colour or shape some other object has."""
@@ -275,29 +263,23 @@ class Grammar:
                 for item in named
             ):
                 continue
-            colour = self._pick(COLOUR_WORDS[COLOURS[colour_index].name]) if use_colour else ""
-            noun = (
-                self._pick(SHAPE_WORDS[NAMED_SHAPES[shape_index].name or ""])
-                if use_shape
-                else self._noun()
+            phrase = self._phrase(
+                colour_index if use_colour else None, shape_index if use_shape else None
             )
-            return GeneratedExpression(
-                self._template("plain").format(np=f"{colour} {noun}".strip()), "absent", ()
-            )
+            return GeneratedExpression(self._template("plain").format(np=phrase), "absent", ())
         return None
 
-    def _words(self, item: SceneObject, use_colour: bool, use_shape: bool) -> tuple[str, str]:
-        colour = noun = ""
-        if use_colour and item.colour_index is not None:
-            colour = self._pick(COLOUR_WORDS[COLOURS[item.colour_index].name])
-        if use_shape and item.shape_index is not None:
-            noun = self._pick(SHAPE_WORDS[NAMED_SHAPES[item.shape_index].name or ""])
-        return colour, noun or self._noun(everyday=use_colour)
+    def _phrase(self, colour: int | None, shape: int | None) -> str:
+        return " ".join(self._words(colour, shape)).strip()
 
-    def _noun_phrase(self, item: SceneObject, use_colour: bool, use_shape: bool) -> str:
-        return " ".join(self._words(item, use_colour, use_shape)).strip()
+    def _words(self, colour: int | None, shape: int | None) -> tuple[str, str]:
+        """Words for a colour and a shape; without a colour no word, without a shape a noun that fits any."""
+        word = "" if colour is None else self._pick(COLOUR_WORDS[COLOURS[colour].name])
+        if shape is None:
+            return word, self._noun(everyday=colour is not None)
+        return word, self._pick(SHAPE_WORDS[NAMED_SHAPES[shape].name or ""])
 
-    def _noun(self, everyday: bool = True) -> str:
+    def _noun(self, everyday: bool) -> str:
         if not everyday or self.random.random() < 0.35:
             return self._pick(GENERIC_NOUNS)
         if self.random.random() < 0.08 and not self.held_out:
@@ -307,9 +289,6 @@ class Grammar:
     def _template(self, name: str) -> str:
         return self._pick(TEMPLATES[name][1 if self.held_out else 0])
 
-    def _fill(self, kind: str, phrase: str, slots: dict[str, str]) -> str:
-        return self._template(kind).format(np=phrase, **slots)
-
     def _pick(self, choices: Sequence[str]) -> str:
         """Mostly the first and most usual word, otherwise one of its synonyms."""
         if isinstance(choices, tuple) and len(choices) < 6 and self.random.random() < 0.4:
@@ -317,10 +296,17 @@ class Grammar:
         return choices[int(self.random.integers(len(choices)))]
 
 
-def _is_benchmark_target(item: SceneObject) -> bool:
-    if item.shape_index is None or item.colour_index is None:
-        return item.colour_index is not None and 0.005 <= item.area <= 0.1
-    return is_held_out(item.shape_index, item.colour_index) and 0.005 <= item.area <= 0.1
+def _named(item: SceneObject, colour: bool, shape: bool) -> tuple[int | None, int | None]:
+    """Indices of the item's colour and shape; None for one that is not named."""
+    return item.colour_index if colour else None, item.shape_index if shape else None
+
+
+def _can_be_target(item: SceneObject, held_out: bool) -> bool:
+    """Whether it has a colour and, in the benchmark, a fitting size and a pair of colour and shape that is held out."""
+    if item.colour_index is None or not held_out:
+        return item.colour_index is not None
+    shape = item.shape_index
+    return 0.005 <= item.area <= 0.1 and (shape is None or is_held_out(shape, item.colour_index))
 
 
 def _matching(
@@ -351,6 +337,14 @@ def _rank(scene: Scene, target: int, rivals: list[int], side: str, margin: float
     if not all(scene.objects[i].in_view.all() for i in rivals):
         return None
     gaps = [_along(scene, i, side) - _along(scene, target, side) for i in rivals if i != target]
+    return rank_by_gaps(gaps, margin)
+
+
+def rank_by_gaps(gaps: Sequence[np.ndarray], margin: float) -> int | None:
+    """Number of rivals before a target, from each rival's signed distance behind it, (T,); None where any is unclear.
+
+    It is unclear where the distance is less than the margin or changes its sign.
+    """
     if any(np.abs(gap).min() < margin or np.ptp(np.sign(gap)) > 0 for gap in gaps):
         return None
     return sum(bool(gap[0] < 0) for gap in gaps)

@@ -8,13 +8,24 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from refsam.data.generated.grammar import COLOUR_WORDS, ORDINALS, SIDE_WORDS, SIZE_WORDS, TEMPLATES
+from refsam.data.generated.grammar import (
+    COLOUR_WORDS,
+    ORDINALS,
+    SIDE_WORDS,
+    SIZE_WORDS,
+    TEMPLATES,
+    rank_by_gaps,
+)
 from refsam.data.photographs.colours import colour_of, colours_without
 from refsam.data.photographs.folder import UNSURE, PhotoFolder
 from refsam.data.photographs.layers import PhotoClip
 from refsam.data.photographs.words import Noun
 
 Item = TypeVar("Item")
+# How often each kind of expression about things that are present is tried.
+_KINDS = {
+    "class": 0.34, "group": 0.08, "colour": 0.14, "position": 0.14, "size": 0.08, "order": 0.1, "garment": 0.12, "wearer": 0.1,
+}  # fmt: skip
 _ABSENT = 1 / 3  # share of all expressions
 _SEEN_PIXELS = 40  # an object with fewer pixels counts as not seen
 _RANKED_SHARE = 0.002  # share of the frame that an object must cover if its place or size is named
@@ -52,21 +63,8 @@ class PhotoGrammar:
         self.seen = [
             n for n in range(1, len(clip.things) + 1) if self.counts[:, n].max() >= _SEEN_PIXELS
         ]
-        self.present = {clip.things[n - 1].name for n in range(1, len(clip.things) + 1)}
+        self.present = {thing.name for thing in clip.things}
         self._colours: dict[int, str | None] = {}
-        kinds: dict[str, tuple[float, Callable[[], PhotoExpression | None]]] = {
-            "class": (0.34, self._class),
-            "group": (0.08, self._group),
-            "colour": (0.14, self._colour),
-            "position": (0.14, self._position),
-            "size": (0.08, self._size),
-            "order": (0.1, self._order),
-            "garment": (0.12, self._garment),
-            "wearer": (0.1, self._wearer),
-        }
-        self._draws = [draw for _, draw in kinds.values()]
-        shares = np.array([share for share, _ in kinds.values()])
-        self._shares = shares / shares.sum()
 
     def draw(self, count: int) -> list[PhotoExpression]:
         """Draw `count` expressions, a third of them about things that are absent."""
@@ -80,8 +78,9 @@ class PhotoGrammar:
     def _true(self) -> PhotoExpression | None:
         if not self.seen:
             return None
-        for which in self.random.choice(len(self._draws), 4, p=self._shares):
-            expression = self._draws[which]()
+        shares = np.array(list(_KINDS.values()))
+        for kind in self.random.choice(list(_KINDS), 4, p=shares / shares.sum()):
+            expression = getattr(self, f"_{kind}")()
             if expression is not None:
                 return expression
         return self._class()
@@ -109,10 +108,9 @@ class PhotoGrammar:
         else:
             meant, others = self._standing_out(members)
         if not meant or (len(members) > 1 and self.random.random() < 0.5):
-            text = self._pick(TEMPLATES["plural"][0]).format(nps=noun.plural, np=noun.word)
+            text = self._say("plural", nps=noun.plural, np=noun.word)
             return self._expression(text, kind, members)
-        text = self._pick(TEMPLATES["plain"][0]).format(np=noun.word)
-        return self._expression(text, kind, meant, others)
+        return self._expression(self._say("plain", np=noun.word), kind, meant, others)
 
     def _standing_out(self, members: list[int]) -> tuple[list[int], list[int]]:
         """The one thing that is by far the largest in every frame, if there is one, and pieces that may belong to it."""
@@ -140,49 +138,54 @@ class PhotoGrammar:
             elif own is None or not self.clip.things[n - 1].single:
                 others.append(n)  # may have that colour in part: ignored
         noun = self._noun(name)
-        phrase = (
-            f"{self._pick(COLOUR_WORDS[colour])} {noun.plural if len(alike) > 1 else noun.word}"
-        )
+        word = noun.plural if len(alike) > 1 else noun.word
+        phrase = f"{self._pick(COLOUR_WORDS[colour])} {word}"
         if self.random.random() < 0.2 and len(alike) == 1:
             c = self._pick(COLOUR_WORDS[colour])
-            text = self._pick(TEMPLATES["coloured"][0]).format(c=c, n=noun.word)
+            text = self._say("coloured", c=c, n=noun.word)
         else:
-            text = self._pick(TEMPLATES["plain"][0]).format(np=phrase)
+            text = self._say("plain", np=phrase)
         return self._expression(text, "colour", alike, others)
 
     def _position(self) -> PhotoExpression | None:
-        target, rivals, noun = self._rivals(2)
-        if target is None:
-            return None
-        for side in self.random.permutation(list(SIDE_WORDS)):
-            if self.rank(target, rivals, side) == 0:
-                slots = {"side": str(side), "sidemost": self._pick(SIDE_WORDS[side])}
-                text = self._pick(TEMPLATES["position"][0]).format(np=noun.word, **slots)
-                return self._expression(text, "position", [target])
-        return None
+        return self._compared("position", self._side_words)
 
     def _order(self) -> PhotoExpression | None:
-        target, rivals, noun = self._rivals(2)
-        if target is None:
+        return self._compared("order", self._order_words)
+
+    def _size(self) -> PhotoExpression | None:
+        return self._compared("size", self._size_words)
+
+    def _compared(
+        self, kind: str, compare: Callable[[int, list[int]], dict[str, str] | None]
+    ) -> PhotoExpression | None:
+        """A target told from its rivals, single objects of its class that are all well in view, by the words of `compare`."""
+        target = self._pick(self.seen)
+        name = self.clip.things[target - 1].name
+        rivals, noun = self._members((name,)), self._noun(name)
+        if len(rivals) < 2 or not self.are_in_view(rivals):
             return None
+        words = compare(target, rivals)
+        if words is None:
+            return None
+        return self._expression(self._say(kind, np=noun.word, **words), kind, [target])
+
+    def _side_words(self, target: int, rivals: list[int]) -> dict[str, str] | None:
+        for side in self.random.permutation(list(SIDE_WORDS)):
+            if self.rank(target, rivals, side) == 0:
+                return {"side": str(side), "sidemost": self._pick(SIDE_WORDS[side])}
+        return None
+
+    def _order_words(self, target: int, rivals: list[int]) -> dict[str, str] | None:
         for side in self.random.permutation(["left", "right", "left", "right", "top", "bottom"]):
             rank = self.rank(target, rivals, side)
             if rank is not None and rank < len(ORDINALS) and (rank or self.random.random() < 0.3):
-                slots = {"side": str(side), "ordinal": ORDINALS[rank]}
-                text = self._pick(TEMPLATES["order"][0]).format(np=noun.word, **slots)
-                return self._expression(text, "order", [target])
+                return {"side": str(side), "ordinal": ORDINALS[rank]}
         return None
 
-    def _size(self) -> PhotoExpression | None:
-        target, rivals, noun = self._rivals(2)
-        if target is None:
-            return None
+    def _size_words(self, target: int, rivals: list[int]) -> dict[str, str] | None:
         extreme = self.extreme(target, rivals)
-        if extreme is None:
-            return None
-        word = self._pick(SIZE_WORDS[extreme])
-        text = self._pick(TEMPLATES["size"][0]).format(np=noun.word, size=word)
-        return self._expression(text, "size", [target])
+        return None if extreme is None else {"size": self._pick(SIZE_WORDS[extreme])}
 
     def _garment(self) -> PhotoExpression | None:
         found = self._garments()
@@ -195,8 +198,8 @@ class PhotoGrammar:
         phrase = noun.word
         if colour is not None and self.random.random() < 0.6:
             phrase = f"{self._pick(COLOUR_WORDS[colour])} {phrase}"
-        text = self._pick(TEMPLATES["plain"][0]).format(np=phrase)
-        return PhotoExpression(text, "garment", mask, self._doubt(mask))
+        text = self._say("plain", np=phrase)
+        return PhotoExpression(text, "garment", mask, self.unsure & ~mask)
 
     def _wearer(self) -> PhotoExpression | None:
         """ "The woman in the red dress": the person who wears it, where only one person is seen."""
@@ -223,10 +226,8 @@ class PhotoGrammar:
 
     def _absent(self) -> PhotoExpression:
         """Mostly a noun similar to one that is present, or often mistaken for it; else a present object in a wrong colour."""
-        if self.seen and self.random.random() < 0.2:
-            expression = self._wrong_colour()
-            if expression is not None:
-                return expression
+        if self.seen and self.random.random() < 0.2 and (wrong := self._wrong_colour()):
+            return wrong
         names = self.words.classes if self.clip.complete else self._noticed
         absent = [name for name in names if name not in self.present]
         absent = absent or [name for name in self.words.classes if name not in self.present]
@@ -238,10 +239,8 @@ class PhotoGrammar:
         frequent = [name for name in absent if name in self._frequent]
         for choices, share in ((hard, 0.5), (frequent, 0.6), (absent, 1.0)):
             if choices and self.random.random() < share:
-                name = self._pick(choices)
                 break
-        else:
-            name = self._pick(absent)
+        name = self._pick(choices)
         nouns = [n for n in self.words.about(name) if not set(n.classes) & self.present]
         noun = self._pick(nouns or [Noun(name, f"{name}s", "class", (name,))])
         phrase = noun.word
@@ -265,7 +264,7 @@ class PhotoGrammar:
         if not colours:
             return None
         colour, noun = self._pick(COLOUR_WORDS[self._pick(colours)]), self._noun(name)
-        text = self._pick(TEMPLATES["plain"][0]).format(np=f"{colour} {noun.word}")
+        text = self._say("plain", np=f"{colour} {noun.word}")
         return PhotoExpression(text, "absent", np.zeros_like(mask), self.unsure)
 
     @cached_property
@@ -283,15 +282,6 @@ class PhotoGrammar:
 
     def _members(self, names: Sequence[str]) -> list[int]:
         return [n for n, thing in enumerate(self.clip.things, 1) if thing.name in names]
-
-    def _rivals(self, least: int) -> tuple[int | None, list[int], Noun]:
-        """A target among several single objects of a class that are all well in view, all these objects, and a noun for them."""
-        number = self._pick(self.seen)
-        name = self.clip.things[number - 1].name
-        rivals = self._members((name,))
-        if len(rivals) < least or not self.are_in_view(rivals):
-            return None, rivals, self._noun(name)
-        return number, rivals, self._noun(name)
 
     def extreme(self, target: int, rivals: list[int]) -> str | None:
         """ "large" or "small" where the target is clearly so among its rivals in every frame."""
@@ -317,9 +307,7 @@ class PhotoGrammar:
             for n in rivals
             if n != target
         ]
-        if any(np.abs(gap).min() < _GAP or np.ptp(np.sign(gap)) > 0 for gap in gaps):
-            return None
-        return sum(bool(gap[0] < 0) for gap in gaps)
+        return rank_by_gaps(gaps, _GAP)
 
     def _shown(self, members: Sequence[int]) -> NDArray[np.bool_]:
         """Pixels (T, H, W) bool that show any of these things."""
@@ -356,9 +344,6 @@ class PhotoGrammar:
         least = 2 * _SEEN_PIXELS
         return {name: mask for name, mask in found.items() if mask.sum((1, 2)).max() >= least}
 
-    def _doubt(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        return self.unsure & ~mask
-
     def _noun(self, name: str) -> Noun:
         """Half of the time the class's own name, else one of its nouns; those early in the list are drawn more often."""
         nouns = [noun for noun in self.words.about(name) if noun.role != "group"]
@@ -373,6 +358,9 @@ class PhotoGrammar:
         mask = self._shown(members)
         ignore = self.unsure | self._shown(others) if others else self.unsure
         return PhotoExpression(text, kind, mask, ignore)
+
+    def _say(self, template: str, **words: str) -> str:
+        return self._pick(TEMPLATES[template][0]).format(**words)
 
     def _pick(self, choices: Sequence[Item]) -> Item:
         return choices[int(self.random.integers(len(choices)))]
