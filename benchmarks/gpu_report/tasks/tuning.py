@@ -140,7 +140,7 @@ class Inputs:
     def query_gradient(self) -> Launch:
         """The queries' gradient's launch."""
         tensors = {**self.tensors, **self.of_queries}
-        return launches.query_gradient_launch(self.problem, self.operands, tensors)
+        return launches.launch_of("query_gradient", self.problem, self.operands, tensors)
 
     def key_gradient(self) -> Launch:
         """The keys' gradient's launch, with room for what padding tokens get."""
@@ -149,7 +149,7 @@ class Inputs:
             count = problem.windows * launches.key_tiles(problem)
             room = torch.empty(count, 2, problem.head_dim, device=DEVICE)
         tensors = {**self.tensors, "grad_padding": room}
-        return launches.key_gradient_launch(problem, self.operands, tensors)
+        return launches.launch_of("key_gradient", problem, self.operands, tensors)
 
     def results(self, kernel: str) -> Tensor:
         """The kernel's results, run once."""

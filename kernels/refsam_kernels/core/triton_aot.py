@@ -75,13 +75,13 @@ class Launch:
         cls,
         kernel: Any,
         programs: tuple[int, ...],
-        tensors: Mapping[str, Any],
-        sizes: Mapping[str, Any],
+        values: Mapping[str, Any],
+        num_warps: int = 8,
+        num_stages: int = 1,
     ) -> "Launch":
-        """A launch of 8 warps and one stage with those tensors, whose names lack `_ptr`, and sizes that the kernel takes."""
-        arguments = {f"{name}_ptr": tensor for name, tensor in tensors.items()} | dict(sizes)
-        taken = {name: arguments[name] for name in kernel.arg_names}
-        return cls(kernel, programs, taken, num_warps=8, num_stages=1)
+        """A launch with those of the values that the kernel takes, by the names of its parameters without `_ptr`."""
+        taken = {name: values[name.removesuffix("_ptr")] for name in kernel.arg_names}
+        return cls(kernel, programs, taken, num_warps, num_stages)
 
     def run(self) -> None:
         """Launches the kernel on the current device and stream; of no programs nothing is launched."""

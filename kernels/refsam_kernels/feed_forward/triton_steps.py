@@ -33,6 +33,7 @@ TILE_ELEMENTS = 2048
 # Tiles whose sums one program of the backward keeps in registers.
 TILES_PER_PROGRAM = 8
 GELU_ROWS, GELU_COLUMNS = 16, 128
+STAGES = 3  # of the compiler's pipeline
 
 
 @triton.jit
@@ -167,42 +168,33 @@ def row_tile(width: int) -> tuple[int, int, int]:
 def add_and_norm_launch(terms: Sum) -> tuple[Launch, Normed]:
     """The launch that computes `torch_steps.add_and_norm`, and its results, still empty."""
     made: Any = [x.contiguous() if isinstance(x, Tensor) else x for x in terms]
-    residual, first, second, scale, norm_weight, norm_bias, eps, keep = Sum(*made)
+    terms = Sum(*made)
+    residual, first, has_norm = terms.residual, terms.first, terms.norm_weight is not None
     x = residual.new_empty(residual.shape, dtype=sum_dtype(residual, first))
-    normed = None if norm_weight is None else torch.empty_like(first)
-    mean, rstd = empty_statistics(x, keep and normed is not None)
+    normed = torch.empty_like(first) if has_norm else None
+    results = Normed(x, normed, *empty_statistics(x, terms.keep and has_norm))
     count, width = rows(x).shape
     tile_rows, columns, num_warps = row_tile(width)
-    arguments = {
-        "residual_ptr": residual,
-        "first_ptr": first,
-        "second_ptr": first if second is None else second,
-        "norm_weight_ptr": norm_weight,
-        "norm_bias_ptr": norm_bias,
-        "x_ptr": x,
-        "normed_ptr": normed,
-        "mean_ptr": mean,
-        "rstd_ptr": rstd,
+    values = {
+        **terms._asdict(),
+        **results._asdict(),
+        "second": first if terms.second is None else terms.second,
         "row_count": count,
-        "second_rows": 0 if second is None else count,
+        "second_rows": 0 if terms.second is None else count,
         "width": width,
-        "scale": scale,
-        "eps": eps,
-        "HAS_NORM": normed is not None,
-        "KEEP": keep,
+        "HAS_NORM": has_norm,
+        "KEEP": terms.keep,
         "ROWS": tile_rows,
         "COLUMNS": columns,
     }
     programs = (triton.cdiv(count, tile_rows),)
-    launch = Launch(_add_and_norm_kernel, programs, arguments, num_warps)
-    return launch, Normed(x, normed, mean, rstd)
+    return Launch.choosing(_add_and_norm_kernel, programs, values, num_warps, STAGES), results
 
 
 def add_and_norm(terms: Sum) -> Normed:
     """`torch_steps.add_and_norm` in one pass over the rows."""
     launch, results = add_and_norm_launch(terms)
-    if terms.residual.numel():
-        launch.run()
+    launch.run()
     return results
 
 
@@ -221,25 +213,24 @@ def add_and_norm_backward_launch(
         x.new_empty((programs, width), dtype=torch.float32) if needed else None
         for needed in needs_sums
     ]
-    arguments = {
-        "grad_x_ptr": inputs.grad_x.contiguous(),
-        "grad_normed_ptr": inputs.grad_normed.contiguous(),
-        "x_ptr": x,
-        "mean_ptr": inputs.mean,
-        "rstd_ptr": inputs.rstd,
-        "norm_weight_ptr": None if norm_weight is None else norm_weight.contiguous(),
-        "total_ptr": total,
-        "operand_ptr": None if operand is total else operand,
-        "column_sums_ptr": sums[0],
-        "weight_sums_ptr": sums[1],
-        "bias_sums_ptr": sums[2],
+    values = {
+        **inputs._asdict(),
+        "grad_x": inputs.grad_x.contiguous(),
+        "grad_normed": inputs.grad_normed.contiguous(),
+        "norm_weight": None if norm_weight is None else norm_weight.contiguous(),
+        "total": total,
+        "operand": None if operand is total else operand,
+        "column_sums": sums[0],
+        "weight_sums": sums[1],
+        "bias_sums": sums[2],
         "row_count": count,
         "width": width,
         "TILES": TILES_PER_PROGRAM,
         "ROWS": tile_rows,
         "COLUMNS": columns,
     }
-    launch = Launch(_add_and_norm_backward_kernel, (programs,), arguments, num_warps)
+    kernel = _add_and_norm_backward_kernel
+    launch = Launch.choosing(kernel, (programs,), values, num_warps, STAGES)
     return launch, total, operand, sums
 
 
@@ -248,8 +239,7 @@ def add_and_norm_backward(inputs: SumBackward) -> SumGradients:
     if inputs.norm_weight is None:
         return torch_steps.add_and_norm_backward(inputs)
     launch, total, operand, sums = add_and_norm_backward_launch(inputs)
-    if inputs.x.numel():
-        launch.run()
+    launch.run()
     return SumGradients(total, operand, *map(added, sums))
 
 
@@ -280,8 +270,7 @@ def gelu_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """`torch_steps.gelu_backward` in one pass."""
     launch, activated, sums = gelu_backward_launch(grad, hidden, needs_activated, needs_column_sum)
-    if hidden.numel():
-        launch.run()
+    launch.run()
     return activated, added(sums)
 
 

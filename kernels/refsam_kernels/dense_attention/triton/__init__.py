@@ -25,10 +25,8 @@ def forward(inputs: Inputs) -> Tensor:
     """Like `reference.forward`: products in the dtype of the features, sums and softmax in float32."""
     features, text, weight = inputs.features, inputs.text, inputs.weight.contiguous()
     dense = features.new_empty(len(text), *features.shape[2:])
-    if len(text):
-        tensors = _tensors(inputs)
-        tensors["absorbed"] = F.linear(text, weight.chunk(2, dim=1)[1])
-        _forward_launch(tensors, weight, inputs.bias, dense).run()
+    tensors = _tensors(inputs) | {"absorbed": F.linear(text, weight.chunk(2, dim=1)[1])}
+    _forward_launch(tensors, weight, inputs.bias, dense).run()
     return dense
 
 
@@ -43,8 +41,7 @@ def backward(
     tensors = _tensors(inputs._replace(text=text))
     tensors |= {"absorbed": F.linear(text, attended), "grad": grad.contiguous()}
     grad_text, grad_images = _text_outputs(tensors), _image_outputs(tensors, needs[0])
-    if len(text):
-        _text_launch(tensors, grad_text).run()
+    _text_launch(tensors, grad_text).run()
     _image_launch(tensors, grad_text["grad_similarity"], grad_images, weight).run()
     bias, shares = inputs.bias.float(), inputs.level_weights.float()
     grad_absorbed = grad_text["grad_absorbed"].sum(0).to(text.dtype)
@@ -93,8 +90,8 @@ def _forward_launch(
     tiles, sizes = _tile(tensors)
     if dense.element_size() == 4:
         sizes["COLUMNS"] = 16  # beside the mixtures no more fits the registers
-    arguments = tensors | {"weight": weight, "bias": bias.contiguous(), "dense": dense}
-    return Launch.choosing(_forward_kernel, (tiles, sizes["expressions"]), arguments, sizes)
+    values = tensors | sizes | {"weight": weight, "bias": bias.contiguous(), "dense": dense}
+    return Launch.choosing(_forward_kernel, (tiles, sizes["expressions"]), values)
 
 
 def _text_outputs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -111,9 +108,8 @@ def _text_outputs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _text_launch(tensors: dict[str, Tensor], outputs: dict[str, Tensor]) -> Launch:
     tiles, sizes = _tile(tensors)
-    return Launch.choosing(
-        _text_backward_kernel, (tiles, sizes["expressions"]), tensors | outputs, sizes
-    )
+    programs = (tiles, sizes["expressions"])
+    return Launch.choosing(_text_backward_kernel, programs, tensors | outputs | sizes)
 
 
 def _image_outputs(tensors: dict[str, Tensor], needs_features: bool) -> dict[str, Any]:
@@ -136,8 +132,8 @@ def _image_launch(
     weight: Tensor,
 ) -> Launch:
     tiles, sizes = _tile(tensors)
-    arguments = tensors | outputs | {"grad_similarity": grad_similarity, "weight": weight}
-    return Launch.choosing(_image_backward_kernel, (tiles, sizes["images"]), arguments, sizes)
+    values = tensors | outputs | sizes | {"grad_similarity": grad_similarity, "weight": weight}
+    return Launch.choosing(_image_backward_kernel, (tiles, sizes["images"]), values)
 
 
 def compile_cases() -> list[CompileCase]:

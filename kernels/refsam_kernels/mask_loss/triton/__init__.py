@@ -32,9 +32,8 @@ def forward(inputs: Inputs) -> Outputs:
     """Like `reference.forward`."""
     logits, masks = inputs.logits, len(inputs.logits)
     outputs = Outputs(*(logits.new_empty(*shape) for shape in ((masks,), (masks,), (4, masks))))
-    if masks:
-        for launch in _forward_launches(inputs, outputs, _places(inputs)):
-            launch.run()
+    for launch in _forward_launches(inputs, outputs, _places(inputs)):
+        launch.run()
     return outputs
 
 
@@ -43,12 +42,9 @@ def backward(
 ) -> list[Tensor]:
     """Like `reference.backward`."""
     grad = inputs.logits.new_empty(inputs.logits.shape)
-    if len(grad):
-        written = {"sums": outputs.sums.contiguous(), "grad": grad}
-        incoming = dict(
-            zip(("grad_focal", "grad_dice"), map(Tensor.contiguous, grads), strict=True)
-        )
-        _gradient_launch(inputs, incoming | written, _places(inputs)).run()
+    grad_focal, grad_dice, sums = map(Tensor.contiguous, (*grads, outputs.sums))
+    tensors = {"grad_focal": grad_focal, "grad_dice": grad_dice, "sums": sums, "grad": grad}
+    _gradient_launch(inputs, tensors, _places(inputs)).run()
     return [grad]
 
 
@@ -82,13 +78,8 @@ def _forward_launches(inputs: Inputs, outputs: Outputs, places: Places) -> Itera
     arguments = _arguments(inputs, places)
     arguments |= {"partial": partial, "BLOCK_Y": BLOCK_ROWS, "BLOCK_X": BLOCK_COLUMNS}
     yield Launch(_sums_kernel, (tiles, masks), arguments)
-    arguments = {
-        "partial": partial,
-        **outputs._asdict(),
-        "masks": masks,
-        "tiles": tiles,
-        "BLOCK": BLOCK_TILES,
-    }
+    arguments = outputs._asdict() | {"partial": partial, "masks": masks}
+    arguments |= {"tiles": tiles, "BLOCK": BLOCK_TILES}
     yield Launch(_losses_kernel, (masks,), arguments)
 
 

@@ -16,9 +16,8 @@ from refsam_kernels.rel_pos_attention.triton.launches import (
     Operands,
     Problem,
     forward_launch,
-    key_gradient_launch,
     key_tiles,
-    query_gradient_launch,
+    launch_of,
     table_gradient_launch,
     table_parts,
 )
@@ -44,9 +43,7 @@ def forward(inputs: Inputs) -> Outputs:
     images, h, w, width = qkv.shape
     out = qkv.new_empty(images, h, w, width // 3)
     log_sum_exp = qkv.new_empty(images, num_heads, h, w, dtype=torch.float32)
-    if images:
-        with torch.cuda.device_of(qkv):
-            forward_launch(problem, operands, out, log_sum_exp).run()
+    forward_launch(problem, operands, out, log_sum_exp).run()
     return Outputs(out, log_sum_exp)
 
 
@@ -56,11 +53,6 @@ def backward(
     """Gradients with respect to qkv, both tables and the bias of padding tokens."""
     qkv, log_sum_exp = inputs.qkv, outputs.log_sum_exp
     problem, operands = Problem.of(qkv, *inputs[4:]), make_operands(inputs)
-    if not len(qkv):
-        return [
-            qkv.new_empty(0) if x is None else x.new_zeros(x.shape)
-            for x in (qkv, inputs.rel_pos_h, inputs.rel_pos_w, inputs.qkv_bias)
-        ]
     tensors = {
         "grad_out": grads[0].contiguous(),
         "log_sum_exp": log_sum_exp,
@@ -71,15 +63,12 @@ def backward(
     # Positions without a key are not written.
     d_rel = operands.scratch(problem, zero=problem.is_cropped)
     of_queries = {**tensors, "out": outputs.out, "d_rel_h": d_rel[0], "d_rel_w": d_rel[1]}
-    with torch.cuda.device_of(qkv):
-        query_gradient_launch(problem, operands, of_queries).run()
-        padding = key_gradients(problem, operands, tensors) if needs[0] or needs[3] else None
-        tables = [
-            table_gradient(problem, qkv, d_rel[axis], of_rows=axis == 0)
-            if needs[1 + axis]
-            else None
-            for axis in (0, 1)
-        ]
+    launch_of("query_gradient", problem, operands, of_queries).run()
+    padding = key_gradients(problem, operands, tensors) if needs[0] or needs[3] else None
+    tables = [
+        table_gradient(problem, qkv, d_rel[axis], of_rows=axis == 0) if needs[1 + axis] else None
+        for axis in (0, 1)
+    ]
     return [tensors["grad_qkv"], *tables, padding]
 
 
@@ -91,7 +80,7 @@ def key_gradients(problem: Problem, operands: Operands, tensors: dict[str, Tenso
     if problem.is_padded:
         shape = (problem.windows // heads, heads, key_tiles(problem), 2, head_dim)
         parts = operands.qkv.new_empty(shape, dtype=torch.float32)
-    key_gradient_launch(problem, operands, {**tensors, "grad_padding": parts}).run()
+    launch_of("key_gradient", problem, operands, {**tensors, "grad_padding": parts}).run()
     if parts is not None:
         total[1:] = parts.sum((0, 2)).transpose(0, 1)
     return total

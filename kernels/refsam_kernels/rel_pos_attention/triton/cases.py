@@ -11,9 +11,8 @@ from refsam_kernels.rel_pos_attention.triton.launches import (
     Operands,
     Problem,
     forward_launch,
-    key_gradient_launch,
     key_tiles,
-    query_gradient_launch,
+    launch_of,
     table_gradient_launch,
     table_parts,
 )
@@ -81,10 +80,10 @@ def launches_of(problem: Problem) -> Iterator[tuple[str, Launch]]:
     tensors = {"grad_out": out, "log_sum_exp": statistic, "grad_qkv": qkv, "delta": statistic}
     tensors |= {"rel_h": rel_h, "rel_w": rel_w}
     of_queries = {"out": out, "d_rel_h": rel_h, "d_rel_w": rel_w}
-    yield "query gradient", query_gradient_launch(problem, operands, tensors | of_queries)
+    yield "query gradient", launch_of("query_gradient", problem, operands, tensors | of_queries)
     padding = tensor(problem.windows * key_tiles(problem), 2, problem.head_dim, dtype=torch.float32)
     of_keys = {"grad_padding": padding if problem.is_padded else None}
-    yield "key gradient", key_gradient_launch(problem, operands, tensors | of_keys)
+    yield "key gradient", launch_of("key_gradient", problem, operands, tensors | of_keys)
     for axis, d_rel in (("h", rel_h), ("w", rel_w)):
         parts = table_parts(problem, qkv, of_rows=axis == "h")
         launch = table_gradient_launch(problem, qkv, d_rel, parts, of_rows=axis == "h")

@@ -30,7 +30,11 @@ TABLE_BLOCK, TABLE_CHUNK = 64, 32  # tokens and rows of the table at a time
 CHUNK = 16
 # Keys of a window from which on an H200 takes its largest tiles: global attention.
 LARGE_WINDOW = 1024
-KERNELS = ("forward", "query_gradient", "key_gradient")
+KERNELS = {
+    "forward": _forward_kernel,
+    "query_gradient": _query_gradient_kernel,
+    "key_gradient": _key_gradient_kernel,
+}
 
 
 @dataclass(frozen=True)
@@ -198,49 +202,40 @@ def forward_launch(
     """One program per tile of queries of a window and head."""
     rel_h, rel_w = operands.scratch(problem)
     tensors = {"rel_h": rel_h, "rel_w": rel_w, "out": out, "log_sum_exp": log_sum_exp}
-    return by_queries("forward", _forward_kernel, problem, operands, tensors)
+    return launch_of("forward", problem, operands, tensors)
 
 
-def query_gradient_launch(
-    problem: Problem, operands: Operands, tensors: Mapping[str, Tensor | None]
+def launch_of(
+    name: str, problem: Problem, operands: Operands, tensors: Mapping[str, Tensor | None]
 ) -> Launch:
-    """One program per tile of queries of a window and head; `tensors` by the kernel's names."""
-    return by_queries("query_gradient", _query_gradient_kernel, problem, operands, tensors)
+    """The launch of one of `KERNELS`; `tensors` by the kernel's names.
 
-
-def by_queries(
-    name: str,
-    kernel: Any,
-    problem: Problem,
-    operands: Operands,
-    tensors: Mapping[str, Tensor | None],
-) -> Launch:
-    """The launch of the forward or of the queries' gradient."""
+    One program per window, head and tile: of keys for the keys' gradient, else of queries.
+    """
     tile = problem.tile(name)
-    tiles = triton.cdiv(problem.window_h * problem.window_w, tile.block)
+    of_queries = triton.cdiv(problem.window_h * problem.window_w, tile.block)
+    tiles = key_tiles(problem) if name == "key_gradient" else of_queries
     is_whole = problem.window_h % tile.rows == 0 and problem.window_w % tile.columns == 0
-    arguments = {
-        **common_arguments(problem, operands, tile),
+    values = {
+        **values_of(problem, operands.qkv),
         **tensors,
+        "qkv_bias": operands.qkv_bias if problem.is_padded else None,
         "table_h": operands.rel_pos_h,
         "table_w": operands.rel_pos_w,
         "tiles": tiles,
+        "scale": problem.head_dim**-0.5,
+        "WINDOW_H": problem.window_h,
+        "WINDOW_W": problem.window_w,
+        "BLOCK": tile.block,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
         "CHUNK": CHUNK,
+        "PARTIAL": problem.is_partial,
+        "PADDED": problem.is_padded,
         "MASKED": problem.is_cropped or not is_whole,
     }
     programs = (problem.windows * tiles,)
-    return Launch(kernel, programs, arguments, tile.num_warps, tile.num_stages)
-
-
-def key_gradient_launch(
-    problem: Problem, operands: Operands, tensors: Mapping[str, Tensor | None]
-) -> Launch:
-    """One program per tile of keys of a window and head; `tensors` by the kernel's names."""
-    tile = problem.tile("key_gradient")
-    tiles = key_tiles(problem)
-    arguments = {**common_arguments(problem, operands, tile), **tensors, "tiles": tiles}
-    programs = (problem.windows * tiles,)
-    return Launch(_key_gradient_kernel, programs, arguments, tile.num_warps, tile.num_stages)
+    return Launch.choosing(KERNELS[name], programs, values, tile.num_warps, tile.num_stages)
 
 
 def key_tiles(problem: Problem) -> int:
@@ -253,7 +248,7 @@ def table_parts(problem: Problem, qkv: Tensor, *, of_rows: bool) -> Tensor:
     """Room for the parts that a table's gradient is the sum of: (splits, 2*size-1, head_dim) float32."""
     tiles = triton.cdiv(problem.h * problem.w, TABLE_BLOCK) * problem.images * problem.heads
     size = problem.window_h if of_rows else problem.window_w
-    shape = (min(SPLITS, tiles), 2 * size - 1, problem.head_dim)
+    shape = (max(1, min(SPLITS, tiles)), 2 * size - 1, problem.head_dim)
     return qkv.new_empty(shape, dtype=torch.float32)
 
 
@@ -261,59 +256,30 @@ def table_gradient_launch(
     problem: Problem, qkv: Tensor, d_rel: Tensor, parts: Tensor, *, of_rows: bool
 ) -> Launch:
     """One program per part and chunk of the table of one axis."""
-    d0, d1 = split_head_dim(problem.head_dim)
     size, tokens = (problem.window_h if of_rows else problem.window_w), problem.h * problem.w
     tiles = triton.cdiv(tokens, TABLE_BLOCK)
     in_all = tiles * problem.images * problem.heads
-    arguments = {
-        "qkv": qkv,
-        **strides_of(qkv),
+    values = {
+        **values_of(problem, qkv),
         "d_rel": d_rel,
         "parts": parts,
         "key_stride": tokens if of_rows else 1,
         "token_stride": 1 if of_rows else size,
-        "h": problem.h,
-        "w": problem.w,
-        "heads": problem.heads,
         "tiles": tiles,
         "tiles_each": triton.cdiv(in_all, len(parts)),
         "tiles_in_all": in_all,
         "SIZE": size,
         "OF_ROWS": of_rows,
-        "HEAD_DIM": problem.head_dim,
-        "D0": d0,
-        "D1": d1,
         "BLOCK": TABLE_BLOCK,
         "CHUNK": TABLE_CHUNK,
     }
     programs = (len(parts), triton.cdiv(2 * size - 1, TABLE_CHUNK))
-    return Launch(_table_gradient_kernel, programs, arguments, num_warps=4, num_stages=2)
+    return Launch.choosing(_table_gradient_kernel, programs, values, num_warps=4, num_stages=2)
 
 
-def common_arguments(problem: Problem, operands: Operands, tile: Tile) -> dict[str, Any]:
-    """The arguments of all kernels over windows."""
+def values_of(problem: Problem, qkv: Tensor) -> dict[str, Any]:
+    """The arguments that all kernels take, by their names."""
     d0, d1 = split_head_dim(problem.head_dim)
-    return {
-        "qkv": operands.qkv,
-        "qkv_bias": operands.qkv_bias if problem.is_padded else None,
-        **strides_of(operands.qkv),
-        "h": problem.h,
-        "w": problem.w,
-        "heads": problem.heads,
-        "scale": problem.head_dim**-0.5,
-        "WINDOW_H": problem.window_h,
-        "WINDOW_W": problem.window_w,
-        "HEAD_DIM": problem.head_dim,
-        "D0": d0,
-        "D1": d1,
-        "BLOCK": tile.block,
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "PARTIAL": problem.is_partial,
-        "PADDED": problem.is_padded,
-    }
-
-
-def strides_of(qkv: Tensor) -> dict[str, int]:
-    """The strides of qkv by the kernels' names."""
-    return dict(zip(("stride_b", "stride_y", "stride_x", "stride_c"), qkv.stride(), strict=True))
+    strides = zip(("stride_b", "stride_y", "stride_x", "stride_c"), qkv.stride(), strict=True)
+    sizes = {"h": problem.h, "w": problem.w, "heads": problem.heads}
+    return {"qkv": qkv, **dict(strides), **sizes, "HEAD_DIM": problem.head_dim, "D0": d0, "D1": d1}

@@ -55,23 +55,25 @@ def forward(inputs: Inputs) -> Outputs:
     made = {"k": to_k(whole), "v": to_v(whole)} if has_few_keys else {"q": to_q(whole)}
     outputs = empty_outputs(inputs)
     outputs = outputs._replace(**made) if keep else outputs
-    tensors: dict[str, Any] = dict.fromkeys(Outputs._fields)  # None: not kept
-    tensors |= (outputs._asdict() if keep else {"out": outputs.out}) | made
     lengths = inputs.key_lengths
-    tensors |= {"lengths": None if lengths is None else lengths.contiguous()}
-    tensors |= {"residual": queries.contiguous()}
-    tensors |= {"out_weight": out_weight.contiguous()}
-    tensors |= {"out_added": torch.addmv(out_bias, out_weight, v_bias)}
-    tensors |= {"norm_weight": inputs.norm_weight.contiguous()}
-    tensors |= {"norm_bias": inputs.norm_bias.contiguous()}
-    sizes = sizes_of(inputs)
-    if not len(queries):
-        return outputs
+    values: dict[str, Any] = {
+        **dict.fromkeys(Outputs._fields),  # None: not kept
+        **(outputs._asdict() if keep else {"out": outputs.out}),
+        **made,
+        **sizes_of(inputs),
+        "lengths": None if lengths is None else lengths.contiguous(),
+        "residual": queries.contiguous(),
+        "out_weight": out_weight.contiguous(),
+        "out_added": torch.addmv(out_bias, out_weight, v_bias),
+        "norm_weight": inputs.norm_weight.contiguous(),
+        "norm_bias": inputs.norm_bias.contiguous(),
+    }
     if has_few_keys:
-        few_keys_launch(to_q, tensors, sizes).run()
+        launches = [few_keys_launch(to_q, values)]
     else:
-        for launch in many_keys_launches(to_k, to_v, tensors, sizes):
-            launch.run()
+        launches = many_keys_launches(to_k, to_v, values)
+    for launch in launches:
+        launch.run()
     return outputs
 
 
@@ -97,8 +99,7 @@ def _attend_backward(
     tensors = {name: x.contiguous() for name, x in (tensors | {"grad": grad}).items()}
     lengths = None if key_lengths is None else key_lengths.contiguous()
     launch, gradients = backward_launch(tensors, lengths, num_heads)
-    if len(q):
-        launch.run()
+    launch.run()
     return [
         parts[0] if len(parts) == 1 else parts.sum(0).to(own.dtype)
         for parts, own in zip(gradients, (q, k, v), strict=True)

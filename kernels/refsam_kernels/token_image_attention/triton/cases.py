@@ -48,31 +48,20 @@ def _example_launches(
     for queries, keys, key_lengths in ((few, many, None), (many, few, lengths)):
         norm = torch.empty(channels, device="meta")
         weights = (weight, bias, weight, bias, weight, bias, weight.T, few.new_empty(channels))
-        inputs = Inputs(
-            queries,
-            keys,
-            queries[:1],
-            keys[:1],
-            *weights,
-            norm,
-            norm,
-            key_lengths,
-            heads,
-            1e-5,
-            True,
-        )
+        tensors: Any = (queries, keys, queries[:1], keys[:1], *weights, norm, norm)
+        inputs = Inputs(*tensors, key_lengths, heads, 1e-5, True)  # type: ignore[call-arg]
         outputs = empty_outputs(inputs)
-        tensors: dict[str, Any] = outputs._asdict() | {"lengths": key_lengths, "residual": queries}
-        tensors |= {"out_weight": weight.T.contiguous(), "out_added": few.new_empty(channels)}
-        tensors |= {"norm_weight": norm, "norm_bias": norm}
-        sizes = sizes_of(inputs)
+        values: dict[str, Any] = outputs._asdict() | sizes_of(inputs)
+        values |= {"lengths": key_lengths, "residual": queries}
+        values |= {"out_weight": weight.T.contiguous(), "out_added": few.new_empty(channels)}
+        values |= {"norm_weight": norm, "norm_bias": norm}
         to_q = Projection(queries, queries[:1], weight, bias)
         to_k, to_v = (Projection(keys, pe, weight, None) for pe in (keys[:1], None))
         if keys is few:
-            yield "to few keys", few_keys_launch(to_q, tensors, sizes)
+            yield "to few keys", few_keys_launch(to_q, values)
         else:
             names = ("to many keys", "join")
-            yield from zip(names, many_keys_launches(to_k, to_v, tensors, sizes), strict=True)
+            yield from zip(names, many_keys_launches(to_k, to_v, values), strict=True)
         backward = outputs._asdict() | {"grad": outputs.attended}
         backward = {name: backward[name] for name in ("grad", *"qkv", "attended", "log_sum_exp")}
         launch, _ = backward_launch(backward, key_lengths, heads)
