@@ -184,7 +184,7 @@ class RefSAMConfig:
 
         Raises ConfigError with every bad entry.
         """
-        return config_from_yaml(cls, path, overrides)
+        return config_from_dict(cls, apply_overrides(read_yaml(path), overrides))
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, tuples as lists: what YAML and JSON hold."""
@@ -254,14 +254,6 @@ def config_from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
 def config_to_dict(config: Any) -> dict[str, Any]:
     """Nested plain values of any configuration dataclass, tuples as lists."""
     return _plain(asdict(config))
-
-
-def config_from_yaml(cls: type[Config], path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML file, apply dotted overrides, validate into cls.
-
-    Raises ConfigError if the file cannot be read, is not a YAML mapping or has bad entries.
-    """
-    return config_from_dict(cls, apply_overrides(read_yaml(path), overrides))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

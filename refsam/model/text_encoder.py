@@ -112,6 +112,20 @@ def explain_unknown(expression: str, words: Sequence[str]) -> str:
     )
 
 
+@torch.no_grad()
+def refused_expressions(
+    encode: Callable[[list[str]], object], expressions: Iterable[str]
+) -> dict[str, str]:
+    """The expressions for which `encode`, that of a model or a text encoder, raises ExpressionError, each with the reason."""
+    refused = {}
+    for expression in dict.fromkeys(expressions):
+        try:
+            encode([expression])
+        except ExpressionError as error:
+            refused[expression] = str(error)
+    return refused
+
+
 class CachedTextEncoder(nn.Module):
     """Checks expressions and caches their encodings.
 

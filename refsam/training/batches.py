@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -64,7 +65,11 @@ class GeneratedStream(Dataset[TrainingBatch | DataError]):
         if drawer is not None:
             aspect = _PHOTOGRAPH_ASPECTS[random.integers(len(_PHOTOGRAPH_ASPECTS))]
         size = _size_of(stage.image_size or self.image_size, aspect)
-        counts = {"clips": stage.clips, "frames": stage.frames, "expressions": stage.expressions}
+        counts: dict[str, Any] = {
+            "clips": stage.clips,
+            "frames": stage.frames,
+            "expressions": stage.expressions,
+        }
         if drawer is not None:
             try:
                 return TrainingBatch(

@@ -66,8 +66,7 @@ class TextFeatures:
 
     def _read_kept(self, expression: str) -> EncodedText | None:
         """Read an expression's features from the disk, None if they are not there."""
-        path = self.file(expression)
-        tokens = None if path is None else _read(path)
+        tokens = _read(self.file(expression))
         return None if tokens is None else EncodedText(tokens[None], torch.tensor([len(tokens)]))
 
     def file(self, expression: str) -> Path | None:
@@ -80,7 +79,7 @@ class TextFeatures:
     def _read_or_encode(self, expression: str) -> Tensor:
         """The tokens (T, Ct) of one expression."""
         path = self.file(expression)
-        if path is not None and (tokens := _read(path)) is not None:
+        if (tokens := _read(path)) is not None:
             return tokens
         device = next(chain(self.encoder.parameters(), self.encoder.buffers())).device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -114,8 +113,8 @@ def identity(encoder: CachedTextEncoder) -> str:
     return f"{encoder.name.strip('/').replace('/', '--')}-{weights[:32]}"
 
 
-def _read(path: Path) -> Tensor | None:
+def _read(path: Path | None) -> Tensor | None:
     try:
-        return load_file(path)["tokens"]
+        return None if path is None else load_file(path)["tokens"]
     except (OSError, SafetensorError, KeyError):
         return None

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from refsam.data import DataError, ReferringDataset, VideoRecord
 from refsam.data.dataset import UnreadableError
 from refsam.data.generated import generate_clip
-from refsam.errors import ExpressionError
 from refsam.metrics import contour_accuracy, region_similarity
 from refsam.model import RefSAM
+from refsam.model.text_encoder import refused_expressions
 from refsam.session import VideoSession
 from refsam.training.settings import ValidationSettings
 from refsam.video.overlay import draw_overlay
@@ -129,17 +129,10 @@ def score_clips(
 @torch.no_grad()
 def predict(model: RefSAM, clip: ValidationClip) -> NDArray[np.bool_]:
     """The masks (E, T, H, W) that the model finds online."""
-    understood = [place for place, text in enumerate(clip.texts) if _is_understood(model, text)]
+    refused = refused_expressions(model.text_encoder, clip.texts)
+    understood = [place for place, text in enumerate(clip.texts) if text not in refused]
     predicted = np.zeros_like(clip.masks)
     session = VideoSession(model, [clip.texts[place] for place in understood], optimize=False)
     for time, frame in enumerate(clip.frames):
         predicted[understood, time] = session.step(frame).masks.cpu().numpy()
     return predicted
-
-
-def _is_understood(model: RefSAM, text: str) -> bool:
-    try:
-        model.text_encoder([text])
-    except ExpressionError:
-        return False
-    return True

@@ -1,12 +1,10 @@
 """The server of the page: it first begins to answer and then loads the model."""
 
 import os
-import shutil
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from refsam.errors import UserError
 from refsam.runtime.signals import termination_interrupts
@@ -37,8 +35,14 @@ def serve(
     Raises:
         UserError: gradio or pycocotools is missing, the address cannot be used, or the model cannot be loaded.
     """
-    with _workplace(folder) as place, termination_interrupts():
-        visitors = Visitors(place, limits or Limits())
+    try:
+        workplace = TemporaryDirectory(None, "refsam-ui-", folder, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}): give another --folder"
+        ) from error
+    with workplace as place, termination_interrupts():
+        visitors = Visitors(Path(place).resolve(), limits or Limits())
         page = _open(visitors, host, port)
         try:
             announce(f"refsam ui: {page.local_url} (Ctrl-C ends it)")
@@ -90,18 +94,3 @@ def _open(visitors: Visitors, host: str, port: int | None):  # type: ignore[no-u
             f"{host}:{port or '7860 to 7959'} cannot be listened at: choose another --host or --port"
         ) from error
     return page
-
-
-@contextmanager
-def _workplace(folder: Path | None) -> Iterator[Path]:
-    """A temporary folder, removed at the end."""
-    try:
-        place = Path(tempfile.mkdtemp(prefix="refsam-ui-", dir=folder)).resolve()
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written ({error.strerror}): give another --folder"
-        ) from error
-    try:
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)

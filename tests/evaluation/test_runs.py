@@ -18,7 +18,7 @@ from refsam.cli import main
 from refsam.data import open_dataset
 from refsam.errors import UserError
 from refsam.evaluation.runners.benchmark import Runner, evaluate
-from refsam.evaluation.runners.inference import RULES, FrameLogits, VideoPredictor, find_rules
+from refsam.evaluation.runners.inference import RULES, GroupLogits, VideoPredictor, find_rules
 from refsam.evaluation.runners.per_expression import PerExpression
 from refsam.evaluation.runners.ref_davis17 import RefDavis17
 from refsam.evaluation.runners.refcoco import RefCoco
@@ -120,7 +120,7 @@ def test_ref_davis17_needs_a_sentence_of_each_annotator_and_the_truth(davis, tmp
 def test_merged_maps_differ_by_rule_where_both_are_known():
     # At full size already: one pixel row of logits, two objects.
     rows = torch.tensor([[0.05, 25.0, -1.0, 3.0], [-2.0, 30.0, -1.0, 4.0]])
-    logits = FrameLogits(rows[:, None].expand(-1, 4, -1), 4, (4, 4), (4, 4), (4, 4))
+    logits = GroupLogits(rows[:, None].expand(-1, 4, -1), 4, (4, 4), (4, 4), (4, 4))
     # 0.05 is a probability above 0.5 but a logit below the background's 0.1; sigmoid(25) is 1 in float32 as sigmoid(30) is.
     assert logits.merged_map([1, 2], "probabilities")[0].tolist() == [1, 1, 0, 2]
     assert logits.merged_map([1, 2], "logits")[0].tolist() == [0, 2, 0, 2]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from refsam.config import config_from_dict, config_from_yaml
+from refsam.config import config_from_dict
 from refsam.errors import ConfigError, UserError
 from refsam.model import RefSAM
 from refsam.training.loop import Trainer
@@ -199,7 +199,7 @@ def test_learning_rate_warms_up_and_decays():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_configuration_is_valid(path):
-    assert config_from_yaml(TrainingSettings, path).stages
+    assert TrainingSettings.from_yaml(path).stages
 
 
 def test_gradients_that_are_no_number_stop_before_the_weights_do(tmp_path):
@@ -268,7 +268,7 @@ def test_all_mistakes_of_a_configuration_are_told_at_once(tmp_path):
         "validation: {evry: 10}\n"
     )
     with pytest.raises(ConfigError) as error:
-        config_from_yaml(TrainingSettings, path)
+        TrainingSettings.from_yaml(path)
     for part in ("image_encoder.depht", "stages.0.steps", "optimizer", "validation.evry"):
         assert part in str(error.value)
     assert "\n" not in str(error.value)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,13 @@ from refsam.evaluation.reports.report import Code, Picture, Section, Table, Text
 from refsam.evaluation.scoring.clips import Clip
 from refsam.evaluation.scoring.masks import read_maps
 from refsam.evaluation.scoring.protocols import Protocol
-from refsam.evaluation.scoring.results import MEASURES, MaskEvaluation, ObjectScores, mean_measures
+from refsam.evaluation.scoring.results import (
+    MEASURES,
+    MaskEvaluation,
+    ObjectScores,
+    by_video,
+    mean_measures,
+)
 
 FrameReader = Callable[[str, str], NDArray[np.uint8] | None]
 
@@ -113,9 +118,7 @@ def _video_tables(scored: Sequence[Scored]) -> Iterable[Table]:
 
 def _charts(scored: Sequence[Scored], pictures: str) -> Iterable[Picture | Text]:
     for scores in scored:
-        ordered = sorted(scores.result.scores, key=lambda score: score.video)
-        for video, group in groupby(ordered, key=lambda score: score.video):
-            objects = list(group)
+        for video, objects in sorted(by_video(scores.result.scores).items()):
             both = len(objects) <= _CURVES_OF_BOTH
             curves = [c for index, score in enumerate(objects) for c in _curves(index, score, both)]
             name = " ".join(filter(None, (scores.name, video)))

@@ -3,7 +3,6 @@
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from refsam.errors import UserError
 from refsam.evaluation.reports.pictures import COLOURS
 from refsam.evaluation.reports.report import Picture, Text
-from refsam.evaluation.scoring.results import ObjectScores
+from refsam.evaluation.scoring.results import ObjectScores, by_video
 from refsam.runtime.files import replace_file
 
 _MISSING = "plots need matplotlib: pip install 'refsam[eval]'"
@@ -44,10 +43,8 @@ def write_plots(scores: Iterable[ObjectScores], folder: Path) -> list[Path]:
     """
     check_plots()
     folder.mkdir(parents=True, exist_ok=True)
-    ordered = sorted(scores, key=lambda score: score.video)
     paths = []
-    for video, group in groupby(ordered, key=lambda score: score.video):
-        objects = list(group)
+    for video, objects in sorted(by_video(scores).items()):
         curves = [c for index, score in enumerate(objects) for c in both_curves(index, score)]
         paths.append(folder / f"{video}.png")
         replace_file(paths[-1], chart(curves, objects[0].frames, "png", video))

@@ -19,16 +19,16 @@ from refsam.data import Expression, ReferringDataset, VideoRecord
 from refsam.evaluation.reports.masks import provenance_section
 from refsam.evaluation.reports.report import Section, Text, write_report
 from refsam.evaluation.runners.inference import (
-    FrameLogits,
+    GroupLogits,
     InferenceRules,
     VideoPredictor,
-    refused_expressions,
 )
 from refsam.evaluation.runners.run_folder import RunFolder
 from refsam.evaluation.runners.speed import STAGES, StageClock, speed_summary, speed_table
 from refsam.evaluation.scoring.problems import MaskProblemsError, Problem, describe
 from refsam.evaluation.scoring.results import as_json
 from refsam.model import PromptedSAM
+from refsam.model.text_encoder import refused_expressions
 from refsam.runtime.device import precision_facts
 from refsam.runtime.files import replace_file
 from refsam.runtime.provenance import installed, provenance
@@ -99,7 +99,7 @@ class Benchmark(ABC):
         return [unit.name]
 
     def render(
-        self, unit: Unit, logits: Sequence[FrameLogits], rules: InferenceRules
+        self, unit: Unit, logits: Sequence[GroupLogits], rules: InferenceRules
     ) -> dict[str, NDArray[Any]]:
         """The pictures of one frame by their folder below `predictions`: masks `(H, W)` bool, maps `(H, W)` uint8.
 
@@ -170,7 +170,7 @@ class Runner:
         asked = [
             (unit.name, e.text, self.rules.text(e.text)) for unit in units for e in unit.expressions
         ]
-        reasons = refused_expressions(self.model, [given for _, _, given in asked])
+        reasons = refused_expressions(self.model.encode_text, [given for _, _, given in asked])
         problems = [
             Problem("expression refused", name, f"{text!r} ({reasons[given]})")
             for name, text, given in asked

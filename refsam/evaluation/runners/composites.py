@@ -19,6 +19,7 @@ from refsam.data.photographs.expressions import PhotoGrammar
 from refsam.data.photographs.folder import UNSURE, open_folder
 from refsam.data.photographs.layers import PhotoClip
 from refsam.data.photographs.scenes import SceneDrawer
+from refsam.metrics import region_similarity
 from refsam.model import RefSAM
 from refsam.session import VideoSession
 
@@ -152,17 +153,7 @@ def _score(model: RefSAM, kind: str, index: int, clip: CompositeClip) -> Composi
     judged = shown
     if kind == COVERED:
         judged = shown & (np.arange(len(shown)) > np.flatnonzero(~shown).max())
-    counted = ~clip.ignore
-    regions = [
-        (clip.mask[t] & predicted[t] & counted[t]).sum()
-        / max(1, ((clip.mask[t] | predicted[t]) & counted[t]).sum())
-        for t in np.flatnonzero(judged)
-    ]
-    marked = np.asarray((predicted & counted)[~shown])
-    return CompositeScore(
-        kind,
-        index,
-        clip.text,
-        fmean(map(float, regions)),
-        float(marked.mean()) if marked.size else None,
-    )
+    regions = region_similarity(predicted[judged], clip.mask[judged], clip.ignore[judged])
+    marked = (predicted & ~clip.ignore)[~shown]
+    false_area = float(marked.mean()) if marked.size else None
+    return CompositeScore(kind, index, clip.text, fmean(regions.tolist()), false_area)

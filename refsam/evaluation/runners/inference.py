@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from refsam.errors import ExpressionError, UserError
+from refsam.errors import UserError
 from refsam.evaluation.runners.speed import StageClock
 from refsam.model import PromptedSAM
 from refsam.runtime.device import autocast
@@ -91,8 +91,8 @@ def find_rules(name: str) -> InferenceRules:
 
 
 @dataclass(frozen=True)
-class FrameLogits:
-    """The logits of E expressions in one frame.
+class GroupLogits:
+    """The logits of a group of E expressions in one frame.
 
     `logits` `(E, 4h, 4w)` float32 over the model's square of side `image_size`, of which the frame fills `input_size`;
     `seen_size` is the frame's size as the model was given it, `size` its own. Sizes are (height, width).
@@ -167,7 +167,7 @@ class VideoPredictor:
                 for group, known in zip(groups, self._known, strict=True)
             ]
 
-    def step(self, frame: NDArray[np.uint8]) -> list[FrameLogits]:
+    def step(self, frame: NDArray[np.uint8]) -> list[GroupLogits]:
         """Logits of each group in the next frame `(H, W, 3)` uint8 RGB."""
         seen = _with_short_side(frame, self.rules.short_side)
         with torch.no_grad(), self._autocast:
@@ -179,26 +179,14 @@ class VideoPredictor:
                     for index in range(len(self._sessions))
                 ]
 
-    def _logits(self, index: int, frame: EncodedFrame, size: tuple[int, ...]) -> FrameLogits:
+    def _logits(self, index: int, frame: EncodedFrame, size: tuple[int, ...]) -> GroupLogits:
         """Logits of a group; those of refused expressions mark no pixel."""
         side = 4 * max(frame.image.grid)
         logits = torch.full((self._counts[index], side, side), _NOWHERE, device=self.model.device)
         if self._known[index]:
             logits[self._known[index]] = self._sessions[index].step_logits(frame).logits
         sizes = frame.size.resized, frame.size.original, (size[0], size[1])
-        return FrameLogits(logits, self.model.image_size, *sizes)
-
-
-def refused_expressions(model: PromptedSAM, texts: Sequence[str]) -> dict[str, str]:
-    """The expressions that the model's text encoder refuses, each with the reason."""
-    refused = {}
-    with torch.no_grad():
-        for text in dict.fromkeys(texts):
-            try:
-                model.encode_text([text])
-            except ExpressionError as error:
-                refused[text] = str(error)
-    return refused
+        return GroupLogits(logits, self.model.image_size, *sizes)
 
 
 def _with_short_side(frame: NDArray[np.uint8], short_side: int | None) -> NDArray[np.uint8]:

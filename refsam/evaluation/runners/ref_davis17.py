@@ -12,7 +12,7 @@ from refsam.errors import UserError
 from refsam.evaluation.reports.masks import Scored, mask_sections, overall_table
 from refsam.evaluation.reports.report import Section, Text
 from refsam.evaluation.runners.benchmark import Outcome, Unit, VideoBenchmark, texts_of
-from refsam.evaluation.runners.inference import MERGE_NOTES, FrameLogits, InferenceRules, MergeRule
+from refsam.evaluation.runners.inference import MERGE_NOTES, GroupLogits, InferenceRules, MergeRule
 from refsam.evaluation.runners.run_folder import RunFolder
 from refsam.evaluation.scoring.clips import find_clips
 from refsam.evaluation.scoring.masks import score_layout
@@ -72,7 +72,7 @@ class RefDavis17(VideoBenchmark):
         return folders
 
     def render(
-        self, unit: Unit, logits: Sequence[FrameLogits], rules: InferenceRules
+        self, unit: Unit, logits: Sequence[GroupLogits], rules: InferenceRules
     ) -> dict[str, NDArray[Any]]:
         """Each annotator's joint map, and the masks of single expressions if they are wanted."""
         pictures: dict[str, NDArray[Any]] = {}

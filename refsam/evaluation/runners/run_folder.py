@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from refsam.errors import UserError, differences
+from refsam.evaluation.scoring.clips import visible
 from refsam.evaluation.scoring.results import as_json
 from refsam.runtime.files import replace_file
 
@@ -35,7 +36,7 @@ class RunFolder:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} exists and is no folder: give another one with --out")
         # In this order: another process that makes the folder now writes the settings before anything else.
-        if folder.is_dir() and any(_visible(folder)) and not file.is_file():
+        if folder.is_dir() and visible(folder) and not file.is_file():
             raise UserError(f"{folder} holds other files: give a new folder with --out")
         folder.mkdir(parents=True, exist_ok=True)
         if file.is_file():
@@ -91,10 +92,6 @@ class RunFolder:
 
     def _record(self, unit: str) -> Path:
         return self._results / f"{unit}.json"
-
-
-def _visible(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _check_equal(file: Path, wanted: Mapping[str, Any]) -> None:

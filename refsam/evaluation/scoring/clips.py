@@ -281,29 +281,25 @@ class _PredictionFinder:
     def _note_other_files(self, folder: Path, pngs_too: bool = False) -> None:
         others = [
             path.name
-            for path in sorted(folder.iterdir())
-            if path.is_file()
-            and not path.name.startswith(".")
-            and (pngs_too or path.suffix.lower() != ".png")
+            for path in visible(folder)
+            if path.is_file() and (pngs_too or path.suffix.lower() != ".png")
         ]
         if others:
             self.notes.append(f"ignored in {folder}: {', '.join(others)}")
 
 
+def visible(folder: Path) -> list[Path]:
+    """The entries of a folder, sorted, without hidden ones."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def _folders(root: Path) -> list[Path]:
-    return sorted(
-        path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
+    return [path for path in visible(root) if path.is_dir()]
 
 
 def _frames(folder: Path) -> dict[str, Path]:
     """The PNGs of a folder by name, sorted."""
-    paths = sorted(folder.iterdir())
-    return {
-        path.stem: path
-        for path in paths
-        if path.suffix.lower() == ".png" and not path.name.startswith(".")
-    }
+    return {path.stem: path for path in visible(folder) if path.suffix.lower() == ".png"}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 import multiprocessing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from pathlib import Path
 from struct import error as StructError
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +61,7 @@ def score_layout(
     *,
     missing: str = "error",
     processes: int = 1,
-    advance: Callable[[], None] | None = None,
+    advance: Callable[[], None] = lambda: None,
 ) -> MaskEvaluation:
     """Score all clips of a layout, which `processes` share without any effect on the result.
 
@@ -85,12 +85,11 @@ def score_layout(
     return MaskEvaluation(protocol, scores, tuple(problems), notes)
 
 
-@dataclass
-class ClipResult:
+class ClipResult(NamedTuple):
     """Scores of one clip's objects, none if it was only checked, and what is wrong with its files."""
 
-    scores: list[ObjectScores] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    scores: list[ObjectScores]
+    problems: list[Problem]
 
 
 def score_clip(
@@ -316,15 +315,12 @@ def _size_of(path: Path | None) -> tuple[int, int]:
         return (1, 1)
 
 
-def _in_order(
-    jobs: Sequence[Job], processes: int, advance: Callable[[], None] | None
-) -> list[ClipResult]:
+def _in_order(jobs: Sequence[Job], processes: int, advance: Callable[[], None]) -> list[ClipResult]:
     """The results of all jobs, in the order of the jobs."""
     results: dict[int, ClipResult] = {}
     for index, result in _as_done(jobs, min(processes, len(jobs))):
         results[index] = result
-        if advance is not None:
-            advance()
+        advance()
     return [results[index] for index in range(len(jobs))]
 
 

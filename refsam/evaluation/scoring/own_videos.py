@@ -7,7 +7,7 @@ from pathlib import Path
 from refsam.data import Expression, ReferringDataset, VideoRecord
 from refsam.data.masks import NumberedMasks
 from refsam.errors import UserError
-from refsam.evaluation.scoring.clips import Clip, Layout
+from refsam.evaluation.scoring.clips import Clip, Layout, visible
 from refsam.evaluation.scoring.problems import Problem
 
 
@@ -26,7 +26,7 @@ def find_own_clips(predictions: Path, dataset: ReferringDataset) -> Layout:
     if not predictions.is_dir():
         raise UserError(f"prediction: no folder {predictions}")
     clips: list[Clip] = []
-    found = {p.name for p in predictions.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    found = {path.name for path in visible(predictions) if path.is_dir()}
     extra = sorted(found - {video.name for video in dataset.videos})
     problems = [Problem("video extra", "", name) for name in extra]
     for video in dataset.videos:

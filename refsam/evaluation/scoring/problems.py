@@ -6,23 +6,20 @@ from dataclasses import dataclass
 
 from refsam.errors import UserError
 
-_KINDS = {
-    "video missing": ("video missing", "videos missing"),
-    "video extra": ("video not in the truth", "videos not in the truth"),
-    "expression missing": ("expression missing", "expressions missing"),
-    "expression extra": ("expression not in the truth", "expressions not in the truth"),
-    "expression refused": (
-        "expression that the model cannot take",
-        "expressions that the model cannot take",
-    ),
-    "frame missing": ("frame missing", "frames missing"),
-    "frame extra": ("frame not in the truth", "frames not in the truth"),
-    "unreadable": ("unreadable PNG", "unreadable PNGs"),
-    "mode": ("PNG neither palette nor grey", "PNGs neither palette nor grey"),
-    "size": ("mask of another size than the truth", "masks of another size than the truth"),
-    "values": ("mask not binary", "masks not binary"),
-    "objects": ("mask with too high an object number", "masks with too high an object number"),
-    "truth": ("fault in the truth", "faults in the truth"),
+_KINDS = {  # in words; {s} makes the plural
+    "video missing": "video{s} missing",
+    "video extra": "video{s} not in the truth",
+    "expression missing": "expression{s} missing",
+    "expression extra": "expression{s} not in the truth",
+    "expression refused": "expression{s} that the model cannot take",
+    "frame missing": "frame{s} missing",
+    "frame extra": "frame{s} not in the truth",
+    "unreadable": "unreadable PNG{s}",
+    "mode": "PNG{s} neither palette nor grey",
+    "size": "mask{s} of another size than the truth",
+    "values": "mask{s} not binary",
+    "objects": "mask{s} with too high an object number",
+    "truth": "fault{s} in the truth",
 }
 
 
@@ -61,5 +58,6 @@ def describe(problems: Iterable[Problem]) -> list[str]:
     lines = []
     for (where, kind), whats in groups.items():
         place = f"{where}: " if where else ""
-        lines.append(f"{place}{len(whats)} {_KINDS[kind][len(whats) > 1]}: {', '.join(whats)}")
+        words = _KINDS[kind].format(s="s" if len(whats) > 1 else "")
+        lines.append(f"{place}{len(whats)} {words}: {', '.join(whats)}")
     return lines

@@ -65,10 +65,10 @@ class MaskEvaluation:
     @property
     def videos(self) -> dict[str, dict[str, float]]:
         """Every measure, averaged over the objects of each video."""
-        rows: dict[str, list[dict[str, float]]] = {}
-        for score in self.scores:
-            rows.setdefault(score.video, []).append(score.measures)
-        return {video: mean_measures(of_video) for video, of_video in rows.items()}
+        return {
+            video: mean_measures(score.measures for score in scores)
+            for video, scores in by_video(self.scores).items()
+        }
 
     @property
     def remarks(self) -> list[str]:
@@ -159,6 +159,14 @@ def _object_entry(score: ObjectScores) -> dict[str, Any]:
         "J": score.region.tolist(),
         "F": score.contour.tolist(),
     }
+
+
+def by_video(scores: Iterable[ObjectScores]) -> dict[str, list[ObjectScores]]:
+    """The scores of each video, in their order."""
+    groups: dict[str, list[ObjectScores]] = {}
+    for score in scores:
+        groups.setdefault(score.video, []).append(score)
+    return groups
 
 
 def mean_measures(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
