@@ -15,7 +15,7 @@ from refsam_kernels.core.flops import flop_formulas
 from refsam_kernels.core.streams import is_capturing, settle
 from refsam_kernels.decomposition import decompositions
 from refsam_kernels.dense_attention.op import dense_attention
-from refsam_kernels.feed_forward.mlp import AdapterWeights
+from refsam_kernels.feed_forward.mlp import AdapterWeights, MLPWeights
 from refsam_kernels.fingerprint import Fingerprint
 from refsam_kernels.int8_linear.op import int8_linear, int8_mlp, multiplies_int8, say_if_slow
 from refsam_kernels.int8_linear.weights import Int8Weights, quantise_weights
@@ -38,6 +38,7 @@ __all__ = [
     "BackendError",
     "Fingerprint",
     "Int8Weights",
+    "MLPWeights",
     "MaskStatistics",
     "PackedLinear",
     "PackedMasks",

@@ -6,6 +6,7 @@ torchscale's, which EVF-SAM's checkpoints use. The model and its traps are descr
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,10 @@ from refsam_kernels import PackedLinear, can_prepack
 EPS = 1e-5
 FIRST_POSITION = 2  # rows 0 and 1 of the position tables are never read
 Layer = Callable[[Tensor], Tensor]
+ArrangeLinear = Callable[
+    [Sequence[nn.Linear], bool], Layer
+]  # results side by side, with a GELU where True
+ArrangeNorm = Callable[[nn.LayerNorm], Layer]
 
 
 class Branch(NamedTuple):
@@ -76,21 +81,24 @@ class Beit3Layer(nn.Module):
         self.ffn = both(lambda: FeedForward(width, hidden))
         self.final_layer_norm = both(lambda: nn.LayerNorm(width, eps=EPS))
 
-    def branch(self, copy: str) -> Branch:
-        """The parameters of copy A or B as they are."""
+    def branches(self, linear: ArrangeLinear, norm: ArrangeNorm) -> tuple[Branch, Branch]:
+        """The patches' and the words' functions, made of the parameters by `linear` and `norm`."""
         attention: Any = self.self_attn
-        ffn: Any = self.ffn[copy]
-        projections = [getattr(attention, f"{name}_proj")[copy] for name in "qkv"]
-        return Branch(
-            self.self_attn_layer_norm[copy],
-            lambda x: torch.cat([projection(x) for projection in projections], dim=-1),
-            attention.inner_attn_ln[copy],
-            attention.out_proj[copy],
-            self.final_layer_norm[copy],
-            lambda x: F.gelu(ffn.fc1(x)),
-            ffn.ffn_layernorm,
-            ffn.fc2,
-        )
+
+        def branch(copy: str) -> Branch:
+            ffn: Any = self.ffn[copy]
+            return Branch(
+                norm(self.self_attn_layer_norm[copy]),
+                linear([getattr(attention, f"{name}_proj")[copy] for name in "qkv"], False),
+                norm(attention.inner_attn_ln[copy]),
+                linear([attention.out_proj[copy]], False),
+                norm(self.final_layer_norm[copy]),
+                linear([ffn.fc1], True),
+                norm(ffn.ffn_layernorm),
+                linear([ffn.fc2], False),
+            )
+
+        return branch("A"), branch("B")
 
 
 class PatchEmbedding(nn.Module):
@@ -129,12 +137,12 @@ class BEiT3(PackedModule):
     Args:
         width: D, a multiple of num_heads.
         depth: number of layers.
-        num_heads: of the attention.
+        num_heads: number of attention heads.
         hidden: F, the feed-forward width.
-        image_size: side s of the image in pixels, a multiple of patch_size. No other size fits the positions.
+        image_size: side s of the image in pixels, a multiple of patch_size. No other size fits the position table.
         patch_size: in pixels.
-        vocabulary_size: rows of the word table.
-        positions: rows of the words' position table; two are never used.
+        vocabulary_size: number of rows of the word table.
+        positions: number of rows of the words' position table; two are never used.
     """
 
     def __init__(
@@ -219,15 +227,15 @@ class BEiT3(PackedModule):
     @staticmethod
     def arrange(part: Beit3Layer, dtype: torch.dtype) -> tuple[Branch, Branch]:
         """A layer's branches with products in this dtype; sums and norms stay in the weights' own."""
-        patches, words = (_pack_branch(part, copy, dtype) for copy in "AB")
-        return patches, words
+        return part.branches(partial(_packed_linear, dtype), partial(_cast_norm, dtype))
 
     def layers(self) -> list[tuple[Branch, Branch]]:
         """Each layer's branches for patches and for words, packed after `optimize` where autograd is off."""
         layers: list[Any] = [*self.encoder.layers]
-        if self.packing is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return [(layer.branch("A"), layer.branch("B")) for layer in layers]
-        return self.packing.arranged(layers, self.packing.dtype_of(self.text_embed.weight))
+        packing = self.usable_packing
+        if packing is None:
+            return [layer.branches(_plain_linear, lambda norm: norm) for layer in layers]
+        return packing.arranged(layers, packing.dtype_of(self.text_embed.weight))
 
 
 def key_mask(patches: int, words: int, lengths: Tensor) -> Tensor:
@@ -236,32 +244,23 @@ def key_mask(patches: int, words: int, lengths: Tensor) -> Tensor:
     return (places < patches + lengths[:, None])[:, None, None]
 
 
-def _pack_branch(layer: Beit3Layer, copy: str, dtype: torch.dtype) -> Branch:
-    attention: Any = layer.self_attn
-    ffn: Any = layer.ffn[copy]
-    projections = [getattr(attention, f"{name}_proj")[copy] for name in "qkv"]
+def _plain_linear(modules: Sequence[nn.Linear], gelu: bool) -> Layer:
+    if gelu:
+        return lambda x: F.gelu(modules[0](x))
+    return lambda x: torch.cat([module(x) for module in modules], dim=-1)
 
-    def linear(modules: Sequence[nn.Linear], gelu: bool = False) -> Layer:
-        weight = torch.cat([module.weight for module in modules]).to(dtype)
-        bias = torch.cat([module.bias for module in modules]).to(dtype)
-        if can_prepack(weight):
-            return PackedLinear(weight, bias, gelu=gelu)
-        return lambda x: F.gelu(F.linear(x, weight, bias)) if gelu else F.linear(x, weight, bias)
 
-    def norm(module: nn.LayerNorm) -> Layer:
-        weight, bias = module.weight, module.bias
-        return lambda x: F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, EPS).to(dtype)
+def _packed_linear(dtype: torch.dtype, modules: Sequence[nn.Linear], gelu: bool) -> Layer:
+    weight = torch.cat([module.weight for module in modules]).to(dtype)
+    bias = torch.cat([module.bias for module in modules]).to(dtype)
+    if can_prepack(weight):
+        return PackedLinear(weight, bias, gelu=gelu)
+    return lambda x: F.gelu(F.linear(x, weight, bias)) if gelu else F.linear(x, weight, bias)
 
-    return Branch(
-        norm(layer.self_attn_layer_norm[copy]),
-        linear(projections),
-        norm(attention.inner_attn_ln[copy]),
-        linear([attention.out_proj[copy]]),
-        norm(layer.final_layer_norm[copy]),
-        linear([ffn.fc1], gelu=True),
-        norm(ffn.ffn_layernorm),
-        linear([ffn.fc2]),
-    )
+
+def _cast_norm(dtype: torch.dtype, module: nn.LayerNorm) -> Layer:
+    weight, bias = module.weight, module.bias
+    return lambda x: F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, EPS).to(dtype)
 
 
 def _rest(branch: Branch, x: Tensor, attended: Tensor) -> Tensor:

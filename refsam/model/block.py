@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from refsam.model.adapter import Adapter
 from refsam_kernels import (
     AdapterWeights,
+    MLPWeights,
     adapter_mlp,
     adapter_projection,
     rel_pos_attention,
@@ -22,8 +23,8 @@ ADAPTER_SCALE = 0.5
 class BlockWeights(NamedTuple):
     """One block's tensors as the operators of refsam_kernels take them.
 
-    `mlp` has the fields of an adapter's weights; window_size 0 attends globally. crops: distances in a
-    rectangle are those of its square, not SAM's tables interpolated to each side.
+    window_size 0 attends globally. crops: distances in a rectangle are those of its square, not SAM's tables
+    interpolated to each side.
     """
 
     qkv_weight: Tensor
@@ -35,11 +36,21 @@ class BlockWeights(NamedTuple):
     space_adapter: AdapterWeights | None
     norm_weight: Tensor
     norm_bias: Tensor
-    mlp: AdapterWeights
+    mlp: MLPWeights
     mlp_adapter: AdapterWeights | None
     num_heads: int
     window_size: int
     crops: bool = False
+
+    def without_matrices(self) -> "BlockWeights":
+        """The same without the large tensors, for a block that has packed copies of them."""
+        empty = self.qkv_weight.new_empty(0)
+        return self._replace(
+            qkv_weight=empty,
+            proj_weight=empty,
+            space_adapter=None,
+            mlp=MLPWeights(empty, empty, empty, empty),
+        )
 
 
 class RelPosAttention(nn.Module):
@@ -103,7 +114,7 @@ class Block(nn.Module):
             self.Space_Adapter.weights if self.Space_Adapter is not None else None,
             self.norm2.weight,
             self.norm2.bias,
-            AdapterWeights(mlp.lin1.weight, mlp.lin1.bias, mlp.lin2.weight, mlp.lin2.bias),
+            MLPWeights(mlp.lin1.weight, mlp.lin1.bias, mlp.lin2.weight, mlp.lin2.bias),
             self.MLP_Adapter.weights if self.MLP_Adapter is not None else None,
             attn.num_heads,
             self.window_size,

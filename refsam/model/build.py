@@ -1,5 +1,7 @@
 """Builds RefSAM's parts from a configuration: the only place in `refsam.model` that reads one."""
 
+from dataclasses import asdict
+
 from tokenizers import Tokenizer
 
 from refsam.config import Beit3Config, EVFConfig, RefSAMConfig
@@ -136,13 +138,4 @@ def build_tracking(config: RefSAMConfig) -> TrackingModule:
 
 def build_beit3(config: Beit3Config) -> BEiT3:
     """EVF-SAM's reader of frame and expression."""
-    return BEiT3(
-        config.width,
-        config.depth,
-        config.num_heads,
-        config.hidden,
-        config.image_size,
-        config.patch_size,
-        config.vocabulary_size,
-        config.positions,
-    )
+    return BEiT3(**asdict(config))

@@ -14,7 +14,7 @@ from refsam.model.block import Block
 from refsam.model.int8_block import Int8Neck, Int8Patches, check_int8
 from refsam.model.layer_norm import LayerNorm2d
 from refsam.model.packed_conv import PackedConv, can_pack
-from refsam.model.packing import Packing, RunBlock, arrange_block
+from refsam.model.packing import PackedModule, Packing, RunBlock, arrange_block
 from refsam_kernels import PackedLinear
 
 
@@ -68,19 +68,7 @@ class _PackedNeck:
         return F.layer_norm(x, *self._norms[1])
 
 
-def _arrange(module: Any, dtype: torch.dtype) -> Any:
-    """A callable for a part of the encoder with products in this dtype; only torch.int8 changes the ends."""
-    if isinstance(module, Block):
-        return arrange_block(module, dtype)
-    is_neck = isinstance(module, nn.Sequential)
-    if dtype == torch.int8:
-        return Int8Neck(module) if is_neck else Int8Patches(module.proj)
-    if is_neck and can_pack(module[0]):
-        return _PackedNeck(module)
-    return partial(_run_neck, module) if is_neck else module
-
-
-class ImageEncoder(nn.Module):
+class ImageEncoder(PackedModule):
     """SAM's image encoder (segment-anything, modeling/image_encoder.py) with adapters.
 
     Adapters stand in the second half of the blocks (paper, section 3.2). Parameter names are
@@ -91,7 +79,6 @@ class ImageEncoder(nn.Module):
 
     activation_checkpointing = False
     recompute = renamed.attribute("ImageEncoder", "recompute")
-    packing: Packing | None = None
 
     def __init__(
         self,
@@ -179,6 +166,18 @@ class ImageEncoder(nn.Module):
             table = resized.permute(0, 2, 3, 1).to(table.dtype)
         return table if size == (height, width) else table[:, :height, :width]
 
+    @staticmethod
+    def arrange(part: Any, dtype: torch.dtype) -> Any:
+        """A callable for a part of the encoder with products in this dtype; only torch.int8 changes the ends."""
+        if isinstance(part, Block):
+            return arrange_block(part, dtype)
+        is_neck = isinstance(part, nn.Sequential)
+        if dtype == torch.int8:
+            return Int8Neck(part) if is_neck else Int8Patches(part.proj)
+        if is_neck and can_pack(part[0]):
+            return _PackedNeck(part)
+        return partial(_run_neck, part) if is_neck else part
+
     def optimize(
         self,
         dtype: torch.dtype | None = None,
@@ -209,7 +208,7 @@ class ImageEncoder(nn.Module):
             self._refuse_if_released("optimize in another way")
             if dtype == torch.int8:
                 check_int8([*self.parameters()])
-            self.packing = Packing(dtype, _arrange, fixed_weights)
+            self.packing = Packing(dtype, self.arrange, fixed_weights)
         if release_weights and not self.packing.is_frozen:
             self.packing.freeze([self.patch_embed, *self.blocks, self.neck])
             self._release()
@@ -235,14 +234,12 @@ class ImageEncoder(nn.Module):
     def deoptimize(self) -> Self:
         """Undo `optimize`: the packed weights are dropped, results are those from before, bit by bit."""
         self._refuse_if_released("deoptimize()")
-        self.packing = None
-        return self
+        return super().deoptimize()
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, which undoes `optimize`."""
         if mode:
             self._refuse_if_released("train()")
-            self.deoptimize()
         return super().train(mode)
 
     @property
@@ -252,10 +249,10 @@ class ImageEncoder(nn.Module):
 
     def _parts(self) -> Parts:
         """The callables that compute the encoder now."""
-        recording, packing = torch.is_grad_enabled(), self.packing
+        recording, packing = torch.is_grad_enabled(), self.usable_packing
         if recording:
             self._refuse_if_released("autograd")
-        if packing and not recording and (packing.is_frozen or not torch.compiler.is_compiling()):
+        if packing is not None:
             dtype = packing.dtype_of(self.pos_embed)
             modules = [self.patch_embed, *self.blocks, self.neck]
             embed, *arranged, neck = packing.arranged(modules, dtype)

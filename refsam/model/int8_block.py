@@ -7,8 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refsam.model.block import VIT_EPS, AdapterWeights, Block, BlockWeights, attend
-from refsam_kernels import Int8Weights, int8_linear, int8_mlp, quantise_weights, say_if_slow
+from refsam.model.block import VIT_EPS, Block, BlockWeights, attend
+from refsam_kernels import (
+    Int8Weights,
+    MLPWeights,
+    int8_linear,
+    int8_mlp,
+    quantise_weights,
+    say_if_slow,
+)
 
 
 class Int8Block:
@@ -34,15 +41,10 @@ class Int8Block:
         space = weights.space_adapter
         self.space_adapter = None if space is None else _quantised(space)
         self.mlp = _quantised(weights.mlp)
-        empty = weights.qkv_weight.new_empty(0)
-        self.rest = weights._replace(
-            qkv_weight=empty,
+        self.rest = weights.without_matrices()._replace(
             qkv_bias=weights.qkv_bias.to(attention_dtype),
             rel_pos_h=weights.rel_pos_h.to(attention_dtype),
             rel_pos_w=weights.rel_pos_w.to(attention_dtype),
-            proj_weight=empty,
-            space_adapter=None,
-            mlp=AdapterWeights(empty, empty, empty, empty),
         )
 
     def __call__(
@@ -95,7 +97,7 @@ class Int8Neck:
         return F.layer_norm(int8_linear(neighbours, self.second), *self.norms[1])
 
 
-def _quantised(weights: AdapterWeights) -> tuple[Int8Weights, Int8Weights]:
+def _quantised(weights: MLPWeights) -> tuple[Int8Weights, Int8Weights]:
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
     return quantise_weights(fc1_weight, fc1_bias), quantise_weights(fc2_weight, fc2_bias)
 

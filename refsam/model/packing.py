@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from refsam.model.block import ADAPTER_SCALE, VIT_EPS, Block, BlockWeights, attend, run_block
 from refsam.model.int8_block import Int8Block, norm_of
 from refsam_kernels import (
-    AdapterWeights,
     Fingerprint,
+    MLPWeights,
     PackedLinear,
     can_prepack,
     has_bfloat16,
@@ -33,6 +33,7 @@ RunBlock = Callable[[Tensor, Any, nn.LayerNorm | None], tuple[Tensor, Tensor | N
 LEAST_WIDTH_OF_BFLOAT16 = 128
 # Tokens that an MLP computes at a time on a CPU: what lies between its layers stays in the cache.
 ROWS = 1024
+_ATTENTION_TENSORS = BlockWeights._fields[:6]  # up to the output projection
 
 
 class Packing:
@@ -103,10 +104,18 @@ class Packing:
 class PackedModule(nn.Module):
     """A module that has its `packing` after `optimize`, for calls without autograd.
 
-    A subclass implements `arrange`, as `Packing` takes it, and uses the packing in its forward.
+    A subclass implements `arrange`, as `Packing` takes it, and uses `usable_packing` in its forward.
     """
 
     packing: Packing | None = None
+
+    @property
+    def usable_packing(self) -> Packing | None:
+        """The packing where it may compute: with autograd off and, unless it holds the only weights, outside `torch.compile`."""
+        packing = self.packing
+        if packing is None or torch.is_grad_enabled():
+            return None
+        return None if torch.compiler.is_compiling() and not packing.is_frozen else packing
 
     @staticmethod
     @abstractmethod
@@ -163,22 +172,18 @@ def fuse(weights: BlockWeights, dtype: torch.dtype) -> BlockWeights:
     """The same block with one perceptron, and everything but the norm in this dtype."""
     mlp, adapter = weights.mlp, weights.mlp_adapter
     if adapter is not None:
-        mlp = AdapterWeights(
+        mlp = MLPWeights(
             torch.cat([mlp.fc1_weight, adapter.fc1_weight]),
             torch.cat([mlp.fc1_bias, adapter.fc1_bias]),
             torch.cat([mlp.fc2_weight, ADAPTER_SCALE * adapter.fc2_weight], 1),
             mlp.fc2_bias + ADAPTER_SCALE * adapter.fc2_bias,
         )
     space = weights.space_adapter
+    attention = {name: getattr(weights, name).to(dtype) for name in _ATTENTION_TENSORS}
     return weights._replace(
-        qkv_weight=weights.qkv_weight.to(dtype),
-        qkv_bias=weights.qkv_bias.to(dtype),
-        rel_pos_h=weights.rel_pos_h.to(dtype),
-        rel_pos_w=weights.rel_pos_w.to(dtype),
-        proj_weight=weights.proj_weight.to(dtype),
-        proj_bias=weights.proj_bias.to(dtype),
-        space_adapter=None if space is None else AdapterWeights(*(t.to(dtype) for t in space)),
-        mlp=AdapterWeights(*(tensor.to(dtype) for tensor in mlp)),
+        **attention,
+        space_adapter=None if space is None else MLPWeights(*(t.to(dtype) for t in space)),
+        mlp=MLPWeights(*(tensor.to(dtype) for tensor in mlp)),
         mlp_adapter=None,
     )
 
@@ -186,7 +191,7 @@ def fuse(weights: BlockWeights, dtype: torch.dtype) -> BlockWeights:
 class PackedPerceptron:
     """Two linear layers with an exact GELU between them."""
 
-    def __init__(self, weights: AdapterWeights) -> None:
+    def __init__(self, weights: MLPWeights) -> None:
         self.fc1 = PackedLinear(weights.fc1_weight, weights.fc1_bias, gelu=True)
         self.fc2 = PackedLinear(weights.fc2_weight, weights.fc2_bias)
 
@@ -204,14 +209,7 @@ class PackedBlock:
         space = weights.space_adapter
         self.space_adapter = None if space is None else PackedPerceptron(space)
         self.mlp = PackedPerceptron(weights.mlp)
-        # The packed copies take the place of the large tensors.
-        empty = weights.qkv_weight.new_empty(0)
-        self.rest = weights._replace(
-            qkv_weight=empty,
-            proj_weight=empty,
-            space_adapter=None,
-            mlp=AdapterWeights(empty, empty, empty, empty),
-        )
+        self.rest = weights.without_matrices()
 
     def __call__(
         self, x: Tensor, normed: Tensor, next_norm: nn.LayerNorm | None

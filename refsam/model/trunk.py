@@ -1,6 +1,6 @@
 """MobileNetV2 with DeepLabv3's small head: what a network that was trained on photographs sees in a frame."""
 
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,30 +31,21 @@ TRUNK_CLASSES = tuple(
 )
 
 Activation = Literal["relu6", "relu", "silu"]
+Value = TypeVar("Value")
 
 
-class TrunkMaps(NamedTuple):
-    """A trunk's feature maps of B frames, channels first: (B, channels, height / stride, width / stride).
+class TrunkMaps(NamedTuple, Generic[Value]):
+    """A value for each feature map of a trunk; a map of B frames is (B, channels, height / stride, width / stride).
 
-    stride_4, stride_8 and stride_16 are taken on the way; last (stride 16) is what the final layer gives, context
-    (stride 16) what the head makes of it and of its mean over the frame.
+    stride_4, stride_8 and stride_16 are taken on the way. last (stride 16) is the final layer's output; from it and its
+    mean over the frame the head computes context (stride 16).
     """
 
-    stride_4: Tensor
-    stride_8: Tensor
-    stride_16: Tensor
-    last: Tensor
-    context: Tensor
-
-
-class TrunkChannels(NamedTuple):
-    """Number of channels of each of `TrunkMaps`."""
-
-    stride_4: int
-    stride_8: int
-    stride_16: int
-    last: int
-    context: int
+    stride_4: Value
+    stride_8: Value
+    stride_16: Value
+    last: Value
+    context: Value
 
 
 class Conv(nn.Conv2d):
@@ -167,7 +158,7 @@ class Trunk(nn.Module):
         self.features = nn.Sequential(*layers)
         self.aspp = ContextHead(channels)
 
-    def forward(self, pixels: Tensor) -> TrunkMaps:
+    def forward(self, pixels: Tensor) -> TrunkMaps[Tensor]:
         """Pixels (B, 3, H, W), (value - 128) / 128 of 0..255, to maps; H and W are multiples of 16."""
         x, taken = pixels, {}
         for number, layer in enumerate(self.features):
@@ -175,11 +166,11 @@ class Trunk(nn.Module):
         return TrunkMaps(taken[_STRIDE_4], taken[_STRIDE_8], taken[_STRIDE_16], x, self.aspp(x))
 
 
-def channels(width: float) -> TrunkChannels:
+def channels(width: float) -> TrunkMaps[int]:
     """Number of channels of each map."""
     layers = (_STRIDE_4, _STRIDE_8, _STRIDE_16, len(_RESIDUALS))
     counts = (int(_RESIDUALS[behind - 1][0] * width) for behind in layers)
-    return TrunkChannels(*[*counts, _CONTEXT_CHANNELS])
+    return TrunkMaps(*[*counts, _CONTEXT_CHANNELS])
 
 
 def pack_convolutions(network: nn.Module) -> None:

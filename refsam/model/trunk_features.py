@@ -74,10 +74,11 @@ class TrunkFeatures(PackedModule):
 
     def forward(self, pixels: Tensor) -> TrunkOutput:
         """Pixels (B, 3, H, W), (value - 128) / 128 of 0..255, H and W multiples of 16."""
-        if self.packing is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        packing = self.usable_packing
+        if packing is None:
             return self._compute(pixels)
-        dtype = self.packing.dtype_of(self.tokens.bias)  # as wide as the encoder's tokens
-        (packed,) = self.packing.arranged([self], dtype)
+        dtype = packing.dtype_of(self.tokens.bias)  # as wide as the encoder's tokens
+        (packed,) = packing.arranged([self], dtype)
         with torch.autocast(pixels.device.type, enabled=False):
             output = packed(pixels.to(dtype, memory_format=torch.channels_last))
         return TrunkOutput(*(map_.to(pixels.dtype) for map_ in output))
