@@ -1,5 +1,6 @@
 """Image files: the images of a folder, their order and their pixels; one reader for training, evaluation and segmentation."""
 
+import io
 import os
 import re
 from collections.abc import Callable
@@ -85,6 +86,14 @@ def read_image(
             return to_rgb(ImageOps.exif_transpose(image), path), size
     except IMAGE_ERRORS as error:
         refuse_image(path, error)
+
+
+def encode_jpeg(image: Image.Image | np.ndarray) -> bytes:
+    """An image, or pixels (H, W, 3) uint8 RGB, as JPEG."""
+    content = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(content, "JPEG", quality=85)
+    return content.getvalue()
 
 
 def _shown(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:

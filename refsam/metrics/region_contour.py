@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from importlib import import_module
+from itertools import repeat
 from math import ceil, hypot
 from types import ModuleType
 from typing import NamedTuple
@@ -59,10 +60,12 @@ def region_similarity(
     davis2017.
     Raises ValueError for unequal shapes and for masks that are neither bool nor integer.
     """
-    masks = _checked(prediction, truth, void)
+    masks, is_single = _checked(prediction, truth, void)
     if _native is not None:
-        return _unstack(_native.region(*map(_as_frames, masks), _threads()), masks[0].ndim)
-    return _per_frame(_region, *masks)
+        scores = _native.region(*map(_as_bytes, masks), _threads())
+    else:
+        scores = _per_frame(_region, *masks)
+    return scores[0] if is_single else scores
 
 
 def contour_accuracy(
@@ -78,12 +81,13 @@ def contour_accuracy(
     Raises ValueError for unequal shapes, masks that are neither bool nor integer, and an impossible
     bound.
     """
-    masks = _checked(prediction, truth, void)
-    radius = boundary_radius(masks[0].shape[-2:], bound)
+    masks, is_single = _checked(prediction, truth, void)
+    radius = boundary_radius(masks[0].shape[1:], bound)
     if _native is not None:
-        scores = _native.contour(*map(_as_frames, masks), radius, _threads())
-        return _unstack(scores, masks[0].ndim)
-    return _per_frame(lambda p, g: _contour(_Contour(p, radius), _Contour(g, radius)), *masks)
+        scores = _native.contour(*map(_as_bytes, masks), radius, _threads())
+    else:
+        scores = _per_frame(lambda p, g: _contour(_Contour(p, radius), _Contour(g, radius)), *masks)
+    return scores[0] if is_single else scores
 
 
 def sequence_scores(
@@ -96,9 +100,9 @@ def sequence_scores(
 
     Raises ValueError as `contour_accuracy` does.
     """
-    predicted, true, unknown = _checked(prediction, truth, void)
+    (predicted, true, unknown), _ = _checked(prediction, truth, void)
     region, contour = label_scores(_as_mask(predicted), _as_mask(true), [1], [1], unknown, bound)
-    return SequenceScores(np.atleast_1d(region[0, 0]), np.atleast_1d(contour[0, 0]))
+    return SequenceScores(region[0, 0], contour[0, 0])
 
 
 def label_scores(
@@ -116,15 +120,14 @@ def label_scores(
     boundary is extracted once only.
     Raises ValueError as `contour_accuracy` does.
     """
-    maps = _checked(prediction, truth, void)
-    radius = boundary_radius(maps[0].shape[-2:], bound)
+    maps, is_single = _checked(prediction, truth, void)
+    radius = boundary_radius(maps[0].shape[1:], bound)
     ids = (list(prediction_ids), list(truth_ids))
     if _native is not None and all(labels.dtype in (np.uint8, np.bool_) for labels in maps[:2]):
-        scores = _native.labels(*map(_as_frames, maps), *ids, radius, _threads())
+        scores = _native.labels(*map(_as_bytes, maps), *ids, radius, _threads())
     else:
-        frames = [_label_frame(*frame, ids, radius) for frame in _frames(*maps)]
-        scores = np.stack(frames, axis=-1)
-    region, contour = scores if maps[0].ndim == 3 else scores[..., 0]
+        scores = np.stack([_label_frame(*frame, ids, radius) for frame in _frames(*maps)], axis=-1)
+    region, contour = scores[..., 0] if is_single else scores
     return region, contour
 
 
@@ -253,16 +256,11 @@ def _as_mask(values: NDArray) -> Mask:
     return values.astype(np.bool_, copy=False)
 
 
-def _as_frames(mask: NDArray | None) -> NDArray | None:
-    """A mask as the compiled module takes it: `(T, H, W)`, bool or uint8, in C order."""
-    if mask is None:
+def _as_bytes(masks: NDArray | None) -> NDArray | None:
+    """Masks as the compiled module takes them: bool or uint8, in C order."""
+    if masks is None:
         return None
-    small = mask if mask.dtype in (np.uint8, np.bool_) else _as_mask(mask)
-    return np.ascontiguousarray(small if mask.ndim == 3 else small[None])
-
-
-def _unstack(scores: Scores, dimensions: int) -> Scores:
-    return scores if dimensions == 3 else scores[0]
+    return np.ascontiguousarray(masks if masks.dtype == np.uint8 else _as_mask(masks))
 
 
 def _threads() -> int:
@@ -274,29 +272,16 @@ def _threads() -> int:
 def _frames(
     prediction: NDArray, truth: NDArray, void: Mask | None
 ) -> Iterator[tuple[NDArray, NDArray, Mask | None]]:
-    """The frames of `(T, H, W)` masks, side by side; `(H, W)` masks are one frame."""
-    if prediction.ndim == 2:
-        yield prediction, truth, void
-        return
-    for t in range(len(prediction)):
-        yield prediction[t], truth[t], None if void is None else void[t]
+    """The frames of `(T, H, W)` masks, side by side."""
+    return zip(prediction, truth, repeat(None) if void is None else void, strict=False)
 
 
 def _per_frame(
-    score: Callable[[Mask, Mask], float],
-    prediction: NDArray,
-    truth: NDArray,
-    void: Mask | None,
+    score: Callable[[Mask, Mask], float], prediction: NDArray, truth: NDArray, void: Mask | None
 ) -> Scores:
-    """`score` of every frame, cleared of void: float64 `(T,)`, or a float for a single mask."""
-    scores = np.array(
-        [
-            score(_without(v, _as_mask(p)), _without(v, _as_mask(g)))
-            for p, g, v in _frames(prediction, truth, void)
-        ],
-        dtype=np.float64,
-    )
-    return scores if prediction.ndim == 3 else scores[0]
+    """`score` of every frame, cleared of void: float64 `(T,)`."""
+    frames = _frames(_as_mask(prediction), _as_mask(truth), void)
+    return np.array([score(_without(v, p), _without(v, g)) for p, g, v in frames], np.float64)
 
 
 def _mean_of_known(values: Scores) -> float:
@@ -306,7 +291,8 @@ def _mean_of_known(values: Scores) -> float:
 
 def _checked(
     prediction: ArrayLike, truth: ArrayLike, void: ArrayLike | None
-) -> tuple[NDArray, NDArray, Mask | None]:
+) -> tuple[tuple[NDArray, NDArray, Mask | None], bool]:
+    """The masks as `(T, H, W)`, and whether they were single ones `(H, W)`."""
     prediction, truth = np.asarray(prediction), np.asarray(truth)
     if prediction.ndim not in (2, 3) or 0 in prediction.shape[-2:]:
         raise ValueError(f"prediction: got shape {prediction.shape}, want (H, W) or (T, H, W)")
@@ -318,4 +304,7 @@ def _checked(
             raise ValueError(f"{name}: got shape {mask.shape}, want {prediction.shape}")
         if mask.dtype.kind not in "biu":
             raise ValueError(f"{name}: got dtype {mask.dtype}, want bool or an integer type")
-    return prediction, truth, None if void is None else _as_mask(masks["void"])
+    is_single = prediction.ndim == 2
+    stacked = {name: mask[None] if is_single else mask for name, mask in masks.items()}
+    unknown = None if void is None else _as_mask(stacked["void"])
+    return (stacked["prediction"], stacked["truth"], unknown), is_single

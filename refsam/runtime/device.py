@@ -40,11 +40,17 @@ def choose_device(name: str) -> "torch.device":
         return torch.device("cuda", local_rank() % count) if count else torch.device("cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= count:
-        found = f"{count} GPU{'s' if count != 1 else ''}" if count else "no CUDA GPU"
-        raise UserError(
-            f"--device {name}: torch {torch.__version__} sees {found} here; use --device cpu"
-        )
+        raise UserError(f"--device {name}: {gpus_here()}; use --device cpu")
     return device
+
+
+def gpus_here() -> str:
+    """How many GPUs torch sees, in words."""
+    import torch
+
+    count = torch.cuda.device_count()
+    found = f"{count} GPU{'s' if count != 1 else ''}" if count else "no CUDA GPU"
+    return f"torch {torch.__version__} sees {found} here"
 
 
 def choose_dtype(name: str, device: "torch.device") -> "torch.dtype":

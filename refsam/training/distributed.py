@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from refsam.errors import UserError
+from refsam.runtime.device import gpus_here
 from refsam.runtime.shard import LAUNCHERS, Launched
 
 Value = TypeVar("Value")
@@ -139,10 +140,7 @@ def _place(device: str, started: Launched | None) -> torch.device:
     if started is not None:
         place = torch.device("cuda", started.local_rank % max(1, count))
     if (place.index or 0) >= count:
-        found = f"{count} GPU{'s' if count != 1 else ''}" if count else "no CUDA GPU"
-        raise UserError(
-            f"device: got {device}, torch {torch.__version__} sees {found} here; take device=cpu"
-        )
+        raise UserError(f"device: got {device}, {gpus_here()}; take device=cpu")
     torch.cuda.set_device(place)
     return place
 

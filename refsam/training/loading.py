@@ -36,16 +36,6 @@ class Piped(Generic[Batch]):
         return _map(self.unpacked(), Tensor, Tensor.pin_memory)
 
 
-class PipedStream(Dataset[Piped[Batch]]):
-    """A stream whose batches are to be sent."""
-
-    def __init__(self, stream: Dataset[Batch]) -> None:
-        self.stream = stream
-
-    def __getitem__(self, index: int) -> Piped[Batch]:
-        return Piped(_map(self.stream[index], Tensor, Tensor.numpy))
-
-
 def draw(stream: Dataset[Batch], order: range, workers: int, pin: bool) -> Iterator[Batch]:
     """The batches with these numbers, in order, drawn ahead by `workers` other processes.
 
@@ -73,8 +63,9 @@ def _drawn(
 ) -> Generator[Batch, None, None]:
     has_ended = multiprocessing.Event() if workers else None
     loader: DataLoader[Any] = DataLoader(
-        PipedStream(stream) if workers else stream,
+        stream,
         batch_size=None,
+        collate_fn=_piped if workers else None,
         sampler=order,
         num_workers=workers,
         worker_init_fn=partial(_begin_worker, has_ended),
@@ -86,6 +77,10 @@ def _drawn(
     finally:
         if has_ended is not None:
             has_ended.set()
+
+
+def _piped(batch: Batch) -> Piped[Batch]:
+    return Piped(_map(batch, Tensor, Tensor.numpy))
 
 
 def _map(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:

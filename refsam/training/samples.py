@@ -1,16 +1,15 @@
 """An HTML page of the clips, masks and expressions that a run trains on, after augmentation."""
 
 import base64
-import io
 from html import escape
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from refsam.checkpoint import read_checkpoint, resolve_directory
 from refsam.data.colour import adjust_colour
+from refsam.images import encode_jpeg
 from refsam.runtime.files import replace_file
 from refsam.training.batches import (
     TrainingBatch,
@@ -73,6 +72,5 @@ def _section(batch: TrainingBatch, index: int, step: int) -> str:
 
 
 def _picture(frames: list[NDArray[np.uint8]]) -> str:
-    content = io.BytesIO()
-    Image.fromarray(np.concatenate(frames, axis=1)).save(content, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+    jpeg = encode_jpeg(np.concatenate(frames, axis=1))
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"

@@ -1,6 +1,5 @@
 """Segment one visitor's clip in a thread of its own, while finished frames can be looked at."""
 
-import io
 import logging
 import shutil
 import threading
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from refsam.errors import UserError
+from refsam.images import encode_jpeg
 from refsam.runtime.device import autocast
 from refsam.runtime.files import write_zip
 from refsam.ui.uploads import Limits, open_upload
@@ -248,13 +248,6 @@ def first_frame(path: Path, root: Path, limits: Limits) -> tuple[bytes, str]:
         length = f", {source.expected_frames} frames" if source.expected_frames else ""
     small, _ = _shrink(image, np.zeros((0, height, width), bool), _PREVIEW_SIDE)
     return encode_jpeg(small), f"{path.name}: {width} x {height}{length}"
-
-
-def encode_jpeg(image: np.ndarray) -> bytes:
-    """``(H, W, 3)`` uint8 RGB as JPEG."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
 
 
 def _shrink(image: np.ndarray, masks: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from refsam.cli import main
 from refsam.errors import UserError
@@ -216,11 +216,19 @@ def test_reports_that_cannot_be_written_are_refused_before_the_work(folders, cap
         assert not printed.out
 
 
-def test_frames_of_a_folder_are_found_by_name(folders):
-    Image.new("RGB", (4, 3), (1, 2, 3)).save(folders / "gt/bear/x.png")
+def test_frames_of_a_folder_are_found_by_name_and_read_as_shown(folders):
+    image = Image.new("RGB", (4, 3), (1, 2, 3))
+    image.save(folders / "gt/bear/x.png")
     read = folder_frames(folders / "gt")
     assert read("bear", "x").tolist() == [[[1, 2, 3]] * 4] * 3
     assert read("bear", "y") is None
+    turned = image.getexif()
+    turned[ExifTags.Base.Orientation] = 6
+    image.save(folders / "gt/bear/turned.png", exif=turned)
+    assert read("bear", "turned").shape == (4, 3, 3)
+    (folders / "gt/bear/damaged.png").write_bytes(b"\x89PNG")
+    with pytest.raises(UserError, match=r"damaged\.png cannot be read as an image"):
+        read("bear", "damaged")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

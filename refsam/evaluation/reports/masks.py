@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from refsam.errors import UserError
 from refsam.evaluation.reports.pictures import COLOURS, LEGEND, best_and_worst, comparison, strip
@@ -22,6 +21,7 @@ from refsam.evaluation.scoring.results import (
     by_video,
     mean_measures,
 )
+from refsam.images import read_image
 
 FrameReader = Callable[[str, str], NDArray[np.uint8] | None]
 
@@ -44,9 +44,9 @@ class Scored:
 
 
 def folder_frames(folder: Path) -> FrameReader:
-    """Reads frames `<video>/<frame>.jpg`, `.jpeg` or `.png` of a folder, None where there is no such file.
+    """Reads frames `<video>/<frame>.jpg`, `.jpeg` or `.png` of a folder as a viewer shows them, None where there is no such file.
 
-    Raises UserError if the folder is not there.
+    Raises UserError if the folder is not there; reading raises ImageError for a damaged file.
     """
     if not folder.is_dir():
         raise UserError(f"frames: no folder {folder}")
@@ -54,7 +54,7 @@ def folder_frames(folder: Path) -> FrameReader:
     def read(video: str, frame: str) -> NDArray[np.uint8] | None:
         paths = (folder / video / f"{frame}{suffix}" for suffix in (".jpg", ".jpeg", ".png"))
         path = next((path for path in paths if path.is_file()), None)
-        return None if path is None else np.asarray(Image.open(path).convert("RGB"))
+        return None if path is None else np.asarray(read_image(path)[0])
 
     return read
 

@@ -1,6 +1,5 @@
 """Pictures for reports: masks against the truth drawn onto frames, as JPEG."""
 
-import io
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
@@ -9,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from refsam.errors import UserError
+from refsam.images import encode_jpeg
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#4d4d4d")
 # Blue where prediction and truth agree, orange what was missed, magenta what is marked wrongly: readers who
@@ -60,6 +60,4 @@ def strip(tiles: Mapping[str, Image.Image]) -> bytes:
         left = (_TILE_WIDTH + 4) * index
         draw.text((left + 2, 2), name, fill=(60, 60, 60))
         sheet.paste(tile, (left, 16))
-    content = io.BytesIO()
-    sheet.save(content, "JPEG", quality=82)
-    return content.getvalue()
+    return encode_jpeg(sheet)
