@@ -1,4 +1,4 @@
-"""Many videos, shared by the processes of torchrun; what was finished is not done again.
+"""Segment many videos with the processes of torchrun; finished videos are skipped.
 
     torchrun --nproc-per-node 2 examples/many_videos.py videos/*.mp4 --text "the red car" --out out
     python examples/many_videos.py videos/*.mp4 --text "the red car" --out out       # one process
@@ -8,19 +8,17 @@ was killed is continued by starting it again.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from refsam import RefSAM
-from refsam.session import VideoOutcome, segment_videos
+from refsam.runtime.device import choose_device
+from refsam.session import Shard, VideoOutcome, segment_videos
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Segments this process's share; returns 1 if a video could not be segmented."""
+    """Segments this process's videos; returns 1 if a video could not be segmented."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("videos", nargs="+")
     parser.add_argument("--text", action="append", required=True, help="what to segment; repeat it")
@@ -28,9 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", default="nano")
     parser.add_argument("--batch-size", type=int, default=1, help="frames encoded together")
     options = parser.parse_args(arguments)
-    rank = int(os.environ.get("RANK", "0"))
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    model = RefSAM.from_pretrained(options.checkpoint).to(device)
+    model = RefSAM.from_pretrained(options.checkpoint).to(choose_device("auto"))
+    rank = Shard.from_environment().rank
 
     def report(outcome: VideoOutcome) -> None:
         state = outcome.problem or ("done earlier" if outcome.was_done else "done")

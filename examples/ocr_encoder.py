@@ -107,7 +107,7 @@ def padded(sizes: Sequence[tuple[int, int]], pixels: int) -> Tensor:
 
 
 def seconds(encoder: Encoder, pages: Tensor) -> tuple[float, Tensor]:
-    """Of a second call, and its features."""
+    """Seconds of a second call, and its features."""
     encoder(pages)
     start = time.perf_counter()
     features = encoder(pages)

@@ -9,7 +9,6 @@ from refsam.model.refsam import RefSAM
 from refsam.model.text_encoder import (
     EncodedText,
     SmallTextEncoder,
-    TextEncoder,
     word_tokenizer,
 )
 
@@ -23,7 +22,6 @@ __all__ = [
     "RefSAM",
     "SmallTextEncoder",
     "T5TextEncoder",
-    "TextEncoder",
     "TextPrompt",
     "load_model",
     "word_tokenizer",

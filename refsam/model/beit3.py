@@ -240,8 +240,8 @@ class BEiT3(PackedModule):
 
 def key_mask(patches: int, words: int, lengths: Tensor) -> Tensor:
     """Attention mask (P, 1, 1, V + T) bool over V + T tokens, True for valid ones."""
-    places = torch.arange(patches + words, device=lengths.device)
-    return (places < patches + lengths[:, None])[:, None, None]
+    index = torch.arange(patches + words, device=lengths.device)
+    return (index < patches + lengths[:, None])[:, None, None]
 
 
 def _plain_linear(modules: Sequence[nn.Linear], gelu: bool) -> Layer:

@@ -1,4 +1,4 @@
-"""One block of SAM's ViT with adapters: its parameters, and what it computes with any weights."""
+"""One block of SAM's ViT with adapters: its parameters, and the computation for any weights."""
 
 from typing import NamedTuple
 

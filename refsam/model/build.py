@@ -45,7 +45,7 @@ def build_image_encoder(config: RefSAMConfig | EVFConfig) -> ImageEncoder:
 
 
 def build_trunk(config: RefSAMConfig) -> TrunkFeatures | None:
-    """A network of photographs beside SAM's ViT, where asked."""
+    """The MobileNetV2 beside SAM's ViT, None without a trunk."""
     sizes = config.image_encoder
     if not sizes.trunk_width:
         return None
@@ -59,7 +59,7 @@ def build_outline_head(config: RefSAMConfig) -> OutlineHead | None:
 
 
 def build_noun_match(config: RefSAMConfig) -> NounMatch | None:
-    """The module that compares words with the trunk's places, None without a trunk."""
+    """The module that compares words with the trunk's features, None without a trunk."""
     sizes = config.image_encoder
     if not sizes.trunk_width:
         return None
@@ -137,5 +137,5 @@ def build_tracking(config: RefSAMConfig) -> TrackingModule:
 
 
 def build_beit3(config: Beit3Config) -> BEiT3:
-    """EVF-SAM's reader of frame and expression."""
+    """EVF-SAM's encoder of frame and expression."""
     return BEiT3(**asdict(config))

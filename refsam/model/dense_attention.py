@@ -1,4 +1,4 @@
-"""Hierarchical dense attention: which words does each place of the image match?"""
+"""Hierarchical dense attention: matches every location of the image with the words."""
 
 import math
 from typing import Any
@@ -15,8 +15,8 @@ class HierarchicalDenseAttention(nn.Module):
     """Dense attention over several feature maps, mixed with learned convex weights (section 3.4).
 
     num_levels counts the final embedding and every intermediate map; with one level this is plain
-    dense attention. initial_scale is what the similarities are multiplied with; None means
-    1/sqrt(dim), as in the paper. A fixed scale is a buffer, a learnable one is kept as its logarithm.
+    dense attention. initial_scale multiplies the similarities; None means 1/sqrt(dim), as in the
+    paper. A fixed scale is a buffer, a learnable one is kept as its logarithm.
     """
 
     log_scale: Tensor

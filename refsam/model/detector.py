@@ -1,4 +1,4 @@
-"""YOLOX-Nano: which of COCO's 80 things a frame shows, as boxes with scores (arXiv 2107.08430)."""
+"""YOLOX-Nano: boxes with scores for COCO's 80 classes (arXiv 2107.08430)."""
 
 from functools import reduce
 from typing import NamedTuple
@@ -22,12 +22,11 @@ _STRIDES = (8, 16, 32)
 _HEAD_CHANNELS = 64
 _GREY = 114.0  # the published network's padding
 _KEPT = 64  # boxes of a frame, those of the highest scores
-_AT_A_TIME = 16  # of them, so that intermediate values stay in the cache
-# A box's score as a value that nouns are compared with: nothing at a score of 0.2, and more where the trunk, which was
-# published with twenty classes, has no score of its own for the noun.
+_AT_A_TIME = 16  # boxes mapped at a time, so that intermediate values stay in the cache
+# A box's score as a value to compare with nouns: 0 at a score of 0.2. Classes that the trunk was not trained on weigh more.
 _SCORE_ZERO = 0.2
 _SCORE_SCALE, _SCORE_SCALE_OF_TRUNK = 12.0, 4.0
-# Of the best box around a place: score, middle, sides, and where in the box the place lies.
+# Values of the best box around a location: score, middle, sides, and where in the box the location lies.
 BOX_CHANNELS = 7
 
 
@@ -49,7 +48,7 @@ def _separable(channels_in: int, channels_out: int, stride: int = 1) -> nn.Seque
 
 
 class Bottleneck(nn.Module):
-    """1x1, then 3x3 and 1x1; the input is added where asked."""
+    """1x1, then 3x3 and 1x1; the input is added if `adds`."""
 
     def __init__(self, channels: int, adds: bool) -> None:
         super().__init__()
@@ -78,7 +77,7 @@ class SplitStage(nn.Module):
 
 
 class PoolingPyramid(nn.Module):
-    """Maxima over three neighbourhoods beside the place itself."""
+    """The map itself and its maxima over three neighbourhoods (spatial pyramid pooling)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -119,7 +118,7 @@ class Pyramid(nn.Module):
 
 
 class BoxHead(nn.Module):
-    """Class scores, a box and whether there is an object, at each place of one map."""
+    """Class scores, a box and an objectness score at each location of one map."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -168,7 +167,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Boxes:
-        """RGB pixels (B, 3, H, W), 0..255, to boxes; sides that are no multiples of 32 are filled up with grey."""
+        """RGB pixels (B, 3, H, W), 0..255, to boxes; sides that are no multiples of 32 are padded with grey."""
         height, width = pixels.shape[2:]
         pixels = F.pad(pixels, (0, -width % 32, 0, -height % 32), value=_GREY)
         fine = self.stride_8(self.stride_4(self.stem(_gathered(pixels))))
@@ -179,14 +178,14 @@ class Detector(nn.Module):
 
 
 class BoxMaps(NamedTuple):
-    """Maps of boxes onto N places: names (B, N, 80), a value per class, and best (B, N, 7), of the box with the best score."""
+    """Boxes as maps of N locations: names (B, N, 80), a value per class; best (B, N, 7), the box with the best score there."""
 
     names: Tensor
     best: Tensor
 
 
 def box_maps(found: Boxes, height: int, width: int, stride: int) -> BoxMaps:
-    """Map the boxes of a frame of height x width pixels onto its places, one every `stride` pixels."""
+    """Map the boxes of a frame of height x width pixels onto its locations, one every `stride` pixels."""
     corners, scores = found
     kept = scores.amax(2).topk(min(_KEPT, scores.shape[1]), 1).indices[..., None]
     scores = scores.take_along_dim(kept, 1)
@@ -196,17 +195,17 @@ def box_maps(found: Boxes, height: int, width: int, stride: int) -> BoxMaps:
     x0, y0, x1, y1 = corners[..., None].unbind(2)  # (B, K, 1) each
     inside_x = torch.minimum(x - x0, x1 - x)[:, :, None]
     inside_y = torch.minimum(y - y0, y1 - y)[:, :, :, None]
-    # Half at a box's edge, whole half a place further in.
+    # 0.5 at a box's edge, 1 from half a stride inside it on.
     inside = (0.5 + torch.minimum(inside_x, inside_y) / stride).clamp(0, 1).flatten(2)  # (B, K, N)
     few = zip(inside.split(_AT_A_TIME, 1), scores.split(_AT_A_TIME, 1), strict=True)
     names = reduce(torch.maximum, ((i[..., None] * s[:, :, None]).amax(1) for i, s in few))
-    told = inside * scores.amax(2)[:, :, None]
-    score, which = told.max(1)  # (B, N)
+    certainty = inside * scores.amax(2)[:, :, None]
+    score, which = certainty.max(1)  # (B, N)
     around = corners.take_along_dim(which[..., None], 1)
-    places = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], -1).flatten(0, 1)
+    locations = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], -1).flatten(0, 1)
     frame = corners.new_tensor([width, height])
     middle, sides = (around[..., :2] + around[..., 2:]) / 2, around[..., 2:] - around[..., :2]
-    offset = (places - middle) / sides.clamp(min=1)
+    offset = (locations - middle) / sides.clamp(min=1)
     parts = [middle / frame - 0.5, sides / frame, offset.clamp(-1, 1)]
     best = torch.cat([score[..., None], *(part * score[..., None] for part in parts)], -1)
     scales = [

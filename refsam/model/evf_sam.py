@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from refsam import checkpoint
 from refsam.checkpoint import Checkpoint, Source
@@ -126,10 +127,8 @@ class EVFSAM(PromptedSAM):
     def encode_text(self, expressions: Sequence[str]) -> TextPrompt:
         """Embed the words of P expressions; raises ExpressionError for one that the tokenizer cannot take."""
         rows = [self._ids(expression) for expression in expressions]
-        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-        ids = torch.full((len(rows), int(lengths.max())), PADDING)
-        for padded, row in zip(ids, rows, strict=True):
-            padded[: len(row)] = torch.tensor(row)
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = pad_sequence([torch.tensor(row) for row in rows], True, PADDING)
         return self.embed_text(ids, lengths)
 
     def embed_text(self, ids: Tensor, lengths: Tensor) -> TextPrompt:

@@ -21,10 +21,10 @@ class FrameSize(NamedTuple):
 class ImageFeatures(NamedTuple):
     """The image encoder's output for B frames, for any number of expressions.
 
-    embedding (B, N, C): unit vectors, N = h * w. levels (L, B, N, C): the embedding, then the
-    projected intermediate features and the trunk's, unit vectors all. grid: (h, w). patches (B, V, D): what
-    prompts see of the frames besides, None where they see nothing. fine (B, F, 4h, 4w): the trunk's fine
-    features, and names (B, N, K), what its places show, as `NounMatch` compares it with words; None without a trunk.
+    embedding (B, N, C): unit vectors, N = h * w. levels (L, B, N, C): the embedding, then the projected
+    intermediate features and the trunk's, all unit vectors. grid: (h, w). patches (B, V, D): BEiT-3's patches, for
+    EVF-SAM's prompts; None for RefSAM. fine (B, F, 4h, 4w): the trunk's fine features. names (B, N, K): the trunk's
+    values that `NounMatch` compares with words. Both are None without a trunk.
 
     EVF-SAM's embedding is SAM's own, not normalised, and the only level.
     """
@@ -62,7 +62,7 @@ class TextPrompt:
     words (P, T, C) and sentence (P, C) are unit vectors (EVF-SAM: words (P, T, D) as BEiT-3 takes them,
     sentence zeros); the first lengths[i] words of row i are valid, the rest is padding and may hold anything.
     Words are trimmed to the longest row. lengths (P,)
-    int64 may be given on the host, which spares a synchronisation, and is kept beside the words.
+    int64 may be given on the host, which saves a synchronisation; it is kept on the words' device.
     unknown: per expression, the words that the text encoder does not know.
     """
 
@@ -86,7 +86,7 @@ class TextPrompt:
         return len(self.lengths)
 
     def select(self, indices: Sequence[int]) -> TextPrompt:
-        """The expressions at these places, in this order."""
+        """The expressions with these indices, in this order."""
         picked = list(indices)
         unknown = tuple(self.unknown[index] for index in picked)
         return TextPrompt(self.words[picked], self.sentence[picked], self.lengths[picked], unknown)

@@ -19,10 +19,10 @@ from refsam_kernels import (
 
 
 class Int8Block:
-    """`run_block` on a CPU, for fused float32 weights and without autograd; it makes its norms itself.
+    """`run_block` on a CPU, for fused float32 weights and without autograd; it computes its norms itself.
 
-    The products of qkv, proj, MLP and adapters are in integers, and those of queries and keys in global attention; the rest of
-    attention is in attention_dtype, what is summed in float32.
+    Products in 8-bit integers: qkv, proj, MLP, adapters, and queries with keys in global attention. The rest of attention is
+    in attention_dtype, sums are in float32.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Int8Block:
         self.norm1 = norm1
         self.norm2 = (weights.norm_weight, weights.norm_bias)
         self.attention_dtype = attention_dtype
-        # In windows, whose keys are few, it takes as long as in bfloat16.
+        # In windows, which have few keys, bfloat16 takes as long.
         self.has_int8_scores = not weights.window_size
         self.qkv = quantise_weights(weights.qkv_weight, weights.qkv_bias)
         self.proj = quantise_weights(weights.proj_weight, weights.proj_bias)
@@ -64,7 +64,7 @@ class Int8Block:
 
 
 class Int8Patches:
-    """A patch embedding: each patch is a row."""
+    """The patch embedding as a linear layer: each patch is a row."""
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         self.size = convolution.kernel_size[0]
@@ -78,7 +78,7 @@ class Int8Patches:
 
 
 class Int8Neck:
-    """The neck: the second convolution's row is a token and its eight neighbours."""
+    """The neck as two linear layers: a row of the second is a token and its eight neighbours."""
 
     def __init__(self, neck: nn.Sequential) -> None:
         layers: list[Any] = list(neck)

@@ -1,4 +1,4 @@
-"""The model of a checkpoint, whichever it is."""
+"""Loads a RefSAM or an EVF-SAM, by its checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def load_model(name: str | Path, **options: Any) -> PromptedSAM:
     """The model, in eval mode, of a bundled name (`nano`), a folder or a Hub id: a `RefSAM` or an `EVFSAM`.
 
     EVF-SAM's published checkpoints are read as they are (`YxZhang/evf-sam-multitask`). options: as for
-    `RefSAM.from_pretrained`; of them EVF-SAM takes those of huggingface_hub. Raises CheckpointError or ConfigError.
+    `RefSAM.from_pretrained`; EVF-SAM takes only those of huggingface_hub. Raises CheckpointError or ConfigError.
     """
     stored = checkpoint.load(name, **options)
     is_evf = isinstance(stored.config, EVFConfig)

@@ -12,8 +12,8 @@ from refsam.model.layer_norm import NORM_2D_EPS, LayerNorm2d
 from refsam.model.two_way_transformer import TwoWayTransformer
 from refsam_kernels import Fingerprint, is_capturing, mask_upscale, settle
 
-# Pixels' values that a CPU holds for all expressions that it decodes at a time: what is larger leaves its caches between two
-# operators, and is padded to the longest sentence.
+# Most elements of image tokens that a CPU decodes at a time. More would leave its caches between two operators, and would be
+# padded to the longest expression.
 ELEMENTS = 2**20
 
 
@@ -21,7 +21,7 @@ class RandomPositionEncoding(nn.Module):
     """Sines and cosines of random frequencies (segment-anything, modeling/prompt_encoder.py).
 
     The last grid's encoding is kept, and given out again as the same tensor: `token_image_attention` remembers the
-    products of positions that it has seen before. crops: a rectangle's places are those of its square's upper left part.
+    products of positions that it has seen before. crops: a rectangle has the positions of the upper left part of its square.
     """
 
     positional_encoding_gaussian_matrix: Tensor
@@ -185,5 +185,5 @@ def _parts(image: Tensor) -> list[slice]:
 
 
 def _trim(sparse: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Prompts (P, T, C) without what is padding for all of them."""
+    """Cut prompts (P, T, C) to the longest row."""
     return sparse if lengths is None else sparse[:, : int(lengths.max())], lengths

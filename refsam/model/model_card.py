@@ -1,6 +1,5 @@
-"""The model card of a checkpoint folder: what can be said without asking anybody, and what its owner must add."""
+"""The model card of a checkpoint folder: facts of the checkpoint, and fields for its owner to fill."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from refsam.checkpoint import Checkpoint
@@ -12,7 +11,7 @@ TEMPLATE = """---
 
 # {{ model_name | default("A RefSAM checkpoint", true) }}
 
-Referring video object segmentation: a sentence and a video in, the mask of the object that the sentence means out, frame by
+Referring video object segmentation: give an expression and a video, and get the mask of the object that is meant, frame by
 frame. RefSAM ([arXiv 2307.00997](https://arxiv.org/abs/2307.00997)) by [refsam](https://pypi.org/project/refsam).
 
 ```python
@@ -36,14 +35,14 @@ for result in segment_video(model, "clip.mp4", ["the red cup"]):
 
 {{ results | default("Not measured yet: `refsam evaluate --help` lists the benchmarks.", true) }}
 
-## What it cannot do
+## Limits
 
 {{ limitations | default("Not described yet. An object that is not in view may still get a mask: see the scores.", true) }}
 """
 
 
-def card_facts(stored: Checkpoint) -> dict[str, Any]:
-    """The values of `TEMPLATE` for a checkpoint."""
+def card_arguments(stored: Checkpoint) -> dict[str, Any]:
+    """A checkpoint's own values for `TEMPLATE`, as arguments of the mixin's `generate_model_card`."""
     config, encoder = stored.config, stored.config.image_encoder
     assert isinstance(config, RefSAMConfig)
     count = sum(tensor.numel() for tensor in stored.tensors.values())
@@ -54,7 +53,7 @@ def card_facts(stored: Checkpoint) -> dict[str, Any]:
         "parameters in the file": f"{count / 1e6:.1f} M",
     }
     if stored.kind == "delta":
-        facts["stands on"] = str(stored.sources["sam"])
+        facts["built on"] = str(stored.sources["sam"])
     base = ', sam="PATH"' if stored.kind == "delta" else ""
     return {"facts": facts, "base_argument": base}
 
@@ -63,8 +62,3 @@ def _text_encoder(settings: Any) -> str:
     if settings.kind == "small":
         return f"its own, {settings.depth} layers, {settings.width} wide"
     return f"{settings.name}, not part of the file"
-
-
-def card_arguments(stored: Checkpoint, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Arguments of the mixin's `generate_model_card`: the facts, and before them what the caller gives."""
-    return {**card_facts(stored), **(given or {})}

@@ -8,10 +8,10 @@ from refsam.model.mask_decoder import HeadMLP
 
 
 class OutlineHead(nn.Module):
-    """A perceptron at every place of a mask, whose hidden layer the object token shifts, scales and reads.
+    """An MLP at every location of a mask; the object token sets its hidden layer's scale and shift, and its output weights.
 
-    It sees the fine features, the logit that is there already and how well the place matches the noun; what it adds
-    begins as zero.
+    Inputs: the fine features, the decoder's logit, and how well the location matches the noun. The correction
+    starts at zero.
     """
 
     def __init__(self, dim: int, fine_channels: int) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from refsam_kernels import can_prepack
 
-# What is behind a convolution, by oneDNN's names.
+# oneDNN's names of the activations.
 ACTIVATIONS = {None: "none", "relu6": "hardtanh", "relu": "relu", "silu": "swish"}
 
 
@@ -33,12 +33,12 @@ class PackedConv:
         )
         self._activation = ACTIVATIONS[activation]
         self._limits: list[float | None] = [0.0, 6.0] if activation == "relu6" else []
-        # The layout is that for inputs of one shape, however many.
+        # The layout depends on the shape of an input, not on the batch size.
         self._packed: tuple[torch.Size, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, C, h, w), channels last for speed, to (B, C', h / stride, w / stride)."""
-        packed = self._packed  # another thread may pack for another shape meanwhile
+        packed = self._packed  # another thread may pack for another shape at the same time
         if packed is None or packed[0] != x.shape[1:]:
             reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its types are wrong
             packed = x.shape[1:], reorder(self._weight.to_mkldnn(), *self._sizes, x.shape)

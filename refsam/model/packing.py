@@ -31,7 +31,7 @@ RunBlock = Callable[[Tensor, Any, nn.LayerNorm | None], tuple[Tensor, Tensor | N
 
 # Narrower encoders lose more to conversions than bfloat16 gains.
 LEAST_WIDTH_OF_BFLOAT16 = 128
-# Tokens that an MLP computes at a time on a CPU: what lies between its layers stays in the cache.
+# Tokens that an MLP computes at a time on a CPU, so that hidden values stay in the cache.
 ROWS = 1024
 _ATTENTION_TENSORS = BlockWeights._fields[:6]  # up to the output projection
 
@@ -77,7 +77,7 @@ class Packing:
             with torch.inference_mode(False), torch.no_grad():
                 made = key, [self._arrange(module, dtype) for module in modules]
             weights = _weights(modules)
-            # Within a CUDA graph's capture they lie in the graph's memory, which is nobody else's.
+            # Tensors made while a CUDA graph is captured lie in the graph's own memory and must not be kept.
             if weights and is_capturing(weights[0]):
                 return made[1]
             settle(weights)
@@ -85,7 +85,7 @@ class Packing:
         return made[1]
 
     def matches(self, dtype: torch.dtype | None, fixed_weights: bool) -> bool:
-        """Whether it was made with these."""
+        """Whether it was made with these settings."""
         return (self.dtype, self.fixed_weights) == (dtype, fixed_weights)
 
     def freeze(self, modules: Sequence[Any]) -> None:

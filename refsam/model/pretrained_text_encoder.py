@@ -19,8 +19,8 @@ WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 class PretrainedTextEncoder(CachedTextEncoder):
     """A frozen encoder of `transformers`, which is imported and loaded when first used.
 
-    Its weights belong to no checkpoint of this project: they are no parameters of this module, though
-    they follow its device and dtype.
+    Its weights are not saved in checkpoints: they are no parameters of this module, but follow its device and
+    dtype.
     """
 
     architecture: str
@@ -60,7 +60,7 @@ class PretrainedTextEncoder(CachedTextEncoder):
         return tokenizer, encoder
 
     def unload(self) -> None:
-        """Let go of the encoder's memory; it is read again when it is used again."""
+        """Free the encoder's memory; the next use reads it again."""
         with self._lock:
             self._loaded = []
 
@@ -114,7 +114,7 @@ class PretrainedTextEncoder(CachedTextEncoder):
         return EncodedText(tokens, lengths)
 
     def weights_key(self) -> Hashable:
-        """The name and where the weights lie: nothing changes them."""
+        """Name, device and dtype: the weights themselves never change."""
         return self.name, self.placement.device, self.placement.dtype
 
     def _apply(self, fn: Any, recurse: bool = True) -> PretrainedTextEncoder:

@@ -27,7 +27,7 @@ class Prompts(NamedTuple):
 
     image (P, N, C): the embedding with the dense prompts added. sparse (P, T, C): sparse prompts; the first lengths (P,)
     of each row are valid, None means all. track (P, C): the track tokens that are among them, None without any.
-    match (P, N): how well each place matches the noun, None where nobody asked.
+    match (P, N): how well each location matches the noun, None without a trunk.
     """
 
     image: Tensor
@@ -78,7 +78,7 @@ class PromptedSAM(nn.Module):
         """Clear the cache of encoded expressions."""
 
     def packed_parts(self) -> list[PackedModule]:
-        """Parts beside the image encoder that `optimize` packs; with torch.int8 in their automatic dtype."""
+        """Parts besides the image encoder that `optimize` packs; for torch.int8 they take their automatic dtype."""
         return []
 
     def refine(

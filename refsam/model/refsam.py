@@ -144,7 +144,7 @@ class RefSAM(
         directory, stored = Path(save_directory), self.to_checkpoint(delta)
         checkpoint.write_checkpoint(directory, stored)
         if not (directory / "README.md").exists():
-            arguments = model_card.card_arguments(stored, model_card_kwargs)
+            arguments = model_card.card_arguments(stored) | (model_card_kwargs or {})
             self.generate_model_card(**arguments).save(directory / "README.md")
         if not push_to_hub:
             return None

@@ -6,12 +6,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from refsam.checkpoint import Source
 from refsam.errors import ExpressionError
@@ -76,7 +77,7 @@ class EncodedText:
         return len(self.lengths)
 
     def select(self, indices: Sequence[int]) -> EncodedText:
-        """The expressions at these places, in this order."""
+        """The expressions with these indices, in this order."""
         picked = list(indices)
         unknown = tuple(self.unknown[index] for index in picked)
         return EncodedText(self.tokens[picked], self.lengths[picked], unknown)
@@ -92,16 +93,6 @@ class EncodedText:
         tokens = [F.pad(part.tokens, (0, 0, 0, longest - part.tokens.shape[1])) for part in parts]
         unknown = tuple(words for part in parts for words in part.unknown)
         return EncodedText(torch.cat(tokens), torch.cat([part.lengths for part in parts]), unknown)
-
-
-@runtime_checkable
-class TextEncoder(Protocol):
-    """The interface of a text encoder: its width, and a call that encodes expressions."""
-
-    width: int
-
-    def __call__(self, expressions: Sequence[str]) -> EncodedText:
-        """Encode P >= 1 non-empty expressions; raises ExpressionError for those it cannot take."""
 
 
 def explain_unknown(expression: str, words: Sequence[str]) -> str:
@@ -129,8 +120,8 @@ def refused_expressions(
 class CachedTextEncoder(nn.Module):
     """Checks expressions and caches their encodings.
 
-    A subclass implements `encode(expressions) -> EncodedText` and `weights_key()`. `kept`, if set, looks up earlier encodings
-    elsewhere, such as on a disk. The cache is used only without gradients; it is keyed by the weights' `Fingerprint`
+    A subclass implements `encode`, and `weights_key` if its weights are no parameters. `kept`, if set, looks up earlier
+    encodings elsewhere, such as on a disk. The cache is used only without gradients; it is keyed by the weights' `Fingerprint`
     and emptied by `load_state_dict`.
     """
 
@@ -151,7 +142,7 @@ class CachedTextEncoder(nn.Module):
         raise NotImplementedError
 
     def weights_key(self) -> Hashable:
-        """Something that changes whenever the weights do."""
+        """A value that changes whenever the weights do."""
         return self._fingerprint(self.parameters())
 
     def source(self) -> Source | None:
@@ -238,7 +229,7 @@ def word_tokenizer(words: Iterable[str]) -> Tokenizer:
 
 
 def place_behind(words: list[str]) -> list[str]:
-    """Move a place that stands first behind the thing: "on the left the dog" becomes "the dog on the left".
+    """Move a leading phrase of place behind the noun: "on the left the dog" becomes "the dog on the left".
 
     Args:
         words: an expression's words in lower case.
@@ -300,16 +291,14 @@ class SmallTextEncoder(CachedTextEncoder):
         nn.init.trunc_normal_(self.positions, std=0.02)
 
     def encode(self, expressions: Sequence[str]) -> EncodedText:
-        """P expressions to tokens (P, T, width); words that it lacks take the embedding of [UNK].
+        """P expressions to tokens (P, T, width); words outside the vocabulary get the embedding of [UNK].
 
-        Raises ExpressionError where an expression has too many words or no content word that it
-        was taught.
+        Raises ExpressionError if an expression has too many words, or no word that names something
+        the model was taught.
         """
         rows = [self.tokenize(expression) for expression in expressions]
         lengths = torch.tensor([len(identifiers) for identifiers, _ in rows])
-        padded = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-        for row, (identifiers, _) in zip(padded, rows, strict=True):
-            row[: len(identifiers)] = torch.tensor(identifiers)
+        padded = pad_sequence([torch.tensor(identifiers) for identifiers, _ in rows], True)
         device = self.positions.device
         is_valid = (torch.arange(padded.shape[1]) < lengths[:, None]).to(device)
         x = self.words(padded.to(device)) + self.positions[: padded.shape[1]]
@@ -318,7 +307,7 @@ class SmallTextEncoder(CachedTextEncoder):
         return EncodedText(self.norm(x), lengths, tuple(unknown for _, unknown in rows))
 
     def tokenize(self, expression: str) -> tuple[list[int], tuple[str, ...]]:
-        """The identifiers of an expression's words, and the words that it lacks or was not taught.
+        """The identifiers of an expression's words, and the words that are not in the vocabulary or were not taught.
 
         Raises ExpressionError as `encode` does.
         """
@@ -330,17 +319,13 @@ class SmallTextEncoder(CachedTextEncoder):
             )
         identifiers = self.tokenizer.encode(words, is_pretokenized=True).ids
         unknown_id = self.tokenizer.token_to_id(UNKNOWN)
-        is_known = [
-            identifier != unknown_id and word not in self.untaught
-            for identifier, word in zip(identifiers, words, strict=True)
-        ]
-        unknown = tuple(word for word, known in zip(words, is_known, strict=True) if not known)
-        content = [
+        known = {
             word
-            for word, known in zip(words, is_known, strict=True)
-            if known and word not in FUNCTION_WORDS
-        ]
-        if not content:
+            for word, identifier in zip(words, identifiers, strict=True)
+            if identifier != unknown_id and word not in self.untaught
+        }
+        unknown = tuple(word for word in words if word not in known)
+        if known <= FUNCTION_WORDS:
             named = ", ".join(unknown)
             reason = f"no word is known: {named}" if unknown else "no word names an object"
             raise ExpressionError(

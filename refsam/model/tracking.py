@@ -42,7 +42,7 @@ class TrackingModule(nn.Module):
         self.norm_feat = nn.LayerNorm(dim)
 
     def forward(self, object_token: Tensor, track_token: Tensor | None = None) -> Tensor:
-        """Object token and, but on the first frame, the previous track token, (P, C) to (P, C)."""
+        """Object token and, after the first frame, the previous track token, (P, C) each, to the next track token (P, C)."""
         x = object_token if track_token is None else object_token + track_token
         attended = self.norm1(x + self.self_attn(x))
         hidden = self.norm2(attended + self.linear2(F.relu(self.linear1(attended))))

@@ -1,4 +1,4 @@
-"""MobileNetV2 with DeepLabv3's small head: what a network that was trained on photographs sees in a frame."""
+"""MobileNetV2 with DeepLabv3's small head: a network trained on photographs, beside SAM's ViT."""
 
 from typing import Generic, Literal, NamedTuple, TypeVar
 
@@ -19,7 +19,7 @@ _RESIDUALS = (
     *((160, 1, 1), (160, 1, 2), (160, 1, 2)),
     (320, 1, 2),
 )
-# Behind which of `Trunk.features` the maps of `TrunkMaps` are taken.
+# The layers of `Trunk.features` that give the first three of `TrunkMaps`.
 _STRIDE_4, _STRIDE_8, _STRIDE_16 = 3, 6, 13
 _CONTEXT_CHANNELS = 256
 STRIDE = 16
@@ -49,7 +49,7 @@ class TrunkMaps(NamedTuple, Generic[Value]):
 
 
 class Conv(nn.Conv2d):
-    """A convolution with bias that keeps the grid, and what is behind it: relu6, relu, silu or nothing."""
+    """A convolution with bias, padded to keep the grid, then relu6, relu, silu or nothing."""
 
     packed: PackedConv | None = None
 
@@ -76,13 +76,13 @@ class Conv(nn.Conv2d):
         return x if self.activation is None else getattr(F, self.activation)(x)
 
     def _convolve(self, x: Tensor) -> Tensor:
-        """The convolution; where gradients are wanted, a dilated depthwise one as several undilated ones: theirs are quick."""
+        """The convolution. With autograd a dilated depthwise one is split into undilated ones, whose backward is faster."""
         step = self.dilation[0]
         if step == 1 or self.groups == 1 or not torch.is_grad_enabled() or is_compiling():
             return super().forward(x)
         height, width = x.shape[2:]
         x = F.pad(x, (0, -width % step, 0, -height % step))
-        # Places that are `step` apart see only each other.
+        # Locations that are `step` apart depend only on each other.
         apart = x.unflatten(3, (-1, step)).unflatten(2, (-1, step)).permute(3, 5, 0, 1, 2, 4)
         y = apart.flatten(0, 2).contiguous(memory_format=torch.channels_last)
         padding = self.kernel_size[0] // 2
@@ -125,7 +125,7 @@ class InvertedResidual(nn.Module):
 
 
 class ContextHead(nn.Module):
-    """DeepLabv3's head without dilated branches: each place beside the mean of the frame."""
+    """DeepLabv3's head without dilated branches: each location next to the mean over the frame."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ def channels(width: float) -> TrunkMaps[int]:
 
 
 def pack_convolutions(network: nn.Module) -> None:
-    """From now on compute each `Conv` and its activation as one, for inference; where torch cannot, nothing changes."""
+    """Fuse each `Conv` with its activation, for inference; nothing changes where torch cannot."""
     for module in network.modules():
         if isinstance(module, Conv) and can_pack(module):
             module.packed = PackedConv(module, module.activation)

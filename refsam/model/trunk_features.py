@@ -17,8 +17,8 @@ NAME_CHANNELS = 128
 GREY = 128.0  # pixels are seen as (value - 128) / 128
 
 
-class PlaceNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, h, w), quick where those of a place lie side by side."""
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, h, w); fast for channels-last memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) to the same shape."""
@@ -28,8 +28,8 @@ class PlaceNorm(nn.LayerNorm):
 class TrunkOutput(NamedTuple):
     """The features that RefSAM takes from a trunk in B frames.
 
-    added and level (B, h, w, D): what the tokens gain, and one more level of dense attention. names (B, h * w, K):
-    what each place shows, to be compared with nouns. fine (B, F, 4h, 4w): features for outlines.
+    added (B, h, w, D) is added to the tokens, level (B, h, w, D) is one more level of dense attention. names
+    (B, h * w, K): values of each location to compare with nouns. fine (B, F, 4h, 4w): features for outlines.
     """
 
     added: Tensor
@@ -39,17 +39,17 @@ class TrunkOutput(NamedTuple):
 
 
 class TrunkFeatures(PackedModule):
-    """Projections of a trunk's maps, each of them normalised first: its values reach far beyond a linear layer's.
+    """Projections of a trunk's maps, each normalised first because its values are large.
 
     The addition to the tokens starts at zero, so an encoder that gets a trunk computes the same as before. With a
-    detector, its boxes are added to the tokens too, and their scores are further names.
+    detector, its boxes are added to the tokens too, and its class scores are appended to the names.
     """
 
     def __init__(self, width: float, embed_dim: int, detector: bool = False) -> None:
         super().__init__()
         counts = channels(width)
         self.network = Trunk(width)
-        self.norms = nn.ModuleList(PlaceNorm(count) for count in counts)
+        self.norms = nn.ModuleList(ChannelNorm(count) for count in counts)
         deep = counts.stride_16 + counts.last + counts.context
         self.tokens = nn.Linear(deep, embed_dim)
         self.level = nn.Linear(deep, embed_dim)
@@ -60,10 +60,10 @@ class TrunkFeatures(PackedModule):
         self.smooth = nn.Sequential(
             nn.GELU(),
             nn.Conv2d(FINE_CHANNELS, FINE_CHANNELS, 3, padding=1),
-            PlaceNorm(FINE_CHANNELS),
+            ChannelNorm(FINE_CHANNELS),
             nn.GELU(),
             nn.Conv2d(FINE_CHANNELS, FINE_CHANNELS, 3, padding=1),
-            PlaceNorm(FINE_CHANNELS),
+            ChannelNorm(FINE_CHANNELS),
         )
         nn.init.zeros_(self.tokens.weight)
         nn.init.zeros_(self.tokens.bias)
@@ -96,23 +96,23 @@ class TrunkFeatures(PackedModule):
         maps = self.network(pixels)
         normed = TrunkMaps(*(norm(x) for norm, x in zip(self.norms, maps, strict=True)))
         deep = torch.cat([normed.stride_16, normed.last, normed.context], 1)
-        places = deep.permute(0, 2, 3, 1)
+        tokens = deep.permute(0, 2, 3, 1)
         size = normed.stride_4.shape[-2:]
         fine = self.fine[0](normed.stride_4)
         for layer, coarse in zip(self.fine[1:], (normed.stride_8, deep), strict=True):
             fine = fine + F.interpolate(layer(coarse), size, mode="bilinear")
-        # The head's own values, not normalised: the published class scores are linear in them.
+        # Not normalised: the published class scores are linear in the head's own values.
         context = maps.context.permute(0, 2, 3, 1)
-        names = self.names(torch.cat([places, context], -1)).flatten(1, 2)
-        added = self.tokens(places)
+        names = self.names(torch.cat([tokens, context], -1)).flatten(1, 2)
+        added = self.tokens(tokens)
         if self.detector is not None:
             height, width = pixels.shape[2:]
             found = box_maps(self.detector(GREY * pixels + GREY), height, width, STRIDE)
             names = torch.cat([names, found.names.to(names.dtype)], -1)
             added = added + self.boxes(found.best.to(added.dtype)).view_as(added)
-        return TrunkOutput(added, self.level(places), names, self.smooth(fine))
+        return TrunkOutput(added, self.level(tokens), names, self.smooth(fine))
 
 
 def name_channels(detector: bool) -> int:
-    """Number of values that nouns are compared with at a place: the trunk's, then a detector's for its classes."""
+    """Number of values per location to compare with nouns: the trunk's, then one for each class of a detector."""
     return NAME_CHANNELS + (len(DETECTOR_CLASSES) if detector else 0)

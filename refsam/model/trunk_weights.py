@@ -10,7 +10,7 @@ from refsam.model.refsam import RefSAM
 from refsam.model.trunk import TRUNK_CLASSES
 
 SCORE_SCALE = 0.2  # of the published scores among the names
-_NAME_SCALE = 0.1  # of the names that stand for nothing yet
+_NAME_SCALE = 0.1  # of the names without a class
 # How much the match weighs in the logits: models trained on figures firmly reject every unknown noun.
 _GAIN = 3.0
 _CLASSIFIER = "classifier."

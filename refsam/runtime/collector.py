@@ -1,4 +1,4 @@
-"""Python's garbage collector, which a start should not wait for."""
+"""Pauses Python's garbage collector while a command starts."""
 
 import gc
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Reads rank and world size as torchrun, srun or mpirun set them, and deals out the work."""
+"""Reads rank and world size as torchrun, srun or mpirun set them, and divides the work."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -61,6 +61,6 @@ class Shard:
         return Shard() if launched is None else Shard(launched.rank, launched.count)
 
     def of(self, items: Sequence[Item], cost: Callable[[Item], float]) -> list[Item]:
-        """This process's items, dealt in order of falling cost; every process computes the same deal."""
+        """This process's items. They are dealt out in order of decreasing cost, in the same way in every process."""
         order = sorted(range(len(items)), key=lambda index: (-cost(items[index]), index))
         return [items[index] for index in order[self.rank :: self.world_size]]

@@ -155,7 +155,7 @@ class WeightsWatch:
 
 
 class _FixedPrompt(TextPrompt):
-    """Prompts that are not trimmed: their lengths change between replays, and reading them would stall the stream."""
+    """Prompts that are not trimmed: lengths change between replays, and reading them would stall the stream."""
 
     def __post_init__(self) -> None:
         pass
@@ -200,7 +200,7 @@ def pad_expressions(
 
 @dataclass(frozen=True)
 class _Graph:
-    """A recording, the memory that it reads and writes, and the event that its last results were taken."""
+    """A recording, the tensors it reads and writes, and an event recorded after its last results were copied."""
 
     graph: Any
     inputs: list[Tensor]
@@ -234,8 +234,8 @@ class GraphCache:
         """Run the function by a graph for these shapes; the results are copies that the caller owns.
 
         Args:
-            name: which function it is.
-            state: everything else that it depends on; a graph of another state is not used again.
+            name: identifies the function.
+            state: everything else that it depends on; graphs of another state are dropped.
             function: tensors to tensors, without looking at values.
             inputs: on one CUDA device.
         """

@@ -1,4 +1,4 @@
-"""From a frame in host memory to what the image encoder takes, while the device works on the frames before it."""
+"""Prepares frames in host memory for the image encoder while the device works on earlier ones."""
 
 import time
 from collections.abc import Iterable, Iterator

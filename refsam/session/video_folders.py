@@ -1,4 +1,4 @@
-"""Assigns a folder to each of many videos, and reads what an earlier run left there.
+"""Assigns a folder to each of many videos, and reads the results of an earlier run.
 
 ``videos.json`` in the output folder maps folders to sources. A later run with more videos gives each the folder it had.
 """

@@ -1,7 +1,7 @@
 """Segment a video frame by frame with a memory that does not grow: one track token per expression."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
@@ -215,12 +215,12 @@ class VideoSession:
             self._text = fixed, self._encode(self._expressions)
         return self._text[1]
 
-    def _remember(self, track: Tensor) -> None:
-        """Keep the track tokens (E, C) for the next frame."""
+    def _found(
+        self, logits: Tensor, scores: Tensor, size: "FrameSize", track: Tensor | None = None
+    ) -> FrameLogits:
+        """The frame's result; the track tokens (E, C) are kept for the next frame."""
         self._track = track
         self._has_track = [True] * len(self._expressions)
-
-    def _found(self, logits: Tensor, scores: Tensor, size: "FrameSize") -> FrameLogits:
         self._frame_index += 1
         return FrameLogits(self._frame_index - 1, logits, scores, size)
 
@@ -284,13 +284,14 @@ def _step_asked(
     if len({isinstance(frame, EncodedFrame) for frame in frames}) > 1:
         raise ValueError("turns: got encoded frames among others, want one kind")
     results: dict[int, FrameLogits] = {}
-    alike = _alike(frames)
+    alike = _groups([_shape(frame) for frame in frames])  # frames of one shape are encoded together
     images = [
-        image_features(sessions[0]._runner, [frames[turn] for turn in places]) for places in alike
+        image_features(sessions[0]._runner, [frames[turn] for turn in group]) for group in alike
     ]
-    for places in _rounds(sessions):
+    # Rounds in which each session occurs at most once.
+    for round_ in zip_longest(*_groups([id(session) for session in sessions])):
         for image, encoded in zip(images, alike, strict=True):
-            part = [turn for turn in places if turn in encoded]
+            part = [turn for turn in round_ if turn in encoded]
             if not part:
                 continue
             at = [sessions[turn] for turn in part], [frames[turn].size for turn in part]
@@ -299,13 +300,17 @@ def _step_asked(
     return [results[turn] for turn in range(len(sessions))]
 
 
-def _alike(frames: Sequence[PreparedFrame | EncodedFrame]) -> list[list[int]]:
-    """The places of frames that can be encoded together: those of one shape. Without `padding: none` all have the same."""
-    places: dict[tuple[int, ...], list[int]] = {}
-    for place, frame in enumerate(frames):
-        shape = frame.image.grid if isinstance(frame, EncodedFrame) else tuple(frame.pixels.shape)
-        places.setdefault(shape, []).append(place)
-    return list(places.values())
+def _shape(frame: PreparedFrame | EncodedFrame) -> tuple[int, ...]:
+    """The shape at the image encoder; without `padding: none` all frames have the same."""
+    return frame.image.grid if isinstance(frame, EncodedFrame) else tuple(frame.pixels.shape)
+
+
+def _groups(keys: Sequence[Hashable]) -> list[list[int]]:
+    """The indices of equal keys, in the order in which each key first occurs."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
 
 
 def image_features(
@@ -319,15 +324,6 @@ def image_features(
     if inputs:
         return runner.encode_image(*(torch.cat(parts) for parts in zip(*inputs, strict=True)))
     return images[0] if len(images) == 1 else images[0].cat(images)
-
-
-def _rounds(sessions: Sequence[VideoSession]) -> Iterator[list[int]]:
-    """Split the batch into rounds in which each session occurs at most once."""
-    places: dict[int, list[int]] = {}
-    for place, session in enumerate(sessions):
-        places.setdefault(id(session), []).append(place)
-    for round_ in zip_longest(*places.values()):
-        yield [place for place in round_ if place is not None]
 
 
 def _decode(
@@ -350,8 +346,7 @@ def _decode(
     parts = (output.logits.float(), output.iou.float().clamp(0, 1), output.track_token)
     each = zip(*(part.split(counts) for part in parts), strict=True)
     for session, size, (logits, scores, token) in zip(sessions, sizes, each, strict=True):
-        session._remember(token)
-        results.append(session._found(logits, scores, size))
+        results.append(session._found(logits, scores, size, token))
     return results
 
 

@@ -1,4 +1,4 @@
-"""Segment many videos: frames of several at a time, shared between processes, continued after a kill."""
+"""Segments many videos: several at a time, in several processes, and continues after a kill."""
 
 import os
 import time
@@ -151,7 +151,7 @@ def segment_videos(
 
 
 class _VideoStream:
-    """A video under way: its reader, session and writer. `problem` is what ended it early."""
+    """A video in progress: its reader, session and writer. `problem` is the error that ended it early."""
 
     def __init__(
         self,

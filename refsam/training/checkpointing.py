@@ -76,7 +76,7 @@ class Weights:
         if self.processes.is_first:
             folder.parent.mkdir(parents=True, exist_ok=True)
             write_checkpoint(folder, stored)
-            card = self.model.generate_model_card(**card_arguments(stored, None))
+            card = self.model.generate_model_card(**card_arguments(stored))
             card.save(folder / "README.md")
 
     def state(self) -> dict[str, Tensor]:

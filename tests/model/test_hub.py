@@ -76,7 +76,7 @@ def test_a_delta_is_pushed_as_one(hub: Path, through_save: bool) -> None:
         model.push_to_hub("someone/delta", delta=True)
     folder = hub / "someone" / "delta"
     card = (folder / "README.md").read_text()
-    assert "| stands on | sam_tiny.pth (SHA-256 abc" in card
+    assert "| built on | sam_tiny.pth (SHA-256 abc" in card
     assert 'from_pretrained("someone/delta", sam="PATH")' in card
     with pytest.raises(CheckpointError, match=r"is a delta and needs sam_tiny\.pth"):
         RefSAM.from_pretrained(folder)
