@@ -172,7 +172,7 @@ def test_the_report_times_kernels_by_replay_and_python_apart(
     monkeypatch.setattr(measure, "time_cuda", lambda call: call())
     monkeypatch.setattr(measure, "captured", lambda call: lambda: KERNELS_S)
     found = machine.timed(lambda: EAGER_S)
-    assert (found["ms"], found["eager_ms"]) == (1e3 * KERNELS_S, 1e3 * EAGER_S)
+    assert (found["median_ms"], found["eager_ms"]) == (1e3 * KERNELS_S, 1e3 * EAGER_S)
 
 
 def test_benchmarks_time_kernels_by_replay_and_python_apart(

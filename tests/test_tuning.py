@@ -78,13 +78,13 @@ def test_candidates_begin_with_the_one_in_use_and_cover_the_window(
 
 
 def test_a_wrong_tile_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "median_ms", lambda call, seconds: {"ms": 1.0})
+    monkeypatch.setattr(tuning, "median_ms", lambda call, seconds: {"median_ms": 1.0})
     monkeypatch.setattr(tuning, "captured", lambda call: call)
     inputs: Any = Inputs()
     times: dict[Tile, float] = {}
     wanted = torch.ones(4)
     assert "differs" in tuning.time_tile(inputs, "forward", WRONG, wanted, times)["wrong"]
-    assert tuning.time_tile(inputs, "forward", FAST, wanted, times)["ms"] == 1.0
+    assert tuning.time_tile(inputs, "forward", FAST, wanted, times)["median_ms"] == 1.0
     assert times == {FAST: 1.0}
 
 

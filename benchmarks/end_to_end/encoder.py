@@ -236,12 +236,9 @@ def features_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.last_hidden_state
 
 
-def errors(found: dict[str, Tensor], exact: Tensor) -> dict[str, float]:
-    """The largest error of each result relative to the largest value of float32's."""
-    return {
-        name: float((value.float() - exact).abs().max() / exact.abs().max())
-        for name, value in found.items()
-    }
+def largest_error(found: Tensor, exact: Tensor) -> float:
+    """The largest error of a result relative to the largest exact value."""
+    return float((found.float() - exact).abs().max() / exact.abs().max())
 
 
 def run_group(
@@ -260,11 +257,11 @@ def run_group(
     wanted = {BASELINE, *only} if only else {provider.name for provider in providers(dtype)}
     compared = {p.name: p for p in providers(dtype) if p.name in wanted}
     calls, skipped = usable_calls(list(compared.values()), config, sam, pixels)
-    before = errors({name: call() for name, call in calls.items()}, exact)
+    before = {name: largest_error(call(), exact) for name, call in calls.items()}
     limit = TOLERANCE if dtype == "float32" else 2 * before[BASELINE]
     good = {name: call for name, call in calls.items() if before[name] <= limit}
     times = take_turns(good, repeats)
-    after = errors({name: call() for name, call in good.items()}, exact)
+    after = {name: largest_error(call(), exact) for name, call in good.items()}
     for name, provider in compared.items():
         if name in skipped:
             yield {**asdict(provider), "skipped": skipped[name]}

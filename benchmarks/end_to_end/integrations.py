@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.end_to_end.encoder import DTYPES, errors, features_of
+from benchmarks.end_to_end.encoder import DTYPES, features_of, largest_error
 from benchmarks.end_to_end.products import products_of
 from benchmarks.measure import peak_memory, resident, take_turns
 from benchmarks.programs import in_new_process, make_parser
@@ -159,7 +159,11 @@ def measure(case: Case, dtype: str, rounds: int) -> dict[str, Any]:
     times = take_turns(calls, rounds)
     row: dict[str, Any] = {name: asdict(each) for name, each in times.items()}
     speedup = times["before"].median_ms / times["after"].median_ms
-    row |= {"speedup": speedup, "errors": errors(found, exact), "replaced": repr(handle)}
+    row |= {
+        "speedup": speedup,
+        "errors": {n: largest_error(x, exact) for n, x in found.items()},
+        "replaced": repr(handle),
+    }
     if case.task != "masks":
         row["products"] = asdict(products_of(calls["after"], DTYPES[dtype]))
     return row

@@ -48,7 +48,7 @@ class Problem:
         generator = torch.Generator(output.device).manual_seed(1)
         return torch.randn(output.shape, generator=generator, device=output.device)
 
-    def reasons(self, dtype: torch.dtype, backend: str) -> str:
+    def refusal(self, dtype: torch.dtype, backend: str) -> str:
         """Why the backend refuses such tensors, empty if it does not."""
         if IS_REHEARSAL and dtype == torch.bfloat16 and backend in ("", "triton"):
             return "Triton's interpreter cannot multiply bfloat16"
@@ -61,10 +61,6 @@ class Problem:
         except BackendError as error:
             return str(error).partition("\n")[0]
         return ""
-
-    def can_run(self, dtype: torch.dtype, backend: str) -> bool:
-        """Whether the backend takes such tensors."""
-        return not self.reasons(dtype, backend)
 
 
 def problems_of(operator: str, device: str) -> list[Problem]:

@@ -1,9 +1,9 @@
 """The device that a task measures: the GPU, or in a rehearsal the CPU in its place, with sizes that take no time."""
 
 import os
-import statistics
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
@@ -34,18 +34,12 @@ def median_ms(call: Call, seconds: float, least: int = 5, most: int = 50) -> dic
     least, most = (1, 1) if IS_REHEARSAL else (least, most)
     first = min(seconds_of(call) for _ in range(1 if IS_REHEARSAL else 2))
     count = int(min(max(seconds / max(first, 1e-6), least), most))
-    samples = sorted(1e3 * seconds_of(call) for _ in range(count))
-    return {
-        "ms": statistics.median(samples),
-        "p20_ms": samples[len(samples) // 5],
-        "p80_ms": samples[len(samples) * 4 // 5],
-        "samples": count,
-    }
+    return asdict(measure.summarise([seconds_of(call) for _ in range(count)]))
 
 
 def timed(call: Call, seconds: float = 0.5) -> dict[str, Any]:
     """Times of a call by graph replay and, separately, eager; why there is no graph, if there is none."""
-    eager = median_ms(call, seconds / 2)["ms"]
+    eager = median_ms(call, seconds / 2)["median_ms"]
     try:
         replay = captured(call)
     except Exception as error:
@@ -54,17 +48,11 @@ def timed(call: Call, seconds: float = 0.5) -> dict[str, Any]:
     return median_ms(replay, seconds) | {"eager_ms": eager}
 
 
-def peak_bytes(call: Call) -> int | None:
-    """Device memory that a call needs at its peak beyond what lies there before."""
-    if IS_REHEARSAL:
-        call()
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+def timed_and_weighed(call: Call, seconds: float, flops: int) -> dict[str, Any]:
+    """As `timed`, with the rate of that many operations, and the memory that a call needs at its peak."""
+    found = timed(call, seconds)
+    rate = 1e-9 * flops / found.get("median_ms", found["eager_ms"])
+    return found | {"TFLOP/s": rate, "peak_bytes": measure.peak_memory(call, DEVICE)}
 
 
 def attempt(rows: Rows, measuring: Callable[[], dict[str, Any]], **facts: Any) -> None:

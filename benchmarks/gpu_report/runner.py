@@ -79,7 +79,7 @@ class Runner:
             self.say("told to end: what runs is killed, and this is the summary")
         finally:
             self.end(self.background, "killed: the report ended")
-            self.sum_up(stages)
+            self.say("\n".join(self.write_summary(stages)))
         return int(any(outcome["outcome"] != "done" for outcome in self.outcomes))
 
     def run_stage(self, stage: Stage) -> None:
@@ -112,7 +112,7 @@ class Runner:
     def start(self, stage: Stage, task: Task, ends: float) -> Running:
         """Starts a task as a process group of its own."""
         now = time.monotonic()
-        command = [*interpreter(), *task.command] if task.command else self.command_of(stage, task)
+        function = ["-m", "benchmarks.gpu_report.task", task.function, *task.arguments]
         environment = {**os.environ, **self.environment, **task.environment}
         environment |= {
             "PYTHONPATH": os.pathsep.join(self.paths),
@@ -123,7 +123,7 @@ class Runner:
             "REFSAM_REPORT_TASK": task.name,
         }
         process = subprocess.Popen(
-            command,
+            [*interpreter(), *(task.command or function)],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -137,10 +137,6 @@ class Runner:
         running.reader = threading.Thread(target=self.copy_output, args=(running,), daemon=True)
         running.reader.start()
         return running
-
-    def command_of(self, stage: Stage, task: Task) -> list[str]:
-        """The process of a task that is a function of `benchmarks.gpu_report.tasks`."""
-        return [*interpreter(), "-m", "benchmarks.gpu_report.task", task.function, *task.arguments]
 
     def copy_output(self, running: Running) -> None:
         """Copies a task's output to the log, line by line, under its name."""
@@ -213,10 +209,10 @@ class Runner:
     def sum_up_stage(self, stage: Stage) -> None:
         """The stage's rows as a short table, and how its tasks ended."""
         found = [row for row in rows.read(self.rows) if row["stage"] == stage.name]
-        lines = [line_of(row) for row in found if "outcome" not in row]
         self.say(f"{time.monotonic() - self.began:6.1f} s  {self.outcome_of(stage, found)}")
         if stage.is_timed:
-            self.say("\n".join(f"    {line}" for line in lines if line))
+            lines = (f"    {line_of(row)}" for row in found if "outcome" not in row)
+            self.say("\n".join(lines))
 
     def outcome_of(self, stage: Stage, found: Sequence[Mapping[str, Any]]) -> str:
         """One line about a stage."""
@@ -225,10 +221,6 @@ class Runner:
         results = Counter(result_of(row) for row in found if "outcome" not in row)
         counts = ", ".join(f"{count} {name}" for name, count in sorted(results.items()))
         return f"{stage.name:12} {done} of {len(stage.tasks)} tasks done; rows: {counts or 'none'}"
-
-    def sum_up(self, stages: Sequence[Stage]) -> None:
-        """Writes the summary, and prints how the stages ended."""
-        self.say("\n".join(self.write_summary(stages)))
 
     def write_summary(self, stages: Sequence[Stage]) -> list[str]:
         """Writes how every stage ended, what went wrong, and the figures; returns it without the figures."""

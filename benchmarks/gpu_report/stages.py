@@ -100,7 +100,12 @@ STAGES = (
         is_timed=True,
     ),
     # Peers that are compiled for half a minute before they can be timed get what is left.
-    Stage("peers", 90, of("peers", "64", "80"), is_timed=True),
+    Stage(
+        "peers",
+        90,
+        tuple(Task(head_dim, "attention", (head_dim, "peers")) for head_dim in ("64", "80")),
+        is_timed=True,
+    ),
     # For a second call: what failed in the first one's rows, under compute-sanitizer.
     Stage("memcheck", 200, of("memcheck", *OPERATORS), parallel=4),
 )

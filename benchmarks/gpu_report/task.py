@@ -29,14 +29,17 @@ def plant(kind: str) -> None:
         time.sleep(1)
 
 
-def main(arguments: list[str]) -> None:
-    """Runs the function with rows to write to."""
-    name, *rest = arguments
-    task, stage = os.environ["REFSAM_REPORT_TASK"], os.environ["REFSAM_REPORT_STAGE"]
+def rows_here() -> Rows:
+    """The rows of the task that this process is."""
+    out, stage, task = (os.environ[f"REFSAM_REPORT_{name}"] for name in ("OUT", "STAGE", "TASK"))
     kind = PlantedRows if os.environ.get("REFSAM_REPORT_PLANT") else Rows
-    rows = kind(Path(os.environ["REFSAM_REPORT_OUT"]) / "rows.jsonl", stage, task)
-    import_module(f"benchmarks.gpu_report.tasks.{name}").run(rows, *rest)
+    return kind(Path(out) / "rows.jsonl", stage, task)
+
+
+def main(name: str, *arguments: str) -> None:
+    """Runs the function with rows to write to."""
+    import_module(f"benchmarks.gpu_report.tasks.{name}").run(rows_here(), *arguments)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

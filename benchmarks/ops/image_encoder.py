@@ -16,7 +16,7 @@ from benchmarks.end_to_end.encoder import (
     BASELINE,
     DTYPES,
     TOLERANCE,
-    errors,
+    largest_error,
     providers,
     random_sam,
     usable_calls,
@@ -59,7 +59,7 @@ def compare_encoders(device: str, config: RefSAMConfig, dtype: str) -> Workload:
     exact = sam(pixels)
     limit = TOLERANCE
     if dtype != "float32":
-        limit = 2 * errors({BASELINE: calls[BASELINE]()}, exact)[BASELINE]
+        limit = 2 * largest_error(calls[BASELINE](), exact)
     weights = sum(parameter.numel() for parameter in sam.parameters())
     return Workload(
         providers=calls,
@@ -125,7 +125,7 @@ def off_on_average(found: Tensor, *, exact: Tensor) -> str | None:
 
 def too_far(found: Tensor, *, exact: Tensor, limit: float) -> str | None:
     """In words how far a result is off, relative to the largest value."""
-    error = errors({"found": found}, exact)["found"]
+    error = largest_error(found, exact)
     return None if error <= limit else f"error {error:.1e}, at most {limit:.1e} is allowed"
 
 

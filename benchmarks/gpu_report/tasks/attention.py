@@ -14,8 +14,7 @@ from benchmarks.gpu_report.machine import (
     IS_REHEARSAL,
     attempt,
     made,
-    peak_bytes,
-    timed,
+    timed_and_weighed,
 )
 from benchmarks.gpu_report.rows import Rows
 from benchmarks.measure import exact_products
@@ -25,10 +24,12 @@ from benchmarks.registry import Workload
 SECONDS = 0.3
 
 
-def run(rows: Rows, head_dim: str, *, of_peers: bool = False) -> None:
-    """A row for each way, global and in windows, forward, then forward and backward; or `of_peers` alone."""
+def run(rows: Rows, head_dim: str, only: str = "") -> None:
+    """A row for each way, global and in windows, forward, then forward and backward; or `only` for "peers"."""
     exact_products()
-    of_peers = of_peers and not IS_REHEARSAL  # FlexAttention is compiled for minutes on a CPU
+    of_peers = (
+        only == "peers" and not IS_REHEARSAL
+    )  # FlexAttention is compiled for minutes on a CPU
     for setting in settings(int(head_dim)):
         facts = {"setting": setting.name}
         facts["direction"] = "forward, backward" if setting.trains else "forward"
@@ -67,9 +68,4 @@ def measure(case: Workload, way: str) -> dict[str, Any]:
     fault = case.wrong(call()) if way in case.providers else None
     if fault:
         return {"wrong": fault}
-    found = timed(call, SECONDS)
-    best = found.get("ms", found["eager_ms"])
-    memory = peak_bytes(call)
-    return {**found, "TFLOP/s": 1e-9 * case.flops / best} | (
-        {"peak_bytes": memory} if memory is not None else {}
-    )
+    return timed_and_weighed(call, SECONDS, case.flops)

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.end_to_end.encoder import BASELINE, SDPA, Provider, errors, make, random_sam
+from benchmarks.end_to_end.encoder import BASELINE, SDPA, Provider, largest_error, make, random_sam
 from benchmarks.gpu_report.machine import (
     DEVICE,
     IS_REHEARSAL,
     attempt,
-    peak_bytes,
-    timed,
+    timed_and_weighed,
 )
 from benchmarks.gpu_report.rows import Rows
 from benchmarks.measure import exact_products
@@ -46,8 +45,8 @@ def run(rows: Rows, model: str) -> None:
     size = config.image_encoder.image_size
     pixels = torch.randn(max(BATCHES), 3, size, size, device=DEVICE)
     exact = sam(pixels[:1])
-    plain = features(make(Provider(BASELINE, "bfloat16"), config, sam), pixels[:1])
-    limit = FACTOR * errors({"": plain}, exact)[""]
+    plain = make(Provider(BASELINE, "bfloat16"), config, sam)(pixels[:1])
+    limit = FACTOR * largest_error(plain, exact)
     flops = encoder_flops(config)
     for batch in BATCHES:
         for name, build in providers(config, sam, with_others=batch == BATCHES[0]):
@@ -65,16 +64,11 @@ def providers(
         dtype = "float32" if IS_REHEARSAL and name in ("", "triton") else "bfloat16"
         ours = Provider(f"refsam, {name or 'automatic'}", dtype, name, packed=True)
         yield ours.name, partial(make, ours, config, sam)
-    adapted = Provider("refsam, adapters", "bfloat16", "fallback" if IS_REHEARSAL else "")
-    adapted = Provider(adapted.name, adapted.dtype, adapted.backend, packed=True, adapters=True)
+    backend = "fallback" if IS_REHEARSAL else ""
+    adapted = Provider("refsam, adapters", "bfloat16", backend, packed=True, adapters=True)
     yield adapted.name, partial(make, adapted, config, sam)
     for other in (BASELINE, SDPA) if with_others else ():
         yield other, partial(make, Provider(other, "bfloat16"), config, sam)
-
-
-def features(encode: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
-    """Features (B, C, h, w) float32."""
-    return encode(pixels).float()
 
 
 def measure_one(
@@ -87,13 +81,8 @@ def measure_one(
     """Checks the first image, then times the batch; in words what is wrong."""
     with torch.device(DEVICE):
         encode = build()
-    error = errors({"": features(encode, pixels[:1])}, exact)[""]
+    error = largest_error(encode(pixels[:1]), exact)
     if not error <= limit and not IS_REHEARSAL:
         return {"wrong": f"error {error:.1e}, at most {limit:.1e} is allowed"}
-    found = timed(partial(encode, pixels), seconds=0.5)
-    best = found.get("ms", found["eager_ms"])
-    rate = 1e-9 * flops * len(pixels) / best
-    memory = peak_bytes(partial(encode, pixels))
-    return {"error": error, **found, "ms_an_image": best / len(pixels), "TFLOP/s": rate} | (
-        {"peak_bytes": memory} if memory is not None else {}
-    )
+    found = timed_and_weighed(partial(encode, pixels), 0.5, flops * len(pixels))
+    return {"error": error, **found, "ms_an_image": 1e-9 * flops / found["TFLOP/s"]}

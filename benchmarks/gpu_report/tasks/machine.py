@@ -34,4 +34,4 @@ def run(rows: Rows) -> None:
 def rate(call: partial, amount: int, unit: str) -> dict[str, float]:
     """Amount a second, in 10^9."""
     found = median_ms(call, 0.3)
-    return {unit: 1e-6 * amount / found["p20_ms"], "ms": found["ms"]}
+    return {unit: 1e-6 * amount / found["p20_ms"], "median_ms": found["median_ms"]}

@@ -101,8 +101,8 @@ def compare(
     plain: dict[str, Tensor],
 ) -> dict[str, Any]:
     """The largest relative errors, and in words which is too large; that it cannot run is no fault."""
-    if not problem.can_run(dtype, backend):
-        return {"skipped": problem.reasons(dtype, backend)}
+    if reason := problem.refusal(dtype, backend):
+        return {"skipped": reason}
     with without_wrong_products(dtype):
         found = run_problem(problem, dtype, dtype, backend)
     faults = list(faults_of(problem, dtype, found, exact, plain))

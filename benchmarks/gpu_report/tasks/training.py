@@ -14,10 +14,9 @@ from benchmarks.gpu_report.machine import (
     IS_REHEARSAL,
     attempt,
     median_ms,
-    peak_bytes,
 )
 from benchmarks.gpu_report.rows import Rows
-from benchmarks.measure import exact_products
+from benchmarks.measure import exact_products, peak_memory
 
 
 def run(rows: Rows, model: str) -> None:
@@ -46,6 +45,5 @@ def measure(step: Step, dtype: torch.dtype) -> dict[str, Any]:
     loss = float(call())
     if math.isnan(loss):
         return {"wrong": f"the loss is {loss}"}
-    memory = peak_bytes(call)
-    found = median_ms(call, 1.0, least=3, most=10)
-    return {"loss": loss, **found, **({"peak_bytes": memory} if memory is not None else {})}
+    memory = peak_memory(call, DEVICE)
+    return {"loss": loss, **median_ms(call, 1.0, least=3, most=10), "peak_bytes": memory}

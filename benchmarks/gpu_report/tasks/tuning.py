@@ -56,7 +56,7 @@ def run(rows: Rows, name: str) -> None:
         best = min(times, key=lambda tile: times[tile], default=None)
         inputs.use(kernel, best)
         if best is not None:
-            rows.write(setting=name, kernel=kernel, best=asdict(best), ms=times[best])
+            rows.write(setting=name, kernel=kernel, best=asdict(best), median_ms=times[best])
             keep(problem, kernel, best)
 
 
@@ -173,7 +173,7 @@ def time_tile(
         return {"wrong": f"differs from the default tile's results by {error:.1e}"}
     call: Callable[[], None] = getattr(inputs, kernel)().run
     measured = median_ms(captured(call), SECONDS)
-    times[tile] = measured["ms"]
+    times[tile] = measured["median_ms"]
     return measured | {"difference": error}
 
 
