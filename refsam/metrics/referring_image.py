@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from refsam.metrics.region_contour import as_mask, check_masks
+
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -70,18 +72,11 @@ def intersection_union(
 
     Raises ValueError for unequal shapes and for masks that are neither bool nor integer.
     """
-    masks = {"prediction": np.asarray(prediction), "truth": np.asarray(truth)}
-    if ignore is not None:
-        masks["ignore"] = np.asarray(ignore)
-    shape = masks["prediction"].shape
-    for name, mask in masks.items():
-        if mask.ndim != 2 or mask.shape != shape:
-            raise ValueError(f"{name}: got shape {mask.shape}, want (H, W) equal to {shape}")
-        if mask.dtype.kind not in "biu":
-            raise ValueError(f"{name}: got dtype {mask.dtype}, want bool or an integer type")
-    # Not "mask != 0", which turns masks of bool into int64 first.
-    predicted, true, *others = (mask.astype(np.bool_, copy=False) for mask in masks.values())
-    known = ~others[0] if others else True
+    (predicted, true, unknown), is_single = check_masks(prediction, truth, ignore=ignore)
+    if not is_single:
+        raise ValueError(f"prediction: got shape {predicted.shape}, want (H, W)")
+    predicted, true = as_mask(predicted), as_mask(true)
+    known = True if unknown is None else ~unknown
     intersection = np.count_nonzero(predicted & true & known)
     return int(intersection), int(np.count_nonzero((predicted | true) & known))
 

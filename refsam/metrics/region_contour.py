@@ -60,7 +60,7 @@ def region_similarity(
     davis2017.
     Raises ValueError for unequal shapes and for masks that are neither bool nor integer.
     """
-    masks, is_single = _checked(prediction, truth, void)
+    masks, is_single = check_masks(prediction, truth, void=void)
     if _native is not None:
         scores = _native.region(*map(_as_bytes, masks), _threads())
     else:
@@ -81,7 +81,7 @@ def contour_accuracy(
     Raises ValueError for unequal shapes, masks that are neither bool nor integer, and an impossible
     bound.
     """
-    masks, is_single = _checked(prediction, truth, void)
+    masks, is_single = check_masks(prediction, truth, void=void)
     radius = boundary_radius(masks[0].shape[1:], bound)
     if _native is not None:
         scores = _native.contour(*map(_as_bytes, masks), radius, _threads())
@@ -100,8 +100,8 @@ def sequence_scores(
 
     Raises ValueError as `contour_accuracy` does.
     """
-    (predicted, true, unknown), _ = _checked(prediction, truth, void)
-    region, contour = label_scores(_as_mask(predicted), _as_mask(true), [1], [1], unknown, bound)
+    (predicted, true, unknown), _ = check_masks(prediction, truth, void=void)
+    region, contour = label_scores(as_mask(predicted), as_mask(true), [1], [1], unknown, bound)
     return SequenceScores(region[0, 0], contour[0, 0])
 
 
@@ -120,7 +120,7 @@ def label_scores(
     boundary is extracted once only.
     Raises ValueError as `contour_accuracy` does.
     """
-    maps, is_single = _checked(prediction, truth, void)
+    maps, is_single = check_masks(prediction, truth, void=void)
     radius = boundary_radius(maps[0].shape[1:], bound)
     ids = (list(prediction_ids), list(truth_ids))
     if _native is not None and all(labels.dtype in (np.uint8, np.bool_) for labels in maps[:2]):
@@ -166,7 +166,7 @@ def boundary(mask: ArrayLike) -> Mask:
     image's own edges.
     Returns `(H, W)` bool. Follows `_seg2bmap` of davis2017.
     """
-    inside = _as_mask(np.asarray(mask))
+    inside = as_mask(np.asarray(mask))
     result = np.zeros_like(inside)
     here, right, below, diagonal = (
         inside[:-1, :-1],
@@ -251,7 +251,8 @@ def _without(void: Mask | None, mask: Mask) -> Mask:
     return mask if void is None else mask & ~void
 
 
-def _as_mask(values: NDArray) -> Mask:
+def as_mask(values: NDArray) -> Mask:
+    """Pixels that are not zero."""
     # Not "values != 0", which turns masks of bool into int64 first.
     return values.astype(np.bool_, copy=False)
 
@@ -260,7 +261,7 @@ def _as_bytes(masks: NDArray | None) -> NDArray | None:
     """Masks as the compiled module takes them: bool or uint8, in C order."""
     if masks is None:
         return None
-    return np.ascontiguousarray(masks if masks.dtype == np.uint8 else _as_mask(masks))
+    return np.ascontiguousarray(masks if masks.dtype == np.uint8 else as_mask(masks))
 
 
 def _threads() -> int:
@@ -280,7 +281,7 @@ def _per_frame(
     score: Callable[[Mask, Mask], float], prediction: NDArray, truth: NDArray, void: Mask | None
 ) -> Scores:
     """`score` of every frame, cleared of void: float64 `(T,)`."""
-    frames = _frames(_as_mask(prediction), _as_mask(truth), void)
+    frames = _frames(as_mask(prediction), as_mask(truth), void)
     return np.array([score(_without(v, p), _without(v, g)) for p, g, v in frames], np.float64)
 
 
@@ -289,22 +290,23 @@ def _mean_of_known(values: Scores) -> float:
     return float(known.mean()) if known.size else float("nan")
 
 
-def _checked(
-    prediction: ArrayLike, truth: ArrayLike, void: ArrayLike | None
+def check_masks(
+    prediction: ArrayLike, truth: ArrayLike, **unknown: ArrayLike | None
 ) -> tuple[tuple[NDArray, NDArray, Mask | None], bool]:
-    """The masks as `(T, H, W)`, and whether they were single ones `(H, W)`."""
-    prediction, truth = np.asarray(prediction), np.asarray(truth)
-    if prediction.ndim not in (2, 3) or 0 in prediction.shape[-2:]:
-        raise ValueError(f"prediction: got shape {prediction.shape}, want (H, W) or (T, H, W)")
-    masks = {"prediction": prediction, "truth": truth}
-    if void is not None:
-        masks["void"] = np.asarray(void)
+    """The masks as `(T, H, W)`, and whether they were single ones `(H, W)`; `unknown` is a third one by its name, or None.
+
+    Raises ValueError for unequal shapes, empty ones, and masks that are neither bool nor integer.
+    """
+    given = {"prediction": prediction, "truth": truth, **unknown}
+    masks = {name: np.asarray(mask) for name, mask in given.items() if mask is not None}
+    shape = masks["prediction"].shape
+    if len(shape) not in (2, 3) or 0 in shape[-2:]:
+        raise ValueError(f"prediction: got shape {shape}, want (H, W) or (T, H, W)")
     for name, mask in masks.items():
-        if mask.shape != prediction.shape:
-            raise ValueError(f"{name}: got shape {mask.shape}, want {prediction.shape}")
+        if mask.shape != shape:
+            raise ValueError(f"{name}: got shape {mask.shape}, want {shape}")
         if mask.dtype.kind not in "biu":
             raise ValueError(f"{name}: got dtype {mask.dtype}, want bool or an integer type")
-    is_single = prediction.ndim == 2
-    stacked = {name: mask[None] if is_single else mask for name, mask in masks.items()}
-    unknown = None if void is None else _as_mask(stacked["void"])
-    return (stacked["prediction"], stacked["truth"], unknown), is_single
+    is_single = len(shape) == 2
+    predicted, true, *others = (mask[None] if is_single else mask for mask in masks.values())
+    return (predicted, true, as_mask(others[0]) if others else None), is_single

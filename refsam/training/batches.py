@@ -37,6 +37,7 @@ class TrainingBatch:
     owner: Tensor | None = None
 
 
+@dataclass(frozen=True)
 class GeneratedStream(Dataset[TrainingBatch | DataError]):
     """Draws batch number `index` of a run from (seed, index) only; `image_size` is the model's, in pixels.
 
@@ -44,17 +45,10 @@ class GeneratedStream(Dataset[TrainingBatch | DataError]):
     `batches` batches, over all processes and accumulation. A DataError is returned, as by `DatasetStream`.
     """
 
-    def __init__(
-        self,
-        settings: TrainingSettings,
-        image_size: int,
-        batches: int = 1,
-        drawer: SceneDrawer | None = None,
-    ) -> None:
-        self.settings = settings
-        self.image_size = image_size
-        self.batches = batches
-        self.drawer = drawer
+    settings: TrainingSettings
+    image_size: int
+    batches: int = 1
+    drawer: SceneDrawer | None = None
 
     def __getitem__(self, index: int) -> TrainingBatch | DataError:
         stage = stage_at(self.settings.stages, index // self.batches)

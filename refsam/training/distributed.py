@@ -8,7 +8,7 @@ import gc
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -183,17 +183,13 @@ class SharedModule:
         """Release the wrapper that exchanges gradients; needed before the process group ends."""
         self.module = None
 
-    @contextmanager
-    def accumulating(self, is_last: bool) -> Iterator[None]:
+    def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
         """Wrap forward and backward of one accumulated batch: gradients are exchanged in the last one only."""
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(is_last)
-            yield
         elif isinstance(self.module, DistributedDataParallel) and not is_last:
-            with self.module.no_sync():
-                yield
-        else:
-            yield
+            return self.module.no_sync()
+        return nullcontext()
 
     def finish_gradients(self) -> None:
         """Average the gradients of parameters that `fully_shard` left whole; call it after the last backward of a step."""

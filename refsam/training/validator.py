@@ -1,6 +1,7 @@
 """Validation during training: scores the averaged model, keeps the best models, draws examples."""
 
 import shutil
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,24 +18,17 @@ from refsam.training.state import Progress
 from refsam.training.validation import ValidationClips, score_clips
 
 
+@dataclass(frozen=True)
 class Validator:
     """Scores the averaged model on `clips`; every process must take part.
 
     The best model is saved as `best/` in the output folder, the `validation.keep` best below `top/`.
     """
 
-    def __init__(
-        self,
-        settings: TrainingSettings,
-        clips: ValidationClips,
-        weights: Weights,
-        shared: SharedModule,
-    ) -> None:
-        self.settings = settings
-        self.clips = clips
-        self.weights = weights
-        self.shared = shared
-        self.output = Path(settings.output)
+    settings: TrainingSettings
+    clips: ValidationClips
+    weights: Weights
+    shared: SharedModule
 
     def run(self, progress: Progress, log: Log, skipped: list[str]) -> dict[str, float]:
         """The record of J, F and J&F at this step, empty where no clip can be read.
@@ -68,7 +62,7 @@ class Validator:
         progress.worse += 1
         if progress.best is None or score > progress.best:
             progress.best, progress.best_step, progress.worse = score, step, 0
-            self.weights.save_model(self.output / "best", is_delta)
+            self.weights.save_model(Path(self.settings.output) / "best", is_delta)
         if keep == 1:
             return
         ranked = sorted([*progress.top, (score, step)], reverse=True)
@@ -80,12 +74,12 @@ class Validator:
                 shutil.rmtree(self._top(left), ignore_errors=True)
 
     def _top(self, step: int) -> Path:
-        return self.output / "top" / f"{step:06d}"
+        return Path(self.settings.output) / "top" / f"{step:06d}"
 
     def _draw(self, step: int, log: Log, index: int, image: NDArray[np.uint8]) -> None:
         if index >= self.settings.validation.examples or not self.weights.processes.is_first:
             return
-        folder = self.output / "examples"
+        folder = Path(self.settings.output) / "examples"
         folder.mkdir(exist_ok=True)
         Image.fromarray(image).save(folder / f"{step:06d}_{index:02d}.png")
         log.picture(f"example_{index:02d}", image, step)

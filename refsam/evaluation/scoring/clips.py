@@ -1,9 +1,8 @@
 """Pair the files of predictions with those of the truth."""
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,13 +182,13 @@ def _listed_clips(truth: Path, expressions: Path, notes: list[str]) -> Iterable[
 def _listed_expressions(
     truth: Path, codes: Mapping[str, Any] | None, video: str, entry: Mapping[str, Any]
 ) -> Iterable[Clip]:
-    truth_of: Callable[..., tuple[frozenset[int] | None, dict[str, Truth]]] = (
-        partial(_object_pngs, truth / video)
-        if codes is None
-        else partial(_object_codes, codes, _coded_size(codes, entry))
-    )
+    size, ids = None if codes is None else _coded_size(codes, entry), None
     for number, expression in entry["expressions"].items():
-        ids, truths = truth_of(entry["frames"], expression)
+        truths: Mapping[str, Truth]
+        if codes is None:
+            ids, truths = _object_pngs(truth / video, entry["frames"], expression)
+        else:
+            truths = _object_codes(codes, size, entry["frames"], expression)
         names = tuple(sorted(truths))
         ordered = tuple(truths[name] for name in names)
         yield Clip(video, number, names, ordered, (), ordered[0], object_ids=ids)
@@ -197,7 +196,7 @@ def _listed_expressions(
 
 def _object_pngs(
     folder: Path, frames: Sequence[str], expression: Mapping[str, Any]
-) -> tuple[frozenset[int], dict[str, Truth]]:
+) -> tuple[frozenset[int], dict[str, Path]]:
     """Object numbers of an expression, and the maps that hold them."""
     wanted = expression["obj_id"]
     wanted = wanted if isinstance(wanted, list) else [wanted]
@@ -212,10 +211,10 @@ def _object_codes(
     size: tuple[int, int] | None,
     frames: Sequence[str],
     expression: Mapping[str, Any],
-) -> tuple[None, dict[str, Truth]]:
+) -> dict[str, RunLengths]:
     """Run-length codes of an expression's objects: `mask_dict` lists them by position in `frames`, null for none."""
     tracks = [codes[str(number)] for number in expression["anno_id"]]
-    return None, {
+    return {
         frame: RunLengths(size, tuple(track[i] for track in tracks if track[i] is not None))
         for i, frame in enumerate(frames)
     }

@@ -4,7 +4,6 @@ import multiprocessing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from struct import error as StructError
 from typing import NamedTuple
 
 import numpy as np
@@ -16,21 +15,12 @@ from refsam.evaluation.scoring.clips import Clip, Layout, RunLengths, Truth, fin
 from refsam.evaluation.scoring.problems import MaskProblemsError, Problem
 from refsam.evaluation.scoring.protocols import Protocol, find_protocol
 from refsam.evaluation.scoring.results import MaskEvaluation, ObjectScores
+from refsam.images import IMAGE_ERRORS
 from refsam.metrics import label_scores, sequence_scores
 from refsam.runtime.malloc import keep_freed_memory
 
 VOID = 255
 _NOBODY = -1  # an object number that no pixel holds: the prediction of nothing
-
-# Errors of pillow for files that are cut off, damaged, of another type or absurdly large.
-_PNG_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    StructError,
-    Image.DecompressionBombError,
-)
 
 Map = NDArray[np.uint8]
 Job = tuple[Clip, Protocol, bool, bool]
@@ -287,7 +277,9 @@ def read_mask(path: Path) -> Map:
             if image.mode not in ("1", "L", "P"):
                 raise _UnusableError("mode", f" ({image.mode})")
             return np.array(image, dtype=np.uint8)
-    except _PNG_ERRORS as error:
+    except _UnusableError:
+        raise
+    except IMAGE_ERRORS as error:
         raise _UnusableError("unreadable") from error
 
 
