@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from refsam_kernels import frozen_linear
+from refsam_kernels import flop_formulas, frozen_linear
 from refsam_kernels.frozen_linear import FrozenCopy, FrozenLinear, frozen_mlp
 from refsam_kernels.integrations import optimize
 from refsam_kernels.integrations.encoders import find_blocks
@@ -54,6 +56,17 @@ def test_result_and_gradients_of_both_orders(dtype: torch.dtype, bias: bool) -> 
         assert ours.dtype == dtype
         error, allowed = ((each.double() - wanted).abs().max() for each in (ours, plain))
         assert error <= 2 * allowed + 1e-6 * wanted.abs().max()
+
+
+def test_packed_products_are_counted() -> None:
+    """Those of the result and of the input's gradient, as torch's counter counts the module's own."""
+    module, x = layer(), tokens(2, 3)
+    counted = []
+    for call in (module, partial(FrozenCopy(PackedCopy()), module)):
+        with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+            call(x).sum().backward()
+        counted.append(counter.get_total_flops())
+    assert counted == [2 * 2 * 6 * 33 * 47] * 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -35,7 +35,8 @@ def linear(rows: int, inputs: Any, *weights: str) -> list[Product]:
 def flop_formulas() -> dict[Any, Callable[..., int]]:
     """Formulas for `torch.utils.flop_counter.FlopCounterMode(custom_mapping=flop_formulas())`, of forwards and backwards.
 
-    Matrix products count, two operations for each multiplication with addition; what a backward computes again does not.
+    Matrix products count, two operations for each multiplication with addition; what a backward computes again does not. Packed
+    linear layers, which are oneDNN's, count too.
     """
     packets = getattr(torch.ops, NAMESPACE)
     formulas: dict[Any, Callable[..., int]] = {}
@@ -44,7 +45,12 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
         if operator.is_differentiable:
             backward = getattr(packets, f"{operator.name}_backward")
             formulas[backward] = partial(_backward, operator, products)
-    return formulas
+    packed = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return formulas if packed is None else formulas | {packed: _packed}
+
+
+def _packed(x: Any, *_: Any, out_shape: Any) -> int:
+    return 2 * prod(out_shape) * x[-1]
 
 
 def _forward(operator: Operator, products: Products, *values: Any, out_shape: Any = None) -> int:
