@@ -5,21 +5,18 @@ import re
 import sys
 from collections.abc import Iterable
 
-import triton
-from triton.backends.compiler import GPUTarget
+from refsam_kernels.core.triton_aot import cases_of, operators_with_triton, precompile
 
-from refsam_kernels.core.triton_aot import cases_of, operators_with_triton, options_of, source_of
-
-TARGET = GPUTarget("cuda", 90, 32)
+ARCHITECTURE = 90
 
 
 def main(operators: Iterable[str]) -> None:
     """Prints a line for each case that sm_90 ships: digest, operator and case."""
     for operator in operators or operators_with_triton():
         for case in cases_of(operator):
-            if TARGET.arch in case.architectures:
-                compiled = triton.compile(source_of(case), target=TARGET, options=options_of(case))
-                digest = hashlib.sha256(instructions_of(compiled.asm["ptx"]).encode()).hexdigest()
+            if ARCHITECTURE in case.architectures:
+                ptx = precompile(case, ARCHITECTURE).asm["ptx"]
+                digest = hashlib.sha256(instructions_of(ptx).encode()).hexdigest()
                 print(digest[:16], operator, case.name, sep="\t", flush=True)
 
 

@@ -78,8 +78,8 @@ def relative_terms(
 ) -> tuple[Tensor, Tensor]:
     """Products of the queries with the tables: both (windows, heads, tokens, side)."""
     grid = q.unflatten(2, (side, side))
-    rel_h = torch.einsum("bnhwc,hkc->bnhwk", grid, reference.relative(rel_pos_h, side))
-    rel_w = torch.einsum("bnhwc,wkc->bnhwk", grid, reference.relative(rel_pos_w, side))
+    rel_h = torch.einsum("bnhwc,hkc->bnhwk", grid, reference.relative(rel_pos_h))
+    rel_w = torch.einsum("bnhwc,wkc->bnhwk", grid, reference.relative(rel_pos_w))
     return rel_h.flatten(2, 3), rel_w.flatten(2, 3)
 
 

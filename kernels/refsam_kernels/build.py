@@ -8,6 +8,7 @@ documentation, "LibTorch Stable ABI"), so one file serves every torch from 2.10 
 `TORCH_CUDA_ARCH_LIST`, `CUDA_HOME` and `CXX` are honoured. ninja and ccache are used if present.
 """
 
+import argparse
 import hashlib
 import importlib.util
 import json
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __package__:
     from refsam_kernels import prerequisites
@@ -324,7 +325,7 @@ def keep_earlier(name: str, target: Path, reason: str) -> tuple[Path | None, dic
 
     One of other sources may not fit the rest of the package: it is set aside, not deleted.
     """
-    path, entry = target / f"{name}.so", report_entry(target, name)
+    path, entry = target / f"{name}.so", read_report(target).get(name, {})
     if path.is_file() and entry.get("sources") == sources_hash():
         print(f"refsam_kernels: {name} not built anew, the earlier one stays: {reason}", flush=True)
         return path, entry
@@ -336,11 +337,11 @@ def keep_earlier(name: str, target: Path, reason: str) -> tuple[Path | None, dic
     return None, {"built": False, "reason": reason.splitlines()[0]}
 
 
-def report_entry(target: Path, name: str) -> dict[str, object]:
-    """A library's entry in the folder's report; empty if there is none."""
+def read_report(folder: Path) -> dict[str, dict[str, Any]]:
+    """The entries of the build report in the folder, by library; empty if there is none that can be read."""
     try:
-        return dict(json.loads((target / REPORT).read_text())[name])
-    except (OSError, ValueError, KeyError):
+        return dict(json.loads((folder / REPORT).read_text()))
+    except (OSError, ValueError):
         return {}
 
 
@@ -365,25 +366,22 @@ def write_report(target: Path, entries: dict[str, dict[str, object]]) -> Path:
     return report
 
 
-def build_sanitized(target: Path) -> None:
-    """Builds the CPU library with address and undefined behaviour sanitizers into the folder `target`.
-
-    `make sanitize` runs the compiled backends' tests on it.
-    """
-    build_library("_C_cpu", lambda: cpu_plan(sanitize=True), target, required=True)
-
-
 def main(arguments: list[str], target: Path = PACKAGE) -> None:
-    """Builds into the folder `target`, or, after `--sanitize`, into the one that is named; exits with one line if it cannot."""
+    """Builds into the folder `target`, or into that of `--sanitize`; exits with one line if it cannot."""
+    about = "Compiles the kernel libraries that can be built here, and says why others cannot."
+    parser = argparse.ArgumentParser(prog="python -m refsam_kernels.build", description=about)
+    sanitize = (
+        "build the CPU library alone, with address and undefined behaviour sanitizers, into FOLDER"
+    )
+    parser.add_argument("--sanitize", metavar="FOLDER", type=Path, help=sanitize)
+    sanitized = parser.parse_args(arguments).sanitize
     try:
-        if arguments[:1] == ["--sanitize"]:
-            build_sanitized(Path(arguments[1]))
+        if sanitized:
+            build_library("_C_cpu", lambda: cpu_plan(sanitize=True), sanitized, required=True)
         else:
             build_all(target)
-    except (
-        prerequisites.BuildError,
-        OSError,
-    ) as error:  # such as an installation that belongs to somebody else
+    # An OSError is, for example, an installation that belongs to another user.
+    except (prerequisites.BuildError, OSError) as error:
         sys.exit(f"refsam_kernels: {error}")
 
 

@@ -1,6 +1,5 @@
 """Lists the backends that would run on this machine, and why others would not: `python -m refsam_kernels.info`."""
 
-import json
 import os
 import platform
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from refsam_kernels.build import PACKAGE, REPORT
+from refsam_kernels.build import PACKAGE, read_report
 from refsam_kernels.core.dispatch import (
     BACKENDS,
     ENVIRONMENT_VARIABLE,
@@ -45,8 +44,7 @@ def versions() -> Iterator[str]:
 
 def libraries(folder: Path = PACKAGE) -> Iterator[str]:
     """The libraries that were built, with their toolchain, or the reasons they were skipped: the build report in `folder`."""
-    report = folder / REPORT
-    entries = json.loads(report.read_text()) if report.is_file() else {}
+    entries = read_report(folder)
     if not entries:
         yield "no library was built: run python -m refsam_kernels.build"
     for name, entry in sorted(entries.items()):

@@ -268,6 +268,13 @@ def test_default_architectures_lose_what_nvcc_does_not_know(bare: Path) -> None:
     assert prerequisites.architectures(new) == list(prerequisites.DEFAULT_ARCHITECTURES)
 
 
+@pytest.mark.parametrize("arguments", [["--sanitize"], ["--sanitise", "folder"]])
+def test_wrong_arguments_build_nothing(arguments: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        build.main(arguments, tmp_path / "package")
+    assert not (tmp_path / "package").exists()
+
+
 def test_gencode_adds_ptx() -> None:
     assert prerequisites.gencode(["8.0", "12.0+PTX"]) == [
         "-gencode=arch=compute_80,code=sm_80",

@@ -27,11 +27,6 @@ class OnGpu(Tensor):
         return torch.device("cuda", 0)
 
 
-@pytest.fixture(autouse=True)
-def capability(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-
-
 @pytest.fixture
 def tf32() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()

@@ -42,5 +42,5 @@ def described(name: str, reason: str | None) -> dict[str, str]:
     """The library's build if it can be loaded, else the reason."""
     if reason:
         return {"wrong": f"_C_{name}.so cannot be loaded: {reason}"}
-    entry = libraries.report_of(f"_C_{name}", libraries.folder())
+    entry = build.read_report(libraries.folder()).get(f"_C_{name}", {})
     return {key: str(value) for key, value in entry.items() if key != "built"}

@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 import torch
 
 from refsam_kernels.core import libraries
-from refsam_kernels.core.order import order_of
+from refsam_kernels.core.order import first_tensor, order_of
 
 logger = logging.getLogger("refsam_kernels")
 
@@ -204,7 +204,7 @@ class Dispatcher:
 
 def device_of(arguments: Sequence[Any]) -> torch.device:
     """The device of the first tensor of the bundle, which comes first."""
-    return next(value.device for value in arguments[0] if isinstance(value, torch.Tensor))
+    return first_tensor(arguments[0]).device
 
 
 def device_type_of(arguments: Sequence[Any]) -> str:

@@ -3,7 +3,6 @@
 They are in the package's folder; `REFSAM_LIBRARIES` names another folder, such as that of a build with sanitizers.
 """
 
-import json
 import os
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refsam_kernels.build import PACKAGE, REPORT
+from refsam_kernels.build import PACKAGE, read_report
 
 INSTRUCTION_SET_VARIABLE = "REFSAM_CPU_INSTRUCTION_SET"
 OLDEST_CAPABILITY = (8, 0)  # of a GPU, the oldest that the CUDA and Triton kernels support
@@ -50,7 +49,7 @@ def instruction_set() -> str:
 @cache
 def cuda_is_emulated() -> bool:
     """Whether the CUDA library is the tests' one, whose kernels run on the CPU's tensors (tests/kernels/emulator.py)."""
-    return bool(report_of("_C_cuda", folder()).get("emulated"))
+    return bool(read_report(folder()).get("_C_cuda", {}).get("emulated"))
 
 
 def reasons_against_device(tensor: Tensor) -> list[str]:
@@ -63,10 +62,5 @@ def reasons_against_device(tensor: Tensor) -> list[str]:
 
 def why_not_built(library: str, folder: Path = PACKAGE) -> str:
     """The reason that the build report gives for leaving a library out."""
-    return report_of(library, folder).get("reason") or "run python -m refsam_kernels.build"
-
-
-def report_of(library: str, folder: Path) -> dict[str, Any]:
-    """A library's entry in the build report."""
-    report = folder / REPORT
-    return json.loads(report.read_text()).get(library, {}) if report.is_file() else {}
+    entry = read_report(folder).get(library, {})
+    return entry.get("reason") or "run python -m refsam_kernels.build"

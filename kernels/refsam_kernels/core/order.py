@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
-EXACT = (torch.float32,)
 
 
 @dataclass(frozen=True)
 class Rule:
     """Backends that go first for calls of an operator; an empty condition fits every call.
 
-    `functions`: "forward", "backward", or a further function; `dtypes`: of the first tensor; `least`: compute capability;
-    `exact`: only while TF32 is not allowed; `windowed`: only for attention in windows.
+    `functions`: "forward", "backward", or a further function; `dtypes`: of the first tensor; `exact`: only float32
+    while TF32 is not allowed; `windowed`: only attention in windows.
     """
 
     operator: str
@@ -27,18 +26,16 @@ class Rule:
     evidence: str
     functions: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
-    least: tuple[int, int] = (0, 0)
     exact: bool = False
     windowed: bool = False
 
-    def fits(self, function: str, values: Sequence[Any], capability: tuple[int, int]) -> bool:
+    def fits(self, function: str, values: Sequence[Any]) -> bool:
         """Whether the rule is for a call with these inputs."""
         dtype = first_tensor(values).dtype
         return (
             (not self.functions or function in self.functions)
             and (not self.dtypes or dtype in self.dtypes)
-            and capability >= self.least
-            and not (self.exact and allows_tf32())
+            and not (self.exact and (dtype != torch.float32 or allows_tf32()))
             and not (self.windowed and not in_windows(values))
         )
 
@@ -60,7 +57,7 @@ RULES = (
         functions=("bits", "runs"),
     ),
     *(
-        Rule(operator, ("fallback",), WITHOUT_TENSOR_CORES, dtypes=EXACT, exact=True)
+        Rule(operator, ("fallback",), WITHOUT_TENSOR_CORES, exact=True)
         for operator in (
             "rel_pos_attention",
             "adapter_mlp",
@@ -96,10 +93,8 @@ def order_of(
     operator: str, function: str, values: Sequence[Any], names: Sequence[str]
 ) -> list[str]:
     """The backends' `names`, those of the first rule that fits the inputs in front; off a GPU as they are."""
-    device = first_tensor(values).device
-    if device.type != "cuda":
+    if first_tensor(values).device.type != "cuda":
         return list(names)
-    call = (function, values, torch.cuda.get_device_capability(device))
-    fitting = (rule for rule in RULES if rule.operator == operator and rule.fits(*call))
+    fitting = (rule for rule in RULES if rule.operator == operator and rule.fits(function, values))
     first = next((rule.first for rule in fitting), ())
     return [*first, *(name for name in names if name not in first)]

@@ -130,21 +130,13 @@ def compile_ahead(case: CompileCase, architecture: int) -> Resources:
 
     Raises `CompilationError` with the compiler's message, or if the architecture has less shared memory.
     """
-    import triton
     from triton import knobs
-    from triton.backends.compiler import GPUTarget
 
-    target = GPUTarget("cuda", architecture, 32)
-    options = options_of(case)
     log = io.StringIO()
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True
-        try:
-            compiled = triton.compile(source_of(case), target=target, options=options)
-        except Exception as error:  # each stage of the compiler has exceptions of its own
-            message = str(error).strip() or type(error).__name__
-            raise CompilationError(f"{case.name}, sm_{architecture}: {message}") from error
+        compiled = precompile(case, architecture)
     shared = compiled.metadata.shared
     available = SHARED_MEMORY[architecture]
     if shared > available:
@@ -187,8 +179,8 @@ def longest_loop(code: str) -> int:
     return max((sum(s <= a <= e for a in addresses) for s, e in innermost), default=0)
 
 
-def precompile(case: CompileCase, architecture: int) -> None:
-    """Compiles for sm_<architecture> into Triton's cache, where a launch with these arguments finds it.
+def precompile(case: CompileCase, architecture: int) -> Any:
+    """Compiles for sm_<architecture> into Triton's cache, where a launch with these arguments finds it; returns Triton's result.
 
     Raises `CompilationError` with the compiler's message.
     """
@@ -197,7 +189,7 @@ def precompile(case: CompileCase, architecture: int) -> None:
 
     target = GPUTarget("cuda", architecture, 32)
     try:
-        triton.compile(source_of(case), target=target, options=options_of(case))
+        return triton.compile(source_of(case), target=target, options=options_of(case))
     except Exception as error:  # each stage of the compiler has exceptions of its own
         message = str(error).strip() or type(error).__name__
         raise CompilationError(f"{case.name}, sm_{architecture}: {message}") from error

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refsam_kernels.core.chunking import chunked_gradients, chunks, map_chunks
+from refsam_kernels.core.chunking import chunks
+from refsam_kernels.core.gradients import gradients_by_vjp
 from refsam_kernels.mask_upscale.inputs import Inputs
 
 # gelu(x weight^T + bias + addend), the addend being None or (P or 1, pixels, out).
@@ -28,7 +29,8 @@ def forward(inputs: Inputs) -> Tensor:
     packed = _pack(tensors)
     product = _fused_product if _has_fused_product(inputs.features) else _product_gelu
     formula = partial(_formula, eps=eps, product_gelu=product)
-    return map_chunks(formula, packed, _per_expression(packed), _slices(packed))
+    parts = [formula(*_take(packed, part)) for part in _slices(packed)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def backward(
@@ -37,9 +39,11 @@ def backward(
     """Like `reference.backward`; the upscaled features are computed again."""
     *tensors, eps = inputs
     packed, formula = _pack(tensors), partial(_formula, eps=eps, product_gelu=_product_gelu)
-    gradients = list(
-        chunked_gradients(formula, packed, _per_expression(packed), _slices(packed), needs, *grads)
-    )
+    parts = [
+        gradients_by_vjp(formula, _take(packed, part), needs, (grads[0][part],))
+        for part in _slices(packed)
+    ]
+    gradients = [*map(_joined, zip(*parts, strict=True), _per_expression(packed))]
     for index in (CONV1, CONV2):
         weight, bias = gradients[index : index + 2]
         if weight is not None:
@@ -55,6 +59,23 @@ def _per_expression(tensors: Sequence[Tensor | None]) -> list[bool]:
     assert features is not None
     shared = [x is None or len(x) != len(features) for x in tensors[-2:]]
     return [True, True] + [False] * 6 + [not x for x in shared]
+
+
+def _take(tensors: Sequence[Any], part: slice) -> list[Any]:
+    """The tensors for the expressions in the slice."""
+    split = _per_expression(tensors)
+    return [x[part] if is_split else x for x, is_split in zip(tensors, split, strict=True)]
+
+
+def _joined(parts: Sequence[Tensor | None], is_split: bool) -> Tensor | None:
+    """The gradient of all expressions from those of the slices; of what they share, the sum in their order, float32 at least."""
+    found = [part for part in parts if part is not None]
+    if len(found) < 2:
+        return parts[0]
+    if is_split:
+        return torch.cat(found)
+    wide = torch.promote_types(found[0].dtype, torch.float32)
+    return sum((part.to(wide) for part in found), found[0].new_zeros((), dtype=wide))
 
 
 def _pack(tensors: Sequence[Any]) -> list[Any]:
@@ -74,7 +95,8 @@ def _unpack(weight: Tensor) -> Tensor:
 def _slices(tensors: Sequence[Tensor]) -> list[slice]:
     features, hyper = tensors[:2]
     expressions, height, width, _ = features.shape
-    return list(chunks(expressions, 16 * height * width * hyper.shape[2], features.device))
+    each = 16 * height * width * hyper.shape[2]
+    return list(chunks(expressions, each, features.device)) or [slice(0)]
 
 
 def _formula(

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.rel_pos_attention import augmented
-from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs
+from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs, empty_outputs
+from refsam_kernels.rel_pos_attention.reference import relative
 from refsam_kernels.rel_pos_attention.window_groups import WindowGroup, window_groups
 from refsam_kernels.rel_pos_attention.windows import (
     Windows,
     accumulation_dtype,
-    relative,
     split_qkv,
 )
 
@@ -29,16 +29,15 @@ QUERIES_ELSEWHERE = 2**26
 def forward(inputs: Inputs) -> Outputs:
     """Output (B, h, w, D) and the logarithm of each softmax's sum (B, heads, h, w)."""
     qkv, rel_pos_h, rel_pos_w, qkv_bias, num_heads, window_size, pad_mode = inputs
-    B, h, w, width = qkv.shape
-    out = qkv.new_empty(B, h, w, num_heads, width // (3 * num_heads))
-    log_sum_exp = qkv.new_empty(B, num_heads, h, w, dtype=accumulation_dtype(qkv))
+    outputs = empty_outputs(inputs)
+    out, log_sum_exp = heads_apart(outputs.out, num_heads), as_grid(outputs.log_sum_exp)
     attend = augmented.attend if augmented.is_supported(qkv, num_heads) else Windows.attend
     for group, heads in parts_of_grid(qkv, num_heads, window_size, pad_mode):
         windows = Windows(group, heads, qkv, qkv_bias, (rel_pos_h, rel_pos_w), num_heads)
         attended, statistic = attend(windows)
         group.write_queries(attended, out[..., heads, :])
-        group.write_queries(statistic, as_grid(log_sum_exp)[..., heads, :])
-    return Outputs(out.flatten(3), log_sum_exp)
+        group.write_queries(statistic, log_sum_exp[..., heads, :])
+    return outputs
 
 
 def backward(

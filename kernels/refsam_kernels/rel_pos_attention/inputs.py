@@ -3,6 +3,7 @@
 from math import ceil
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from refsam_kernels.core.flops import Product
@@ -30,6 +31,15 @@ class Outputs(NamedTuple):
 
     out: Tensor
     log_sum_exp: Tensor
+
+
+def empty_outputs(inputs: Inputs) -> Outputs:
+    """Uninitialised, contiguous outputs."""
+    qkv = inputs.qkv
+    images, h, w, width = qkv.shape
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    log_sum_exp = qkv.new_empty(images, inputs.num_heads, h, w, dtype=wide)
+    return Outputs(qkv.new_empty(images, h, w, width // 3), log_sum_exp)
 
 
 def count_products(inputs: Any) -> list[Product]:

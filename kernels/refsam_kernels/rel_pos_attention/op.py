@@ -1,15 +1,12 @@
 """Registration and public function of `rel_pos_attention`."""
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from refsam_kernels.core.checks import autocast, check_same_device, check_same_dtype, require
-from refsam_kernels.core.flops import Product, counts
+from refsam_kernels.core.flops import counts
 from refsam_kernels.core.registration import Operator
-from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs, count_products
+from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs, count_products, empty_outputs
 from refsam_kernels.rel_pos_attention.int8 import op as int8
 
 PAD_MODES = ("bias", "mask", "none")
@@ -17,21 +14,9 @@ PAD_MODES = ("bias", "mask", "none")
 operator = Operator("rel_pos_attention", Inputs, Outputs)
 
 
-@operator.forward
-def _forward(inputs: Inputs) -> Outputs:
-    qkv = inputs.qkv
-    images, h, w, width = qkv.shape
-    wide = torch.promote_types(qkv.dtype, torch.float32)
-    log_sum_exp = qkv.new_empty(images, inputs.num_heads, h, w, dtype=wide)
-    return Outputs(qkv.new_empty(images, h, w, width // 3), log_sum_exp)
-
-
+_forward = operator.forward(empty_outputs)
 operator.differentiate({"grad_out": "out"}, saved=["out", "log_sum_exp"])
-
-
-@counts(operator)
-def _products(inputs: Any) -> list[Product]:
-    return count_products(inputs)
+counts(operator)(count_products)
 
 
 def rel_pos_attention(

@@ -85,14 +85,15 @@ def add_rel_pos(
 ) -> Tensor:
     """Adds both relative position terms to logits (·, tokens, tokens); q is not scaled."""
     grid = q.unflatten(1, (height, width))
-    rel_h = torch.einsum("bhwc,hkc->bhwk", grid, relative(rel_pos_h, height))
-    rel_w = torch.einsum("bhwc,wkc->bhwk", grid, relative(rel_pos_w, width))
+    rel_h = torch.einsum("bhwc,hkc->bhwk", grid, relative(rel_pos_h))
+    rel_w = torch.einsum("bhwc,wkc->bhwk", grid, relative(rel_pos_w))
     logits = logits.unflatten(2, (height, width)).unflatten(1, (height, width))
     logits = logits + rel_h[:, :, :, :, None] + rel_w[:, :, :, None, :]
     return logits.flatten(3, 4).flatten(1, 2)
 
 
-def relative(table: Tensor, size: int) -> Tensor:
+def relative(table: Tensor) -> Tensor:
     """The table's row for every query and key position of an axis: (size, size, head_dim)."""
+    size = (table.shape[0] + 1) // 2
     positions = torch.arange(size, device=table.device)
     return table[positions[:, None] - positions[None, :] + size - 1]

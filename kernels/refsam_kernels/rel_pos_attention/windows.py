@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from refsam_kernels.rel_pos_attention.reference import relative
 from refsam_kernels.rel_pos_attention.window_groups import WindowGroup
 
 LOG2_E = math.log2(math.e)
@@ -146,10 +147,3 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 def split_qkv(tensor: Tensor, num_heads: int) -> Tensor:
     """(..., 3*D) as a view (3, ..., heads, head_dim)."""
     return tensor.unflatten(-1, (3, num_heads, -1)).movedim(-3, 0)
-
-
-def relative(table: Tensor) -> Tensor:
-    """The table's row for every query and key position of an axis: (size, size, head_dim)."""
-    size = (table.shape[0] + 1) // 2
-    positions = torch.arange(size, device=table.device)
-    return table[positions[:, None] - positions[None, :] + size - 1]

@@ -26,11 +26,7 @@ from refsam_kernels.token_image_attention.inputs import (
 operator = Operator("token_image_attention", Inputs, Outputs)
 
 
-@operator.forward
-def _forward(inputs: Inputs) -> Outputs:
-    return empty_outputs(inputs)
-
-
+_forward = operator.forward(empty_outputs)
 operator.differentiate({"grad": "out"}, saved=Outputs._fields[1:], frozen=["key_lengths"])
 
 

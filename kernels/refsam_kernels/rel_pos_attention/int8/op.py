@@ -1,10 +1,8 @@
 """Registration of `rel_pos_attention_int8`, which the public function calls with `int8_scores`."""
 
-from typing import Any
-
 from torch import Tensor
 
-from refsam_kernels.core.flops import Product, counts
+from refsam_kernels.core.flops import counts
 from refsam_kernels.core.registration import Operator, needs_gradient
 from refsam_kernels.rel_pos_attention.inputs import Inputs, count_products
 
@@ -19,9 +17,7 @@ def _forward(inputs: Inputs) -> Tensor:
     return inputs.qkv.new_empty(images, h, w, width // 3)
 
 
-@counts(operator)
-def _products(inputs: Any) -> list[Product]:
-    return count_products(inputs)
+counts(operator)(count_products)
 
 
 def attend(inputs: Inputs, backend: str) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from refsam_kernels.core.libraries import reasons_against_device
 from refsam_kernels.core.reasons import KERNEL_DTYPES, dtype_reasons, limit_reasons
-from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs
+from refsam_kernels.rel_pos_attention.inputs import Inputs, Outputs, empty_outputs
 from refsam_kernels.rel_pos_attention.triton.cases import compile_cases
 from refsam_kernels.rel_pos_attention.triton.launches import (
     Operands,
@@ -38,13 +38,9 @@ def not_supported_reasons(inputs: Inputs) -> list[str]:
 
 def forward(inputs: Inputs) -> Outputs:
     """Output (B, h, w, D) and the logarithm of each softmax's sum (B, heads, h, w), float32."""
-    qkv, num_heads = inputs.qkv, inputs.num_heads
-    problem, operands = Problem.of(qkv, *inputs[4:]), make_operands(inputs)
-    images, h, w, width = qkv.shape
-    out = qkv.new_empty(images, h, w, width // 3)
-    log_sum_exp = qkv.new_empty(images, num_heads, h, w, dtype=torch.float32)
-    forward_launch(problem, operands, out, log_sum_exp).run()
-    return Outputs(out, log_sum_exp)
+    problem, outputs = Problem.of(inputs.qkv, *inputs[4:]), empty_outputs(inputs)
+    forward_launch(problem, make_operands(inputs), *outputs).run()
+    return outputs
 
 
 def backward(
