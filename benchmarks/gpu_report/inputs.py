@@ -18,6 +18,7 @@ from benchmarks.ops import (
     token_image_attention,
 )
 from benchmarks.ops import rel_pos_attention as attention
+from benchmarks.ops._eager import Function
 from benchmarks.ops.mask_postprocess import smooth_logits
 from refsam_kernels import mask_loss, mask_postprocess, rel_pos_attention
 from refsam_kernels.core.dispatch import BackendError
@@ -36,7 +37,7 @@ class Problem:
 
     operator: str
     name: str
-    function: Callable[..., tuple[Tensor, ...]]
+    function: Function
     tensors: dict[str, Tensor]
     trained: tuple[str, ...] = ()
     zero: Mapping[str, str] = field(default_factory=dict)
@@ -78,8 +79,7 @@ def rel_pos(device: str) -> list[Problem]:
         tensors["qkv"] = tensors["qkv"][:1]
         if not window:
             del tensors["qkv_bias"]  # it has no part in global attention
-        attend = partial(rel_pos_attention, num_heads=heads, window_size=window)
-        call = lambda attend=attend, **x: (attend(**x),)  # noqa: E731
+        call = partial(rel_pos_attention, num_heads=heads, window_size=window)
         problems.append(Problem("rel_pos_attention", name, call, tensors, tuple(tensors)))
     return problems
 
@@ -99,7 +99,11 @@ def dense(device: str) -> list[Problem]:
     tensors = dense_attention.make_inputs(device, *sizes, FLOAT32)
     fill_behind(tensors["text"], tensors["lengths"])
     trained = ("features", "weight", "bias", "scale", "level_weights")
-    return [Problem("dense_attention", "8 expressions", dense_attention.fused, tensors, trained)]
+    return [
+        Problem(
+            "dense_attention", "8 expressions", dense_attention.dense_attention, tensors, trained
+        )
+    ]
 
 
 def token_image(device: str) -> list[Problem]:
@@ -127,7 +131,9 @@ def upscale(device: str) -> list[Problem]:
     """Eight expressions' features to logits of four times the size."""
     shape = (2, 5, 5, 32) if IS_REHEARSAL else (8, 64, 64, 256)
     tensors = mask_upscale.make_inputs(device, shape, FLOAT32)
-    return [Problem("mask_upscale", "8 expressions", mask_upscale.fused, tensors, tuple(tensors))]
+    return [
+        Problem("mask_upscale", "8 expressions", mask_upscale.mask_upscale, tensors, tuple(tensors))
+    ]
 
 
 def fill_behind(rows: Tensor, lengths: Tensor) -> None:
@@ -146,10 +152,7 @@ def postprocess(device: str) -> list[Problem]:
     """Eight masks to 1080p."""
     masks, side, output = (2, 8, (27, 48)) if IS_REHEARSAL else (8, 256, (1080, 1920))
     tensors = {"logits": smooth_logits(masks, device, side)}
-
-    def call(backend: str | None, logits: Tensor) -> tuple[Tensor, ...]:
-        return (mask_postprocess(logits, **sizes(), output_size=output, backend=backend),)
-
+    call = partial(mask_postprocess, **sizes(), output_size=output)
     return [Problem("mask_postprocess", "8 masks to 1080p", call, tensors, dtypes=(FLOAT32,))]
 
 

@@ -1,6 +1,6 @@
 """Measure operators against the same formula with torch's functions, eager, and check both in float64."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.registry import Workload, backends_of
 
 Tensors = Mapping[str, Tensor]
-Function = Callable[..., tuple[Any, ...]]
+Function = Callable[..., Any]  # tensors by name to one tensor or several
 # Of an error, relative to that of the eager formula in the same dtype; as in the tests.
 FACTOR = 3
 # Of the largest value: a few roundings of results that eager happens to hit exactly.
@@ -22,7 +22,6 @@ def against_eager(
     eager: Function,
     fused: Function,
     inputs: Tensors,
-    grads: Tensors,
     *,
     flops: int,
     shapes: dict[str, Any],
@@ -32,7 +31,7 @@ def against_eager(
 ) -> Workload:
     """`fused(..., backend=)` by every backend against `eager`, both called with tensors by name.
 
-    Gradients of the results, `grads`, are taken back to the inputs that require one. `zeros` names inputs whose gradient is
+    Random gradients of the results are taken back to the inputs that require one. `zeros` names inputs whose gradient is
     mathematically zero, each with another whose gradient may be as far off. `with_compiled` adds torch.compile on a GPU.
     """
     device = next(iter(inputs.values())).device.type
@@ -40,7 +39,8 @@ def against_eager(
     if with_compiled and device == "cuda":
         ways["compiled eager"] = torch.compile(eager)
     ways |= {name: partial(fused, backend=name) for name in backends_of(operator, device)}
-    exact = run(eager, *({n: exactly(t) for n, t in x.items()} for x in (inputs, grads)))
+    grads = random_gradients(eager, inputs)
+    exact = run(eager, {n: exactly(t) for n, t in inputs.items()}, list(map(exactly, grads)))
     plain = run(eager, inputs, grads)
     bounds = [bound(*pair, dtype) for pair in zip(plain, exact, strict=True)]
     trained = [name for name, tensor in inputs.items() if tensor.requires_grad]
@@ -57,15 +57,29 @@ def against_eager(
     )
 
 
-def run(function: Function, inputs: Tensors, grads: Tensors) -> Any:
-    """The results, then the gradients of the trained inputs."""
+@torch.no_grad()
+def random_gradients(function: Function, inputs: Tensors) -> list[Tensor]:
+    """Gradients of a function's results, always the same ones."""
+    results = as_tuple(function(**inputs))
+    generator = torch.Generator(results[0].device).manual_seed(1)
+    draw = partial(torch.randn, generator=generator, device=results[0].device)
+    return [draw(result.shape).to(result.dtype) for result in results]
+
+
+def run(function: Function, inputs: Tensors, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The results, then the gradients of the trained inputs; zeros for an input that has no part in them."""
     wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
+    with torch.set_grad_enabled(bool(wanted)):
+        results = as_tuple(function(**inputs))
     if not wanted:
-        with torch.no_grad():
-            return function(**inputs)
-    results = function(**inputs)
-    gradients = torch.autograd.grad(results, wanted, list(grads.values()))
+        return results
+    gradients = torch.autograd.grad(results, wanted, grads, materialize_grads=True)
     return *(result.detach() for result in results), *gradients
+
+
+def as_tuple(results: Any) -> tuple[Tensor, ...]:
+    """The results of a function that returns one tensor or several."""
+    return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
 def exactly(tensor: Tensor) -> Tensor:

@@ -85,11 +85,9 @@ def workload(
         for name, tensor in inputs.items():
             tensor.requires_grad_(setting.trains(name))
         flops = trained_flops(flops, setting, inputs)
-    random = Random(setting, inputs["residual"].device.type)
-    grads = {"x": random.stream(*setting.shape), "normed": random.operand(*setting.shape)}
     shapes = {"tokens": list(setting.shape), "dtype": str(setting.dtype)}
     return against_eager(
-        operator, eager, function, inputs, grads, flops=flops, shapes=shapes, dtype=setting.dtype
+        operator, eager, function, inputs, flops=flops, shapes=shapes, dtype=setting.dtype
     )
 
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,16 +34,14 @@ def fused(logits: Tensor, targets: Tensor, backend: str) -> tuple[Tensor, Tensor
 
 
 def workload(device: str, *, masks: int, size: tuple[int, int]) -> Workload:
-    """Both losses and the gradient of their sum; targets are masks of other smooth logits."""
+    """Both losses and the gradient of a weighted sum; targets are masks of other smooth logits."""
     logits = smooth_logits(masks, device)
     targets = interpolate(smooth_logits(masks, device).flip(0, 1), size) > 0
-    ones = torch.ones(masks, device=device)
     compared = against_eager(
         "mask_loss",
         eager,
         fused,
         {"logits": logits.requires_grad_(), "targets": targets},
-        {"focal": ones, "dice": ones},
         # Resizing forth, again, and back; some thirty operations for losses and slopes.
         flops=targets.numel() * (3 * 8 + 30),
         shapes={"logits": [masks, LOW, LOW], "targets": list(targets.shape)},

@@ -1,7 +1,6 @@
 """The mask decoder's upscaling and hypernetwork product, against segment-anything's modules."""
 
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +20,14 @@ def eager(
     norm_bias: Tensor,
     conv2_weight: Tensor,
     conv2_bias: Tensor,
-) -> tuple[Tensor]:
+) -> Tensor:
     """Transposed convolutions and LayerNorm2d on (P, C, h, w), as segment-anything's MaskDecoder."""
     x = F.conv_transpose2d(features.permute(0, 3, 1, 2), conv1_weight, conv1_bias, stride=2)
     centred = x - x.mean(1, keepdim=True)
     x = centred / torch.sqrt(centred.pow(2).mean(1, keepdim=True) + 1e-6)
     x = F.gelu(norm_weight[:, None, None] * x + norm_bias[:, None, None])
     x = F.gelu(F.conv_transpose2d(x, conv2_weight, conv2_bias, stride=2))
-    return ((hyper @ x.flatten(2)).unflatten(2, x.shape[2:]),)
-
-
-def fused(backend: str, **inputs: Any) -> tuple[Tensor]:
-    """The operator, on tensors by name."""
-    return (mask_upscale(backend=backend, **inputs),)
+    return (hyper @ x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 def make_inputs(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -61,9 +55,6 @@ def workload(device: str, *, shape: tuple[int, ...], dtype: torch.dtype, trains:
     """Forward, or forward and backward, of features (P, h, w, C)."""
     inputs = make_inputs(device, shape, dtype)
     expressions, height, width, channels = shape
-    logits_shape = (expressions, 1, 4 * height, 4 * width)
-    seeded = torch.Generator(device).manual_seed(1)
-    grad = torch.randn(logits_shape, generator=seeded, device=device).to(dtype)
     for tensor in inputs.values():
         tensor.requires_grad_(trains)
     # Per pixel: C x 4 (C/4), four times C/4 x 4 (C/8), sixteen times C/8.
@@ -71,9 +62,8 @@ def workload(device: str, *, shape: tuple[int, ...], dtype: torch.dtype, trains:
     return against_eager(
         "mask_upscale",
         eager,
-        fused,
+        mask_upscale,
         inputs,
-        {"logits": grad},
         flops=4 * flops if trains else flops,  # again, and two products for every one
         shapes={"features": list(shape), "masks": 1, "dtype": str(dtype), "trains": trains},
         dtype=dtype,

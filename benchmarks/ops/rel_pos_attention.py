@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops._eager import bound, exactly, further_than
+from benchmarks.ops._eager import bound, exactly, further_than, random_gradients, run
 from benchmarks.registry import Workload, backends_of, register, unusable
 from refsam_kernels import rel_pos_attention
 from refsam_kernels.rel_pos_attention import reference
@@ -158,38 +158,23 @@ def peers(setting: Setting) -> dict[str, Callable[..., Tensor]]:
     }
 
 
-def run(attend: Callable[..., Tensor], inputs: dict[str, Tensor], grad: Tensor) -> Any:
-    """The result and, if they are wanted, all gradients."""
-    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
-    if not wanted:
-        with torch.no_grad():
-            return (attend(**inputs),)
-    result = attend(**inputs)
-    # The bias has no part in global attention.
-    gradients = torch.autograd.grad(result, wanted, grad, materialize_grads=True)
-    return result.detach(), *gradients
-
-
 def workload(device: str, *, setting: Setting, with_peers: bool = True) -> Workload:
     """All ways on the same inputs, checked against float64."""
     inputs = setting.inputs(device)
     attend: Any = partial(rel_pos_attention, num_heads=setting.heads, window_size=setting.window)
-    qkv = inputs["qkv"]
-    shape = (*qkv.shape[:3], qkv.shape[3] // 3)
-    seeded = torch.Generator(device).manual_seed(1)
-    grad = torch.randn(shape, generator=seeded, device=device).to(qkv.dtype)
     ways: dict[str, Callable[..., Tensor]] = {BASELINE: partial(sdpa_with_bias, setting=setting)}
+    grads = random_gradients(ways[BASELINE], inputs)
     skipped: dict[str, str] = {}
     for name, way in peers(setting).items() if with_peers else ():
-        if reason := unusable(partial(run, way, inputs, grad)):
+        if reason := unusable(partial(run, way, inputs, grads)):
             skipped[name] = reason
         else:
             ways[name] = way
     ways |= {name: partial(attend, backend=name) for name in backends_of(OPERATOR, device)}
     in_float64 = {name: exactly(tensor) for name, tensor in inputs.items()}
-    exact = run(partial(attend, backend="fallback"), in_float64, grad.double())
-    plain = run(ways[BASELINE], inputs, grad)
-    bounds = [bound(*pair, grad.dtype) for pair in zip(plain, exact, strict=True)]
+    exact = run(partial(attend, backend="fallback"), in_float64, list(map(exactly, grads)))
+    plain, dtype = run(ways[BASELINE], inputs, grads), inputs["qkv"].dtype
+    bounds = [bound(*pair, dtype) for pair in zip(plain, exact, strict=True)]
     with torch.no_grad():
         q, k, v = (x.contiguous() for x in cut(inputs["qkv"], inputs["qkv_bias"], setting))
     apart = {
@@ -199,13 +184,13 @@ def workload(device: str, *, setting: Setting, with_peers: bool = True) -> Workl
     pairs = q.shape[0] * setting.heads * q.shape[2] ** 2
     flops = 4 * setting.head_dim * pairs
     return Workload(
-        providers={name: partial(run, way, inputs, grad) for name, way in ways.items()},
+        providers={name: partial(run, way, inputs, grads) for name, way in ways.items()},
         wrong=partial(further_than, exact=exact, bounds=bounds),
-        moved_bytes=sum(tensor.nbytes for tensor in (*inputs.values(), grad)),
+        moved_bytes=sum(tensor.nbytes for tensor in (*inputs.values(), *grads)),
         flops=7 * flops // 2 if setting.trains else flops,
-        shapes={"qkv": list(inputs["qkv"].shape), "dtype": str(grad.dtype)},
-        ceilings={"SDPA without bias": partial(unbiased, apart, torch.randn_like(q))},
-        dtype=grad.dtype,
+        shapes={"qkv": list(inputs["qkv"].shape), "dtype": str(dtype)},
+        ceilings={"SDPA without bias": partial(unbiased, apart, [torch.randn_like(q)])},
+        dtype=dtype,
         skipped=skipped,
     )
 
@@ -228,7 +213,7 @@ def against_given_bias(device: str, *, setting: Setting) -> Workload:
     exact = (attend(**in_float64, backend="fallback"),)
     return Workload(
         providers={GIVEN: baseline}
-        | {name: partial(run, way, inputs, exact[0]) for name, way in ways.items()},
+        | {name: partial(run, way, inputs, exact) for name, way in ways.items()},
         wrong=partial(further_than, exact=exact, bounds=[bound(*baseline(), *exact, q.dtype)]),
         moved_bytes=sum(tensor.nbytes for tensor in inputs.values()) + q.nbytes,
         flops=4 * setting.heads * setting.head_dim * side**4,

@@ -18,6 +18,7 @@ from benchmarks.gpu_report.inputs import Problem, problems_of
 from benchmarks.gpu_report.machine import DEVICE, attempt, first_line
 from benchmarks.gpu_report.rows import Rows
 from benchmarks.measure import exact_products
+from benchmarks.ops._eager import as_tuple
 from benchmarks.registry import backends_of
 from refsam_kernels.core.dispatch import Dispatcher
 
@@ -83,7 +84,7 @@ def run_problem(
     trained = [name for name in problem.trained if name in tensors]
     for name in trained:
         tensors[name].requires_grad_()
-    results = problem.function(backend=backend or None, **tensors)
+    results = as_tuple(problem.function(backend=backend or None, **tensors))
     found = {f"output {index}": x.detach() for index, x in enumerate(results)}
     if not trained:
         return found
