@@ -53,8 +53,10 @@ def encode_video(
         stream: Any = container.add_stream(codec, rate=rate)
         stream.pix_fmt = pixel_format
         stream.codec_context.thread_count = 1  # the same bytes however busy the machine is
+        if codec == "libx264":  # its assembly reads memory that nobody wrote: bytes would differ
+            stream.options = {"x264-params": "no-asm=1"}
         if preset is not None:
-            stream.options = {"preset": preset}
+            stream.options |= {"preset": preset}
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         if aspect is not None:
