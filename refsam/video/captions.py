@@ -2,7 +2,7 @@
 
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -106,14 +106,9 @@ def _font_with(letters: frozenset[str], size: int) -> Font | None:
 
 @lru_cache(maxsize=1)
 def _installed() -> tuple[Path, ...]:
-    return tuple(sorted(_font_files()))
-
-
-def _font_files() -> Iterator[Path]:
-    for folder in _FONT_FOLDERS:
-        for path in Path(folder).expanduser().rglob("*"):
-            if path.suffix.lower() in (".ttf", ".otf", ".ttc"):
-                yield path
+    """Files of the fonts that the system and the user installed."""
+    files = (path for place in _FONT_FOLDERS for path in Path(place).expanduser().rglob("*"))
+    return tuple(sorted(path for path in files if path.suffix.lower() in (".ttf", ".otf", ".ttc")))
 
 
 def _has(font: Font, letters: frozenset[str]) -> bool:

@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from refsam.video.mask_formats import files_of
 RESULT = "result.json"  # the last file that comes into place: it says that the others are there
 RESUME = ".refsam-resume.safetensors"
 _STAGING = ".refsam-unfinished-"
-_OLD_STAGING = ".refsam-unfinished"  # of versions before unique names
 _COMMIT, _PLACING = "commit.json", "placing.json"  # what is to be done; that its first half is done
 _LOCK = "refsam"
 _OURS = re.compile(
@@ -71,9 +70,8 @@ class RunFolder:
             moved: files of the earlier run and their new names.
         """
         if self.earlier is not None:
-            self._replaced = {RESULT, RESUME, "overlay.mp4", "masks.json"} & recorded_files(
-                self.out
-            )
+            common = {RESULT, RESUME, "overlay.mp4", "masks.json"}
+            self._replaced = common & recorded_files(self.out)
         plan = {"remove": sorted(self._replaced), "move": moved or {}}
         draft = self.staging / f"{_COMMIT}.draft"
         draft.write_text(json.dumps(plan))
@@ -158,14 +156,11 @@ def recorded_files(out: Path) -> set[str]:
 
 def tidy(out: Path) -> None:
     """`recover` the folder, as the next run in it would, unless another process is at work there."""
-    leftovers = out.is_dir() and any(_is_own(path.name) for path in out.iterdir())
-    if leftovers:
-        try:
+    if out.is_dir() and any(_is_own(path.name) for path in out.iterdir()):
+        with suppress(BusyError):
             with only_writer(out / _LOCK, wait=False):
                 recover(out)
             (out / f".{_LOCK}.lock").unlink(missing_ok=True)
-        except BusyError:
-            return
 
 
 def recover(out: Path) -> None:
@@ -174,7 +169,7 @@ def recover(out: Path) -> None:
     The caller holds the folder's lock, or knows that nobody writes there.
     """
     for path in out.iterdir():
-        if path.name == _OLD_STAGING or path.name.startswith(_STAGING):
+        if path.name.startswith(_STAGING):
             if (path / _COMMIT).exists() or (path / _PLACING).exists():
                 _carry_out(path, out)
             else:
@@ -215,19 +210,13 @@ def _remove_empty(folders: Iterable[Path], out: Path) -> None:
 
 def _results_in(out: Path) -> Iterator[str]:
     """Names of files that stand where results would come."""
-    for path in (
-        *out.glob("*"),
-        *out.glob("palette/*"),
-        *out.glob("masks/*/*"),
-        *out.glob("cutouts/*/*"),
-    ):
-        name = path.relative_to(out).as_posix()
-        if _OURS.fullmatch(name):
-            yield name
+    for pattern in ("*", "palette/*", "masks/*/*", "cutouts/*/*"):
+        names = (path.relative_to(out).as_posix() for path in out.glob(pattern))
+        yield from filter(_OURS.fullmatch, names)
 
 
 def _is_own(name: str) -> bool:
-    return name == _OLD_STAGING or name.startswith(_STAGING) or name == f".{_LOCK}.lock"
+    return name.startswith(_STAGING) or name == f".{_LOCK}.lock"
 
 
 def _lies_in(source: str, out: Path) -> bool:

@@ -1,7 +1,6 @@
 """Frames of a video file, a network stream, a pipe or a camera, decoded by FFmpeg."""
 
 import os
-import queue
 import threading
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -24,6 +23,7 @@ from refsam.video.frames import (
     reason,
 )
 from refsam.video.pictures import peculiarities, pixel_aspect, to_rgb
+from refsam.video.prefetch import prefetch
 
 _DEFAULT_FPS = Fraction(24)
 _FEW_CORES = 2
@@ -95,26 +95,22 @@ class VideoSource(FrameSource):
 
     def _best_stream(self) -> Any:
         """The largest stream that can be decoded, with a bonus for the default one, as in ffmpeg."""
-        usable, others = [], []
-        for stream in self._container.streams.video:
-            if stream.disposition & av.stream.Disposition.attached_pic:
-                continue  # the cover of music
-            if stream.codec_context is None:
-                others.append(stream)
-            elif stream.codec_context.name not in _NO_PICTURES:
-                usable.append(stream)
-        if not usable:
-            if others:
-                raise UserError(
-                    f"{self.name} is encoded in a way that FFmpeg cannot decode: encode it again"
-                )
-            raise UserError(
-                f"{self.name} holds no video: give a video, an image or a folder of images"
-            )
-        if any(stream.disposition & av.stream.Disposition.dependent for stream in usable):
-            raise UserError(
-                f"{self.name} is an image in tiles: name it .heic or .avif, or give a JPEG or PNG"
-            )
+        marks = av.stream.Disposition
+        # An attached picture is the cover of music.
+        streams = [
+            s for s in self._container.streams.video if not s.disposition & marks.attached_pic
+        ]
+        known = [s for s in streams if s.codec_context is not None]
+        usable = [s for s in known if s.codec_context.name not in _NO_PICTURES]
+        problem = None
+        if not usable and len(known) < len(streams):
+            problem = "is encoded in a way that FFmpeg cannot decode: encode it again"
+        elif not usable:
+            problem = "holds no video: give a video, an image or a folder of images"
+        elif any(s.disposition & marks.dependent for s in usable):
+            problem = "is an image in tiles: name it .heic or .avif, or give a JPEG or PNG"
+        if problem is not None:
+            raise UserError(f"{self.name} {problem}")
         return max(usable, key=_rank)
 
     def _describe(self) -> None:
@@ -149,15 +145,9 @@ class VideoSource(FrameSource):
             return stream.frames
         if not self._container.duration:
             return None
-        seconds = self._container.duration / 1e6
-        if (
-            stream.start_time is not None
-            and stream.time_base
-            and self._container.start_time is not None
-        ):
-            seconds -= (
-                float(stream.start_time * stream.time_base) - self._container.start_time / 1e6
-            )
+        seconds, begin = self._container.duration / 1e6, self._container.start_time
+        if stream.start_time is not None and stream.time_base and begin is not None:
+            seconds -= float(stream.start_time * stream.time_base) - begin / 1e6
         return max(1, round(seconds * self.fps))
 
     def __iter__(self) -> Iterator[Frame]:
@@ -281,10 +271,10 @@ class VideoSource(FrameSource):
             self._busy.release()
 
     def _reading_error(self, index: int, error: Exception) -> UserError:
-        problem = self._silence(error)
-        if problem is None:
+        silence = self._silence(error)
+        if silence is None:
             return self._decode_error(index, reason(error))
-        return problem if index == 0 else FrameDecodeError(f"frame {index} did not come: {problem}")
+        return silence if index == 0 else FrameDecodeError(f"frame {index} did not come: {silence}")
 
     def _silence(self, error: Exception) -> Silence | None:
         if isinstance(error, Silence):
@@ -321,16 +311,4 @@ def _rank(stream: Any) -> tuple[int, int]:
 
 def _in_thread(call: Callable[[], Any]) -> Any:
     """Run a call that may block forever in another thread, so that Ctrl-C still works here."""
-    answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
-
-    def work() -> None:
-        try:
-            answers.put((call(), None))
-        except Exception as error:  # raised where it was asked for
-            answers.put((None, error))
-
-    threading.Thread(target=work, name="refsam-open", daemon=True).start()
-    value, error = answers.get()
-    if error is not None:
-        raise error
-    return value
+    return next(prefetch(call() for _ in range(1)))

@@ -150,7 +150,7 @@ def test_done_videos_are_skipped(model: RefSAM, videos: list[Path], tmp_path: Pa
     out, seen = tmp_path / "out", list[VideoOutcome]()
     segment_videos(model, videos[:2], TEXTS, out)
     times = {file: file.stat().st_mtime_ns for file in out.rglob("*.png")}
-    (out / "a" / ".refsam-unfinished" / "old").mkdir(parents=True)  # killed in the last moment
+    (out / "a" / ".refsam-unfinished-1" / "new").mkdir(parents=True)  # killed in the last moment
     outcomes = segment_videos(model, videos, TEXTS, out, advance=seen.append)
     assert {o.folder.name: o.was_done for o in outcomes} == {n: n in "ab" for n in "abcd"}
     assert seen == outcomes
