@@ -1,8 +1,8 @@
 """Fused operators for models built on SAM's image encoder and mask decoder.
 
-Every operator is a function that works on any device, is differentiable (but for those in 8-bit
-integers) and is one node for `torch.compile`. Importing this package compiles nothing, prints nothing and does not start CUDA;
-`python -m refsam_kernels.info` says what would run here.
+Every operator is a function that works on any device, is differentiable (the 8-bit ones are not) and is one node for
+`torch.compile`. Importing this package compiles nothing, prints nothing and does not start CUDA. `python -m refsam_kernels.info`
+lists the backends that would run here.
 """
 
 import warnings
@@ -10,10 +10,10 @@ from typing import Any
 
 from refsam_kernels.adapter_mlp.op import adapter_mlp
 from refsam_kernels.adapter_projection.op import adapter_projection
+from refsam_kernels.core.decomposition import decompositions
 from refsam_kernels.core.dispatch import BackendError, use_backend
 from refsam_kernels.core.flops import flop_formulas
 from refsam_kernels.core.streams import is_capturing, settle
-from refsam_kernels.decomposition import decompositions
 from refsam_kernels.dense_attention.op import dense_attention
 from refsam_kernels.feed_forward.mlp import AdapterWeights, MLPWeights
 from refsam_kernels.fingerprint import Fingerprint

@@ -252,7 +252,7 @@ def ninja_file(plan: Plan) -> str:
 
 
 def kernel_resources(plan: Plan) -> list[KernelResources]:
-    """Registers and spills of every kernel and architecture, from what ptxas printed when the objects were made."""
+    """Registers and spills of every kernel and architecture, as ptxas printed them when it made the objects."""
     entry = r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
     pattern = re.compile(entry + r".*?Used (\d+) registers", re.DOTALL)
     found = []
@@ -321,9 +321,9 @@ def build_library(
 
 
 def keep_earlier(name: str, target: Path, reason: str) -> tuple[Path | None, dict[str, object]]:
-    """Keep an existing library of the same sources in place of one that could not be built, if there is one.
+    """Keeps the earlier library if it has the same sources as the one that could not be built.
 
-    One of other sources may not fit the rest of the package: it is set aside, not deleted.
+    A library of other sources may not fit the rest of the package: it is renamed, not deleted.
     """
     path, entry = target / f"{name}.so", read_report(target).get(name, {})
     if path.is_file() and entry.get("sources") == sources_hash():
@@ -333,7 +333,10 @@ def keep_earlier(name: str, target: Path, reason: str) -> tuple[Path | None, dic
     if path.is_file():
         aside = path.with_suffix(".outdated")
         os.replace(path, aside)
-        print(f"refsam_kernels: {path.name} is of other sources, and is now {aside}", flush=True)
+        print(
+            f"refsam_kernels: {path.name} was built from other sources and is now {aside}",
+            flush=True,
+        )
     return None, {"built": False, "reason": reason.splitlines()[0]}
 
 

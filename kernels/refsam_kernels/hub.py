@@ -106,9 +106,9 @@ def test_rel_pos_attention_matches_reference() -> None:
 
 
 def write(out: Path, repository: str) -> None:
-    """Writes the folder; it is there when it is complete, and not before.
+    """Writes the folder, under its name only when it is complete.
 
-    Raises `ValueError` where `out` exists or `repository` is no `owner/name`.
+    Raises `ValueError` if `out` exists or `repository` is not `owner/name`.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise ValueError(f"--repository: got {repository!r}, wanted owner/name")

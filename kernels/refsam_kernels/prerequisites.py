@@ -81,7 +81,7 @@ def supported_torch() -> Torch:
 def find_compiler() -> tuple[str, ...]:
     """The C++ compiler's command; `CXX` may have a launcher before it and arguments behind it, as "ccache g++ -m64".
 
-    Raises `BuildSkipped` if there is none or the platform is not built for.
+    Raises `BuildSkipped` if there is none, or on a platform without libraries.
     """
     if not sys.platform.startswith("linux"):
         raise BuildSkipped(f"libraries are built on Linux only, this is {sys.platform}")
@@ -98,7 +98,7 @@ def find_compiler() -> tuple[str, ...]:
 
 
 def is_launcher(word: str) -> bool:
-    """Whether a word of a command runs a compiler and is none."""
+    """Whether a word of a command is a program that runs a compiler, such as ccache."""
     return Path(word).name in LAUNCHERS
 
 

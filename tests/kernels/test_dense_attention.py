@@ -1,4 +1,4 @@
-"""dense_attention: the formula, the folded form, gradients, its place among torch's tools.
+"""dense_attention: the formula, the absorbed form, gradients, its place among torch's tools.
 
 What all backends share is in `dense_attention_cases`.
 """

@@ -1,4 +1,4 @@
-"""rel_pos_attention: every backend against the formula, the formula against segment-anything and the one-hot form.
+"""rel_pos_attention: every backend against the formula, the formula against segment-anything and the augmented form.
 
 What all backends share is in `rel_pos_attention_cases`.
 """

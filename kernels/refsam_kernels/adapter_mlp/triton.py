@@ -14,5 +14,5 @@ backward = partial(fallback.backward, steps=TRITON_STEPS)
 
 
 def compile_cases() -> list[CompileCase]:
-    """The kernels that `adapter_projection` does not launch, too."""
+    """The kernels that `adapter_projection` does not list: the GELU's backward, and the sum without a norm."""
     return gelu_cases() + row_cases(has_norm=False)

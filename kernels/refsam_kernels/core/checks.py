@@ -22,9 +22,7 @@ def require(condition: bool, name: str, got: Any, wanted: str) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
-    """Raises `ValueError` unless the tensor has this shape; a string stands for a dimension of any
-    size, by its name.
-    """
+    """Raises `ValueError` unless the tensor has this shape; a string names a dimension of any size."""
     if tensor.shape == shape:  # as nearly always: a message takes longer than the check
         return
     fits = tensor.dim() == len(shape) and all(

@@ -5,8 +5,8 @@ A backend of an operator is a module of the operator's folder with the backend's
 
     forward(inputs)             # the bundle of the operator's arguments (see `registration`)
     backward(inputs, outputs, grads, needs)     # optional: without it other backends run it, even if this one was named
-    not_supported_reasons(inputs) -> list[str]  # optional: in words, why it cannot run these, forward or backward
-    backward_not_supported_reasons(inputs) -> list[str]    # optional: in its place for the backward
+    not_supported_reasons(inputs) -> list[str]  # optional: why it cannot run these, forward or backward (see `reasons`)
+    backward_not_supported_reasons(inputs) -> list[str]    # optional: takes its place for the backward
 
 and is imported when it is first considered for tensors of a device that it supports, never before. A
 module that cannot work on this machine (a library that was not built) raises `ImportError` with the
@@ -47,9 +47,7 @@ class BackendError(ValueError):
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to run operators: the devices it supports (none named: any) and the package it needs
-    beside torch.
-    """
+    """A way to run operators: the devices it supports, any if none is named, and the package it needs beside torch."""
 
     name: str
     devices: tuple[str, ...] = ()

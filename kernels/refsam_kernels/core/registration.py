@@ -296,7 +296,7 @@ def signed(parameters: Mapping[str, Any], returns: Any) -> Callable[..., Any]:
 
 
 def refusing_tangents(owner: Any, operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator, which raises `RuntimeError` where a forward-mode derivative is wanted: torch would take it to be zero."""
+    """The operator; it raises `RuntimeError` for forward-mode derivatives, which torch would silently take to be zero."""
 
     def forward(*arguments: Any) -> Any:
         if owner.is_differentiable and has_tangent(arguments):

@@ -56,7 +56,7 @@ class CompileCase:
     num_warps: int = 4
     num_stages: int = 3
     precision: str = "ieee"  # of float32 products: "ieee" or "tf32"
-    architectures: tuple[int, ...] = ARCHITECTURES  # that it is shipped for
+    architectures: tuple[int, ...] = ARCHITECTURES  # that ship it
     spill_limit: int | None = SPILL_LIMIT  # None: spills are listed, not judged
 
 

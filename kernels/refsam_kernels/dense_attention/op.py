@@ -1,4 +1,4 @@
-"""Hierarchical dense attention: every pixel looks at the words, at every level, for every expression."""
+"""Hierarchical dense attention: every pixel attends to the words, at every level, for every expression."""
 
 from typing import Any
 
@@ -57,8 +57,8 @@ def dense_attention(
 
     Args:
         features: (L, B, N, C) unit vectors, floating point: L levels of B images with N pixels.
-        text: (P, T, C) unit vectors: the sentence and the words of P expressions, padded.
-        lengths: (P,) int64 in 1..T; entries of `text` from there on change nothing, NaN included.
+        text: (P, T, C) unit vectors of P expressions: of the whole expression, then of its words, padded.
+        lengths: (P,) int64 in 1..T, valid entries of `text`; later entries change nothing, NaN included.
         image_index: (P,) int64 in 0..B-1, the image of each expression.
         weight, bias: (C, 2C) and (C,), the projection W; the features' channels come first.
         scale: () floating point, factor of the similarities.

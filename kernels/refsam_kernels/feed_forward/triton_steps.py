@@ -283,7 +283,7 @@ TRITON_STEPS = Steps(torch_steps.hidden_layer, add_and_norm, add_and_norm_backwa
 
 
 def row_cases(*, has_norm: bool) -> list[CompileCase]:
-    """The kernels on whole rows, one width for each tile: nano's, ViT-B's (and L's), ViT-H's; training, as it does most."""
+    """The kernels on whole rows in training, which stores most. One width for each tile: nano's, ViT-B's (and L's), ViT-H's."""
     cases = []
     dtypes = [(torch.float32, torch.bfloat16), *((dtype, dtype) for dtype in KERNEL_DTYPES)]
     for width, (stream, dtype) in itertools.product((128, 768, 1280), dtypes):

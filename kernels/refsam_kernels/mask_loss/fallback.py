@@ -17,7 +17,7 @@ from refsam_kernels.mask_postprocess.resize import TwoResizes, two_resizes
 
 
 class Chunk(NamedTuple):
-    """A few rows of a few masks: which ones, their logits, and the targets and what to ignore of them."""
+    """A few rows of a few masks: their indices, logits, targets and ignored pixels."""
 
     masks: slice
     rows: slice
@@ -82,7 +82,7 @@ def _resizes(inputs: Inputs) -> TwoResizes:
 
 
 def _chunks(resizes: TwoResizes, inputs: Inputs) -> Iterator[Chunk]:
-    """Walks over masks and rows so that a chunk has about as many pixels as the device likes."""
+    """Walks over masks and rows so that a chunk has about as many pixels as suit the device."""
     logits, targets, ignore, *_ = inputs
     count, height, width = targets.shape
     for masks in chunks(count, height * width, logits.device):

@@ -43,11 +43,11 @@ def rel_pos_attention(
             grid's height and width. Another odd length is interpolated as SAM does.
         num_heads: heads; D is a multiple of it.
         window_size: side of the windows that attend within themselves; 0 for the whole grid.
-        qkv_bias: (3*D,), what padding tokens have as q, k and v; None for zeros.
+        qkv_bias: (3*D,), the q, k and v of padding tokens; None for zeros.
         pad_mode: what fills the windows that stick out of the grid. "bias": padding tokens, which
             are keys and values, as in SAM; "mask": nothing; "none": there must be none.
-        int8_scores: whether `q k` is of 8-bit integers, a token's largest value being 127 of its steps (63 on a
-            processor that has AVX2 and no instructions for 8-bit products); for inference, in float32 or bfloat16. A
+        int8_scores: compute `q k` in 8-bit integers: a token's values are rounded to 127ths of its largest (63rds on a
+            processor with AVX2 and without instructions for 8-bit products). For inference, in float32 or bfloat16. A
             token with a value that is not finite counts as NaN.
         backend: a backend by name; None leaves the choice to the library.
 

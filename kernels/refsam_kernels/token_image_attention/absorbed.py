@@ -72,10 +72,10 @@ class Absorbed:
 
 
 def is_cheaper_absorbed(inputs: Inputs) -> bool:
-    """Whether there are about as few rows of heads and tokens as a projection of the pixels has.
+    """Whether absorbed weights cost less: the rows, heads times tokens, exceed the internal width by a quarter at most.
 
-    Up to a quarter more cost less than the products of each head that they save (docs/performance.md). Not in half
-    precision, where the absorbed weights would be rounded, and not where pixels may be padding.
+    So many rows cost less than the products of each head that they save (docs/performance.md). False in half precision, where
+    the absorbed weights would be rounded, and where pixels may be padding.
     """
     queries, keys, weights = inputs.queries, inputs.keys, inputs.weights
     dtypes = {queries.dtype, keys.dtype, *(weight.dtype for weight in weights)}

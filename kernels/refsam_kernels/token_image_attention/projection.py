@@ -1,4 +1,4 @@
-"""The projections into the heads: channels first, positions folded, some expressions at a time, and their gradient."""
+"""The projections into the heads: channels first, positions absorbed, some expressions at a time, and their gradient."""
 
 import torch
 from torch import Tensor

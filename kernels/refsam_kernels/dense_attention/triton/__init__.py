@@ -137,7 +137,7 @@ def _image_launch(
 
 
 def compile_cases() -> list[CompileCase]:
-    """SAM's prompt width and nano's, words of short and long sentences, in half and single precision."""
+    """SAM's prompt width and nano's, short and long expressions, in half and single precision."""
     cases = []
     for dtype, channels, words in (
         (torch.bfloat16, 128, 16),

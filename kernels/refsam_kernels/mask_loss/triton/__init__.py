@@ -15,8 +15,8 @@ from refsam_kernels.mask_postprocess.taps import Places, places_of
 from refsam_kernels.mask_postprocess.triton import resize_arguments, resize_reasons
 
 BLOCK_ROWS, BLOCK_COLUMNS = 8, 128  # of the target, forward
-LOW_ROWS, LOW_COLUMNS = 16, 16  # of the logits, backward,
-PART_ROWS, PART_COLUMNS = 32, 32  # which looks at so much of the target at a time
+LOW_ROWS, LOW_COLUMNS = 16, 16  # of the logits, in the backward
+PART_ROWS, PART_COLUMNS = 32, 32  # of the target that it reads at a time
 BLOCK_TILES = 256
 SUMS = 5  # of a tile
 

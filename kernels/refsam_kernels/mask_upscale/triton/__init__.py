@@ -28,7 +28,7 @@ class Configuration(NamedTuple):
     num_stages: int
 
 
-# By the bytes of a number: products of float32 are not for tensor cores and take the more registers.
+# By the bytes of a number: products of float32 use no tensor cores and need more registers.
 FORWARD = {2: Configuration(64, 32, 4, 3), 4: Configuration(32, 16, 8, 1)}
 BACKWARD = {2: Configuration(32, 32, 8, 2), 4: Configuration(16, 16, 8, 1)}
 

@@ -1,4 +1,4 @@
-"""`rel_pos_attention_int8` in plain PyTorch: the definition in float32, head by head; for what has no compiled library."""
+"""`rel_pos_attention_int8` in plain PyTorch: the definition in float32, head by head; for devices without a compiled library."""
 
 import torch
 from torch import Tensor

@@ -18,7 +18,10 @@ from refsam_kernels.rel_pos_attention.triton.launches import (
 )
 
 HEADS = 12
-JUDGED = (64, 80)  # head dimensions of SAM: they must not spill, of the others it is only listed
+JUDGED = (
+    64,
+    80,
+)  # head dimensions of SAM: they must not spill; spills of the others are only listed
 # Window and grid. Tiles for 40 and 48 are those for 80, whose rows need several tiles.
 WINDOWS = ((14, 64), (64, 64), (80, 80), (32, 32))
 SHIPPED = (
@@ -31,7 +34,7 @@ ODD = ((14, 40, 50), (0, 80, 48))
 
 
 def compile_cases() -> list[CompileCase]:
-    """The kernels for SAM's windows and grids on every architecture; float16 differs from bfloat16 in no instruction's size."""
+    """The kernels for SAM's windows and grids on every architecture; float16 has bfloat16's registers and memory."""
     return [
         launch.compile_case(
             f"{name} {head_dim} {short(dtype)} {of_grid}",

@@ -26,9 +26,9 @@ TUNED = Path(__file__).parent / "tuned.json"
 # Programs that a table's gradient is split over: fixed, so that its sum is the same on every GPU.
 SPLITS = 128
 TABLE_BLOCK, TABLE_CHUNK = 64, 32  # tokens and rows of the table at a time
-# Rows of a table that queries are multiplied with at a time: more of them are spilled.
+# Rows of a table that queries are multiplied with at a time; more would spill.
 CHUNK = 16
-# Keys of a window from which on an H200 takes its largest tiles: global attention.
+# Windows of at least so many keys, as in global attention, get the largest tiles of sm_90.
 LARGE_WINDOW = 1024
 KERNELS = {
     "forward": _forward_kernel,
@@ -127,7 +127,7 @@ def tuned() -> dict[str, dict[str, dict[str, int]]]:
 
 
 def columns_for(width: int, most: int) -> int:
-    """The width of a tile of keys that covers a window's rows with least waste, the widest of those; at most `most`."""
+    """Columns of a tile of keys, at most `most`: the widest of those that waste least of a window's rows."""
     candidates = [columns for columns in (64, 32, 16) if columns <= most]
     return min(candidates, key=lambda columns: triton.cdiv(width, columns) * columns)
 
@@ -141,7 +141,7 @@ def default_tile(kernel: str, problem: Problem) -> Tile:
         num_warps = 8
     elif problem.architecture >= 120:
         keys = 32
-    # Of more channels the sums alone fill the registers: in float32, and those of two gradients where all lie in registers.
+    # With more than 64 channels the sums alone fill the registers: in float32, and of two gradients if all lie in registers.
     is_wide, is_single = problem.head_dim > 64, problem.dtype == torch.float32
     if kernel == "query_gradient":
         keys = 16 if is_wide and is_single else 32
@@ -154,10 +154,10 @@ def default_tile(kernel: str, problem: Problem) -> Tile:
 
 
 def hopper_tile(kernel: str, problem: Problem, block: int, keys: int) -> Tile:
-    """The tile for sm_90: a third stage, so that two copies are under way, and larger ones.
+    """The tile for sm_90: a third stage, so that two copies are under way, and larger tiles.
 
-    Keys that every block of queries reads again, and queries that every tile of keys reads again, are most of what goes through
-    the L2 cache: the larger the tile, the less.
+    Most of the L2 cache's traffic is keys that every block of queries reads again, and queries that every tile of keys reads
+    again: larger tiles read less.
     """
     area = problem.window_h * problem.window_w
     if area >= LARGE_WINDOW:
@@ -170,7 +170,7 @@ def hopper_tile(kernel: str, problem: Problem, block: int, keys: int) -> Tile:
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """A head's channels as two powers of two, 80 = 64 + 16; (128, 0) where two would be no less than one."""
+    """A head's channels as two powers of two, 80 = 64 + 16; (128, 0) where splitting saves nothing."""
     whole = max(16, triton.next_power_of_2(head_dim))
     if whole == head_dim or whole == 16:
         return whole, 0
@@ -189,7 +189,7 @@ class Operands:
     qkv_bias: Tensor | None
 
     def scratch(self, problem: Problem, *, zero: bool = False) -> tuple[Tensor, Tensor]:
-        """Room for relative terms, float32: (B, heads, window_h, h*w) and (B, heads, h*w, window_w)."""
+        """Memory for relative terms, float32: (B, heads, window_h, h*w) and (B, heads, h*w, window_w)."""
         planes, tokens = (problem.images, problem.heads), problem.h * problem.w
         create = self.qkv.new_zeros if zero else self.qkv.new_empty
         rel_h = create(*planes, problem.window_h, tokens, dtype=torch.float32)
@@ -245,7 +245,7 @@ def key_tiles(problem: Problem) -> int:
 
 
 def table_parts(problem: Problem, qkv: Tensor, *, of_rows: bool) -> Tensor:
-    """Room for the parts that a table's gradient is the sum of: (splits, 2*size-1, head_dim) float32."""
+    """Memory for the partial sums of a table's gradient: (splits, 2*size-1, head_dim) float32."""
     tiles = triton.cdiv(problem.h * problem.w, TABLE_BLOCK) * problem.images * problem.heads
     size = problem.window_h if of_rows else problem.window_w
     shape = (max(1, min(SPLITS, tiles)), 2 * size - 1, problem.head_dim)

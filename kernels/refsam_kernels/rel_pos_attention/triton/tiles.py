@@ -25,7 +25,7 @@ def _check_tile(
     WINDOW: tl.constexpr, KEYS: tl.constexpr,
     PARTIAL: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """A tile that does not fit the window must not pass for one that does."""
+    """Refuses, at compile time, a tile that does not fit the window and is not masked."""
     tl.static_assert(MASKED or (WINDOW[0] % KEYS[0] == 0 and WINDOW[1] % KEYS[1] == 0))
     tl.static_assert(MASKED or PADDED or not PARTIAL)
 
