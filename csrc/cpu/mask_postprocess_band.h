@@ -10,8 +10,8 @@ constexpr int64_t kBandRows = 64;   // rows that are computed at a time: two wor
 constexpr int64_t kMostLanes = 16;  // tables of columns are padded to a multiple of it
 constexpr int64_t kStatisticsNone = int64_t{1} << 62;
 
-// Of every output position of an axis `count` input positions, ascending, and their weights, one
-// array for each tap. Behind the last position a table of columns repeats it.
+// The `count` input positions of every output position of an axis, ascending, and their weights,
+// one array for each tap. A table of columns repeats the last position behind it.
 struct MaskTaps {
   int count;
   const int32_t* index[4];

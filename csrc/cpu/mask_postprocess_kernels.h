@@ -99,8 +99,8 @@ struct Outlook {
   bool is_finite;
 };
 
-// Of the tile's rows that the output rows from `begin` to `end` are blended from: their weights are
-// positive and their sum is 1.
+// The outlook of the tile's rows from which the output rows `begin` to `end` are blended: their
+// weights are positive and sum to 1.
 REFSAM_INLINE Outlook outlook_of(const MaskTaps& rows, int64_t begin, int64_t end,
                                  const float* tile, int64_t low, const MaskThresholds& limits) {
   const float* row = tile + (rows.index[0][begin] - low) * kLanes;

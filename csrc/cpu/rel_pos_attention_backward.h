@@ -304,11 +304,11 @@ class Backward {
   const Sizes sizes_;
   const float scale_;
   Relative<Element, Operand> relative_;
-  // Of a task
+  // For each task
   Stored *const key_columns_, *const value_columns_;  // panels
   Stored* const key_rows_;                            // (keys, channels)
   float *const grad_keys_, *const grad_values_;       // (keys, channels), read kRows beyond
-  // Of a group of queries
+  // For each group of queries
   Stored* const queries_;                             // (group, depth)
   Stored* const query_rows_;                          // (group, channels)
   Stored* const grads_;                               // (group, depth)

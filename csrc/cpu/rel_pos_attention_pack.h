@@ -232,7 +232,7 @@ class Relative {
     }
   }
 
-  // Of queries of the group from `query` on.
+  // The terms of the group's queries from `query` on.
   RelativeTerms terms(int64_t query) const {
     return {h_ + query * call_.window_height,
             w_ + query * sizes_.key_width,

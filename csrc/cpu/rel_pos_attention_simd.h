@@ -65,7 +65,7 @@ struct Bf16PairOperand {
 };
 #endif
 
-// Of calls in bfloat16.
+// The operand of calls in bfloat16.
 #ifdef __AVX512BF16__
 using Bfloat16Operand = Bf16PairOperand;
 #else

@@ -14,7 +14,7 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kMostWordsOfLane = kMostWords / kWarpSize;
-// Of the mixture, held in registers by the block.
+// Elements of the mixture that a block holds in registers.
 constexpr int kMixedElements = kThreads * 32;
 // A block may have 99 KiB of shared memory on every architecture from sm_80 on.
 constexpr int kMostSharedBytes = 99 * 1024;

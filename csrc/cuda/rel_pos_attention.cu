@@ -95,7 +95,7 @@ __device__ inline void copy_tile(Element* keys, const Window<Element>& window,
     copy_chunks<kHeadDim, kChunks - kWhole>(keys, window, position, kWhole);
 }
 
-// Of each of the lane's queries the terms of its four columns of a tile.
+// Loads the terms of the lane's four columns of a tile, for each of its queries.
 __device__ inline void load_column_terms(float (&of_columns)[2][4], const float* terms,
                                          int stride) {
   const int row = fragment_row(), column = fragment_column();

@@ -28,7 +28,7 @@ struct TokenImageAttention {
   float* statistics;       // (expressions, queries, 2)
   void* attended;          // (expressions, internal width, queries); there if the keys are one part
   float* log_sum_exp;      // (expressions, heads, queries)
-  // Of each part of the keys, where there are several: sums of weights times values, the largest
+  // For each part of the keys, if there are several: sums of weights times values, the largest
   // logit in units of log(2), the sum of the weights.
   float* parts;    // (expressions, parts, internal width, queries)
   float* highest;  // (expressions, heads, parts, queries)

@@ -40,7 +40,7 @@ REPORT = "_build.json"
 TARGET_VERSION = "0x020a000000000000"  # torch 2.10, as torch/csrc/stable/version.h spells it
 AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split()
 AVX2 = ["-mavx2", "-mfma"]
-# Of sources in csrc/cpu whose name ends so, on x86-64: the library asks the processor before it calls them.
+# Flags of the sources in csrc/cpu by the end of their names, on x86-64: the library asks the processor before it calls them.
 INSTRUCTION_SETS = {
     "_avx2": AVX2,
     "_avxvnni": AVX2,  # the sources hold these instructions as text, which needs no flag

@@ -1,6 +1,5 @@
-// What the emulator must compute, and what it must find: `program CASE` runs one kernel and prints
-// its result or what the emulator said. tests/kernels/test_cuda.py compiles it and knows the
-// answers.
+// Kernels that test the emulator itself: `program CASE` runs one of them and prints its result or
+// the emulator's message. tests/kernels/test_cuda.py compiles them and knows the answers.
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -119,7 +118,7 @@ __global__ void copy_later(float* out) {
   if (!kWait) cp_async_wait<0>();
 }
 
-// Of two groups the first has come, the second has not.
+// The first of two groups has arrived, the second has not.
 __global__ void copy_in_groups(float* out) {
   alignas(16) static const float source[4] = {1, 2, 3, 4};
   float* shared = reinterpret_cast<float*>(dynamic_shared()) + 8 * threadIdx.x;

@@ -1,4 +1,4 @@
-"""What every backend of adapter_mlp and adapter_projection must do: tokens, an adapter, a residual stream, a norm."""
+"""Tests that every backend of adapter_mlp and adapter_projection must pass: tokens, adapter, residual stream, norm."""
 
 import torch
 

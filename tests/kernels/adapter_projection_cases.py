@@ -1,4 +1,4 @@
-"""What the kernels of every backend of adapter_projection must do; a test file makes a class of it per backend."""
+"""Tests of the kernels of adapter_projection that every backend must pass; a test file makes a class of them per backend."""
 
 import torch
 from torch import Tensor

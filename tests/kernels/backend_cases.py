@@ -1,4 +1,4 @@
-"""What every backend of a differentiable operator must do; `<operator>_cases.py` adds what its operator's must.
+"""Tests that every backend of a differentiable operator must pass; `<operator>_cases.py` adds those of its operator.
 
 A test file makes a class per backend, of `TorchCases`, `TritonCases` or `CudaCases` and of its operator's cases.
 """

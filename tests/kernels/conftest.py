@@ -1,4 +1,4 @@
-"""What the tests of the kernels share: memory that the library does not write shows."""
+"""Shared by the tests of the kernels: memory that the library does not write shows."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What every backend of dense_attention must do; a test file makes a class of it per backend."""
+"""Tests that every backend of dense_attention must pass; a test file makes a class of them per backend."""
 
 import torch
 import torch.nn.functional as F

@@ -78,14 +78,14 @@ def emulated_plan(target: Path, sanitize: bool = False, names: Sequence[str] = (
 
 
 def emulator_flags() -> list[str]:
-    """What every source needs that is emulated, beside `emulating`; raises `BuildSkipped` without CUDA's headers."""
+    """Flags of every emulated source, beside those of `emulating`; raises `BuildSkipped` without CUDA's headers."""
     # Uninitialised variables hold a pattern, as little a result as the NaN of uninitialised memory.
     flags = ["-std=c++20", "-O2", "-ftrivial-auto-var-init=pattern", "-Wno-unknown-pragmas"]
     return [*flags, "-isystem", str(cuda_headers()), f"-I{build.source_root()}", f"-I{EMULATOR}"]
 
 
 def emulating(source: Path, sanitize: bool = False) -> list[str]:
-    """What the compiler reads before a source: the emulator's headers in the place of those with the same guards.
+    """Flags that make the compiler read the emulator's headers before a source, in place of those with the same guards.
 
     A kernel shows its accesses to memory to the emulator, or with `sanitize` to AddressSanitizer: GCC does one of both.
     """

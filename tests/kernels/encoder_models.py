@@ -43,7 +43,7 @@ class Example:
     feature: str = "last_hidden_state"
 
     def features(self, model: Any, scale: float = 1.0) -> Tensor:
-        """What the model makes of its inputs."""
+        """The model's features of its inputs."""
         output = self.run(model, scale)
         if isinstance(output, dict) and "last_feat" in output:
             return output["last_feat"]

@@ -1,4 +1,4 @@
-"""What every backend of mask_loss must do; a test file makes a class of it per backend."""
+"""Tests that every backend of mask_loss must pass; a test file makes a class of them per backend."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +22,7 @@ SIZES: dict[
     "one-pixel": ((1, 1, 1), 1, (1, 1), (1, 1)),
 }
 SMALL: Size = ((2, 8, 8), 32, (32, 20), (9, 11))
-# Of losses against the reference in float64; of gradients beside three times the plain formula's error.
+# For losses against the reference in float64, and for gradients beside three times the plain formula's error.
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-6}
 
 
@@ -100,7 +100,7 @@ class MaskLossCases:
         checks.check_forward_mode_raises(self.operator_of(), self.inputs(), self.backend)
 
     def test_ignored_pixels_change_no_bit(self) -> None:
-        """Whatever stands there, NaN included, and their gradient is that of the other pixels alone."""
+        """Any values there, NaN included, change nothing; the gradient is that of the other pixels alone."""
         inputs = self.inputs()
         outputs, gradients = self.run(inputs)
         for rubbish in (255.0, float("nan")):

@@ -1,4 +1,4 @@
-"""What every backend of mask_postprocess must do: bytes, bits and run lengths. A test file makes a class of it per backend.
+"""Tests that every backend of mask_postprocess must pass: bytes, bits, run lengths. A test file makes a class per backend.
 
 Logits are made so that none is near the threshold where results must be equal: there the order of a few float32 additions may
 decide.
@@ -188,7 +188,7 @@ class MaskPostprocessCases:
     def test_more_runs_than_expected_cost_a_second_round(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """What does not fit is neither lost nor written behind the end."""
+        """Runs that do not fit are neither lost nor written behind the end."""
         logits = make_logits((2, 16, 16))
         sizes: dict[str, Any] = {"image_size": 16, "input_size": (16, 16), "output_size": (16, 16)}
 
@@ -237,7 +237,7 @@ class MaskPostprocessCases:
             arguments = (x, *sizes, 0.0, 1.0, self.backend)
             torch.library.opcheck(operators.mask_postprocess_bits.default, arguments)
         words, _ = operators.mask_postprocess_bits(logits, *sizes, 0.0, 1.0, self.backend)
-        # What stands behind the last run is anything: compared with itself it must be the same.
+        # Anything may stand behind the last run; compared with itself it must be the same.
         capacity = int(operators.mask_postprocess_runs(words, sizes[2], 0, self.backend)[1].sum())
         arguments = (words, sizes[2], capacity, self.backend)
         torch.library.opcheck(operators.mask_postprocess_runs.default, arguments)
@@ -328,7 +328,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 
 
 class LibraryCases:
-    """What a compiled library refuses, straight in C++, past the checks of the public functions."""
+    """A compiled library refuses wrong arguments itself, without the checks of the public functions."""
 
     library: str
     device = "cpu"

@@ -1,4 +1,4 @@
-"""What every backend of mask_upscale must do; a test file makes a class of it per backend."""
+"""Tests that every backend of mask_upscale must pass; a test file makes a class of them per backend."""
 
 from functools import partial
 

@@ -39,7 +39,7 @@ def permuted(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def between(x: Tensor) -> Tensor:
-    """What a kernel that passes over strides reads in their place: NaN, or where there is none a value of its own."""
+    """Values that a kernel reads if it ignores strides: NaN, or for other dtypes a value that shows."""
     if x.is_floating_point():
         return torch.full_like(x, float("nan"))
     return ~x if x.dtype == torch.bool else torch.zeros_like(x)

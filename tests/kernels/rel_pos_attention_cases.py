@@ -1,6 +1,6 @@
-"""What every backend of rel_pos_attention must do beside being right, which its test file shows in sizes of its own.
+"""Tests that every backend of rel_pos_attention must pass; each test file compares results in sizes of its own besides.
 
-A test file makes a class of it per backend, or per kernel of a backend.
+A test file makes a class of them per backend, or per kernel of a backend.
 """
 
 from collections.abc import Callable

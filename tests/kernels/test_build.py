@@ -388,7 +388,7 @@ def symbols(file: Path, *options: str) -> list[tuple[str, str]]:
 
 
 def assert_stable(library: Path) -> None:
-    """Of torch nothing is used but the C functions of torch 2.10, which keep their meaning between versions."""
+    """The libraries use torch's C functions of 2.10 alone, which keep their meaning between versions."""
     audit = pytest.importorskip("torch_abi_audit").inspect_extension(library)
     assert audit.torch.uses_torch
     assert audit.torch.stable, audit.torch.unstable_symbols

@@ -60,14 +60,14 @@ RESULTS = {
     "copy-groups": EVERY,
     "multiply-half": EVERY,
     "multiply-bfloat16": EVERY,
-    # What is not initialised is seen.
+    # Uninitialised memory shows.
     "not-written": " ".join(["nan"] * 64),
     "not-set": EVERY,
     # A copy that was not waited for has not come, even the one of zeros.
     "copy-not-waited-for": " ".join(["nan"] * 64),
 }
 ERRORS = {
-    # What no barrier orders, also where the emulator's own order, or that of a shuffle, gives the right numbers.
+    # Races that no barrier orders, also if the emulator's own order, or that of a shuffle, gives the right numbers.
     "read-too-early": "of shared memory, which warp",
     "write-too-early": "of shared memory, which warp",
     "barrier-of-too-few": "of shared memory, which warp",

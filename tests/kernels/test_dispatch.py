@@ -35,7 +35,7 @@ def formula(x: Tensor, weight: Tensor, scale: float) -> Tensor:
 
 
 class Trace(list[str]):
-    """What ran, as "direction backend"."""
+    """The calls that ran, as "direction backend"."""
 
 
 TRACE = Trace()

@@ -1,4 +1,4 @@
-"""What `python -m refsam_kernels.info` says."""
+"""The output of `python -m refsam_kernels.info`."""
 
 import json
 import os

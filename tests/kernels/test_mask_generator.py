@@ -63,7 +63,7 @@ def generator_class() -> Iterator[type]:
 
 
 CROPS = {"crop_n_layers": 1, "crop_n_points_downscale_factor": 2}
-# Of a random model, whose quality is about 0 and whose logits are small.
+# For a random model, whose quality is about 0 and whose logits are small.
 LOOSE = {"pred_iou_thresh": -1.0, "stability_score_thresh": 0.2, "stability_score_offset": 0.02}
 SETTINGS: dict[str, dict[str, Any]] = {
     "as run lengths": LOOSE | {"output_mode": "uncompressed_rle"},

@@ -177,7 +177,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_resize_matrix_is_narrow_and_averages(
     low: int, image: int, cropped: int, output: int
 ) -> None:
-    """What makes bands worthwhile: at most four neighbouring input positions per output position, weights of sum 1."""
+    """Bands are worthwhile: at most four neighbouring input positions per output position, weights of sum 1."""
     matrix = resize_matrix(low, image, cropped, output, torch.float64)
     assert matrix.shape == (output, low)
     torch.testing.assert_close(matrix.sum(dim=1), torch.ones(output, dtype=torch.float64))

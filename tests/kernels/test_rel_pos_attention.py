@@ -45,7 +45,7 @@ DTYPES = [
     ),
 ]
 BACKENDS = ["reference", *ARRANGED]
-# What a backend is compared in where nothing is to be seen but a mistake, and its roundings in it.
+# The dtype in which a backend is compared to find mistakes, and its roundings in that dtype.
 EXACT = {"reference": torch.float64, "fallback": torch.float64, "cpu": torch.float32}
 ROUNDING = {torch.float64: 1e-12, torch.float32: 5e-6}
 CASES = {  # images, height, width, heads, head dim, window

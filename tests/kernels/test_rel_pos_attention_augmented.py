@@ -15,7 +15,7 @@ from tests.kernels.test_rel_pos_attention import CASES, make_inputs, operator_of
 def plain_attention(
     queries: Tensor, keys: Tensor, values: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """What torch's kernel computes, and what it asks for."""
+    """The formula of torch's kernel, and its conditions."""
     assert queries.shape[-1] == keys.shape[-1] and queries.shape[-1] % augmented.MULTIPLE == 0
     scores = (queries @ keys.mT) * scale
     return scores.softmax(-1) @ values, scores.logsumexp(-1)

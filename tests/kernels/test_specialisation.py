@@ -25,7 +25,7 @@ Seen = dict[str, set[Any]]
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
-    """What each kernel was specialised on by the launches of a test, none of which runs."""
+    """The specialisations of each kernel by the launches of a test, none of which runs."""
     found: Seen = defaultdict(set)
 
     def note(launch: Launch) -> None:

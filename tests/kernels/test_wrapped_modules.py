@@ -1,4 +1,4 @@
-"""What people put around an optimized model's modules: hooks, adapters, quantised weights, data parallelism, tracing."""
+"""Things that people put around an optimized model's modules: hooks, adapters, quantised weights, data parallelism, tracing."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -177,7 +177,7 @@ def test_quantised_before_optimize(
 
 @torch.no_grad()
 def test_hooks_of_all_modules_see_every_linear_layer() -> None:
-    """Of a hooked qkv the last call is the grid's; one before it, on a token of zeros, tells what padding becomes."""
+    """The last call of a hooked qkv is the grid's; one before it, on a token of zeros, gives the values of padding."""
     model, pixels = sam_encoder(), pixels_of()
 
     def linear_calls() -> list[tuple[str, tuple[int, ...]]]:

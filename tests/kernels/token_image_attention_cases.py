@@ -1,4 +1,4 @@
-"""What every backend of token_image_attention must do; a test file makes a class per backend and direction of it."""
+"""Tests that every backend of token_image_attention must pass; a test file makes a class per backend and direction."""
 
 from functools import partial
 

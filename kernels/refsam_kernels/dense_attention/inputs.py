@@ -6,7 +6,7 @@ from torch import Tensor
 
 from refsam_kernels.core.reasons import KERNEL_DTYPES, dtype_reasons, limit_reasons
 
-# Of the kernels in Triton and CUDA, as csrc/cuda/dense_attention.h.
+# Limits of the kernels in Triton and CUDA, as csrc/cuda/dense_attention.h has them.
 MOST_CHANNELS = 512
 MOST_WORDS = 128
 

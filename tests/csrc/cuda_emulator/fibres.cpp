@@ -28,7 +28,7 @@ namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kPageBytes = 4096;
-// What sm_86, sm_89 and sm_120 give a block.
+// A block's shared memory on sm_86, sm_89 and sm_120.
 constexpr size_t kMostSharedBytes = 99 * 1024;
 constexpr uint64_t kMostThreads = 1024;
 constexpr uint64_t kMostBlocks = 65535;  // along y and z
@@ -234,7 +234,7 @@ void end_thread() {
   pass_on();
 }
 
-// What a thread's fibre does: one block after another.
+// The work of a thread's fibre: one block after another.
 void work() {
 #ifdef __SANITIZE_ADDRESS__
   Fibre& program = launch->program;

@@ -14,7 +14,7 @@
 
 namespace refsam::emulator {
 
-// Of the thread that runs now.
+// The position of the thread that runs now.
 struct Position {
   uint3 thread, block;
   dim3 block_size, grid_size;

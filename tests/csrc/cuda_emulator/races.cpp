@@ -41,8 +41,8 @@ std::string WatchedMemory::use(const void* address, size_t bytes, bool writes, c
 
 }  // namespace refsam::emulator
 
-// What code calls that is compiled with -fsanitize=thread, which is not linked with the library of
-// this name: before every access to memory that other threads may see.
+// Code compiled with -fsanitize=thread calls these before every access to memory that other threads
+// may see; it is not linked with the library of that name.
 #define REFSAM_ACCESS(name, bytes, writes) \
   void __tsan_##name(void* address) { refsam::emulator::use_memory(address, bytes, writes); }
 #define REFSAM_ACCESSES(bytes)                       \

@@ -30,7 +30,7 @@ class Users {
 
  private:
   uint32_t other_warps(const Moment& now) const { return warps_ & ~(1u << now.warp); }
-  // Of its own warp. If another warp came later its lanes were forgotten, but then that is another.
+  // Lanes of its own warp. If another warp came later, its lanes were forgotten.
   uint32_t other_lanes(const Moment& now) const {
     const bool same = warp_ == now.warp && warp_barriers_ == now.warp_barriers;
     return same ? lanes_ & ~(1u << now.lane) : 0;
