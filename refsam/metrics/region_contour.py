@@ -45,11 +45,6 @@ class SequenceScores(NamedTuple):
     region: Scores
     contour: Scores
 
-    @property
-    def mean(self) -> float:
-        """J&F: the mean of the mean J and the mean F."""
-        return (statistics(self.region).mean + statistics(self.contour).mean) / 2
-
 
 def region_similarity(
     prediction: ArrayLike, truth: ArrayLike, void: ArrayLike | None = None

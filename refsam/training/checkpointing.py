@@ -14,7 +14,6 @@ from torch import Tensor
 
 from refsam.checkpoint import Checkpoint, write_checkpoint
 from refsam.errors import UserError, named
-from refsam.model import RefSAM
 from refsam.model.model_card import card_arguments
 from refsam.training.distributed import Processes, local, spread_like, whole
 from refsam.training.module import TrainingModule
@@ -63,11 +62,6 @@ class Weights:
             stored = self.model.to_checkpoint(delta)
             tensors = {n: whole(t).detach().cpu().clone() for n, t in stored.tensors.items()}
         return replace(stored, tensors=tensors)
-
-    def averaged_model(self) -> RefSAM:
-        """A copy of the model, in eval mode, with the averaged weights."""
-        stored = self.averaged_checkpoint(delta=False)
-        return RefSAM.from_checkpoint(stored).to(self.processes.device)
 
     def save_model(self, folder: Path, may_be_delta: bool) -> None:
         """Write the averaged model, without SAM's own tensors if `may_be_delta` and the model is built on SAM's file."""

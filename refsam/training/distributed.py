@@ -61,7 +61,7 @@ class Processes:
             dist.destroy_process_group()
 
     def wait(self) -> None:
-        """Return when all processes have come here."""
+        """Wait until all processes are here."""
         if self.count > 1:
             dist.barrier()
 
@@ -222,7 +222,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same on all processes, on the device of another one and sharded as that is."""
+    """Shard a whole tensor, equal on all processes, as another one is, on its device."""
     tensor = tensor.to(like.device)
     if not isinstance(like, DTensor):
         return tensor

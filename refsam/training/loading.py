@@ -96,7 +96,7 @@ def _map(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
 
 
 def _begin_worker(has_ended: Event | None, _: int) -> None:
-    """A signal to the whole group leaves the worker at work; once nobody wants its batches, SIGTERM ends it in mid-read."""
+    """Ignore signals to the whole group; once nobody wants the worker's batches, SIGTERM ends it, even while it reads."""
 
     def end(*_: object) -> None:
         if has_ended is not None and has_ended.is_set():

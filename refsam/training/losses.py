@@ -21,7 +21,7 @@ def mask_losses(
     """Scalar losses of P predicted masks against masks (P, H, W) bool (paper, section 3.4).
 
     `ignore (P, H, W)` bool: ignored pixels, None for none. `scale` divides the size at which the loss is taken,
-    against masks averaged down alike; a pixel with any ignored part is ignored.
+    against masks averaged down to the same size; a pixel with any ignored part is ignored.
     """
     targets = masks
     if scale > 1:

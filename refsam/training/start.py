@@ -149,6 +149,6 @@ def encode_text(settings: TrainingSettings, advance: Callable[[], None] = lambda
     features = TrainingModule(model, settings).features
     if features is None:
         raise UserError(
-            "text_cache: the text encoder of this configuration is trained, so that nothing can be kept"
+            "text_cache: the text encoder of this configuration is trained, so its output cannot be kept"
         )
     return features.encode_all(every_expression(settings, datasets), advance)

@@ -46,7 +46,7 @@ def serve(
         page = _open(visitors, host, port)
         try:
             announce(f"refsam ui: {page.local_url} (Ctrl-C ends it)")
-            visitors.welcome(load())
+            visitors.set_engine(load())
             announce("refsam ui: the model is ready")
             threading.Event().wait()
         except KeyboardInterrupt:

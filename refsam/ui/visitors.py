@@ -44,8 +44,8 @@ class Visitors:
         self._turn = threading.Lock()
         self._sample = threading.Lock()
 
-    def welcome(self, engine: Engine) -> None:
-        """Set the model, for which visitors may be waiting."""
+    def set_engine(self, engine: Engine) -> None:
+        """Set the model; visitors may be waiting for it."""
         self._engine = engine
         self._loaded.set()
 

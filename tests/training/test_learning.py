@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from refsam.metrics import region_similarity
+from refsam.model import RefSAM
 from refsam.session import VideoSession
 from refsam.training.loop import Trainer
 from refsam_kernels import use_backend
@@ -90,7 +91,8 @@ def test_one_clip_is_learnt_by_heart(tmp_path: Path) -> None:
     (dataset,) = trainer.datasets
     (video,) = dataset.videos
     expression = dataset.expressions(video.name)[0]
-    session = VideoSession(trainer.weights.averaged_model(), [expression.text])
+    averaged = RefSAM.from_checkpoint(trainer.weights.averaged_checkpoint(delta=False))
+    session = VideoSession(averaged, [expression.text])
     for name in video.annotated:
         found = session.step(torch.from_numpy(dataset.frame(video.name, name).copy())).masks[0]
         assert region_similarity(found.numpy(), dataset.mask(expression, name)) > 0.95, name

@@ -94,7 +94,7 @@ def find_rules(name: str) -> InferenceRules:
 class GroupLogits:
     """The logits of a group of E expressions in one frame.
 
-    `logits` `(E, 4h, 4w)` float32 over the model's square of side `image_size`, of which the frame fills `input_size`;
+    `logits` `(E, 4h, 4w)` float32 over the model's square of side `image_size`; the frame fills `input_size` of it.
     `seen_size` is the frame's size as the model was given it, `size` its own. Sizes are (height, width).
     """
 

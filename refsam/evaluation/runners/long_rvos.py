@@ -71,7 +71,9 @@ class LongRvos(PerExpression):
         table = Table(("expressions", *_NAMES), rows, " ".join(RULES))
         sections = (Section("Scores", (table,)), Section("Rules", (Text(RULES, listed=True),)))
         text = "\n".join([*RULES, "", table.markdown()])
-        return Outcome(text, {"scores": means}, sections, {"scores.csv": _csv(scores)})
+        lines = ([*key, *score.values()] for key, score in scores.items())
+        files = {"scores.csv": as_csv(["video", "expression", *_NAMES], lines)}
+        return Outcome(text, {"scores": means}, sections, files)
 
 
 def _of_expression(rows: list[Mapping[str, Any]]) -> dict[str, float]:
@@ -85,8 +87,3 @@ def _of_expression(rows: list[Mapping[str, Any]]) -> dict[str, float]:
         "tIoU": float(both.sum() / either) if either else 1.0,
         "vIoU": float(region[both].sum() / either) if either else 1.0,
     }
-
-
-def _csv(scores: Mapping[tuple[str, str], Mapping[str, float]]) -> str:
-    rows = ([*key, *(score[name] for name in _NAMES)] for key, score in scores.items())
-    return as_csv(["video", "expression", *_NAMES], rows)

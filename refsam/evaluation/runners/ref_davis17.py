@@ -108,7 +108,9 @@ class RefDavis17(VideoBenchmark):
                 Section(f"{section.title} ({name})", section.blocks)
                 for section in mask_sections(scored, self.dataset.frame, pictures=name)
             ]
-            files |= {_csv_name(name, index): s.result.as_csv() for index, s in enumerate(scored)}
+            for index, scores in enumerate(scored):
+                part = "" if name == _PER_EXPRESSION else f"_anno_{index}"
+                files[f"{name}{part}.csv"] = scores.result.as_csv()
         return Outcome("\n".join(texts), summary, tuple(sections), files)
 
     def _scored(self, predictions: Path, name: str, processes: int) -> list[Scored]:
@@ -116,7 +118,8 @@ class RefDavis17(VideoBenchmark):
         assert truth is not None  # __post_init__ refuses a dataset without truth
         videos = [unit.video.name for unit in self.units]
         if protocol.per_expression:
-            parts = {"": (predictions / "expressions", self.dataset.listing, self._texts(None))}
+            texts = texts_of(self.units)
+            parts = {"": (predictions / "expressions", self.dataset.listing, texts)}
         else:
             parts = {
                 annotator: (predictions / f"anno_{index}", None, self._texts(index))
@@ -129,10 +132,8 @@ class RefDavis17(VideoBenchmark):
             scored.append(Scored(part, result, layout.clips, texts))
         return scored
 
-    def _texts(self, annotator: int | None) -> dict[tuple[str, str], str]:
-        """An annotator's expressions by object; without an annotator, every expression."""
-        if annotator is None:
-            return texts_of(self.units)
+    def _texts(self, annotator: int) -> dict[tuple[str, str], str]:
+        """An annotator's expressions by object."""
         every = [expression for unit in self.units for expression in unit.expressions]
         return {(e.video, str(_number(e))): e.text for e in every if e.annotator == annotator}
 
@@ -143,7 +144,3 @@ def _number(expression: Expression) -> int:
             f"ref-davis17: expression {expression.expression_id} of {expression.video} names no object"
         )
     return expression.object_ids[0]
-
-
-def _csv_name(protocol: str, index: int) -> str:
-    return f"{protocol}.csv" if protocol == _PER_EXPRESSION else f"{protocol}_anno_{index}.csv"

@@ -47,7 +47,7 @@ class Sample:
 class RefCoco(Benchmark):
     """Predictions `<split>/<image>/<expression>/<image>.png` of one or more splits, binary masks.
 
-    `conventions` are names of `refsam.metrics.referring_image.CONVENTIONS`, all of which the JSON holds; these are printed.
+    `conventions` names those of `refsam.metrics.referring_image.CONVENTIONS` to print; the JSON holds all of them.
     Raises UserError for an unknown one and for a split without expressions.
     """
 
@@ -123,7 +123,8 @@ class RefCoco(Benchmark):
         )
         text = "\n\n".join(f"{table.caption}\n{table.markdown()}" for table in tables)
         summary = {"conventions": rules, "splits": scores}
-        return Outcome(text, summary, sections, {"scores.csv": _csv(samples)})
+        table_of_samples = as_csv([field.name for field in fields(Sample)], map(astuple, samples))
+        return Outcome(text, summary, sections, {"scores.csv": table_of_samples})
 
     def _pictures(self, run: RunFolder, samples: Sequence[Sample]) -> Iterable[Picture | Text]:
         yield Text((f"{LEGEND}.",))
@@ -174,8 +175,3 @@ def _precision_chart(samples: Sequence[Sample]) -> Picture | Text:
         curves.append(Curve(split, shares, COLOURS[index % len(COLOURS)]))
     names = tuple(f"IoU {level:.2f}" for level in levels)
     return picture("precision", curves, names, "Share of samples with an IoU above each level")
-
-
-def _csv(samples: Iterable[Sample]) -> str:
-    names = [field.name for field in fields(Sample)]
-    return as_csv(names, (astuple(sample) for sample in samples))

@@ -12,7 +12,7 @@ from refsam.evaluation.reports.report import Table
 # The stages in their order, and what each contains.
 STAGES: Mapping[str, str] = {
     "decode": "read and decode the frame",
-    "encode": "resize, normalise, image encoder: once per frame, whatever the number of expressions",
+    "encode": "resize, normalise, image encoder; once per frame for all expressions",
     "prompt": "text encoder and projection; once per video and expression",
     "decode masks": "dense attention, mask decoder, tracking, masks at the frame's size",
     "write": "encode and write the PNGs",

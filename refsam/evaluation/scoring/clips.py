@@ -15,8 +15,7 @@ from refsam.evaluation.scoring.protocols import Protocol
 class RunLengths:
     """A mask of `size` (height, width) as the union of COCO run-length codes, none of them if it is empty.
 
-    `size` is None where no mask of the video has one, because every expression means nothing: then the prediction's size
-    is used.
+    `size` is None if no expression of the video means an object: then the prediction's size is used.
     """
 
     size: tuple[int, int] | None

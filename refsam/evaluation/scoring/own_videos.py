@@ -34,10 +34,10 @@ def find_own_clips(predictions: Path, dataset: ReferringDataset) -> Layout:
             continue
         if not (predictions / video.name).is_dir():
             problems.append(Problem("video missing", "", video.name))
-        spoken = _segmented(predictions / video.name)
+        listed = _segmented(predictions / video.name)
         truths = tuple(source.file(video.name, frame) for frame in video.annotated)
         for expression in dataset.expressions(video.name):
-            paths = _paths(predictions, video, expression, spoken, problems)
+            paths = _paths(predictions, video, expression, listed, problems)
             clips.append(
                 Clip(
                     video.name,
@@ -69,21 +69,21 @@ def _paths(
     predictions: Path,
     video: VideoRecord,
     expression: Expression,
-    spoken: list[str] | None,
+    listed: list[str] | None,
     problems: list[Problem],
 ) -> Iterable[Path | None]:
     """The prediction of each annotated frame, None where it is missing, which is noted."""
     folder = predictions / video.name
-    if spoken is not None and expression.text not in spoken:
+    if listed is not None and expression.text not in listed:
         problems.append(Problem("expression missing", video.name, repr(expression.text)))
         return [None] * len(video.annotated)
     place = {frame: index for index, frame in enumerate(video.frame_names)}
     found: list[Path | None] = []
     for frame in video.annotated:
-        if spoken is None:
+        if listed is None:
             path = folder / expression.expression_id / f"{frame}.png"
         else:
-            number = spoken.index(expression.text)
+            number = listed.index(expression.text)
             path = folder / "masks" / f"{number:02d}" / f"{place[frame]:05d}.png"
         found.append(path if path.is_file() else None)
         if found[-1] is None and folder.is_dir():
