@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from refsam.config import config_from_dict
-from refsam.model.text_encoder import EncodedText, TextEncoder
+from refsam.model.text_encoder import CachedTextEncoder, EncodedText
 from refsam.training.loop import Trainer
 from refsam.training.settings import TrainingSettings
 from tests.tiny_model import CONFIG
@@ -41,7 +41,7 @@ def losses_of(trainer: Trainer) -> list[float]:
     return [record["total"] for record in trainer.run() if "total" in record]
 
 
-def ones_for_words(encoder: TextEncoder, expressions: list[str]) -> EncodedText:
-    """What stands for the features of a pretrained encoder."""
+def ones_for_words(encoder: CachedTextEncoder, expressions: list[str]) -> EncodedText:
+    """Stand for the features of a pretrained encoder: ones, as many as an expression has words."""
     lengths = torch.tensor([len(text.split()) for text in expressions])
     return EncodedText(torch.ones(len(expressions), int(lengths.max()), encoder.width), lengths)
