@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from refsam_kernels.core.transforms import is_transformed
 from refsam_kernels.fingerprint import Fingerprint
 
 Made = TypeVar("Made")
@@ -98,8 +99,9 @@ def trains(module: nn.Linear) -> bool:
 
 
 def is_followed(x: Tensor) -> bool:
-    """Whether operations on x are recorded, not only computed: it is traced, or no plain tensor."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
+    """Whether operations on x are recorded or transformed, not only computed; or it is no plain tensor."""
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return is_traced or is_transformed() or type(x) is not Tensor
 
 
 class LinearCopy(Generic[Made]):

@@ -249,7 +249,7 @@ def check_checkpoint(operator: Operator, inputs: Inputs, backend: str) -> None:
 
 
 def check_forward_mode_raises(operator: Operator, inputs: Inputs, backend: str) -> None:
-    """Forward-mode derivatives to any tensor are refused, not silently zero."""
+    """Forward-mode derivatives to any tensor are refused, not silently zero; so are torch.func's gradients, in words."""
     for name in (name for name, x in inputs.items() if x.is_floating_point()):
 
         def function(x: Tensor, name: str = name) -> Any:
@@ -267,6 +267,8 @@ def check_forward_mode_raises(operator: Operator, inputs: Inputs, backend: str) 
         ):
             with pytest.raises(RuntimeError, match="forward-mode derivatives"):
                 derivative()
+        with pytest.raises(RuntimeError, match=r"by torch.func .* call torch.autograd.grad"):
+            torch.func.grad(lambda x: outputs_of(function(x))[0].sum())(x)
 
 
 def check_second_derivative_raises(operator: Operator, inputs: Inputs, name: str) -> None:

@@ -55,6 +55,7 @@ from torch.library import Library, infer_schema, register_autograd, register_fak
 
 from refsam_kernels.core.dispatch import Dispatcher, requested_backend
 from refsam_kernels.core.gradients import empty_gradients, finished
+from refsam_kernels.core.transforms import is_transformed
 
 NAMESPACE = "refsam_kernels"
 # Not `torch.library.custom_op`: its first call imports torch._dynamo, which takes seconds.
@@ -83,7 +84,7 @@ class Operator:
         """Registers the forward and returns it; `fake(inputs)` gives uninitialised outputs."""
         self.fake = fake
         operator = self._of_bundle(self.name, "forward", self.inputs, self.outputs, fake)
-        return refusing_tangents(self, operator)
+        return refusing_transforms(self, operator)
 
     def register(
         self, function: str, inputs: Any, outputs: Any, fake: Callable[[Any], Any]
@@ -295,14 +296,28 @@ def signed(parameters: Mapping[str, Any], returns: Any) -> Callable[..., Any]:
     return function
 
 
-def refusing_tangents(owner: Any, operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator; it raises `RuntimeError` for forward-mode derivatives, which torch would silently take to be zero."""
+def refusing_transforms(owner: Any, operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator; it raises `RuntimeError` for forward-mode derivatives, which torch would silently take to be zero.
+
+    It raises likewise for gradients by `torch.func`: torch's own error does not say what to call.
+    """
 
     def forward(*arguments: Any) -> Any:
-        if owner.is_differentiable and has_tangent(arguments):
+        if not (owner.is_differentiable and is_transformed()):
+            return operator(*arguments)
+        name = f"{NAMESPACE}::{owner.name}"
+        if has_tangent(arguments):
             message = "forward-mode derivatives (torch.func.jvp, jacfwd) are not supported"
-            raise RuntimeError(f"{NAMESPACE}::{owner.name}: {message}")
-        return operator(*arguments)
+            raise RuntimeError(f"{name}: {message}; call torch.autograd.grad or backward()")
+        try:
+            return operator(*arguments)
+        except RuntimeError as error:
+            if "setup_context" not in str(error):
+                raise
+            message = "gradients by torch.func (grad, vjp, jacrev) are not supported"
+            raise RuntimeError(
+                f"{name}: {message}; call torch.autograd.grad or backward()"
+            ) from None
 
     return forward
 

@@ -126,7 +126,8 @@ def optimize(model: Any, *, dtype: torch.dtype | None = None, check: bool = True
 
     Returns:
         The handle whose `undo()` restores the model. Where transformers' `output_attentions` asks an eager
-        attention for weights, its own code computes them; a warning says so once.
+        attention for weights, its own code computes them; a warning says so once. So it is under torch.func's
+        transforms and forward-mode derivatives.
 
     Raises:
         ValueError: the model has no such part, was optimized already, is on the meta device, differs inside (adapters in a block,

@@ -1,12 +1,15 @@
 """Methods of single modules replaced in place, after checks that they are the methods that one knows."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
+
+from refsam_kernels.core.transforms import is_transformed
 
 # The method that nn.DataParallel copies a module with.
 _REPLICATE = "_replicate_for_data_parallel"
@@ -53,7 +56,7 @@ class Optimization:
         self._applied: list[tuple[Replacement, partial[Any]]] = []
         for item in replacements:
             # A partial, unlike a bound method, survives pickle, and a deep copy of it calls the copied module.
-            substitute = partial(item.function, item.module)
+            substitute = partial(_call, item.function, item.method, item.module)
             setattr(item.module, item.method, substitute)
             self._applied.append((item, substitute))
             if isinstance(item.module, nn.Module):
@@ -85,6 +88,24 @@ class Optimization:
 
     def __exit__(self, *_: object) -> None:
         self.undo()
+
+
+def _call(function: Callable[..., Any], method: str, module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The function in the method's place; the class's own method under transforms, for which operators have no rules."""
+    if not is_transformed():
+        return function(module, *args, **kwargs)
+    say_that_own_code_computes()
+    return getattr(type(module), method)(module, *args, **kwargs)
+
+
+@cache
+def say_that_own_code_computes() -> None:
+    """Warns once that a model computes as before `optimize()`."""
+    warnings.warn(
+        "torch.func's transforms and forward-mode derivatives: the model's own code computes, as before optimize(); "
+        "call torch.autograd.grad or backward() to be faster",
+        stacklevel=2,
+    )
 
 
 def _replicate(module: nn.Module) -> nn.Module:
