@@ -54,8 +54,7 @@ class HierarchicalDenseAttention(nn.Module):
             conv, norm = layers
             weight = conv.weight.flatten(1)
             maps = torch.stack([F.linear(x.flatten(1, 2), weight) for x in intermediates])
-            normed = F.layer_norm(maps, norm.weight.shape, norm.weight, norm.bias, norm.eps)
-            levels += F.normalize(normed, dim=-1).to(embedding.dtype).unbind()
+            levels += F.normalize(norm.on_last(maps), dim=-1).to(embedding.dtype).unbind()
         return torch.stack(levels)
 
     def forward(self, levels: Tensor, text: Tensor, lengths: Tensor, image_index: Tensor) -> Tensor:

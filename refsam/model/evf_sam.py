@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,6 @@ class EVFSAM(PromptedSAM):
         model.to(model.image_encoder.pos_embed.dtype)
         model.sources = dict(stored.sources)
         return model.eval()
-
-    @classmethod
-    def expected_tensors(cls, config: EVFConfig) -> Mapping[str, Tensor]:
-        """Names and shapes of a configuration's state dict, as tensors without storage."""
-        with torch.device("meta"):
-            return cls(config).state_dict()
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write a checkpoint folder that `from_pretrained` reads; raises CheckpointError if it cannot be written."""

@@ -54,8 +54,7 @@ class _PackedNeck:
     def __init__(self, neck: nn.Sequential) -> None:
         self._neck = neck
         layers: list[Any] = list(neck)
-        first, norm1, second, norm2 = layers
-        self._norms = [(n.weight.shape, n.weight, n.bias, n.eps) for n in (norm1, norm2)]
+        first, self._norm1, second, self._norm2 = layers
         self._first = PackedLinear(first.weight.flatten(1), None)
         self._second = PackedConv(second)
 
@@ -63,9 +62,8 @@ class _PackedNeck:
         """(B, h, w, D) to (B, h, w, C)."""
         if torch.is_autocast_enabled("cpu"):
             return _run_neck(self._neck, x)
-        x = F.layer_norm(self._first(x), *self._norms[0])
-        x = self._second(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return F.layer_norm(x, *self._norms[1])
+        x = self._norm1.on_last(self._first(x))
+        return self._norm2.on_last(self._second(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class ImageEncoder(PackedModule):

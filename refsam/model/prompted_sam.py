@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,13 @@ class PromptedSAM(nn.Module):
     mask_decoder: MaskDecoder
     pixel_mean: Tensor
     pixel_std: Tensor
+
+    @classmethod
+    def expected_tensors(cls, config: Any) -> dict[str, Tensor]:
+        """Names and shapes of the state dict of a model with this configuration, as tensors without storage."""
+        make: Any = cls
+        with torch.device("meta"):
+            return make(config).state_dict()
 
     @abstractmethod
     def encode_text(self, expressions: Sequence[str]) -> TextPrompt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +114,6 @@ class RefSAM(
         if "text_encoder" in stored.sources:
             model.text_encoder.expected_sha256 = stored.sources["text_encoder"].sha256
         return model.eval()
-
-    @classmethod
-    def expected_tensors(
-        cls, config: RefSAMConfig, tokenizer: Tokenizer | None = None
-    ) -> Mapping[str, Tensor]:
-        """Names and shapes of a configuration's state dict, as tensors without storage."""
-        with torch.device("meta"):
-            return cls(config, tokenizer).state_dict()
 
     def save_pretrained(
         self,

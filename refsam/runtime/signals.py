@@ -28,23 +28,20 @@ class StopRequest:
     def __init__(self, signals: Sequence[signal.Signals] = _SIGNALS) -> None:
         self.signal = 0
         self.save_wanted = False
-        self._signals = signals
-        self._before: dict[int, Any] = {}
+        self._handled = _handled(signals, self._note)
         self._patience: float | None = None
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in self._signals}
+        self._handled.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handled.__exit__(None, None, None)
 
     @contextmanager
     def waiting(self, seconds: float) -> Iterator[None]:
         """Guard a wait that may never end: WaitedTooLongError is raised this many seconds after a signal asked to stop."""
-        if not self._before:
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = signal.signal(signal.SIGALRM, _give_up)
