@@ -1,5 +1,6 @@
 """Random scenes: the objects, their looks and their motion, but no pixels yet."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,6 +16,7 @@ _MUTED = {"brown", "black", "white", "grey"}
 _VIVID = [index for index in _ALL if palette.COLOURS[index].name not in _MUTED]
 _SMALLEST = 100  # pixels; the shape of a smaller object could not be seen
 _SQUARE = [shape.name for shape in NAMED_SHAPES].index("square")
+Kind = tuple[int | None, int | None]  # shape and colour of an object; None has no name
 
 
 @dataclass(frozen=True)
@@ -129,16 +131,16 @@ def sample_scene(
     else:
         kinds = _sample_kinds(random, colours, held_out, style)
     kinds += [(None, None)] * clutter
+    scale = np.array([size[1], size[0]]) / np.sqrt(size[1] * size[0])
     placed: list[tuple[float, np.ndarray]] = []
     objects = []
     for index, (shape_index, colour_index) in enumerate(kinds):
         low, high = (0.005, 0.1) if held_out and index == 0 else style.areas
-        low = max(low, _SMALLEST / (size[0] * size[1]))
-        area = float(np.exp(random.uniform(np.log(low), np.log(high))))
+        area = _log_uniform(random, max(low, _SMALLEST / (size[0] * size[1])), high)
         if colour_index is None:
-            area = float(np.exp(random.uniform(np.log(0.01), np.log(0.2))))
-        start = _place(random, area, size, placed)
-        placed.append((area, start))
+            area = _log_uniform(random, 0.01, 0.2)
+        start = free_place(random, 0.04, np.sqrt(area), placed, scale=scale)
+        placed.append((np.sqrt(area), start))
         path = start + _motion(random, times, start, leaves=index == 0 and random.random() < 0.2)
         rgb = _sample_rgb(random, colour_index, background)
         objects.append(_sample_object(random, shape_index, colour_index, rgb, area, path, times))
@@ -149,14 +151,18 @@ def sample_scene(
     return Scene(tuple(objects), size, _camera(random, times), background)
 
 
+def _log_uniform(random: np.random.Generator, low: float, high: float) -> float:
+    return float(np.exp(random.uniform(np.log(low), np.log(high))))
+
+
 def _sample_kinds(
     random: np.random.Generator, colours: list[int], held_out: bool, style: SceneStyle
-) -> list[tuple[int | None, int | None]]:
+) -> list[Kind]:
     """(shape, colour) of each object: the first is the most likely target, others often have its shape or colour."""
     count = 1 + int(random.choice(len(style.counts), p=style.counts))
     unnamed = 0.25 if held_out else style.unnamed
     first = _pair(random, colours, held_out, unnamed)
-    kinds: list[tuple[int | None, int | None]] = [first]
+    kinds: list[Kind] = [first]
     for _ in range(count - 1):
         shape_index, colour_index = _pair(random, colours, False, style.unnamed)
         sharing = random.random()
@@ -166,20 +172,14 @@ def _sample_kinds(
             shape_index = first[0]
         elif sharing < 0.65:
             shape_index, colour_index = first
-        if (
-            not held_out
-            and shape_index is not None
-            and colour_index is not None
-            and is_held_out(shape_index, colour_index)
-        ):
-            continue
-        kinds.append((shape_index, colour_index))
+        if held_out or shape_index is None or not is_held_out(shape_index, colour_index):
+            kinds.append((shape_index, colour_index))
     return kinds
 
 
 def _sample_alike_kinds(
     random: np.random.Generator, colours: list[int], style: SceneStyle
-) -> list[tuple[int | None, int | None]]:
+) -> list[Kind]:
     """(shape, colour) of each object: one shape, most often the square, or none with a name, in two to five colours."""
     count = 1 + int(random.choice(len(style.counts), p=style.counts))
     shape = _SQUARE if random.random() < 0.6 else int(random.integers(len(NAMED_SHAPES)))
@@ -191,7 +191,7 @@ def _sample_alike_kinds(
 
 def _pair(
     random: np.random.Generator, colours: list[int], held_out: bool, unnamed: float
-) -> tuple[int | None, int | None]:
+) -> tuple[int | None, int]:
     without_name = random.random() < unnamed
     while True:
         shape_index = int(random.integers(len(NAMED_SHAPES)))
@@ -202,25 +202,27 @@ def _pair(
             return shape_index, colour_index
 
 
-def _place(
+def free_place(
     random: np.random.Generator,
-    area: float,
-    size: tuple[int, int],
-    placed: list[tuple[float, np.ndarray]],
+    low: float,
+    side: float,
+    placed: Sequence[tuple[float, np.ndarray]],
+    *,
+    tries: int = 20,
+    scale: np.ndarray | float = 1.0,
 ) -> np.ndarray:
-    """A first position that overlaps little with the objects placed before, if one is found within some tries."""
-    height, width = size
-    scale = np.array([width, height]) / np.sqrt(width * height)
-    centre = random.uniform(0.04, 0.96, 2)
-    for _ in range(20):
+    """A middle (x, y) in `low` to 1 - `low` that overlaps little with the (side, middle) placed already, if some tries find one.
+
+    All are shares of the frame; `scale` of (x, y) makes its sides comparable.
+    """
+    for _ in range(tries):
+        centre = random.uniform(low, 1 - low, 2)
         gaps = [
-            np.linalg.norm((centre - other) * scale) - 0.55 * (np.sqrt(area) + np.sqrt(size_))
-            for size_, other in placed
+            np.linalg.norm((centre - other) * scale) - 0.55 * (side + own) for own, other in placed
         ]
         if not gaps or min(gaps) > 0:
-            break
-        centre = random.uniform(0.04, 0.96, 2)
-    return centre
+            return centre
+    return random.uniform(low, 1 - low, 2)
 
 
 def _motion(
@@ -259,9 +261,8 @@ def _sample_object(
     spin = random.normal(0, 0.02) * (shape.tilt > 3)
     tilt = random.uniform(-shape.tilt, shape.tilt) * (1 if shape.tilt > 3 else random.random())
     stretch = float(np.exp(random.uniform(-1, 1) * np.log(shape.stretch)))
-    decal_radius = (
-        random.uniform(0.1, 0.26) if random.random() < 0.3 and shape.hole[2] == 0 else 0.0
-    )
+    has_decal = random.random() < 0.3 and shape.hole[2] == 0
+    decal_radius = random.uniform(0.1, 0.26) if has_decal else 0.0
     decal_rgb = np.full(3, random.choice([0.05, 0.95])) if random.random() < 0.6 else rgb * 0.55
     striped = random.random() < 0.25
     return SceneObject(
@@ -291,24 +292,17 @@ def _turn_into_blocks(
 ) -> list[SceneObject]:
     """The objects, with that share of the coloured ones turned into toy blocks."""
     side = sample_side(random)
-    return [
-        _as_block(random, item, side)
-        if item.colour_index is not None and random.random() < share
-        else item
-        for item in objects
-    ]
-
-
-def _as_block(
-    random: np.random.Generator, item: SceneObject, side: tuple[float, float]
-) -> SceneObject:
-    item = replace(item, block=sample_block(random, item.rgb, side))
-    if item.shape_index != _SQUARE:
-        return item
-    # The letter on it shows a square to be one even if it is rotated.
-    turned = random.uniform(-0.8, 0.8) - item.rotation[0]
-    shape = ROUNDED_SQUARE if random.random() < 0.5 else item.shape
-    return replace(item, shape=shape, rotation=item.rotation + turned)
+    turned = []
+    for item in objects:
+        if item.colour_index is not None and random.random() < share:
+            item = replace(item, block=sample_block(random, item.rgb, side))
+            if item.shape_index == _SQUARE:
+                # The letter on it shows a square to be one even if it is rotated.
+                rotation = item.rotation + (random.uniform(-0.8, 0.8) - item.rotation[0])
+                shape = ROUNDED_SQUARE if random.random() < 0.5 else item.shape
+                item = replace(item, shape=shape, rotation=rotation)
+        turned.append(item)
+    return turned
 
 
 def _sample_rgb(

@@ -61,19 +61,15 @@ def _superellipse(width: float, height: float, power: float) -> np.ndarray:
     return (cosine**power + sine**power) ** (-1 / power)
 
 
-def _area(profile: np.ndarray, hole_radius: float) -> float:
-    return float(np.pi * np.mean(profile**2) - np.pi * hole_radius**2)
-
-
 def _shape(
     name: str | None,
     profile: np.ndarray,
     hole: tuple[float, float, float] = (0.0, 0.0, 0.0),
-    tilt: float = np.pi,
-    stretch: float = 1.0,
+    **limits: float,
 ) -> Shape:
-    scale = _area(profile, hole[2]) ** -0.5
-    return Shape(name, profile * scale, tuple(scale * v for v in hole), tilt, stretch)
+    """A shape scaled to unit area; `limits` are `tilt` and `stretch`."""
+    area = float(np.pi * np.mean(profile**2) - np.pi * hole[2] ** 2)
+    return Shape(name, profile * area**-0.5, tuple(area**-0.5 * v for v in hole), **limits)
 
 
 _CROSS = _points(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,12 +75,8 @@ def draw(layers: Sequence[Layer], size: Size, mistaken: Sequence[str] = ()) -> P
     for layer in layers:
         for t in range(length):
             _lay(layer, t, frames[t], owner[t], garments[t])
-    known = [
-        layer.first + n
-        for layer in layers
-        if layer.picture.garments is not None
-        for n in range(len(layer.picture.things))
-    ]
+    labelled = (layer for layer in layers if layer.picture.garments is not None)
+    known = [layer.first + n for layer in labelled for n in range(len(layer.picture.things))]
     things = tuple(thing for layer in layers for thing in layer.picture.things)
     complete = all(layer.picture.complete or layer.is_cut_out for layer in layers)
     return PhotoClip(frames, owner, garments, things, complete, frozenset(known), tuple(mistaken))
@@ -94,25 +91,16 @@ def _lay(
 ) -> None:
     """Lay a layer over one frame, in place."""
     picture = layer.picture
-    x, y, share, angle = layer.path[t]
-    height = max(3, round(share * frame.shape[0]))
-    width = max(3, round(height * picture.owner.shape[1] / picture.owner.shape[0]))
-    left, top = round(x * frame.shape[1] - width / 2), round(y * frame.shape[0] - height / 2)
-    if angle:
-        corner = _turned_size(width, height, angle)
-        inner = left + (width - corner[0]) // 2, top + (height - corner[1]) // 2
-    else:
-        corner, inner = (width, height), (left, top)
-    seen = _overlap(inner, corner, frame.shape)
-    if seen is None:
+    patch = _patch(layer, t, frame.shape)
+    if patch is None:
         return
-    there, here = seen
-    pixels = _place(picture.image, (width, height), angle, corner, here, smooth=True)
-    numbers = _place(picture.owner, (width, height), angle, corner, here, smooth=False)
+    there = patch.there
+    pixels = _place(picture.image, patch, smooth=True)
+    numbers = _place(picture.owner, patch, smooth=False)
     if not np.all(layer.gain == 1):
         pixels = _amplified(pixels, layer.gain)
     if layer.is_cut_out:
-        weight = _edge(picture.owner, (width, height), angle, corner, here, layer.softness)
+        weight = _edge(picture.owner, patch, layer.softness)
         if layer.shadow:
             _cast_shadow(frame, weight, there, layer.shadow)
         below = frame[there].astype(np.float32)
@@ -127,8 +115,38 @@ def _lay(
     owner[there][on_top] = shown[on_top]
     worn = np.zeros_like(numbers)
     if picture.garments is not None:
-        worn = _place(picture.garments, (width, height), angle, corner, here, smooth=False)
+        worn = _place(picture.garments, patch, smooth=False)
     garments[there][on_top] = worn[on_top]
+
+
+class _Patch(NamedTuple):
+    """Where a picture lies in a frame: scaled to `size`, turned, then of size `turned`, of which `box` is seen at `there`.
+
+    Sizes are (width, height), the box is (left, top, right, bottom), `there` are rows and columns of the frame.
+    """
+
+    size: tuple[int, int]
+    angle: float
+    turned: tuple[int, int]
+    box: tuple[int, int, int, int]
+    there: tuple[slice, slice]
+
+
+def _patch(layer: Layer, t: int, frame: Sequence[int]) -> _Patch | None:
+    """The layer's place in a frame (height, width, ...); None where it lies outside."""
+    x, y, share, angle = layer.path[t]
+    tall, wide = layer.picture.owner.shape
+    height = max(3, round(share * frame[0]))
+    width = max(3, round(height * wide / tall))
+    left, top = round(x * frame[1] - width / 2), round(y * frame[0] - height / 2)
+    turned = _turned_size(width, height, angle) if angle else (width, height)
+    left, top = left + (width - turned[0]) // 2, top + (height - turned[1]) // 2
+    rows = slice(max(0, top), min(frame[0], top + turned[1]))
+    columns = slice(max(0, left), min(frame[1], left + turned[0]))
+    if columns.stop <= columns.start or rows.stop <= rows.start:
+        return None
+    box = (columns.start - left, rows.start - top, columns.stop - left, rows.stop - top)
+    return _Patch((width, height), angle, turned, box, (rows, columns))
 
 
 def _amplified(pixels: NDArray[np.uint8], gain: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -138,67 +156,32 @@ def _amplified(pixels: NDArray[np.uint8], gain: NDArray[np.float64]) -> NDArray[
 
 def _turned_size(width: int, height: int, angle: float) -> tuple[int, int]:
     cosine, sine = abs(np.cos(np.radians(angle))), abs(np.sin(np.radians(angle)))
-    return int(np.ceil(width * cosine + height * sine)), int(
-        np.ceil(width * sine + height * cosine)
-    )
+    wide, tall = width * cosine + height * sine, width * sine + height * cosine
+    return int(np.ceil(wide)), int(np.ceil(tall))
 
 
-def _overlap(
-    corner: tuple[int, int], size: tuple[int, int], frame: Sequence[int]
-) -> tuple[tuple[slice, slice], tuple[int, int, int, int]] | None:
-    """Rows and columns of a frame that a patch at `corner` of `size`, both (x, y), covers, and its box within the patch."""
-    left, top = max(0, corner[0]), max(0, corner[1])
-    right, bottom = min(frame[1], corner[0] + size[0]), min(frame[0], corner[1] + size[1])
-    if right <= left or bottom <= top:
-        return None
-    box = (left - corner[0], top - corner[1], right - corner[0], bottom - corner[1])
-    return (slice(top, bottom), slice(left, right)), box
-
-
-def _place(
-    values: NDArray[np.uint8],
-    size: tuple[int, int],
-    angle: float,
-    turned: tuple[int, int],
-    box: tuple[int, int, int, int],
-    smooth: bool,
-) -> NDArray[np.uint8]:
-    """The box (left, top, right, bottom) of an image scaled to `size` and turned."""
+def _place(values: NDArray[np.uint8], patch: _Patch, smooth: bool) -> NDArray[np.uint8]:
+    """The part of an image that is seen, scaled and turned."""
     resampling = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
     image = Image.fromarray(values)
-    if not angle:
-        scale = (values.shape[1] / size[0], values.shape[0] / size[1])
-        region = (box[0] * scale[0], box[1] * scale[1], box[2] * scale[0], box[3] * scale[1])
-        return np.asarray(image.resize((box[2] - box[0], box[3] - box[1]), resampling, region))
-    scaled = image.resize(size, resampling)
-    cosine, sine = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-    x, y = box[0] - turned[0] / 2, box[1] - turned[1] / 2
-    matrix = (
-        cosine,
-        sine,
-        cosine * x + sine * y + size[0] / 2,
-        -sine,
-        cosine,
-        -sine * x + cosine * y + size[1] / 2,
-    )
-    return np.asarray(
-        scaled.transform(
-            (box[2] - box[0], box[3] - box[1]), Image.Transform.AFFINE, matrix, resampling
-        )
-    )
+    width, height = patch.size
+    left, top, right, bottom = patch.box
+    if not patch.angle:
+        across, down = values.shape[1] / width, values.shape[0] / height
+        region = (left * across, top * down, right * across, bottom * down)
+        return np.asarray(image.resize((right - left, bottom - top), resampling, region))
+    cosine, sine = np.cos(np.radians(patch.angle)), np.sin(np.radians(patch.angle))
+    x, y = left - patch.turned[0] / 2, top - patch.turned[1] / 2
+    to_x, to_y = cosine * x + sine * y + width / 2, -sine * x + cosine * y + height / 2
+    matrix = (cosine, sine, to_x, -sine, cosine, to_y)
+    scaled, size = image.resize(patch.size, resampling), (right - left, bottom - top)
+    return np.asarray(scaled.transform(size, Image.Transform.AFFINE, matrix, resampling))
 
 
-def _edge(
-    owner: NDArray[np.uint8],
-    size: tuple[int, int],
-    angle: float,
-    turned: tuple[int, int],
-    box: tuple[int, int, int, int],
-    softness: float,
-) -> NDArray[np.float32]:
+def _edge(owner: NDArray[np.uint8], patch: _Patch, softness: float) -> NDArray[np.float32]:
     """The share of each pixel that the cut-out covers, 0..1."""
     mask = (owner != 0).astype(np.uint8) * 255
-    placed = Image.fromarray(_place(mask, size, angle, turned, box, smooth=True))
+    placed = Image.fromarray(_place(mask, patch, smooth=True))
     if softness:
         placed = placed.filter(ImageFilter.GaussianBlur(softness))
     return np.asarray(placed, np.float32) / np.float32(255)
@@ -218,8 +201,6 @@ def _cast_shadow(
     shade = Image.fromarray(mask).resize(small, Image.Resampling.BOX)
     reach = max(1, round(0.03 * small[1]))
     shade = shade.filter(ImageFilter.GaussianBlur(reach))
-    moved = np.roll(np.asarray(shade), (reach, reach), (0, 1))
-    factor = np.asarray(
-        Image.fromarray(moved).resize((width, height), Image.Resampling.BILINEAR), np.float32
-    )
-    frame[:] = frame * (1 - darkness / 255 * factor)[..., None]
+    moved = Image.fromarray(np.roll(np.asarray(shade), (reach, reach), (0, 1)))
+    moved = moved.resize((width, height), Image.Resampling.BILINEAR)
+    frame[:] = frame * (1 - darkness / 255 * np.asarray(moved, np.float32))[..., None]

@@ -47,6 +47,11 @@ class Picture:
         return replace(self, image=self.image[part], owner=self.owner[part], garments=garments)
 
 
+def without_things(image: NDArray[np.uint8]) -> Picture:
+    """An image (H, W, 3) uint8 RGB as a picture in which there is nothing to find."""
+    return Picture(image, np.zeros(image.shape[:2], np.uint8), ())
+
+
 def read_picture(folder: PhotoFolder, photograph: Photograph) -> Picture:
     """A photograph with the contents of its label, instances and parts; raises UnreadableError."""
     labels = folder.map(photograph.label)
@@ -107,12 +112,6 @@ def cut_out(picture: Picture, number: int) -> Picture | None:
         return None
     unsure = (picture.owner == UNSURE) & ndimage.binary_dilation(where, iterations=_SEAM)
     owner = np.where(where, 1, np.where(unsure, UNSURE, 0)).astype(np.uint8)
-    alone = Picture(
-        picture.image, owner, (picture.things[number - 1],), picture.garments, picture.complete
-    )
-    return alone.crop(
-        max(0, rows[0] - _SEAM),
-        rows[-1] + 1 + _SEAM,
-        max(0, columns[0] - _SEAM),
-        columns[-1] + 1 + _SEAM,
-    )
+    alone = replace(picture, owner=owner, things=(picture.things[number - 1],))
+    top, left = max(0, rows[0] - _SEAM), max(0, columns[0] - _SEAM)
+    return alone.crop(top, rows[-1] + 1 + _SEAM, left, columns[-1] + 1 + _SEAM)

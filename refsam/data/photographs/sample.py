@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from refsam.data.dataset import read_image
 from refsam.data.photographs.layers import Layer, Size, draw
-from refsam.data.photographs.pictures import Picture
+from refsam.data.photographs.pictures import without_things
 from refsam.errors import UserError
 
 PHOTOGRAPHS = ("chelsea.png", "coffee.png", "astronaut.png")
@@ -44,7 +44,6 @@ def sample_clip(frames: int = 36, size: Size = (360, 640)) -> NDArray[np.uint8]:
         path[:, 0] = 0.5 + (left + width / 2 - camera) * zoom
         path[:, 1] = 0.5
         path[:, 2] = zoom * 1.006  # without a gap between two of them
-        picture = Picture(image, np.zeros(image.shape[:2], np.uint8), ())
-        layers.append(Layer(picture, path, False))
+        layers.append(Layer(without_things(image), path, False))
         left += width
     return draw(layers, size).frames

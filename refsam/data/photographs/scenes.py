@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refsam.data.dataset import DataError
+from refsam.data.generated.scene import free_place
 from refsam.data.photographs.folder import PhotoFolder
 from refsam.data.photographs.layers import Layer, PhotoClip, Size, cover, draw
-from refsam.data.photographs.pictures import Picture, cut_out, read_picture
+from refsam.data.photographs.pictures import Picture, cut_out, read_picture, without_things
 
 Times = NDArray[np.float64]
 # A photograph fills the frame if at least this share of it is then seen; otherwise it is set into another one.
@@ -40,11 +41,8 @@ class SceneDrawer:
         self.folder = folder
         self.composites = composites
         self.is_scene = [p.source not in only_cut_out for p in folder.photographs]
-        counts = {
-            name: len(found) for name, found in folder.by_class.items() if len(found) >= least
-        }
-        self.classes = tuple(counts)
-        weights = np.array(list(counts.values()), dtype=float) ** balance
+        self.classes = tuple(n for n, found in folder.by_class.items() if len(found) >= least)
+        weights = np.array([len(folder.by_class[n]) for n in self.classes], float) ** balance
         self.weights = weights / weights.sum()
         self.picture = lru_cache(maxsize=cached)(self._read)
 
@@ -82,9 +80,8 @@ class SceneDrawer:
         height, width = picture.owner.shape
         fits = _seen_share((height, width), size) >= _LEAST_SEEN
         if fits and random.random() < 0.75:
-            return draw(
-                [cover(_drifting(random, times, picture, random.uniform(1, 1.4)), size)], size
-            )
+            layer = _drifting(random, times, picture, random.uniform(1, 1.4))
+            return draw([cover(layer, size)], size)
         inside = min(1.0, size[1] / size[0] * height / width)
         layer = _drifting(random, times, picture, inside * random.uniform(0.5, 1.0))
         below, mistaken = self._background(random, times, size)
@@ -101,8 +98,8 @@ class SceneDrawer:
         else:
             row = rows[random.integers(len(rows))]
             image, mistaken = self.folder.image(row.image), row.mistaken
-        picture = Picture(image, np.zeros(image.shape[:2], np.uint8), ())
-        layer = _drifting(random, times, _mirrored(random, picture), random.uniform(1, 1.5))
+        picture = _mirrored(random, without_things(image))
+        layer = _drifting(random, times, picture, random.uniform(1, 1.5))
         return cover(layer, size), mistaken
 
     def composite(self, random: np.random.Generator, times: Times, size: Size) -> PhotoClip:
@@ -156,10 +153,9 @@ class SceneDrawer:
         for _ in range(_TRIES if numbers else 0):
             picture = self.picture(int(numbers[random.integers(len(numbers))]))
             found = [n for n, thing in enumerate(picture.things, 1) if thing.name == name]
-            if found:
-                alone = cut_out(picture, int(random.choice(found)))
-                if alone is not None:
-                    return _mirrored(random, alone)
+            alone = cut_out(picture, int(random.choice(found))) if found else None
+            if alone is not None:
+                return _mirrored(random, alone)
         return None
 
     def _spread(
@@ -178,7 +174,7 @@ class SceneDrawer:
                 own *= 1.6 if place == 0 else 0.6
             tall = own * (height / width * size[1] / size[0]) ** 0.5
             tall = min(tall, 1.1, 1.1 * size[1] / size[0] * height / width)
-            centre = _free_place(random, own, placed)
+            centre = free_place(random, min(0.4, own * 0.4), own, placed, tries=15)
             placed.append((own, centre))
             layers.append(
                 Layer(
@@ -197,22 +193,20 @@ class SceneDrawer:
     ) -> Layer:
         """A piece of a background that slides over the target, hides it for ten frames and slides on."""
         angle = np.radians(np.abs(target.path[:, 3]).max())
-        tall, wide = target.picture.owner.shape
-        tall, wide = (
-            tall * np.cos(angle) + wide * np.sin(angle),
-            wide * np.cos(angle) + tall * np.sin(angle),
-        )
+        height, width = target.picture.owner.shape
+        tall = height * np.cos(angle) + width * np.sin(angle)
+        wide = width * np.cos(angle) + height * np.sin(angle)
         piece = self._piece(random, tall / wide)
         begin, end = _hidden_stretch(random, times)
         path = target.path.copy()
-        path[:, 2] *= 1.15 * tall / target.picture.owner.shape[0]
+        path[:, 2] *= 1.15 * tall / height
         path[:, 3] = 0
-        width = path[:, 2].max() * wide / tall * size[0] / size[1]
+        share = path[:, 2].max() * wide / tall * size[0] / size[1]
         away = np.maximum(0, np.maximum(begin - times, times - end))
         side = 1 if target.path[0, 0] < 0.5 else -1
         hidden = (times >= begin) & (times < end)
-        path[:, 0] += side * np.where(hidden, 0, width * np.minimum(4, 0.5 + 0.3 * away))
-        return Layer(Picture(piece, np.zeros(piece.shape[:2], np.uint8), ()), path, False)
+        path[:, 0] += side * np.where(hidden, 0, share * np.minimum(4, 0.5 + 0.3 * away))
+        return Layer(without_things(piece), path, False)
 
     def _piece(self, random: np.random.Generator, ratio: float) -> NDArray[np.uint8]:
         """A part of a background, or a plain colour, with this ratio of height to width."""
@@ -281,21 +275,6 @@ def _way(
     path = np.zeros((len(times), 4))
     path[:, :2] = centre + times[:, None] * drift + wave[:, :1] * random.normal(0, 0.03, 2)
     path[:, 2] = tall * np.exp(random.normal(0, 0.06) * wave[:, 1])
-    path[:, 3] = random.uniform(-14, 14) * (random.random() < 0.5) + wave[:, 1] * random.normal(
-        0, 1.5
-    )
+    tilt = random.uniform(-14, 14) * (random.random() < 0.5)
+    path[:, 3] = tilt + wave[:, 1] * random.normal(0, 1.5)
     return path
-
-
-def _free_place(
-    random: np.random.Generator, side: float, placed: list[tuple[float, NDArray[np.float64]]]
-) -> NDArray[np.float64]:
-    """A middle, (x, y), that overlaps little with what is placed already, if some tries find one."""
-    low = min(0.4, side * 0.4)
-    centre = random.uniform(low, 1 - low, 2)
-    for _ in range(15):
-        gaps = [np.linalg.norm(centre - other) - 0.55 * (side + own) for own, other in placed]
-        if not gaps or min(gaps) > 0:
-            break
-        centre = random.uniform(low, 1 - low, 2)
-    return centre
