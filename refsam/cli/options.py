@@ -153,7 +153,8 @@ class ReadingOptions:
     timeout: Annotated[
         float,
         typer.Option(
-            min=0, help="Give a stream up after this many seconds without data; 0: never."
+            min=0,
+            help="Stop waiting for a stream after this many seconds without data; 0: never.",
         ),
     ] = 30.0
     skip_bad_frames: Annotated[

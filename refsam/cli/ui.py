@@ -37,7 +37,7 @@ def ui(
     """Segment clips in the browser: upload, webcam or a sample; masks and overlay to download.
 
     Needs `pip install 'refsam[ui]'`. It listens on this machine only, unless `--host` is given; there is no
-    password, so whoever reaches the address may use it. Ctrl-C ends it and removes all uploads and results.
+    password, so anyone who can reach the address can use it. Ctrl-C ends it and removes all uploads and results.
     """
     check_names(device, dtype)
     from refsam.ui import Limits, serve

@@ -27,12 +27,26 @@ def test_help_lists_the_commands(arguments: list[str]) -> None:
         assert f" {command} " in result.stdout
 
 
-@pytest.mark.parametrize("command", ["segment", "demo", "info", "convert", "train", "evaluate"])
-def test_every_command_explains_itself(command: str) -> None:
-    result = CliRunner().invoke(main, [command, "--help"])
-    assert result.exit_code == 0
-    assert "Usage: refsam" in result.stdout
-    assert "completion" not in result.stdout
+def _commands(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command below this one, and the words that call it."""
+    yield words, command
+    if hasattr(command, "list_commands"):
+        for name in command.list_commands(typer.Context(command)):
+            yield from _commands(command.get_command(typer.Context(command), name), (*words, name))
+
+
+def test_every_command_explains_itself_and_its_options() -> None:
+    found = dict(_commands(typer.main.get_command(main)))
+    assert {("segment",), ("evaluate", "mevis"), ("convert", "sam"), ("data", "check")} <= set(
+        found
+    )
+    for words, command in found.items():
+        assert command.help, words
+        assert not [option.name for option in command.params if not option.help], words
+        result = CliRunner().invoke(main, [*words, "--help"])
+        assert result.exit_code == 0
+        assert "Usage: refsam" in result.stdout
+        assert not words or "completion" not in result.stdout
 
 
 def test_misspelt_command() -> None:

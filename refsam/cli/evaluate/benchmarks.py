@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from refsam.evaluation.runners.benchmark import Benchmark
     from refsam.evaluation.runners.inference import InferenceRules
 
+SplitOption = Annotated[
+    str, typer.Option(help="The split to run, a name that docs/data.md lists for the dataset.")
+]
 VideosOption = Annotated[
     Path | None, typer.Option(help="Text file of the videos to run, one per line; all by default.")
 ]
@@ -80,7 +83,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 def ref_davis17(
     run: RunOptions,
     model: ModelChoice,
-    split: str = "valid",
+    split: SplitOption = "valid",
     merge: Annotated[
         str | None,
         typer.Option(help="How objects share pixels: probabilities, or logits as the authors do; --inference sets the default."),
@@ -112,7 +115,7 @@ def _per_expression(
     def command(
         run: RunOptions,
         model: ModelChoice,
-        split: str = usual_split,
+        split: SplitOption = usual_split,
         truth: Annotated[
             Path | None,
             typer.Option(help="Truth in another place: <video>/<frame>.png, <video>/<expression>/<frame>.png or mask_dict.json."),
@@ -186,7 +189,7 @@ def refcoco(
 
 @_command
 def long_rvos(
-    run: RunOptions, model: ModelChoice, split: str = "valid", videos: VideosOption = None
+    run: RunOptions, model: ModelChoice, split: SplitOption = "valid", videos: VideosOption = None
 ) -> None:
     """Run a model on Long-RVOS, videos of a minute: J, F, tIoU and vIoU of all expressions and of each type.
 
@@ -202,7 +205,7 @@ def long_rvos(
 def folder(
     run: RunOptions,
     model: ModelChoice,
-    split: str = "validation",
+    split: SplitOption = "validation",
     videos: VideosOption = None,
     processes: ProcessesOption = 0,
 ) -> None:
