@@ -363,7 +363,7 @@ def build_all(target: Path = PACKAGE) -> list[Path]:
 
 
 def write_report(target: Path, entries: dict[str, dict[str, object]]) -> Path:
-    """Writes what was built, with what, or why not, beside the libraries in the folder `target`."""
+    """Writes the report of the libraries, with their toolchains or the reasons against them, into the folder `target`."""
     report = target / REPORT
     report.write_text(json.dumps(entries, indent=2) + "\n")
     return report

@@ -1,6 +1,4 @@
-"""Checks and casts of the arguments of public functions; every message names the argument, what was
-got and what is wanted.
-"""
+"""Checks and casts of the arguments of public functions; every message names the argument, its value and the value wanted."""
 
 from typing import Any, TypeGuard
 

@@ -131,7 +131,7 @@ class Dispatcher:
         self, name: str, direction: str, arguments: Sequence[Any]
     ) -> list[str]:
         """Why the backend cannot run `direction`, "forward" or "backward", on these; empty if it can."""
-        reasons = self.environment_reasons(name, device_type_of(arguments))
+        reasons = self.environment_reasons(name, device_of(arguments).type)
         if reasons:
             return reasons
         module = self.module(name)
@@ -166,7 +166,7 @@ class Dispatcher:
                 return candidate.name
             refusals.append(f"{candidate.name}: {'; '.join(reasons)}")
             if reasons != [NO_BACKWARD]:
-                self._log_fall_back(candidate, device_type_of(arguments), reasons)
+                self._log_fall_back(candidate, device_of(arguments).type, reasons)
         explanation = ". ".join(refusals) or "it has none that is chosen automatically"
         raise BackendError(f"{self.operator}: no backend can run: {explanation}")
 
@@ -203,11 +203,6 @@ class Dispatcher:
 def device_of(arguments: Sequence[Any]) -> torch.device:
     """The device of the first tensor of the bundle, which comes first."""
     return first_tensor(arguments[0]).device
-
-
-def device_type_of(arguments: Sequence[Any]) -> str:
-    """The device type ("cpu", "cuda") of the first tensor among the arguments."""
-    return device_of(arguments).type
 
 
 @lru_cache

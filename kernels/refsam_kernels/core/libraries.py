@@ -38,7 +38,7 @@ def folder() -> Path:
 
 
 def instruction_set() -> str:
-    """The CPU's instruction set that is requested by name, or "" for the best that there is.
+    """The CPU's instruction set that is requested by name, or "" for the best one of the processor.
 
     From the most to the least wanted: avx512bf16, avx512vnni, avx512, avx512vl (8-bit products as avxvnni computes them, for
     tests), avxvnni, avx2, portable.

@@ -5,7 +5,7 @@ import sys
 
 
 def print_all(text: str) -> None:
-    """Prints the text, as far as a reader takes it: `| head` may end before the last line."""
+    """Prints the text; a reader that ends early, such as `| head`, is no error."""
     try:
         print(text, flush=True)
     except BrokenPipeError:

@@ -32,6 +32,14 @@ POINTER_TYPES = {
     torch.uint8: "u8",
     torch.bool: "i1",
 }
+# Dtype, channels and tokens of an expression in the decoders that are shipped: nano's, and SAM's for short and long expressions.
+DECODERS = (
+    (torch.bfloat16, 128, 16),
+    (torch.bfloat16, 256, 16),
+    (torch.bfloat16, 256, 64),
+    (torch.float16, 256, 32),
+    (torch.float32, 256, 32),
+)
 # Bytes that a thread may spill: a few registers, outside the inner loop.
 SPILL_LIMIT = 64
 

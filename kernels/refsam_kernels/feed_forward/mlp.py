@@ -51,19 +51,6 @@ def check_mlp(weights: Mapping[str, Tensor], width: int) -> None:
         check_shape(name, tensor, shape)
 
 
-def named_adapter(adapter: MLPWeights) -> dict[str, Tensor]:
-    """The adapter's tensors by their names in messages."""
-    return {f"adapter.{name}": tensor for name, tensor in adapter._asdict().items()}
-
-
-def check_norm(weight: Tensor, bias: Tensor, x_dtype: torch.dtype, width: int) -> None:
-    """Raises `ValueError` unless a layer norm's parameters fit x: its width, and its dtype or float32."""
-    for name, tensor in (("norm_weight", weight), ("norm_bias", bias)):
-        check_shape(name, tensor, (width,))
-        fits = tensor.dtype in (x_dtype, torch.float32)
-        require(fits, name, tensor.dtype, f"{x_dtype} as the sum has, or torch.float32")
-
-
 def check_tokens(name: str, tokens: Tensor, residual: Tensor) -> int:
     """Raises `ValueError` unless tokens and residual have one shape (..., D); returns D."""
     require(tokens.dim() > 1, name, f"shape {tuple(tokens.shape)}", "(..., D)")
@@ -83,13 +70,18 @@ def check_operands(
     width = operand.shape[-1]
     operands = {**tokens, **weights}
     if adapter is not None:
-        check_mlp(named_adapter(adapter), width)
-        operands |= named_adapter(adapter)
+        named = {f"adapter.{name}": tensor for name, tensor in adapter._asdict().items()}
+        check_mlp(named, width)
+        operands |= named
     check_same_dtype(**operands)
-    norm_weight, norm_bias = norm
-    if norm_weight is not None and norm_bias is not None:
-        check_norm(norm_weight, norm_bias, sum_dtype(residual, operand), width)
-    check_same_device(**operands, residual=residual, norm_weight=norm_weight, norm_bias=norm_bias)
+    of_norm = dict(zip(("norm_weight", "norm_bias"), norm, strict=True))
+    dtype = sum_dtype(residual, operand)
+    for name, tensor in of_norm.items():
+        if tensor is not None:
+            check_shape(name, tensor, (width,))
+            fits = tensor.dtype in (dtype, torch.float32)
+            require(fits, name, tensor.dtype, f"{dtype} as the sum has, or torch.float32")
+    check_same_device(**operands, residual=residual, **of_norm)
 
 
 def empty_kept(x: Tensor, fc1_weight: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from refsam_kernels.core.chunking import chunks
 from refsam_kernels.core.gradients import gradients_by_vjp
 from refsam_kernels.mask_upscale.inputs import Inputs
+from refsam_kernels.packed_linear import can_prepack
 
 # gelu(x weight^T + bias + addend), the addend being None or (P or 1, pixels, out).
 ProductGelu = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -27,7 +28,7 @@ def forward(inputs: Inputs) -> Tensor:
     """Like `reference.forward`: products in the dtype of the features, LayerNorm in float32 at least."""
     *tensors, eps = inputs
     packed = _pack(tensors)
-    product = _fused_product if _has_fused_product(inputs.features) else _product_gelu
+    product = _fused_product if can_prepack(inputs.features) else _product_gelu
     formula = partial(_formula, eps=eps, product_gelu=product)
     parts = [formula(*_take(packed, part)) for part in _slices(packed)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -153,12 +154,3 @@ def _fused_product(x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None
     if added is not None:
         return F.gelu(F.linear(x, weight, bias).add_(added))
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
-
-
-def _has_fused_product(features: Tensor) -> bool:
-    return (
-        features.device.type == "cpu"
-        and features.dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )

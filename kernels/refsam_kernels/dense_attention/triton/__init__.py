@@ -10,7 +10,7 @@ from torch import Tensor
 
 from refsam_kernels.core.index_checks import valid_positions
 from refsam_kernels.core.reasons import short
-from refsam_kernels.core.triton_aot import CompileCase, Launch
+from refsam_kernels.core.triton_aot import DECODERS, CompileCase, Launch
 from refsam_kernels.dense_attention.inputs import Inputs, kernel_reasons
 from refsam_kernels.dense_attention.triton.kernels import (
     _forward_kernel,
@@ -139,13 +139,7 @@ def _image_launch(
 def compile_cases() -> list[CompileCase]:
     """SAM's prompt width and nano's, short and long expressions, in half and single precision."""
     cases = []
-    for dtype, channels, words in (
-        (torch.bfloat16, 128, 16),
-        (torch.bfloat16, 256, 16),
-        (torch.bfloat16, 256, 64),
-        (torch.float16, 256, 32),
-        (torch.float32, 256, 32),
-    ):
+    for dtype, channels, words in DECODERS:
         features = torch.empty(4, 1, 4096, channels, dtype=dtype, device="meta")
         text = features.new_empty(8, words, channels)
         lengths = torch.empty(8, dtype=torch.int64, device="meta")

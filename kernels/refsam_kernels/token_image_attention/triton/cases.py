@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from refsam_kernels.core.reasons import short
-from refsam_kernels.core.triton_aot import CompileCase, Launch
+from refsam_kernels.core.triton_aot import DECODERS, CompileCase, Launch
 from refsam_kernels.token_image_attention.inputs import Inputs, empty_outputs
 from refsam_kernels.token_image_attention.projection import Projection
 from refsam_kernels.token_image_attention.triton.launches import (
@@ -20,13 +20,7 @@ from refsam_kernels.token_image_attention.triton.launches import (
 def compile_cases() -> list[CompileCase]:
     """SAM's decoder and nano's, both directions with saved outputs, short and long expressions."""
     cases = []
-    for dtype, channels, tokens in (
-        (torch.bfloat16, 128, 16),
-        (torch.bfloat16, 256, 16),
-        (torch.bfloat16, 256, 64),
-        (torch.float16, 256, 32),
-        (torch.float32, 256, 32),
-    ):
+    for dtype, channels, tokens in DECODERS:
         name = f"{short(dtype)}, {channels} channels, {tokens} tokens"
         for kind, launch in _example_launches(dtype, channels, tokens):
             # Rows of 256 channels in single precision do not fit the registers, by some 40 of their values.
