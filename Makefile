@@ -27,7 +27,7 @@ test-oldest: libraries venv-oldest
 	PYTHONPATH=$(CURDIR)/kernels OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 -p no:benchmark \
 	  $(OPTIONS) $(or $(TESTS),tests/kernels)
 
-# What the default run leaves out for its length: full-size parity, the CUDA build.
+# Long tests that the default run leaves out: full-size parity, the CUDA build.
 test-slow: libraries
 	$(PYTEST) -m slow -p no:benchmark $(TESTS)
 
@@ -78,7 +78,7 @@ gpu-rehearsal: $(PARCEL)/wheels
 	! $(REHEARSE) --out $(OUT)/gpu-rehearsal/hang --plant hang
 	$(BIN)/python -m benchmarks.gpu_report.rehearsed $(OUT)/gpu-rehearsal $(SHORT) $(if $(RESULT),--out $(RESULT))
 
-# What a GPU machine without network lacks: wheels and libraries, in build/gpu-parcel, and the command line.
+# Everything that a GPU machine without network lacks: wheels and libraries, in build/gpu-parcel, and the command line.
 $(PARCEL)/wheels: constraints.txt
 	$(BIN)/python -m benchmarks.gpu_report.parcel $(PARCEL) --wheels
 

@@ -1,4 +1,4 @@
-"""What every test shares: the markers' meaning, the kernels' log, and a summary that says what did not run."""
+"""Shared by all tests: the markers, the kernels' log, and a summary of the tests that did not run."""
 
 import logging
 from collections import Counter

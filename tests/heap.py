@@ -1,4 +1,4 @@
-"""What the C library holds, to see whether calls leave anything behind."""
+"""Memory that the C library holds, to see whether calls leak."""
 
 import ctypes
 import gc

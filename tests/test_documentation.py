@@ -157,7 +157,7 @@ def variables_read() -> set[str]:
 
 
 def variables_of(node: ast.AST) -> set[str]:
-    """What one expression or assignment says."""
+    """The text of one expression or assignment."""
     found: list[ast.expr] = []
     if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
         if ast.unparse(node.value) == "os.environ":

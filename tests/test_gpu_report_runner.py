@@ -111,7 +111,7 @@ def test_a_failure_a_crash_and_a_hang_lose_only_themselves(tmp_path: Path, clock
     assert ended["crashes"] == "failed: ended by SIGABRT"
     assert ended["hangs"] == "killed at its limit of 10 s"
     assert ended["works"] == "done"
-    # What each wrote before is there.
+    # The earlier output of each is there.
     assert [row["task"] for row in found if "value" in row].count("hangs") == 1
     assert sum("value" in row for row in found) == 4
     summary = (tmp_path / "summary.txt").read_text()

@@ -15,7 +15,7 @@ PACKAGES = {"refsam": ROOT / "refsam", "refsam_kernels": ROOT / "kernels" / "ref
 
 
 def drawn_layers() -> dict[str, list[str]]:
-    """What each part may import, from the drawing in docs/design.md; parts as `cli`, `refsam_kernels`."""
+    """The parts that each part may import, from the drawing in docs/design.md; parts as `cli`, `refsam_kernels`."""
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     block = text.partition("<!-- layers -->\n```\n")[2].partition("```")[0]
     rows = (line.split("->") for line in block.splitlines())
@@ -124,7 +124,7 @@ def test_kernels_import_torch_and_triton_only(module: str) -> None:
 
 
 def kernel_names(path: Path) -> set[str]:
-    """What a file takes from `refsam_kernels`: names of the package itself, modules below it with their dots."""
+    """Names that a file imports from `refsam_kernels`: those of the package itself, modules below it with their dots."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "refsam_kernels":

@@ -1,4 +1,4 @@
-"""What is installed: a wheel holds the two packages and nothing else, with everything that they need."""
+"""A wheel holds the two packages and nothing else, with everything that they need."""
 
 import configparser
 import re

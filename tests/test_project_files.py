@@ -11,7 +11,7 @@ import refsam
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-# Of the checkout, not of what is installed: tests, linters, their tools.
+# Packages for a checkout, not for an installation: tests, linters, their tools.
 NOT_SHIPPED = {"dev"}
 
 

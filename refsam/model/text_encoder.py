@@ -82,10 +82,6 @@ class EncodedText:
         unknown = tuple(self.unknown[index] for index in picked)
         return EncodedText(self.tokens[picked], self.lengths[picked], unknown)
 
-    def to(self, device: torch.device | str) -> EncodedText:
-        """The same with tokens on another device; lengths stay on the host."""
-        return EncodedText(self.tokens.to(device), self.lengths, self.unknown)
-
     @staticmethod
     def cat(parts: Sequence[EncodedText]) -> EncodedText:
         """One batch out of several, padded with zeros to the longest."""

@@ -36,16 +36,8 @@ class Attention(nn.Module):
     @property
     def weights(self) -> AttentionWeights:
         """The eight tensors as `token_image_attention` takes them."""
-        return AttentionWeights(
-            self.q_proj.weight,
-            self.q_proj.bias,
-            self.k_proj.weight,
-            self.k_proj.bias,
-            self.v_proj.weight,
-            self.v_proj.bias,
-            self.out_proj.weight,
-            self.out_proj.bias,
-        )
+        layers = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
+        return AttentionWeights(*(t for layer in layers for t in (layer.weight, layer.bias)))
 
 
 def cross_attention(

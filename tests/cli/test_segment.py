@@ -121,7 +121,7 @@ def test_bfloat16(checkpoint: Path, clip: Path, out: Path) -> None:
     assert json.loads((out / "result.json").read_text())["dtype"] == "bfloat16"
 
 
-# What is wrong: before anything is written
+# Errors before anything is written
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_debug_shows_the_traceback(out: Path) -> None:
     assert plain.stderr.count("\n") == 1
 
 
-# What is wrong in the middle of the work
+# Errors in the middle of the work
 
 
 def test_damaged_frame_keeps_what_was_done(checkpoint: Path, tmp_path: Path, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `refsam segment` lets one choose: frames, formats, lines for programs, and going on where a run was ended."""
+"""Options of `refsam segment`: frames, formats, lines for programs, and resuming a run."""
 
 import json
 import os

@@ -133,7 +133,7 @@ def test_a_flip_mirrors_the_result_exactly() -> None:
 
 
 def test_a_large_jpeg_is_decoded_smaller_to_the_same_cut(tmp_path: Path) -> None:
-    """What decoding at a share of the size gives lies where the whole image has it."""
+    """An image decoded at a reduced size has the same content at the same positions."""
     y, x = np.mgrid[:480, :640]
     pixels = np.stack([(x * 255 // 640), (y * 255 // 480), np.full_like(x, 90)], -1)
     path = tmp_path / "large.jpg"

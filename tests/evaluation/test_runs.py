@@ -165,7 +165,7 @@ def test_ref_youtube_vos_without_truth_gives_the_submission_only(rvos, tmp_path)
     assert "not scored: no truth for ref-youtube-vos valid" in outcome.text
     with zipfile.ZipFile(tmp_path / "out/submission.zip") as archive:
         names = [f"{5 * index:05d}" for index in range(4)]
-        # Of the listed videos only the one that the test list lacks.
+        # Only the listed video that the test list lacks.
         wanted = [f"Annotations/0062f68aaa/{e}/{n}.png" for e in "01" for n in names]
         assert archive.namelist() == wanted
         with archive.open(wanted[5]) as file, Image.open(file) as picture:

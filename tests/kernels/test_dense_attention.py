@@ -1,6 +1,6 @@
 """dense_attention: the formula, the absorbed form, gradients, its place among torch's tools.
 
-What all backends share is in `dense_attention_cases`.
+Tests of all backends are in `dense_attention_cases`.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """mask_loss: the plain formula, any size, gradients, and its place among torch's tools.
 
-What all backends share is in `mask_loss_cases`.
+Tests of all backends are in `mask_loss_cases`.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """mask_upscale: equal to segment-anything's decoder, gradients, and its place among torch's tools.
 
-What all backends share is in `mask_upscale_cases`.
+Tests of all backends are in `mask_upscale_cases`.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """rel_pos_attention: every backend against the formula, the formula against segment-anything and the augmented form.
 
-What all backends share is in `rel_pos_attention_cases`.
+Tests of all backends are in `rel_pos_attention_cases`.
 """
 
 from functools import partial

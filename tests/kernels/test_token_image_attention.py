@@ -1,6 +1,6 @@
 """token_image_attention: equal to segment-anything's attention blocks, absorbed weights, and its place among torch's tools.
 
-What all backends share is in `token_image_attention_cases`.
+Tests of all backends are in `token_image_attention_cases`.
 """
 
 import gc

@@ -16,7 +16,7 @@ from tests.tiny_model import tiny_model
 
 
 class Hub:
-    """What of huggingface_hub's HfApi is used, writing into a folder."""
+    """The used part of huggingface_hub's HfApi, writing into a folder."""
 
     root: Path
 

@@ -1,4 +1,4 @@
-"""What is kept between calls: one stream fills it, so it is waited for once, and a CUDA graph never owns it."""
+"""Values kept between calls: one stream fills them, so they are waited for once, and a CUDA graph never owns them."""
 
 from collections.abc import Callable
 

@@ -24,7 +24,7 @@ class CaptureError(RuntimeError):
 
 
 class State:
-    """What torch.cuda knows: the current device, the device of the work, and the capture under way."""
+    """The state of torch.cuda: the current device, the device of the work, and the capture in progress."""
 
     def __init__(self) -> None:
         self.current = 0
@@ -32,7 +32,7 @@ class State:
         self.capturing: tuple[str, int] | None = None  # mode and thread
 
     def refuse_unsafe(self, call: str) -> None:
-        """What another thread may not do while a capture in the mode "global" is under way."""
+        """Fails as another thread's call does during a capture in the mode "global"."""
         if self.capturing and self.capturing[0] == "global":
             raise CaptureError(f"{call} while a graph is captured in the mode 'global'")
 
@@ -58,7 +58,7 @@ class Recorder(TorchDispatchMode):
 
 
 class CUDAGraph:
-    """What was recorded; replaying writes into the tensors of the recording."""
+    """The recorded operators; replaying writes into the tensors of the recording."""
 
     BYTES = 2**20
 

@@ -1,4 +1,4 @@
-"""What all tests of training share."""
+"""Shared by all tests of training."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What an encoder is taught about objects: the counts that sentences with "largest" and "second from the left" need."""
+"""Auxiliary losses teach an encoder to count objects, as expressions with "largest" and "second from the left" need."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What once lost a run or changed it without a word: other configurations, failed workers, full disks, bad files, two at once."""
+"""Faults that once lost a run or changed it silently: new configurations, failed workers, full disks, bad files, two writers."""
 
 import json
 import multiprocessing

@@ -1,4 +1,4 @@
-"""What a run tells: scores on clips that it is not trained on, curves, examples, operations of a step."""
+"""Monitoring of a run: scores on clips that it is not trained on, curves, examples, operations of a step."""
 
 import json
 import sys
@@ -70,7 +70,7 @@ def test_validation_scores_logs_draws_and_keeps_the_best(folder: Path) -> None:
     width, height = Image.open(folder / "run/examples" / examples[0]).size
     frame = Image.open(next((folder / "videos").rglob("*.jpg"))).size
     assert (width, height) == (2 * frame[0], frame[1])
-    # What was scored is what is saved: the averaged weights.
+    # The scored weights are the saved ones: the averaged weights.
     clips = open_clips(settings.validation, 64)
     assert clips is not None
     saved = RefSAM.from_pretrained(str(folder / "run/best"))

@@ -67,7 +67,7 @@ def kill(launcher: subprocess.Popen[str]) -> None:
 
 
 def train(configuration: Path, processes: int, kill_after: int | None = None) -> str:
-    """Run it; with `kill_after` kill all processes once that step is told. What was said."""
+    """Run it, and return its output; with `kill_after` kill all processes once that step is reported."""
     launcher = [
         sys.executable,
         "-m",

@@ -74,7 +74,7 @@ def run_until(process: subprocess.Popen[str], step: int, number: int) -> str:
 
 
 def curve(folder: Path) -> list[dict[str, float]]:
-    """What the log says of each step, without what depends on the clock."""
+    """The log's entries of each step, without those that depend on the clock."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     names = ("step", "total", "focal", "dice", "iou", "gradient_norm", "learning_rate")
     return [{name: line[name] for name in names} for line in lines if "total" in line]

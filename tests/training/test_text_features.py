@@ -1,4 +1,4 @@
-"""What a frozen text encoder says is computed once, kept on disk, and never taken for another encoder's."""
+"""A frozen text encoder's output is computed once, kept on disk, and never taken for another encoder's."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""What test_distributed.py starts twice, by torchrun: runs of two processes, and what one process can see of them.
+"""Started twice by test_distributed.py, with torchrun: runs of two processes, and their state in one process.
 
 Arguments: folder with a dataset in `videos`. Writes result.json there.
 """
@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
         result[f"{parallel} wrapped"] = isinstance(trainer.shared.module, DistributedDataParallel)
         states = [v for o in trainer.optimisers for s in o.state.values() for v in s.values()]
         result[f"{parallel} optimiser"] = any(isinstance(value, DTensor) for value in states)
-        # What falls to this process of the largest weight.
+        # This process's part of the largest weight.
         largest = max(parameters.values(), key=lambda value: value.numel())
         local = largest.to_local() if isinstance(largest, DTensor) else largest
         result[f"{parallel} share"] = local.numel() / largest.numel()

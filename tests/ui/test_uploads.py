@@ -1,4 +1,4 @@
-"""What visitors may send, and that nothing outside the folder is read with its help."""
+"""Visitors may send certain files only, which cannot be used to read anything outside the folder."""
 
 from pathlib import Path
 

@@ -154,7 +154,7 @@ def test_exif_orientation(tmp_path: Path) -> None:
     assert (read_image(tmp_path / "image.png") == np.rot90(picture(0), -1)).all()
 
 
-# What is wrong
+# Errors
 
 
 def cut(path: Path, share: float) -> Path:

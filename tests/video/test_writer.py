@@ -1,4 +1,4 @@
-"""What is written reads back exactly; what is not finished leaves nothing behind."""
+"""Results read back exactly; unfinished ones leave nothing behind."""
 
 import contextlib
 import errno
