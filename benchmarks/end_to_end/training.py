@@ -41,8 +41,8 @@ from refsam.training.settings import TrainingSettings
 
 BASELINE = "segment-anything, autograd through everything"
 FROZEN = "segment-anything, frozen parts frozen"
-OURS, RECOMPUTED = "refsam", "refsam, recompute"
-PROVIDERS = (BASELINE, FROZEN, OURS, RECOMPUTED)
+OURS, CHECKPOINTED = "refsam", "refsam, activation checkpointing"
+PROVIDERS = (BASELINE, FROZEN, OURS, CHECKPOINTED)
 # Relative: of the loss, and of the trained parameters' gradients as one vector.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 TEXT = "the red cup on the left"
@@ -155,7 +155,7 @@ class Step:
         self.module: nn.Module = module
         if name in (BASELINE, FROZEN):
             self.module = SegmentAnythingStep(module, freeze=name == FROZEN).train()
-        self.activation_checkpointing = name == RECOMPUTED
+        self.activation_checkpointing = name == CHECKPOINTED
         self.encoder = module.model.image_encoder
         self.batch, self.stage = batch, module.settings.stages[0]
         # Adapters, decoder, dense attention, MLP, tracking; segment-anything's decoder in the place of ours.

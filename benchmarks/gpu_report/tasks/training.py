@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.end_to_end.training import OURS, RECOMPUTED, Step, make_batch, make_module
+from benchmarks.end_to_end.training import CHECKPOINTED, OURS, Step, make_batch, make_module
 from benchmarks.gpu_report.machine import (
     DEVICE,
     IS_REHEARSAL,
@@ -30,7 +30,7 @@ def run(rows: Rows, model: str) -> None:
     batch = make_batch(frames)
     dtypes = (torch.bfloat16,) if model == "vit_h" else (torch.bfloat16, torch.float32)
     for dtype in dtypes:
-        for way in (OURS, RECOMPUTED):
+        for way in (OURS, CHECKPOINTED):
             facts = {"model": model, "dtype": str(dtype).removeprefix("torch."), "provider": way}
             attempt(rows, partial(measure, Step(way, module, batch), dtype), **facts)
 
