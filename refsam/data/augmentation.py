@@ -116,14 +116,8 @@ class Motion:
         # From a position in the result back to one in the image, both relative to the middle.
         x, y = width / 2, height / 2
         to_x, to_y = x + right * width, y + down * height
-        matrix = (
-            cosine,
-            sine,
-            x - cosine * to_x - sine * to_y,
-            -sine,
-            cosine,
-            y + sine * to_x - cosine * to_y,
-        )
+        back_x, back_y = x - cosine * to_x - sine * to_y, y + sine * to_x - cosine * to_y
+        matrix = (cosine, sine, back_x, -sine, cosine, back_y)
         colour = image.mode == "RGB"
         return image.transform(
             image.size,

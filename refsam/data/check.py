@@ -61,11 +61,7 @@ def recognise(root: Path) -> tuple[str, ...]:
 
 
 def check(
-    name: str,
-    root: Path,
-    *,
-    decode: bool = False,
-    advance: Callable[[], None] = lambda: None,
+    name: str, root: Path, *, decode: bool = False, advance: Callable[[], None] = lambda: None
 ) -> Iterator[Finding]:
     """Look at every split of a dataset; with `decode` also into every image and mask.
 
@@ -78,6 +74,7 @@ def check(
         raise DataError(f"dataset: got {name!r}, want one of {', '.join((*DATASETS, PHOTOGRAPHS))}")
     module = import_module(f"refsam.data.{DATASETS[name]}")
     official = getattr(module, "OFFICIAL_VIDEOS", {})
+    whole: dict[str, Any] = {"exclude_shared": False} if DATASETS[name] == "refcoco" else {}
     for arguments in _variants(module, name, root):
         split = " ".join(arguments.values())
         parts: dict[str, Part] = module.parts(name, root, **arguments)
@@ -85,7 +82,7 @@ def check(
         found: dict[str, Contents] = {}
         if not missing:
             try:
-                dataset = open_dataset(name, root, **arguments, **_whole(name))
+                dataset = open_dataset(name, root, **arguments, **whole)
                 found = _contents(dataset, decode, advance)
                 _add_own(found, dataset, module)
             except DataError as error:
@@ -107,19 +104,16 @@ def _variants(module: Any, name: str, root: Path) -> Iterable[dict[str, str]]:
 def _check_photographs(root: Path, decode: bool, advance: Callable[[], None]) -> Iterator[Finding]:
     for split, reports in check_folder(root, decode, advance).items():
         for part, report in reports.items():
-            state: State = "broken" if report.problems else "ok"
             counted = "; ".join([f"{report.count} {part}" if report.count else "", *report.notes])
-            detail = _told(counted.strip("; "), report.problems)
-            yield Finding(PHOTOGRAPHS, split, part, state, detail, OWN)
+            yield Finding(
+                PHOTOGRAPHS, split, part, *_judged(counted.strip("; "), report.problems), OWN
+            )
 
 
-def _told(counted: str, problems: list[str]) -> str:
-    """The counts, the first few problems, and the number of all others."""
-    return "; ".join(filter(None, [counted, named(problems, _NAMED, "; ")]))
-
-
-def _whole(name: str) -> dict[str, Any]:
-    return {"exclude_shared": False} if DATASETS[name] == "refcoco" else {}
+def _judged(counted: str, problems: list[str]) -> tuple[State, str]:
+    """The state; the counts, the first few problems, and the number of all others."""
+    detail = "; ".join(filter(None, [counted, named(problems, _NAMED, "; ")]))
+    return "broken" if problems else "ok", detail
 
 
 def _culprit(parts: dict[str, Part], error: str) -> dict[str, Contents]:
@@ -143,10 +137,7 @@ def _add_own(found: dict[str, Contents], dataset: ReferringDataset, module: Any)
 def _state(part: Part, found: Contents | None) -> tuple[State, str]:
     if not part.path.exists():
         return ("missing" if part.needed else "not there"), str(part.path)
-    counted, problems = found or ("is there", [])
-    if not problems:
-        return "ok", counted
-    return "broken", _told(counted, problems)
+    return _judged(*(found or ("is there", [])))
 
 
 def _contents(
@@ -160,12 +151,9 @@ def _contents(
         expressions += len(spoken)
         frames += len(video.frame_names)
         masks += len(video.annotated)
-        absent = [
-            frame
-            for frame in video.frame_names
-            if not dataset.frame_file(video.name, frame).is_file()
-        ]
-        problems["frames"] += [f"no {video.name}/{frame}" for frame in absent]
+        names = ((f, dataset.frame_file(video.name, f)) for f in video.frame_names)
+        absent = [f"no {video.name}/{frame}" for frame, path in names if not path.is_file()]
+        problems["frames"] += absent
         if not spoken:
             problems["expressions"].append(f"{video.name} has none")
         if not video.frame_names:
@@ -176,14 +164,13 @@ def _contents(
                 if problem not in problems[kind]:
                     problems[kind].append(problem)
         advance()
-    return {
-        "expressions": (
-            "; ".join([f"{len(dataset.videos)} videos, {expressions} expressions", *dataset.notes]),
-            problems["expressions"],
-        ),
-        "frames": (f"{frames} frames", problems["frames"]),
-        "masks": (f"{masks} frames with masks", problems["masks"]),
+    counts = {
+        "expressions": f"{len(dataset.videos)} videos, {expressions} expressions",
+        "frames": f"{frames} frames",
+        "masks": f"{masks} frames with masks",
     }
+    counts["expressions"] = "; ".join([counts["expressions"], *dataset.notes])
+    return {kind: (counted, problems[kind]) for kind, counted in counts.items()}
 
 
 def _missing_masks(dataset: ReferringDataset, video: VideoRecord) -> Iterator[str]:

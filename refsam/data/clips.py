@@ -135,10 +135,9 @@ class ClipSampler:
             for expression in dataset.expressions(video.name)
             for begin in range(0, len(video.annotated), frames)
         ]
+        self.name = f"{dataset.name} {dataset.split}"
         if not self.samples:
-            raise DataError(
-                f"{dataset.name} {dataset.split}: nothing to train on, as no frame has a mask"
-            )
+            raise DataError(f"{self.name}: nothing to train on, as no frame has a mask")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -153,9 +152,8 @@ class ClipSampler:
         for attempt in range(_DRAWS):
             random = np.random.default_rng([seed, epoch, index, attempt])
             elsewhere = skipped or attempt >= _DRAWS_OF_SAMPLE
-            video, expression, begin = self.samples[
-                random.integers(len(self)) if elsewhere else index
-            ]
+            number = random.integers(len(self)) if elsewhere else index
+            video, expression, begin = self.samples[number]
             try:
                 clip = self._draw(random, video, expression, begin)
             except UnreadableError as error:
@@ -166,7 +164,7 @@ class ClipSampler:
             if clip.masks[0].any() or expression.object_ids == ():
                 return replace(clip, skipped=tuple(skipped))
         raise DataError(
-            f"{self.dataset.name} {self.dataset.split}: {_DRAWS} draws for sample {index} showed no object or could not be read; "
+            f"{self.name}: {_DRAWS} draws for sample {index} showed no object or could not be read; "
             f"look at it with: refsam data check {self.dataset.root} --decode"
         )
 
@@ -195,13 +193,12 @@ class ClipSampler:
             np.array(masks),
             tuple(text for text in texts if text is not None),
             draw_colour(random, self.augmentation),
-            f"{self.dataset.name} {self.dataset.split} {video.name}, expressions {numbers}, frames {frames}",
+            f"{self.name} {video.name}, expressions {numbers}, frames {frames}",
         )
 
     def _with_others(self, random: np.random.Generator, expression: Expression) -> list[Expression]:
         others = [e for e in self.dataset.expressions(expression.video) if e != expression]
-        order = [others[i] for i in random.permutation(len(others))]
-        rows = [expression, *order]
+        rows = [expression, *(others[i] for i in random.permutation(len(others)))]
         return [rows[index % len(rows)] for index in range(self.expressions)]
 
 
@@ -215,10 +212,7 @@ class _ClipReader:
         geometry: Geometry,
         motion: Motion | None,
     ) -> None:
-        self.dataset = dataset
-        self.video = video
-        self.geometry = geometry
-        self.motion = motion
+        self.dataset, self.video, self.geometry, self.motion = dataset, video, geometry, motion
         self.image = lru_cache(self._image)
         self.true_mask = lru_cache(self._true_mask)
 

@@ -25,20 +25,15 @@ def adjust_colour(frames: Tensor, factors: Tensor, sizes: Sequence[tuple[int, in
     areas = [frames.shape[1] * height * width for height, width in sizes]
     total = pixels.sum(dim=(1, 2, 3)) @ luma
     mean = brightness * total / torch.tensor(areas, dtype=torch.float32, device=frames.device)
-    matrix = _hue_matrix(hue) @ _saturation_matrix(saturation, luma)
+    # s p + (1 - s) luma(p) changes the saturation.
+    grey = (1 - saturation)[:, None, None] * luma.expand(3, 3)
+    saturated = saturation[:, None, None] * torch.eye(3, device=luma.device) + grey
+    matrix = _hue_matrix(hue) @ saturated
     matrix = matrix * (brightness * contrast)[:, None, None]
     # Neither matrix changes a grey, so the constant that contrast adds can be added last.
     offset = ((1 - contrast) * mean)[:, None, None]
     changed = torch.baddbmm(offset, pixels.flatten(1, 3), matrix.mT).view_as(pixels)
     return changed.round_().clamp_(0, 255).to(torch.uint8)
-
-
-def _saturation_matrix(saturation: Tensor, luma: Tensor) -> Tensor:
-    """(B, 3, 3): s p + (1 - s) luma(p)."""
-    identity = torch.eye(3, device=luma.device)
-    return saturation[:, None, None] * identity + (1 - saturation)[:, None, None] * luma.expand(
-        3, 3
-    )
 
 
 def _hue_matrix(hue: Tensor) -> Tensor:

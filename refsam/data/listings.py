@@ -105,16 +105,14 @@ def records(
                 for number, entry in videos[name]["expressions"].items()
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(
-                f"{path}: the entry of {name} is not in the format: {error!r}"
-            ) from error
+            problem = f"the entry of {name} is not in the format: {error!r}"
+            raise DataError(f"{path}: {problem}") from error
         found.append(VideoRecord(name, frames, frames if annotated else ()))
     every = [expression for rows in by_video.values() for expression in rows]
     untold = [f"{e.video}/{e.expression_id}" for e in every if e.object_ids is None]
     if annotated and 0 < len(untold) < len(every):
-        raise DataError(
-            f"{path}: {len(untold)} of {len(every)} expressions name no objects: {named(untold)}"
-        )
+        count = f"{len(untold)} of {len(every)}"
+        raise DataError(f"{path}: {count} expressions name no objects: {named(untold)}")
     return tuple(found), by_video
 
 

@@ -82,16 +82,11 @@ def _prepare(davis: Path, texts: Path, out: Path, copy: bool) -> dict[str, int]:
     counts = {}
     for split, listed in (("train", "train"), ("valid", "val")):
         names = demand("DAVIS 2017", davis / "ImageSets/2017" / f"{listed}.txt", _DAVIS)
-        videos = {
-            video: _video(davis, video, annotations) for video in sorted(names.read_text().split())
-        }
+        videos = {v: _video(davis, v, annotations) for v in sorted(names.read_text().split())}
         for video in videos:
-            for kind, source in (
-                ("JPEGImages", "JPEGImages"),
-                ("Annotations", "Annotations_unsupervised"),
-            ):
+            for source in ("JPEGImages", "Annotations_unsupervised"):
                 files = demand("DAVIS 2017", davis / source / "480p" / video, _DAVIS)
-                place(files, out / split / kind / video, copy)
+                place(files, out / split / source.removesuffix("_unsupervised") / video, copy)
         listing = parts("ref-davis17", out, split)["expressions"].path
         listing.parent.mkdir(parents=True)
         listing.write_text(json.dumps({"videos": videos}), encoding="utf-8")
@@ -134,10 +129,10 @@ def _video(davis: Path, video: str, annotations: list[Texts]) -> dict[str, Any]:
         )
     every = [(number, text) for group in zip(*rows, strict=True) for number, text in group]
     folder = demand("DAVIS 2017", davis / "JPEGImages/480p" / video, _DAVIS)
+    expressions = {
+        str(i): {"exp": text, "obj_id": number} for i, (number, text) in enumerate(every)
+    }
     return {
-        "expressions": {
-            str(index): {"exp": text, "obj_id": number}
-            for index, (number, text) in enumerate(every)
-        },
+        "expressions": expressions,
         "frames": sorted(path.stem for path in folder.glob("*.jpg")),
     }

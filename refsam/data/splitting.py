@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from refsam.data.catalogue import open_dataset
-from refsam.data.dataset import DataError, Expression, ReferringDataset
+from refsam.data.dataset import DataError, ReferringDataset
 from refsam.data.new_folder import new_folder, place
 
 TRAIN, VALIDATION = "train", "validation"
@@ -52,13 +52,9 @@ def _write_part(
     with open(folder / "expressions.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["video", "objects", "text"])
-        table.writerows(_row(e) for video in videos for e in dataset.expressions(video))
+        for e in (e for video in videos for e in dataset.expressions(video)):
+            table.writerow([e.video, " ".join(map(str, e.object_ids or ())), e.text])
     for kind in ("frames", "masks"):
         for video in videos:
             if (source / kind / video).is_dir():
                 place(source / kind / video, folder / kind / video, copy)
-
-
-def _row(expression: Expression) -> list[str]:
-    numbers = " ".join(map(str, expression.object_ids or ()))
-    return [expression.video, numbers, expression.text]

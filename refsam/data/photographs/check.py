@@ -1,6 +1,8 @@
 """Checks a folder of photographs: lists, files, masks, classes and licences, all problems at once."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,10 @@ from refsam.data.photographs.words import load_words
 
 FIELDS = ("image", "label", "source", "licence", "split")
 _SHARE_TOLERANCE = 0.02  # of the area, between a class's share in the list and in the label
-_OPTIONAL = ("instances", "parts")
 # Field of each list -> the part of the report that it belongs to.
+_MAPS = {"label": "labels", "instances": "instances", "parts": "parts"}
 _PARTS_OF = {
-    "photographs": {
-        "image": "photographs",
-        "label": "labels",
-        "instances": "instances",
-        "parts": "parts",
-    },
+    "photographs": {"image": "photographs", **_MAPS},
     "backgrounds": {"image": "backgrounds"},
 }
 
@@ -39,37 +36,45 @@ class Report:
 
 def check_folder(
     root: Path, decode: bool = False, advance: Callable[[], None] = lambda: None
-) -> dict[str, dict[str, Report]]:
+) -> Mapping[str, Mapping[str, Report]]:
     """Reports by split and part; with `decode` every image is decoded, too. `advance` is called after every photograph.
 
     Masks and the headers of images are always read. A file that cannot be read is reported as a problem and raises nothing.
     """
     names, classes = _check_classes(root / "classes.json")
     lists = Report()
-    splits: dict[str, dict[str, Report]] = {"every": {"classes": classes, "lists": lists}}
+    splits = {"every": defaultdict(Report, classes=classes, lists=lists)}
     for kind, listing in (("photographs", "manifest.jsonl"), ("backgrounds", "backgrounds.jsonl")):
         if kind == "backgrounds" and not (root / listing).is_file():
             continue
         count = 0
         for count, row in enumerate(_rows(root / listing, lists), 1):
-            reports = splits.setdefault(str(row.get("split", "no split")), {})
+            reports = splits.setdefault(str(row.get("split", "no split")), defaultdict(Report))
             for field_name, part in _PARTS_OF[kind].items():
                 if row.get(field_name):
-                    reports.setdefault(part, Report()).count += 1
+                    reports[part].count += 1
             for part, problem in _check_row(root, kind, f"{listing}, line {count}", row, names):
-                reports.setdefault(part, Report()).problems.append(problem)
+                reports[part].problems.append(problem)
             if decode and isinstance(row.get("image"), str):
-                reports[kind].problems += _undecodable(root / row["image"])
+                with _told(reports[kind]):
+                    read_image(root / row["image"])
             advance()
         lists.notes.append(f"{count} {kind}")
     return splits
 
 
-def _rows(path: Path, report: Report) -> Iterator[dict[str, Any]]:
+@contextmanager
+def _told(report: Report) -> Iterator[None]:
+    """Report what cannot be read as a problem."""
     try:
-        yield from read_lines(path)
+        yield
     except DataError as error:
         report.problems.append(str(error))
+
+
+def _rows(path: Path, report: Report) -> Iterator[dict[str, Any]]:
+    with _told(report):
+        yield from read_lines(path)
 
 
 def _check_classes(path: Path) -> tuple[Mapping[int, str], Report]:
@@ -89,39 +94,29 @@ def _check_row(
 ) -> Iterator[tuple[str, str]]:
     """(part, problem) of one line of a list and of the files that it names."""
     wanted = [f for f in FIELDS if not (kind == "backgrounds" and f == "label")]
-    missing = [
-        name for name in wanted if not (isinstance(row.get(name), str) and row[name].strip())
-    ]
+    missing = [f for f in wanted if not (isinstance(row.get(f), str) and row[f].strip())]
     if missing:
         yield kind, f"{place}: {row.get('image', 'no image')}: no {', '.join(missing)}"
-    size = None
-    if isinstance(row.get("image"), str):
+    size, maps = None, dict[str, NDArray[np.uint8]]()
+    for name, part in _PARTS_OF[kind].items():
+        if not isinstance(row.get(name), str):
+            continue
         try:
-            size = image_size(_inside(root, row["image"]))
+            if name == "image":
+                size = image_size(_inside(root, row[name]))
+            else:
+                maps[name] = read_numbers(_inside(root, row[name]))
         except DataError as error:
-            yield kind, str(error)
-    stated = (row.get("height"), row.get("width"))
+            yield part, str(error)
+    stated = row.get("height"), row.get("width")
     if size is not None and None not in stated and stated != size:
-        yield (
-            kind,
-            f"{place}: {stated[1]}x{stated[0]} are listed, {row['image']} is {size[1]}x{size[0]}",
-        )
-    if kind == "backgrounds":
-        return
-    maps: dict[str, NDArray[np.uint8]] = {}
-    for part in ("label", *_OPTIONAL):
-        if isinstance(row.get(part), str):
-            try:
-                maps[part] = read_numbers(_inside(root, row[part]))
-            except DataError as error:
-                yield _PARTS_OF[kind][part], str(error)
-                continue
-            if size is not None and maps[part].shape != size:
-                height, width = maps.pop(part).shape
-                yield (
-                    _PARTS_OF[kind][part],
-                    f"{row[part]} is {width}x{height}, its image {size[1]}x{size[0]} (width x height)",
-                )
+        listed = f"{stated[1]}x{stated[0]} are listed"
+        yield kind, f"{place}: {listed}, {row['image']} is {size[1]}x{size[0]}"
+    for name, numbers in list(maps.items()):
+        if size is not None and numbers.shape != size:
+            height, width = maps.pop(name).shape
+            differs = f"{row[name]} is {width}x{height}, its image {size[1]}x{size[0]}"
+            yield _MAPS[name], f"{differs} (width x height)"
     if "label" in maps:
         yield from _check_maps(row, maps, names)
 
@@ -130,39 +125,28 @@ def _check_maps(
     row: dict[str, Any], maps: dict[str, NDArray[np.uint8]], names: Mapping[int, str]
 ) -> Iterator[tuple[str, str]]:
     """(part, problem) of label, instances and parts of one photograph, which have its size."""
-    labels = maps["label"]
+    labels, file = maps["label"], row["label"]
     counts = np.bincount(labels.ravel(), minlength=256)
     shown = {int(n) for n in np.flatnonzero(counts)} - {0, UNSURE}
     if unknown := sorted(shown - names.keys()):
-        yield "labels", f"{row['label']}: {_numbers(unknown)} in no line of classes.json"
+        yield "labels", f"{file}: {_numbers(unknown)} in no line of classes.json"
     if not shown:
-        yield "labels", f"{row['label']}: shows no class"
+        yield "labels", f"{file}: shows no class"
     try:
         listed = {int(n): float(share) for n, share in (row.get("classes") or {}).items()}
     except (AttributeError, TypeError, ValueError):
-        yield (
-            "labels",
-            f"{row['label']}: classes are {row['classes']!r}, want a share for each number",
-        )
+        yield "labels", f"{file}: classes are {row['classes']!r}, want a share for each number"
         listed = {}
     for number in sorted(listed.keys() | shown if listed else ()):
-        told, found = (
-            listed.get(number, 0.0),
-            counts[number] / labels.size if number in shown else 0.0,
-        )
+        told = listed.get(number, 0.0)
+        found = counts[number] / labels.size if number in shown else 0.0
         if abs(told - found) > _SHARE_TOLERANCE:
-            yield (
-                "labels",
-                f"{row['label']}: class {number} covers {found:.3f}, {told:.3f} is listed",
-            )
-    if "instances" in maps:
-        objects = maps["instances"]
-        outside = np.unique(objects[(labels == 0) & (objects != 0) & (objects != UNSURE)])
-        if len(outside):
-            yield (
-                "instances",
-                f"{row['instances']}: {_numbers(outside)} where the label shows nothing",
-            )
+            yield "labels", f"{file}: class {number} covers {found:.3f}, {told:.3f} is listed"
+    objects = maps.get("instances", np.zeros_like(labels))
+    outside = np.unique(objects[(labels == 0) & (objects != 0) & (objects != UNSURE)])
+    if len(outside):
+        place = f"{_numbers(outside)} where the label shows nothing"
+        yield "instances", f"{row['instances']}: {place}"
     if "parts" in maps and (wrong := np.unique(maps["parts"][maps["parts"] > len(PARTS)])).size:
         yield "parts", f"{row['parts']}: {_numbers(wrong)}, want 0 to {len(PARTS)}"
 
@@ -177,11 +161,3 @@ def _inside(root: Path, name: str) -> Path:
 def _numbers(values: Any) -> str:
     named = ", ".join(str(int(v)) for v in values[:5])
     return f"number {named}{' and more' if len(values) > 5 else ''}"
-
-
-def _undecodable(path: Path) -> list[str]:
-    try:
-        read_image(path)
-    except DataError as error:
-        return [str(error)]
-    return []

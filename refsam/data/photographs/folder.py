@@ -24,13 +24,7 @@ PARTS = (
     "sandals scarf shirt shoes shorts skin skirt sneakers socks stockings suit sunglasses sweater sweatshirt swimwear t-shirt "
     "tie tights top vest wallet watch wedges"
 ).split()
-_PARTS_AS = {
-    "bag": "handbag",
-    "clogs": "shoes",
-    "flats": "shoes",
-    "pumps": "shoes",
-    "wedges": "shoes",
-}
+_PARTS_AS = {"bag": "handbag", **dict.fromkeys(("clogs", "flats", "pumps", "wedges"), "shoes")}
 
 
 @dataclass(frozen=True)
@@ -112,15 +106,15 @@ def open_folder(root: str | Path, split: str) -> PhotoFolder:
         raise DataError(f"{root / 'manifest.jsonl'}: no photograph of the split {split!r}")
     backgrounds = root / "backgrounds.jsonl"
     others = list(read_lines(backgrounds)) if backgrounds.is_file() else []
+    classes = {number: words.class_of(name) for number, name in names.items()}
     return PhotoFolder(
         root,
         split,
-        {number: words.class_of(name) for number, name in names.items()},
-        tuple(_photograph(root, row, names, words) for row in rows),
+        classes,
+        tuple(_photograph(root, row, classes) for row in rows),
         tuple(
             BackgroundPhotograph(
-                row["image"],
-                tuple(words.class_of(names[int(c)]) for c in row.get("teacher_saw", ())),
+                row["image"], tuple(classes[int(c)] for c in row.get("teacher_saw", ()))
             )
             for row in others
             if row.get("split", split) == split
@@ -153,44 +147,40 @@ def read_names(path: Path) -> dict[int, str]:
         raise DataError(f'{path}: cannot be read as {{"1": "aeroplane", ...}} ({error})') from None
 
 
-def _photograph(
-    root: Path, row: dict[str, Any], names: Mapping[int, str], words: Words
-) -> Photograph:
+def _photograph(root: Path, row: dict[str, Any], classes: Mapping[int, str]) -> Photograph:
     try:
-        shares = row["classes"] if "classes" in row else _count(root / row["label"])
+        counted = row["classes"] if "classes" in row else _count(root / row["label"])
+        shares = _shares(counted, classes)
         human = bool(row.get("human", False))
+        if "width" in row and "height" in row:
+            size = int(row["height"]), int(row["width"])
+        else:
+            size = image_size(root / row["image"])
         return Photograph(
             row["image"],
             row["label"],
             row.get("instances"),
             row.get("parts"),
             row.get("source", ""),
-            _shares(shares, names, words),
+            shares,
             bool(row.get("complete", human and "objects" in row)),
             human,
-            image_size(root / row["image"])
-            if "width" not in row or "height" not in row
-            else (int(row["height"]), int(row["width"])),
+            size,
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
+        reason = f"no {error.args[0]}" if isinstance(error, KeyError) else error
         raise DataError(
-            f"{root / 'manifest.jsonl'}: {row.get('image', row)}: {_reason(error)}; refsam data check tells all"
+            f"{root / 'manifest.jsonl'}: {row.get('image', row)}: {reason}; refsam data check tells all"
         ) from None
 
 
-def _reason(error: Exception) -> str:
-    return f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
-
-
-def _shares(
-    shares: Mapping[Any, float], names: Mapping[int, str], words: Words
-) -> dict[str, float]:
+def _shares(shares: Mapping[Any, float], classes: Mapping[int, str]) -> dict[str, float]:
     """Shares of the area by the word list's name; two numbers of one name add up."""
     found: dict[str, float] = {}
     for number, share in shares.items():
-        if int(number) not in names:
+        if int(number) not in classes:
             raise ValueError(f"class {number} stands in no line of classes.json")
-        name = words.class_of(names[int(number)])
+        name = classes[int(number)]
         found[name] = found.get(name, 0.0) + float(share)
     return found
 

@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Literal
+from typing import Literal, get_args
 
 from refsam.data.generated.grammar import everyday_words, vocabulary
 
 Role = Literal["class", "garment", "synonym", "kind", "group"]
-_ROLES = ("class", "garment", "synonym", "kind", "group")
+_ROLES = get_args(Role)
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,8 @@ class Words:
         """For each single word of the list, single words of similar meaning: other names and plurals of its classes."""
         found: dict[str, dict[str, None]] = {}
         for noun in self.nouns:
-            names = [noun.word, noun.plural, *noun.classes]
-            names += [
-                n.word for name in noun.classes for n in self.about(name) if n.role != "group"
-            ]
+            others = (n for name in noun.classes for n in self.about(name) if n.role != "group")
+            names = [noun.word, noun.plural, *noun.classes, *(n.word for n in others)]
             alike = [part for name in names for part in split_words(name)[-1:]]
             for word in split_words(f"{noun.word} {noun.plural}"):
                 found.setdefault(word, {}).update(dict.fromkeys(w for w in alike if w != word))
@@ -87,9 +85,8 @@ class Words:
 
     def vocabulary(self) -> list[str]:
         """Every single word of the list, sorted."""
-        return sorted(
-            {part for noun in self.nouns for part in split_words(f"{noun.word} {noun.plural}")}
-        )
+        phrases = " ".join(f"{noun.word} {noun.plural}" for noun in self.nouns)
+        return sorted(set(split_words(phrases)))
 
 
 def untaught_words(taught: Collection[str]) -> tuple[str, ...]:
