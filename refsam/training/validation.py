@@ -128,7 +128,7 @@ def score_clips(
 
 @torch.no_grad()
 def predict(model: RefSAM, clip: ValidationClip) -> NDArray[np.bool_]:
-    """The masks (E, T, H, W) that the model finds online."""
+    """The masks (E, T, H, W) that the model predicts frame by frame."""
     refused = refused_expressions(model.text_encoder, clip.texts)
     understood = [place for place, text in enumerate(clip.texts) if text not in refused]
     predicted = np.zeros_like(clip.masks)

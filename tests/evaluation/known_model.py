@@ -1,4 +1,4 @@
-"""A model whose output is known: it marks the pixels of the colour that a sentence names, at the frame's own size."""
+"""A model whose output is known: it marks the pixels of the colour that an expression names, at the frame's own size."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ class ColourModel(nn.Module):
     """Takes RefSAM's place. Logits are +5 and -5 on the 64 x 64 pixels that the fixtures' frames fill without resizing.
 
     Track tokens say whose they are and for how many frames: `decode` fails where one reaches another expression or video.
-    `misled`: sentences with this word get the other object's mask. `refuses`: sentences with this word raise ExpressionError.
+    `misled`: expressions with this word get the other object's mask. `refuses`: expressions with this word raise ExpressionError.
     `fails_after`: so many frames are encoded before `failure` is raised.
     """
 
@@ -80,7 +80,7 @@ class ColourModel(nn.Module):
         return torch.where(inside, 5.0, -5.0)
 
     def objects(self, text):
-        """The numbers of the objects that a sentence means."""
+        """The numbers of the objects that an expression means."""
         found = {number for word, number in WORDS.items() if word in text.lower()}
         if "not red" in text:
             found = set(COLOURS) - {1}
@@ -88,7 +88,7 @@ class ColourModel(nn.Module):
 
 
 class _Prompt(list):
-    """The sentences themselves, in a `TextPrompt`'s place."""
+    """The expressions themselves, in a `TextPrompt`'s place."""
 
     unknown = ()
 

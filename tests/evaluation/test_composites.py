@@ -1,4 +1,4 @@
-"""The benchmark of cut-outs: repeatable, its sentences true, and scored as it says."""
+"""The benchmark of cut-outs: repeatable, its expressions true, and scored as it says."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def test_clip_is_drawn_from_its_number_alone(drawer: SceneDrawer, root: Path, ki
     assert not (first.mask & first.ignore).any()
 
 
-def test_sentences_of_place_size_and_order_are_true(drawer: SceneDrawer, monkeypatch) -> None:
+def test_expressions_of_place_size_and_order_are_true(drawer: SceneDrawer, monkeypatch) -> None:
     clips = []
     monkeypatch.setattr(
         composites, "_clip", lambda clip, text, number: clips.append((clip, number)) or clip

@@ -39,9 +39,9 @@ def test_the_benchmark_is_large_and_hard_enough(frozen):
     count, shared = len(photographs(held_out=True)), 0
     for index, clip in enumerate(frozen):
         arguments = generated.benchmark_arguments(index)
-        scene, sentences = sample_clip(photographs=count, **arguments)
-        assert [[s.kind, s.text] for s in sentences] == clip["sentences"]
-        (target,) = sentences[0].targets
+        scene, expressions = sample_clip(photographs=count, **arguments)
+        assert [[each.kind, each.text] for each in expressions] == clip["sentences"]
+        (target,) = expressions[0].targets
         item = scene.objects[target]
         assert 0.005 <= item.area <= 0.1
         others = [other for i, other in enumerate(scene.objects) if i != target]

@@ -111,7 +111,7 @@ def test_ref_davis17_writes_maps_with_the_usual_palette(davis, tmp_path):
     assert not (tmp_path / "out/predictions/expressions").exists()
 
 
-def test_ref_davis17_needs_a_sentence_of_each_annotator_and_the_truth(davis, tmp_path):
+def test_ref_davis17_needs_an_expression_of_each_annotator_and_the_truth(davis, tmp_path):
     (davis / "valid/Annotations").rename(davis / "valid/elsewhere")
     with pytest.raises(UserError, match="no truth for valid"):
         davis_benchmark(davis)
@@ -145,7 +145,7 @@ def test_predictions_are_those_of_a_session():
             assert torch.equal(masks[sure], wanted.masks[index][sure])
 
 
-def test_paper_protocol_shrinks_frames_and_lowers_sentences():
+def test_paper_protocol_shrinks_frames_and_lowers_expressions():
     model = ColourModel()
     predictor = VideoPredictor(model, RULES["paper"], [["The RED box"]])
     (logits,) = predictor.step(np.full((72, 128, 3), 128, np.uint8))
@@ -207,7 +207,7 @@ def test_refcoco_scores_are_those_of_known_masks(coco, tmp_path):
     datasets = tuple(open_dataset("refcoco", coco, split) for split in ("val", "testA"))
     outcome = evaluate(RefCoco(datasets, ("lavt",)), runner(), tmp_path / "out", shard=Shard())
     for split, time in (("val", 2), ("testA", 0)):
-        # Two sentences for each object; object 2 lies on object 1, whose true mask is whole.
+        # Two expressions for each object; object 2 lies on object 1, whose true mask is whole.
         visible = (fixtures.numbers_at(time, 2) == 1).sum() / (12 * 16)
         scores = outcome.summary["splits"][split]
         assert scores["samples"] == 4
