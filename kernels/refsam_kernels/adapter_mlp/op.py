@@ -74,7 +74,7 @@ def adapter_mlp(
         norm_weight, norm_bias: (D,), x's dtype or float32; None where no layer norm follows.
         scale: factor of the adapter.
         eps: added to the variance.
-        backend: a backend by name; None leaves the choice to the library.
+        backend: name of the backend; None lets the library choose.
 
     Returns:
         x (..., D) in the wider of residual's and normed's dtypes, and normed_next (..., D) in

@@ -68,7 +68,7 @@ def adapter_projection(
         adapter: its parameters in attention's dtype, or None; its GELU is the exact one.
         norm_weight, norm_bias: (D,), x's dtype or float32.
         eps: added to the variance.
-        backend: a backend by name; None leaves the choice to the library.
+        backend: name of the backend; None lets the library choose.
 
     Returns:
         x (..., D) in the wider of residual's and attention's dtypes, and normed (..., D) in

@@ -63,13 +63,14 @@ def dense_attention(
         weight, bias: (C, 2C) and (C,), the projection W; the features' channels come first.
         scale: () floating point, factor of the similarities.
         level_weights: (L,) floating point, the levels' shares; nothing here makes them convex.
-        backend: name of the backend, None for the best that can run.
+        backend: name of the backend; None lets the library choose.
 
     Returns:
         (P, N, C) in the dtype of the features, under autocast in autocast's.
 
     Raises:
-        ValueError: a shape, dtype, device or value does not fit; `BackendError` if the backend cannot run.
+        ValueError: a shape, dtype, device or value does not fit.
+        BackendError: the requested backend cannot run.
     """
     features, text, weight, bias = autocast(features, text, weight, bias)
     inputs = Inputs(features, text, lengths, image_index, weight, bias, scale, level_weights)

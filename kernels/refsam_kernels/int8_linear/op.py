@@ -57,7 +57,7 @@ def int8_linear(
         residual: (..., out) in the result's dtype, or None.
         eps: added to the norm's variance.
         dtype: of the result, float32 or bfloat16; None for x's.
-        backend: a backend by name; None leaves the choice to the library.
+        backend: name of the backend; None lets the library choose.
 
     Returns:
         (..., out).

@@ -47,13 +47,14 @@ def mask_loss(
         ignore: (P, H, W) bool, ignored pixels, where targets may hold anything; None: all count.
         alpha: weight of inside pixels in the focal loss.
         gamma: exponent of the focal loss, at least 0.
-        backend: name of the backend, None for the best that can run.
+        backend: name of the backend; None lets the library choose.
 
     Returns:
         focal (P,) and dice (P,) in float32, or float64 for such logits. A fully ignored mask has focal loss 0.
 
     Raises:
-        ValueError: a shape, dtype, device, size or value does not fit; `BackendError` if the backend cannot run.
+        ValueError: a shape, dtype, device, size or value does not fit.
+        BackendError: the requested backend cannot run.
     """
     check_resize(logits, image_size, input_size)
     _check_targets(logits, targets, ignore)

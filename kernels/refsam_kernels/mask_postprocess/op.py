@@ -39,13 +39,14 @@ def mask_postprocess(
         input_size: (height, width) of the frame within that image, without the padding; at most S.
         output_size: (height, width) of the masks: H, W.
         threshold: logits above it are inside.
-        backend: name of the backend, None for the best that can run.
+        backend: name of the backend; None lets the library choose.
 
     Returns:
         (P, H, W) bool.
 
     Raises:
-        ValueError: a shape, dtype, size or value does not fit; `BackendError` if the backend cannot run.
+        ValueError: a shape, dtype, size or value does not fit.
+        BackendError: the requested backend cannot run.
     """
     check_resize(logits, image_size, input_size)
     check_size("output_size", output_size)

@@ -80,13 +80,14 @@ def mask_postprocess_bits(
         output_size: (height, width) of the masks, one for all or P of them.
         threshold: logits above it are inside.
         stability_offset: distance from the threshold of the two that stability compares.
-        backend: name of the backend, None for the best that can run.
+        backend: name of the backend; None lets the library choose.
 
     Returns:
         Everything on the device of the logits, without synchronising.
 
     Raises:
-        ValueError: a shape, dtype, size or value does not fit; `BackendError` if the backend cannot run.
+        ValueError: a shape, dtype, size or value does not fit.
+        BackendError: the requested backend cannot run.
     """
     sizes = _check(logits, image_size, input_size, output_size, stability_offset)
     settings = (image_size, *sizes, float(threshold), float(stability_offset))

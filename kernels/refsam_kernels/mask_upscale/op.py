@@ -67,13 +67,14 @@ def mask_upscale(
             resolution; 1 is shared by all expressions. None adds nothing.
         feat_s0: (P or 1, C2, 4h, 4w), likewise behind the second.
         eps: added to the variance, within the square root.
-        backend: name of the backend, None for the best that can run.
+        backend: name of the backend; None lets the library choose.
 
     Returns:
         (P, M, 4h, 4w) logits in the dtype of the features, under autocast in autocast's.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; `BackendError` if the backend cannot run.
+        ValueError: a shape, dtype or device does not fit.
+        BackendError: the requested backend cannot run.
     """
     lowered = autocast(
         features, hyper, conv1_weight, conv1_bias, conv2_weight, conv2_bias, feat_s1, feat_s0

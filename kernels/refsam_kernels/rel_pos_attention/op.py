@@ -49,7 +49,7 @@ def rel_pos_attention(
         int8_scores: compute `q k` in 8-bit integers: a token's values are rounded to 127ths of its largest (63rds on a
             processor with AVX2 and without instructions for 8-bit products). For inference, in float32 or bfloat16. A
             token with a value that is not finite counts as NaN.
-        backend: a backend by name; None leaves the choice to the library.
+        backend: name of the backend; None lets the library choose.
 
     Returns:
         (B, h, w, D) in qkv's dtype, the heads side by side. Under autocast the operands are cast

@@ -68,14 +68,15 @@ def token_image_attention(
         num_heads: number of heads.
         key_lengths: (P,) int64 in 1..Tk; keys and positions from there on change nothing, NaN included. None: all are valid.
         eps: of the LayerNorm.
-        backend: name of the backend, None for the best that can run.
+        backend: name of the backend; None lets the library choose.
 
     Returns:
         (P, Tq, C) in the dtype of the queries. Autocast lowers the dtype of the products only, not of the residual; under it the
         keys may have another dtype.
 
     Raises:
-        ValueError: a shape, dtype, device or value does not fit; `BackendError` if the backend cannot run.
+        ValueError: a shape, dtype, device or value does not fit.
+        BackendError: the requested backend cannot run.
     """
     if autocast_dtype(queries.device) is not None:
         keys, query_pe, key_pe = (x.to(queries.dtype) for x in (keys, query_pe, key_pe))
