@@ -216,7 +216,7 @@ _requests: ContextVar[tuple[Mapping[str, str], ...]] = ContextVar("requested_bac
 
 @contextmanager
 def use_backend(request: str) -> Iterator[None]:
-    """Use these backends within a `with` block of this thread: "fallback", or
+    """Uses these backends within a `with` block of this thread: "fallback", or
     "rel_pos_attention=triton,mask_loss=reference".
 
     An inner block overrides an outer one for the operators that it names. Operators that ran inside use the same

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def settle(tensors: Iterable[Tensor]) -> None:
-    """Wait, once for each GPU, until the current stream has written these tensors, so that any stream may read them.
+    """Waits, once for each GPU, until the current stream has written these tensors, so that any stream may read them.
 
     Call it before tensors go into a cache, never during the capture of a CUDA graph.
     """

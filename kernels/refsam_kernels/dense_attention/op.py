@@ -51,9 +51,9 @@ def dense_attention(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Sum over levels of level_weight * (W [F ; softmax(F T^T * scale) T] + b), for all expressions at once.
+    """Hierarchical dense attention: the sum over levels of `level_weight * (W [F ; softmax(F T^T * scale) T] + b)`.
 
-    Follows hierarchical dense attention of arXiv 2307.00997; see this folder's README.
+    For all expressions at once. Follows arXiv 2307.00997; see this folder's README.
 
     Args:
         features: (L, B, N, C) unit vectors, floating point: L levels of B images with N pixels.

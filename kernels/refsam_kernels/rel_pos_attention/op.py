@@ -77,7 +77,7 @@ def rel_pos_attention(
 
 
 def resize_table(table: Tensor, size: int) -> Tensor:
-    """The table (length, head_dim) at (2*size-1, head_dim), as segment-anything's `get_rel_pos`."""
+    """The table (length, head_dim) interpolated linearly to (2*size-1, head_dim), as segment-anything's `get_rel_pos` does."""
     if table.shape[0] == 2 * size - 1:
         return table
     resized = F.interpolate(table.T[None], size=2 * size - 1, mode="linear")

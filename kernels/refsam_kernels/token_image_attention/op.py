@@ -54,19 +54,19 @@ def token_image_attention(
     eps: float = 1e-5,
     backend: str | None = None,
 ) -> Tensor:
-    """layer_norm(queries + out(attention(q(queries + query_pe), k(keys + key_pe), v(keys)))).
+    """Attention of tokens and image: `layer_norm(queries + out(attention(q(queries + query_pe), k(keys + key_pe), v(keys))))`.
 
-    Serves both directions of SAM's two-way transformer, tokens to image and image to tokens, and attention among tokens; follows
+    For both directions of SAM's two-way transformer, tokens to image and image to tokens, and for attention among tokens. Follows
     `TwoWayAttentionBlock` of segment_anything/modeling/transformer.py.
 
     Args:
         queries: (P, Tq, C) floating point.
-        keys: (P, Tk, C); they are the values too, without their positions.
+        keys: (P, Tk, C); also the values, there without positions.
         query_pe, key_pe: positions, (P, T, C), or (1, T, C) where all expressions share them.
         weights: of the four projections. The internal width `weights.q_weight.shape[0]` is a multiple of `num_heads`.
         norm_weight, norm_bias: (C,), of the LayerNorm.
         num_heads: number of heads.
-        key_lengths: (P,) int64 in 1..Tk; keys and positions from there on change nothing, NaN included. None: all are valid.
+        key_lengths: (P,) int64 in 1..Tk, valid keys; later keys and positions change nothing, NaN included. None: all are valid.
         eps: of the LayerNorm.
         backend: name of the backend; None lets the library choose.
 
