@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from refsam.config import EVFConfig
 from refsam.model import EVFSAM, ImageFeatures, TextPrompt
 from refsam.model.beit3 import State, key_mask
+from refsam.model.prompted_sam import DecodeInputs
 from tests.golden import golden_folder, golden_weight, read_golden, relative_error
 
 EVF_PREFIXES = {
@@ -169,7 +170,7 @@ def test_all_masks_of_the_decoder(dtype: torch.dtype, calm: bool) -> None:
     model, prefix = golden_model(dtype, calm=calm), "calm_" if calm else ""
     image = model.encode_image(*inputs(dtype))
     text = prompts(model).select([1, 3])
-    prompted = model.prompt(image, text, torch.tensor([0, 1]), None, None)
+    prompted = model.prompt(DecodeInputs(image, text, torch.tensor([0, 1]), None, None))
     pe = model.prompt_encoder.pe_layer(10, 10, dtype)
     decoded = model.mask_decoder(prompted.image, pe, prompted.sparse, None, image.grid, 4)
     logits, iou = decoded[0][:, 1:], decoded[1][:, 1:]

@@ -19,7 +19,7 @@ from refsam.errors import CheckpointError, ExpressionError
 from refsam.model import build
 from refsam.model.features import ImageFeatures, TextPrompt
 from refsam.model.packing import PackedModule
-from refsam.model.prompted_sam import PromptedSAM, Prompts, add_image
+from refsam.model.prompted_sam import DecodeInputs, PromptedSAM, Prompts, add_image
 
 SEMANTIC_PREFIX = "[semantic] "
 START, PADDING, END = 0, 1, 2  # token ids of BEiT-3's vocabulary
@@ -149,15 +149,9 @@ class EVFSAM(PromptedSAM):
             )
         return ids
 
-    def prompt(
-        self,
-        image: ImageFeatures,
-        text: TextPrompt,
-        image_index: Tensor,
-        track: Tensor | None,
-        track_valid: Tensor | None,
-    ) -> Prompts:
+    def prompt(self, inputs: DecodeInputs) -> Prompts:
         """BEiT-3's class token as the only sparse prompt; track tokens are ignored."""
+        image, text, image_index, *_ = inputs
         assert image.patches is not None
         index = None if len(image.patches) == 1 else image_index
         feature = self.beit3(image.patches, text.words, text.lengths, index)

@@ -37,6 +37,29 @@ class Prompts(NamedTuple):
     match: Tensor | None = None
 
 
+class DecodeInputs(NamedTuple):
+    """The arguments of `PromptedSAM.decode`, with each expression's frame."""
+
+    image: ImageFeatures
+    text: TextPrompt
+    image_index: Tensor
+    track: Tensor | None
+    track_valid: Tensor | None
+
+    def check(self, channels: int) -> None:
+        """Raise ValueError for shapes that do not fit; track tokens have that many channels."""
+        (count,) = self.text.lengths.shape
+        _, _, index, track, valid = self
+        if index.shape != (count,):
+            raise ValueError(f"image_index: got shape {tuple(index.shape)}, wanted ({count},)")
+        if track is not None and track.shape != (count, channels):
+            raise ValueError(f"track: got shape {tuple(track.shape)}, wanted ({count}, {channels})")
+        if valid is not None and (track is None or valid.shape != (count,)):
+            raise ValueError(
+                f"track_valid: got shape {tuple(valid.shape)}, wanted ({count},) and a track"
+            )
+
+
 class PromptedSAM(nn.Module):
     """SAM whose prompts come from expressions.
 
@@ -63,15 +86,8 @@ class PromptedSAM(nn.Module):
         """P expressions to prompts; raises ExpressionError for one that cannot be understood."""
 
     @abstractmethod
-    def prompt(
-        self,
-        image: ImageFeatures,
-        text: TextPrompt,
-        image_index: Tensor,
-        track: Tensor | None,
-        track_valid: Tensor | None,
-    ) -> Prompts:
-        """Prompts of P expressions; the arguments are those of `decode`, checked."""
+    def prompt(self, inputs: DecodeInputs) -> Prompts:
+        """The prompts of P expressions for the mask decoder."""
 
     def next_track(self, object_token: Tensor, track: Tensor | None) -> Tensor:
         """The track token (P, C) for the next frame; a model without a memory passes the object token on."""
@@ -89,12 +105,7 @@ class PromptedSAM(nn.Module):
         return []
 
     def refine(
-        self,
-        logits: Tensor,
-        object_token: Tensor,
-        image: ImageFeatures,
-        image_index: Tensor,
-        match: Tensor | None,
+        self, logits: Tensor, object_token: Tensor, inputs: DecodeInputs, match: Tensor | None
     ) -> Tensor:
         """Refine mask logits (P, 4h, 4w), by default not at all; object_token (P, C), match as `prompt` returned it."""
         return logits
@@ -193,8 +204,13 @@ class PromptedSAM(nn.Module):
         None on the first frame. track_valid (P,) bool: which expressions have one; None means all.
         Raises ValueError for shapes that do not fit.
         """
-        image_index = self._check_decode(image, text, image_index, track, track_valid)
-        prompts = self.prompt(image, text, image_index, track, track_valid)
+        if image_index is None:
+            if len(image.embedding) != 1:
+                raise ValueError(f"image_index: got None for {len(image.embedding)} frames")
+            image_index = torch.zeros_like(text.lengths)
+        inputs = DecodeInputs(image, text, image_index, track, track_valid)
+        inputs.check(self.config.prompt_dim)
+        prompts = self.prompt(inputs)
         logits, iou, mask_tokens = self.mask_decoder(
             prompts.image,
             self.prompt_encoder.pe_layer(*image.grid, prompts.image.dtype),
@@ -203,34 +219,9 @@ class PromptedSAM(nn.Module):
             image.grid,
         )
         object_token = mask_tokens[:, 0]
-        refined = self.refine(logits[:, 0], object_token, image, image_index, prompts.match)
+        refined = self.refine(logits[:, 0], object_token, inputs, prompts.match)
         track_token = self.next_track(object_token, prompts.track)
         return MaskOutput(_on_square(refined), iou[:, 0], object_token, track_token)
-
-    def _check_decode(
-        self,
-        image: ImageFeatures,
-        text: TextPrompt,
-        image_index: Tensor | None,
-        track: Tensor | None,
-        track_valid: Tensor | None,
-    ) -> Tensor:
-        count, channels = text.lengths.shape[0], self.config.prompt_dim
-        if image_index is None:
-            if len(image.embedding) != 1:
-                raise ValueError(f"image_index: got None for {len(image.embedding)} frames")
-            image_index = torch.zeros_like(text.lengths)
-        if image_index.shape != (count,):
-            raise ValueError(
-                f"image_index: got shape {tuple(image_index.shape)}, wanted ({count},)"
-            )
-        if track is not None and track.shape != (count, channels):
-            raise ValueError(f"track: got shape {tuple(track.shape)}, wanted ({count}, {channels})")
-        if track_valid is not None and (track is None or track_valid.shape != (count,)):
-            raise ValueError(
-                f"track_valid: got shape {tuple(track_valid.shape)}, wanted ({count},) and a track"
-            )
-        return image_index
 
 
 def _on_square(logits: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from refsam.model import build, model_card
 from refsam.model.adapter import Adapter
 from refsam.model.features import ImageFeatures, TextPrompt
 from refsam.model.packing import PackedModule
-from refsam.model.prompted_sam import PromptedSAM, Prompts, add_image
+from refsam.model.prompted_sam import DecodeInputs, PromptedSAM, Prompts, add_image
 from refsam.model.text_encoder import CachedTextEncoder, EncodedText
 from refsam.model.trunk_features import GREY
 
@@ -272,15 +272,9 @@ class RefSAM(
         """See `PromptedSAM`."""
         self.text_encoder.clear_cache()
 
-    def prompt(
-        self,
-        image: ImageFeatures,
-        text: TextPrompt,
-        image_index: Tensor,
-        track: Tensor | None,
-        track_valid: Tensor | None,
-    ) -> Prompts:
+    def prompt(self, inputs: DecodeInputs) -> Prompts:
         """Words and track token as sparse prompts, dense attention as dense ones (paper, section 3)."""
+        image, text, image_index, track, track_valid = inputs
         dense = self.dense_attention(
             image.levels,
             torch.cat([text.sentence[:, None], text.words], dim=1),
@@ -304,18 +298,14 @@ class RefSAM(
         return self.tracking(object_token, track)
 
     def refine(
-        self,
-        logits: Tensor,
-        object_token: Tensor,
-        image: ImageFeatures,
-        image_index: Tensor,
-        match: Tensor | None,
+        self, logits: Tensor, object_token: Tensor, inputs: DecodeInputs, match: Tensor | None
     ) -> Tensor:
         """Refine logits by the trunk's fine features and the noun's match; unchanged without a trunk."""
+        image = inputs.image
         if self.outlines is None or image.fine is None or match is None:
             return logits
         match = match.unflatten(1, image.grid)
-        return self.outlines(logits, match, object_token, image.fine, image_index)
+        return self.outlines(logits, match, object_token, image.fine, inputs.image_index)
 
 
 def _append_token(
