@@ -1,7 +1,11 @@
 """SAM's weights as people have them: in entries of other files, from Hugging Face, and what is no weights at all."""
 
 import argparse
+import gzip
 import json
+import os
+import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +57,12 @@ def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         lambda s: {"model": prefixed(s, "module."), "trainer": Trainer()},
         lambda s: prefixed(s, "sam_model."),
         lambda s: {"weights of mine": s},
+        lambda s: {"weights of mine": s, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
+        lambda s: {"checkpoint": {"state_dict": s, "epoch": 3}},
+        lambda s: s | {"epoch": 3},
+        lambda s: {"model": s | {"steps": 5}, "loss": torch.ones(())},
+        lambda s: prefixed(s, "module.sam._orig_mod."),
+        lambda s: {key.replace(".blocks.", "._fsdp_wrapped_module.blocks._orig_mod."): x for key, x in s.items()},
         lambda s: s | {"mask_decoder.hf_token.weight": torch.ones(1, 64)},  # SAM-HQ
     ],
 )  # fmt: skip
@@ -70,6 +80,68 @@ def test_a_file_without_weights_says_what_it_holds(tmp_path: Path) -> None:
     torch.save({"ema": {"decay": 0.9}, "step": 4}, tmp_path / "sam.pth")
     with pytest.raises(CheckpointError, match=r"it holds 'ema', 'step'; wanted one of model_state"):
         checkpoint.convert_sam(tmp_path / "sam.pth", RefSAM.expected_tensors)
+
+
+class Command:
+    """A file that holds it would have the shell make a file."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.made}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("wrap", [lambda s, x: x, lambda s, x: {"model": s, "hook": x}])
+def test_a_command_in_a_file_is_named_and_not_run(
+    tmp_path: Path, state: dict[str, Tensor], wrap: Any, zipped: bool
+) -> None:
+    content = wrap(state, Command(tmp_path / "made"))
+    torch.save(content, tmp_path / "sam.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.convert_sam(tmp_path / "sam.pth", RefSAM.expected_tensors)
+    assert str(error.value).startswith(f"{tmp_path / 'sam.pth'}: cannot be read (it would call ")
+    assert not re.search("weights_only|\x1b|\n", str(error.value))
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda s: nn.Linear(2, 2), "a torch.nn.modules.linear.Linear, whose code is never run: save its state_dict"),
+        (lambda s: {"model": nn.Linear(2, 2)}, "it holds 'model'; wanted one of"),
+        (lambda s: {"student": s, "teacher": s}, "it holds 'student', 'teacher'; wanted one of"),
+        (lambda s: [s], r"not a state dict \(tensors by name\)$"),
+        (lambda s: {k: x for k, x in s.items() if "neck" not in k}, "no usable 'image_encoder.neck.0.weight'"),
+        (lambda s: {k: x for k, x in s.items() if "encoder" in k}, "no usable 'mask_decoder.transformer"),
+        (lambda s: s | {"image_encoder.neck.1.bias": torch.ones(3)}, r"1 of another shape \(image_encoder.neck.1.bias"),
+    ],
+)  # fmt: skip
+def test_other_content_is_refused_with_the_file_and_the_key(
+    tmp_path: Path, state: dict[str, Tensor], content: Any, message: str
+) -> None:
+    torch.save(content(state), tmp_path / "sam.pth")
+    with pytest.raises(CheckpointError, match=f"^{tmp_path / 'sam.pth'}: .*{message}"):
+        checkpoint.convert_sam(tmp_path / "sam.pth", RefSAM.expected_tensors)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pickle.dumps({"a": 1}), r"\(torch.save did not write it\)"),
+        (gzip.compress(b"weights"), r"\(torch.save did not write it\)"),
+        (b"\x81\xa1a\x01", r"\(torch.save did not write it\)"),
+        (b"PK\x03\x04" + bytes(600), "zip archive.*: download it again"),
+    ],
+    ids=["pickle", "gzip", "msgpack", "half-a-zip"],
+)
+def test_files_that_torch_did_not_write(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "sam.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"sam.pth: cannot be read .*{message}") as error:
+        checkpoint.convert_sam(tmp_path / "sam.pth", RefSAM.expected_tensors)
+    assert not re.search("weights_only|\x1b|\n", str(error.value))
 
 
 @pytest.mark.parametrize(

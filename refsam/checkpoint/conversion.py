@@ -139,11 +139,14 @@ def convert_sam(
     Raises CheckpointError if this is not a SAM checkpoint.
     """
     tensors, file = _read_weights(Path(path))
-    config = detect_config(tensors, text_encoder)
-    model = expected(config)
-    used = {key: value for key, value in tensors.items() if key in model}
-    untrained = [key for key in model if not is_sam(key)]
-    check_keys(used, model, untrained)
+    try:
+        config = detect_config(tensors, text_encoder)
+        model = expected(config)
+        used = {key: value for key, value in tensors.items() if key in model}
+        untrained = [key for key in model if not is_sam(key)]
+        check_keys(used, model, untrained)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     ignored = tuple(sorted(set(tensors) - set(used)))
     missing = tuple(key for key in untrained if key not in used)
     digest = file_sha256(file)

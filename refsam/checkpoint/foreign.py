@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ _ENTRIES = ("model_state", "model_state_dict", "state_dict", "model", "net", "mo
 # A tensor that every SAM has: what stands before its name, wrappers have put before all.
 _ANCHOR = "image_encoder.patch_embed.proj.weight"
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+# Parts of names that torch's wrappers put in; no SAM has a module of such a name.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_MOST_LEVELS = 4
 # Names of `SamModel` and segment-anything's, tried in this order.
 _HUGGING_FACE_NAMES = (
     (r"^shared_image_embedding\.positional_embedding$", "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"),
@@ -57,14 +61,28 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
     """
     check_content(path)
     try:
-        with torch.serialization.safe_globals(_stand_ins(path)):
+        with torch.serialization.safe_globals(_stand_ins(path)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that torch does not write
             content = torch.load(path, map_location="cpu", weights_only=True)
     # On bytes that torch did not write its reader raises nearly anything.
     except Exception as error:
-        reason = _ESCAPES.sub("", str(error)).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read ({reason})") from None
-    state = _state_dict(content, path)
-    return {key.removeprefix("module."): value for key, value in state.items()}
+        raise CheckpointError(f"{path}: cannot be read ({_reason(error)})") from None
+    return {
+        ".".join(part for part in str(key).split(".") if part not in _WRAPPERS): value
+        for key, value in _state_dict(content, path).items()
+    }
+
+
+def _reason(error: Exception) -> str:
+    """Why torch's restricted loader failed, in one line, without its advice to load a file that may execute anything."""
+    text = _ESCAPES.sub("", str(error)).strip()
+    if called := re.search(r"GLOBAL (\S+)", text):
+        return f"it would call {called[1]}, which is never done: save the state dict alone"
+    if "TorchScript" in text:
+        return "it is a TorchScript program: save its state dict"
+    if "PytorchStreamReader" in text:
+        return f"{text.partition('. ')[0]}: download it again"
+    return "torch.save did not write it"
 
 
 def read_sam_file(path: Path) -> dict[str, Tensor]:
@@ -83,30 +101,39 @@ def _stand_ins(path: Path) -> list[Any]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # a file of torch before 1.6: the usual companion of weights alone
         names = ["argparse.Namespace"]
-    return [(_StandIn, name) for name in names]
+    return [(type(name, (_StandIn,), {}), name) for name in names]
 
 
-def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    if _is_state(content):
-        return {str(key): value for key, value in content.items()}
+def _state_dict(content: Any, path: Path, level: int = 1) -> dict[str, Tensor]:
+    """The tensors by name in what a file holds, or in an entry of it, or of that entry."""
+    refused = f"{path}: cannot be read: not a state dict (tensors by name)"
+    if isinstance(content, _StandIn):
+        raise CheckpointError(
+            f"{refused}, but a {type(content).__name__}, whose code is never run: save its state_dict()"
+        )
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: cannot be read: not a state dict (tensors by name)")
-    nested = {key: value for key, value in content.items() if _is_state(value)}
+        raise CheckpointError(refused)
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    nested = {key: value for key, value in content.items() if _has_tensors(value)}
+    if tensors and not nested:
+        return tensors
     chosen = next((key for key in _ENTRIES if key in nested), None)
     if chosen is None and len(nested) == 1:
         chosen = next(iter(nested))
-    if chosen is None:
+    if chosen is None or level == _MOST_LEVELS:
         keys = ", ".join(map(repr, list(content)[:8])) or "nothing"
         raise CheckpointError(
-            f"{path}: cannot be read: not a state dict (tensors by name): it holds {keys}; wanted one of "
-            f"{', '.join(_ENTRIES)} with tensors by name"
+            f"{refused}: it holds {keys}; wanted one of {', '.join(_ENTRIES)} with tensors by name"
         )
-    return {str(key): value for key, value in nested[chosen].items()}
+    return _state_dict(nested[chosen], path, level + 1)
 
 
-def _is_state(value: Any) -> bool:
-    is_dict = isinstance(value, Mapping) and bool(value)
-    return is_dict and all(isinstance(item, Tensor) for item in value.values())
+def _has_tensors(value: Any, level: int = 1) -> bool:
+    """Whether a mapping holds tensors by name, or one that does; an optimizer numbers its own."""
+    is_named = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    if not is_named or level > _MOST_LEVELS:
+        return False
+    return any(isinstance(v, Tensor) or _has_tensors(v, level + 1) for v in value.values())
 
 
 def is_hugging_face(path: Path) -> bool:
