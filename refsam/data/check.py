@@ -95,10 +95,10 @@ def check(
 
 
 def _variants(module: Any, name: str, root: Path) -> Iterable[dict[str, str]]:
-    """The arguments that `open_dataset` takes for each split: the module's own, or its splits by name."""
+    """The arguments that `open_dataset` takes for each split: the module's own, or its official splits."""
     if hasattr(module, "variants"):
         return module.variants(name, root)
-    return ({"split": split} for split in module.SPLITS)
+    return ({"split": split} for split in module.OFFICIAL_VIDEOS)
 
 
 def _check_photographs(root: Path, decode: bool, advance: Callable[[], None]) -> Iterator[Finding]:

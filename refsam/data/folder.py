@@ -100,9 +100,8 @@ def _read_table(path: Path) -> dict[str, tuple[Expression, ...]]:
     try:
         columns = tuple(name.strip() for name in next(table, ()))
         if columns != _COLUMNS:
-            raise DataError(
-                f"{path}: got the columns {', '.join(columns)}, want {', '.join(_COLUMNS)}"
-            )
+            got = ", ".join(columns)
+            raise DataError(f"{path}: got the columns {got}, want {', '.join(_COLUMNS)}")
         for row in table:
             if any(cell.strip() for cell in row):
                 expression = _expression(row, f"{path}, line {table.line_num}", found)
@@ -116,9 +115,8 @@ def _read_table(path: Path) -> dict[str, tuple[Expression, ...]]:
 
 def _expression(row: list[str], place: str, found: Mapping[str, list[Expression]]) -> Expression:
     if len(row) != len(_COLUMNS):
-        raise DataError(
-            f'{place}: got {len(row)} columns, want VIDEO,"1 2",EXPRESSION (quoted if it has commas)'
-        )
+        wanted = 'VIDEO,"1 2",EXPRESSION (quoted if it has commas)'
+        raise DataError(f"{place}: got {len(row)} columns, want {wanted}")
     video, numbers, text = (cell.strip() for cell in row)
     try:
         objects = tuple(int(number) for number in numbers.split())
@@ -135,14 +133,12 @@ def _frames(folder: Path, video: str) -> dict[str, Path]:
     """Frames by name, in order; raises DataError where there are none or two of one name."""
     place = folder / video
     if not place.is_dir():
-        near = _nearest(video, _folders(folder))
-        raise DataError(f"folder: no frames {place}{near}")
+        raise DataError(f"folder: no frames {place}{_nearest(video, _folders(folder))}")
     paths = images_in(place)
     files = {path.stem: path for path in paths}
     if not files or len(files) < len(paths):
-        raise DataError(
-            f"{place}: {len(paths)} frames of {len(files)} names, want one or more, each once"
-        )
+        count = f"{len(paths)} frames of {len(files)} names"
+        raise DataError(f"{place}: {count}, want one or more, each once")
     return files
 
 

@@ -9,7 +9,6 @@ from refsam.data.dataset import Expression, Mask, ReferringDataset
 from refsam.data.listings import Part, check_split, demand_parts, open_listed, read_videos
 from refsam.data.masks import read_numbers
 
-SPLITS = ("train", "valid", "test")
 _SITE = "https://huggingface.co/datasets/iSEE-Laboratory/Long-RVOS"
 OFFICIAL_VIDEOS = {"train": 1855, "valid": 112, "test": 226}
 
@@ -49,7 +48,7 @@ def parts(name: str, root: Path, split: str) -> dict[str, Part]:
 
 def open_split(name: str, root: Path, split: str) -> ReferringDataset:
     """One split. Only the lists are held in memory: a video of any length is read frame by frame."""
-    check_split(name, split, SPLITS)
+    check_split(name, split, OFFICIAL_VIDEOS)
     places = demand_parts(name, parts(name, root, split))
     has_truth = places["masks"].is_dir()
     masks = ObjectFolders(places["masks"]) if has_truth else None

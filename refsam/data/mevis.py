@@ -21,7 +21,6 @@ from refsam.data.run_lengths import (
     open_arrays,
 )
 
-SPLITS = ("train", "valid_u", "valid", "test")
 _SITE = "https://github.com/henghuiding/MeViS"
 OFFICIAL_VIDEOS = {"train": 1662, "valid_u": 50, "valid": 140, "test": 154}
 
@@ -40,7 +39,7 @@ def parts(name: str, root: Path, split: str) -> dict[str, Part]:
 
 def open_split(name: str, root: Path, split: str) -> ReferringDataset:
     """One split. An expression's `object_ids` are its `anno_id`s: any number of them, none where it means nothing."""
-    check_split(name, split, SPLITS)
+    check_split(name, split, OFFICIAL_VIDEOS)
     places = demand_parts(name, parts(name, root, split))
     source = None
     notes: tuple[str, ...] = (f"{split}: no truth in {places['masks']}; see {_SITE}",)

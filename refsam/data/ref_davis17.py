@@ -12,7 +12,6 @@ from refsam.data.dataset import DataError, Expression, ReferringDataset
 from refsam.data.listings import Part, check_split, demand, read_text
 from refsam.data.new_folder import new_folder, place
 
-SPLITS = ("train", "valid")
 ANNOTATORS = 4
 # In the order of the four annotators.
 _TEXT_FILES = (
@@ -36,7 +35,7 @@ OFFICIAL_VIDEOS = {"train": 60, "valid": 30}
 
 def open_split(name: str, root: Path, split: str) -> ReferringDataset:
     """One split; each expression has its annotator, and those of one object follow each other."""
-    check_split(name, split, SPLITS)
+    check_split(name, split, OFFICIAL_VIDEOS)
     dataset = ref_youtube_vos.open_layout(name, root, split, parts(name, root, split))
     by_video = {
         video: tuple(_with_annotators(video, expressions))

@@ -15,7 +15,6 @@ from refsam.data.listings import (
 )
 from refsam.data.masks import BinaryMasks, NumberedMasks
 
-SPLITS = ("train", "valid", "test")
 OFFICIAL_VIDEOS = {"train": 3471, "valid": 202, "test": 305}
 _SITE = "https://youtube-vos.org/dataset/rvos/"
 _VALID_TRUTH = "https://github.com/skynbe/Refer-Youtube-VOS/issues/8 (its author's Google Drive)"
@@ -23,7 +22,7 @@ _VALID_TRUTH = "https://github.com/skynbe/Refer-Youtube-VOS/issues/8 (its author
 
 def open_split(name: str, root: Path, split: str) -> ReferringDataset:
     """One split; `train/meta.json`, which holds categories only, is not needed."""
-    check_split(name, split, SPLITS)
+    check_split(name, split, OFFICIAL_VIDEOS)
     return open_layout(name, root, split, parts(name, root, split))
 
 

@@ -78,12 +78,8 @@ class ReadOptions:
 
     def selection(self) -> dict[str, float | int | None]:
         """The options that select frames, for ``result.json``; empty if every frame is read."""
-        names = ("start", "end", "stride", "max_frames")
-        return {
-            name: value
-            for name in names
-            if (value := getattr(self, name)) != getattr(EVERYTHING, name)
-        }
+        chosen = {name: getattr(self, name) for name in ("start", "end", "stride", "max_frames")}
+        return {name: v for name, v in chosen.items() if v != getattr(EVERYTHING, name)}
 
     def check_size(self, name: str, height: int, width: int) -> None:
         """Refuse a frame of too many pixels.

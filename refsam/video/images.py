@@ -105,11 +105,9 @@ def open_image(path: Path, name: str, options: ReadOptions) -> ImageSource | Ani
     """One image file as a source: all of its pictures if it is an animation. Raises UserError: it cannot be read."""
     with _opened(path) as opened:
         pages = _pages(opened)
-    return (
-        AnimationSource(path, pages, options, name)
-        if len(pages) > 1
-        else ImageSource([path], name, options)
-    )
+    if len(pages) > 1:
+        return AnimationSource(path, pages, options, name)
+    return ImageSource([path], name, options)
 
 
 def read_image(path: str | os.PathLike[str], options: ReadOptions = EVERYTHING) -> np.ndarray:

@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,11 +55,8 @@ def check_formats(formats: Sequence[str], expressions: int) -> None:
         raise UserError(
             f"--format palette: got {expressions} expressions, a palette has room for {_MOST_COLOURS}"
         )
-    if "rle" in formats:
-        try:
-            import pycocotools  # noqa: F401
-        except ImportError:
-            raise UserError("--format rle needs pycocotools: pip install 'refsam[eval]'") from None
+    if "rle" in formats and find_spec("pycocotools") is None:
+        raise UserError("--format rle needs pycocotools: pip install 'refsam[eval]'")
 
 
 def files_of(report: dict[str, Any], first: int | None = None) -> Iterator[str]:
@@ -107,14 +105,13 @@ def encode_run_lengths(mask: np.ndarray) -> dict[str, Any]:
 
 
 @cache
-def davis_palette(colours: int = 256) -> bytes:
+def davis_palette() -> bytes:
     """The palette of DAVIS and PASCAL VOC, three bytes a colour: bit by bit from the index."""
-    palette = bytearray()
-    for index in range(colours):
-        for channel in range(3):
-            bits = (index >> (3 * level + channel) & 1 for level in range(3))
-            palette.append(sum(bit << 7 - level for level, bit in enumerate(bits)))
-    return bytes(palette)
+    return bytes(
+        sum((index >> (3 * level + channel) & 1) << 7 - level for level in range(3))
+        for index in range(256)
+        for channel in range(3)
+    )
 
 
 def encode_numbers(numbers: np.ndarray) -> bytes:
@@ -199,15 +196,12 @@ class _RunLengths:
     def finish(self, report: dict[str, Any]) -> None:
         others = {key: value for key, value in report.items() if key != "expressions"}
         head = json.dumps(others | {"expressions": []}, ensure_ascii=False)[: -len("]}")]
-        with (self._folder / "masks.json").open(
-            "w", encoding="utf-8", errors="backslashreplace"
-        ) as file:
+        place = self._folder / "masks.json"
+        with place.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(head)
             for index, expression in enumerate(report["expressions"]):
-                file.write(",\n" if index else "\n")
-                file.write(
-                    json.dumps(expression, ensure_ascii=False)[:-1] + ', "segmentations": [\n'
-                )
+                entry = json.dumps(expression, ensure_ascii=False)[:-1]
+                file.write(("," if index else "") + f'\n{entry}, "segmentations": [\n')
                 self._spool.seek(0)
                 for number, line in enumerate(self._spool):
                     file.write((",\n" if number else "") + json.dumps(json.loads(line)[index]))

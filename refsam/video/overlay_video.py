@@ -37,11 +37,7 @@ class OverlayVideo:
     """
 
     def __init__(
-        self,
-        path: Path,
-        fps: Fraction,
-        time_base: Fraction,
-        sound: tuple[str, float] | None = None,
+        self, path: Path, fps: Fraction, time_base: Fraction, sound: tuple[str, float] | None = None
     ) -> None:
         self._path = path
         self._fps = fps
@@ -109,9 +105,8 @@ class OverlayVideo:
 
     def _open(self, size: tuple[int, int], aspect: Fraction, first_time: float) -> None:
         self._size, self._first = size, first_time
-        self._container = av.open(
-            str(self._path), "w", format="mp4", options={"movflags": "+faststart"}
-        )
+        index_first = {"movflags": "+faststart"}
+        self._container = av.open(str(self._path), "w", format="mp4", options=index_first)
         rate = self._fps.limit_denominator(1001)
         self._stream: Any = self._container.add_stream("libx264", rate=rate)
         self._stream.options = H264_OPTIONS
@@ -138,10 +133,8 @@ class OverlayVideo:
             return np.pad(image, ((0, rows), (0, columns), (0, 0)), mode="edge")
         scale = min(height / image.shape[0], width / image.shape[1])
         size = max(1, int(image.shape[1] * scale)), max(1, int(image.shape[0] * scale))
-        canvas = Image.new("RGB", (width, height))
-        canvas.paste(
-            Image.fromarray(image).resize(size), ((width - size[0]) // 2, (height - size[1]) // 2)
-        )
+        canvas, corner = Image.new("RGB", (width, height)), (width - size[0], height - size[1])
+        canvas.paste(Image.fromarray(image).resize(size), (corner[0] // 2, corner[1] // 2))
         return np.asarray(canvas)
 
     def _mux(self, packet: av.Packet) -> None:

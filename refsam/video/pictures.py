@@ -51,9 +51,8 @@ def peculiarities(frame: av.VideoFrame) -> list[str]:
     """Notes on corrections that a viewer would apply to the picture and refsam does not."""
     notes = []
     if curve := _HDR.get(frame.color_trc):
-        notes.append(
-            f"HDR ({curve}) is read without tone mapping: colours are paler than a viewer shows them"
-        )
+        paler = "colours are paler than a viewer shows them"
+        notes.append(f"HDR ({curve}) is read without tone mapping: {paler}")
     if frame.interlaced_frame:
         notes.append(
             "interlaced: both fields of a frame are segmented as one picture, combs and all"

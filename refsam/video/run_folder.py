@@ -110,11 +110,9 @@ def check_output(
         UserError: it exists and holds something while `overwrite` is False, is no folder, holds files where results would come
             that no run recorded, or holds the source.
     """
-    out = Path(out)
+    out, other = Path(out), "give another folder with --out"
     if source is not None and out.exists() and _lies_in(source, out):
-        raise UserError(
-            f"{source} lies in {out}, where the results would come: give another folder with --out"
-        )
+        raise UserError(f"{source} lies in {out}, where the results would come: {other}")
     try:
         if os.path.lexists(out) and not out.is_dir():
             raise UserError(f"{out} exists and is no folder: give another one with --out")
@@ -124,15 +122,13 @@ def check_output(
     if not there:
         return
     if not overwrite:
-        raise UserError(
-            f"{out} exists: give a new folder with --out, or --overwrite to replace its results"
-        )
+        instead = "give a new folder with --out, or --overwrite to replace its results"
+        raise UserError(f"{out} exists: {instead}")
     recorded = recorded_files(out)
     foreign = next((name for name in _results_in(out) if name not in recorded), None)
     if foreign is not None:
-        raise UserError(
-            f"{out / foreign} is not recorded as a result of refsam and would be replaced: give another folder with --out"
-        )
+        reason = "is not recorded as a result of refsam and would be replaced"
+        raise UserError(f"{out / foreign} {reason}: {other}")
 
 
 def read_result(out: Path) -> dict[str, Any] | None:

@@ -285,12 +285,10 @@ class VideoSource(FrameSource):
 
     def _decode_error(self, index: int, problem: str) -> UserError:
         if index == len(self.skipped):
-            return UserError(
-                f"{self.name} holds no frame that can be decoded ({problem}): give a complete video"
-            )
-        return FrameDecodeError(
-            f"frame {index} of {self.name} cannot be decoded ({problem}): repair or re-encode the file"
-        )
+            words = f"holds no frame that can be decoded ({problem}): give a complete video"
+            return UserError(f"{self.name} {words}")
+        words = f"cannot be decoded ({problem}): repair or re-encode the file"
+        return FrameDecodeError(f"frame {index} of {self.name} {words}")
 
     def _not_readable(self, error: Exception) -> UserError:
         if isinstance(error, UserError):

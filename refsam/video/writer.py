@@ -192,9 +192,8 @@ class ResultWriter:
         self._numbers.extend(earlier["frame_numbers"])
         self._times.extend(earlier["times"])
         self._notes.extend(earlier["notes"])
-        for scores, areas, expression in zip(
-            self._scores, self._areas, earlier["expressions"], strict=True
-        ):
+        rows = zip(self._scores, self._areas, earlier["expressions"], strict=True)
+        for scores, areas, expression in rows:
             scores.extend(expression["scores"])
             areas.extend(expression["areas"])
         for kept in self._kept:
@@ -229,12 +228,8 @@ class ResultWriter:
             for kept in self._kept:
                 kept.write(frame.index, frame.image, masks)
             if self._video is not None:
-                captions = [
-                    caption(text, score, area > 0, number)
-                    for number, (text, score, area) in enumerate(
-                        zip(self._expressions, scores, areas, strict=True)
-                    )
-                ]
+                rows = enumerate(zip(self._expressions, scores, areas, strict=True))
+                captions = [caption(text, score, area > 0, n) for n, (text, score, area) in rows]
                 self._video.write(draw_overlay(frame.image, masks, captions), frame)
             self._reserve(_RESERVE + _RESERVE_PER_FRAME * (1 + len(areas)) * self.frames)
         except OSError:
@@ -296,9 +291,8 @@ class ResultWriter:
             kept = (
                 f"the {self.frames} frames before are kept" if self.frames else "nothing was kept"
             )
-            raise DiskFullError(
-                f"{self.out} cannot be written ({words}): {kept}; {advice}"
-            ) from error
+            problem = f"cannot be written ({words}): {kept}; {advice}"
+            raise DiskFullError(f"{self.out} {problem}") from error
 
 
 def _to_json(report: dict[str, Any]) -> str:

@@ -4,11 +4,13 @@ from functools import cache
 from itertools import permutations
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from refsam.errors import UserError
+from refsam.images import read_image
 
 _SHORT_SIDE = 320
 _TRAINED = (
@@ -55,11 +57,8 @@ def _recoloured(image: Tensor) -> list[Tensor]:
 
 
 def _load(path: Path) -> Tensor:
-    import numpy as np
-    from PIL import Image
-
-    with Image.open(path) as image:
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    image, _ = read_image(path)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     scale = _SHORT_SIDE / min(pixels.shape[1:])
     size = [round(side * scale) for side in pixels.shape[1:]]
     return F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0].clamp(0, 1)

@@ -12,6 +12,7 @@ from refsam.data.generated import palette
 
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LETTER_SIDE = 32  # pixels
+_WOOD = palette.Colour("wood", (20, 45), (0.1, 0.5), (0.25, 0.8))
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,7 @@ def sample_block(random: np.random.Generator, rgb: np.ndarray, side: tuple[float
     """A face in the object's colour with a light panel and a letter in that colour, or with a light or dark letter alone."""
     has_panel = random.random() < 0.75
     light = palette.to_rgb(random.uniform(20, 60), random.uniform(0, 0.25), random.uniform(0.8, 1))
-    wood = palette.to_rgb(
-        random.uniform(20, 45), random.uniform(0.1, 0.5), random.uniform(0.25, 0.8)
-    )
+    wood = palette.sample(_WOOD, random)
     return Block(
         panel=random.uniform(0.6, 0.82) if has_panel else 0.0,
         panel_rgb=light,

@@ -116,11 +116,9 @@ class GeneratedExpression:
 
 def vocabulary() -> list[str]:
     """Every word that a generated expression can hold, sorted."""
-    words: set[str] = set()
-    for group in (COLOUR_WORDS, SHAPE_WORDS, SIZE_WORDS, SIDE_WORDS, RELATION_WORDS):
-        words.update(
-            word for phrases in group.values() for phrase in phrases for word in phrase.split()
-        )
+    groups = (COLOUR_WORDS, SHAPE_WORDS, SIZE_WORDS, SIDE_WORDS, RELATION_WORDS)
+    phrases = [phrase for group in groups for words in group.values() for phrase in words]
+    words = set(" ".join(phrases).split())
     nouns = set(GENERIC_NOUNS) | set(EVERYDAY_NOUNS) | {w for v in SHAPE_WORDS.values() for w in v}
     words |= set(SIDE_WORDS) | nouns | {_plural(noun) for noun in nouns} | set(ORDINALS)
     for trained, kept in TEMPLATES.values():
@@ -205,11 +203,7 @@ class Grammar:
             return None
         for side in self.random.permutation(["left", "right", "top", "bottom"]):
             rank = _rank(scene, target, rivals, side, margin=0.06)
-            if (
-                rank is not None
-                and rank < len(ORDINALS)
-                and (rank > 0 or self.random.random() < 0.3)
-            ):
+            if rank is not None and rank < len(ORDINALS) and (rank or self.random.random() < 0.3):
                 return {"side": str(side), "ordinal": ORDINALS[rank]}
         return None
 
@@ -223,9 +217,7 @@ class Grammar:
                 continue
             for side in self.random.permutation(list(RELATION_WORDS)):
                 beside = [_is_beside(scene, i, int(anchor), side) for i in rivals]
-                alone = [
-                    i for i, is_beside in zip(rivals, beside, strict=True) if is_beside is not False
-                ]
+                alone = [i for i, may in zip(rivals, beside, strict=True) if may is not False]
                 if alone == [target] and beside[rivals.index(target)]:
                     name = self._phrase(item.colour_index, item.shape_index)
                     return {"relation": self._pick(RELATION_WORDS[side]), "anchor": name}

@@ -39,8 +39,5 @@ def to_rgb(hue: float, saturation: float, value: float) -> np.ndarray:
 
 def sample(colour: Colour, random: np.random.Generator) -> np.ndarray:
     """A random RGB in 0..1, (3,), within the range of the colour's name."""
-    return to_rgb(
-        random.uniform(*colour.hue),
-        random.uniform(*colour.saturation),
-        random.uniform(*colour.value),
-    )
+    ranges = (colour.hue, colour.saturation, colour.value)
+    return to_rgb(*(random.uniform(*each) for each in ranges))

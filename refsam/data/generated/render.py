@@ -29,9 +29,8 @@ def render(
     texture = _texture(image, generator)
     tables = _tables(scenes, device)
     for index in range(tables["place"].shape[1]):
-        image, owner = _draw_object(
-            image, owner, texture, index, {k: v[:, index] for k, v in tables.items()}
-        )
+        table = {key: value[:, index] for key, value in tables.items()}
+        image, owner = _draw_object(image, owner, texture, index, table)
     image = _degrade(image, len(scenes), generator)
     frames = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     shape = (len(scenes), -1, height, width)
@@ -42,15 +41,13 @@ def _tables(scenes: Sequence[Scene], device: torch.device) -> dict[str, Tensor]:
     """The objects' parameters as (B*T, O, ·) tensors, where O is the largest number in a scene; missing objects have no area."""
     frames = len(scenes[0].camera)
     objects = max(len(scene.objects) for scene in scenes)
-    rows: dict[str, list[list[list[float]]]] = {}
-    for scene in scenes:
-        for t in range(frames):
-            values = [_row(scene, index, t) for index in range(objects)]
-            for key in values[0]:
-                rows.setdefault(key, []).append([value[key] for value in values])
-    return {
-        key: torch.tensor(value, dtype=torch.float32, device=device) for key, value in rows.items()
-    }
+    rows = [
+        [_row(scene, index, t) for index in range(objects)]
+        for scene in scenes
+        for t in range(frames)
+    ]
+    values = {key: [[row[key] for row in each] for each in rows] for key in rows[0][0]}
+    return {k: torch.tensor(v, dtype=torch.float32, device=device) for k, v in values.items()}
 
 
 def _row(scene: Scene, index: int, t: int) -> dict[str, list[float]]:
@@ -101,9 +98,8 @@ def _object_coordinates(
     place: Tensor, size: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Coordinates (F, H, W) of each pixel in units of the object's outline, and its scale and presence (F, 1, 1)."""
-    centre_x, centre_y, scale, rotation, stretch, present = (
-        v[:, None, None] for v in place.unbind(1)
-    )
+    columns = place[:, :, None, None].unbind(1)
+    centre_x, centre_y, scale, rotation, stretch, present = columns
     x = torch.arange(size[1], device=place.device)[None, None, :] + 0.5 - centre_x
     y = torch.arange(size[0], device=place.device)[None, :, None] + 0.5 - centre_y
     cosine, sine = rotation.cos(), rotation.sin()
@@ -151,9 +147,8 @@ def _radius(x: Tensor, y: Tensor, profile: Tensor) -> Tensor:
     lower = place.floor()
     first = (lower.long() & (ANGLES - 1)).flatten(1)
     second = (first + 1) & (ANGLES - 1)
-    return torch.lerp(
-        profile.gather(1, first).view_as(x), profile.gather(1, second).view_as(x), place - lower
-    )
+    begin, end = (profile.gather(1, index).view_as(x) for index in (first, second))
+    return torch.lerp(begin, end, place - lower)
 
 
 def _shadow(x: Tensor, y: Tensor, strength: Tensor, present: Tensor) -> Tensor:
@@ -195,9 +190,8 @@ def _print(x: Tensor, y: Tensor, radius: Tensor, table: dict[str, Tensor]) -> Te
     edge = (radius * panel - torch.hypot(x, y)) * scale
     on_panel = (edge + 0.5).clamp(0, 1) * (panel > 0)
     shapes = letters().to(x.device)[letter.long().flatten()][:, None]
-    on_letter = F.grid_sample(
-        shapes, torch.stack([x, y], dim=3) / letter_size[..., None], align_corners=False
-    )
+    places = torch.stack([x, y], dim=3) / letter_size[..., None]
+    on_letter = F.grid_sample(shapes, places, align_corners=False)
     return base.lerp(panel_rgb, on_panel[:, None]).lerp(letter_rgb, on_letter)
 
 
@@ -215,34 +209,23 @@ def _draw_backgrounds(
 ) -> Tensor:
     """(B, T, 3, H, W) in 0..1: each scene's background, seen by its moving camera."""
     height, width = scenes[0].size
-    canvas = torch.stack(
-        [
-            _draw_background(
-                scene.background, photographs, (int(height * _CANVAS), int(width * _CANVAS)), device
-            )
-            for scene in scenes
-        ]
-    )
+    size = int(height * _CANVAS), int(width * _CANVAS)
+    canvas = [_draw_background(scene.background, photographs, size) for scene in scenes]
     camera = torch.stack([torch.from_numpy(scene.camera) for scene in scenes]).to(device).float()
     theta = torch.zeros(*camera.shape[:2], 2, 3, device=device)
     for axis in range(2):
         theta[..., axis, axis] = 1 / (_CANVAS * camera[..., 2])
         theta[..., axis, 2] = -2 * camera[..., axis] / (_CANVAS * camera[..., 2])
     frames = camera.shape[1]
-    grid = F.affine_grid(
-        theta.flatten(0, 1), [len(theta) * frames, 3, height, width], align_corners=False
-    )
-    moved = F.grid_sample(
-        canvas.repeat_interleave(frames, 0), grid, padding_mode="reflection", align_corners=False
-    )
+    shape = [len(theta) * frames, 3, height, width]
+    grid = F.affine_grid(theta.flatten(0, 1), shape, align_corners=False)
+    drawn = torch.stack(canvas).to(device).repeat_interleave(frames, 0)
+    moved = F.grid_sample(drawn, grid, padding_mode="reflection", align_corners=False)
     return moved.unflatten(0, (len(scenes), frames))
 
 
 def _draw_background(
-    background: Background,
-    photographs: Sequence[Tensor],
-    size: tuple[int, int],
-    device: torch.device,
+    background: Background, photographs: Sequence[Tensor], size: tuple[int, int]
 ) -> Tensor:
     """(3, h, w) in 0..1."""
     if background.photograph is None:
@@ -256,17 +239,15 @@ def _draw_background(
         step = max(4, round(period * max(size)))
         image[:, ::step] += strength
         image[:, :, ::step] += strength
-    return image.clamp(0, 1).to(device)
+    return image.clamp(0, 1)
 
 
 def _crop_photograph(photograph: Tensor, background: Background, size: tuple[int, int]) -> Tensor:
     left, top, scale = background.crop
     height, width = photograph.shape[1:]
-    crop = photograph[
-        :,
-        int(top * height) : int((top + scale) * height),
-        int(left * width) : int((left + scale) * width),
-    ]
+    rows = slice(int(top * height), int((top + scale) * height))
+    columns = slice(int(left * width), int((left + scale) * width))
+    crop = photograph[:, rows, columns]
     crop = crop.flip(2) if background.flip else crop
     return F.interpolate(crop[None], size=size, mode="bilinear", antialias=True)[0]
 

@@ -14,6 +14,7 @@ MAX_OBJECTS = 20
 _ALL = list(range(len(palette.COLOURS)))
 _MUTED = {"brown", "black", "white", "grey"}
 _VIVID = [index for index in _ALL if palette.COLOURS[index].name not in _MUTED]
+_CLUTTER = palette.Colour("clutter", (10, 45), (0.1, 0.4), (0.3, 0.9))
 _SMALLEST = 100  # pixels; the shape of a smaller object could not be seen
 _SQUARE = [shape.name for shape in NAMED_SHAPES].index("square")
 Kind = tuple[int | None, int | None]  # shape and colour of an object; None has no name
@@ -310,12 +311,9 @@ def _sample_rgb(
 ) -> np.ndarray:
     """A colour, (3,) in 0..1, that stands out from a patterned background if one is found within some tries."""
     for _ in range(10):
-        if colour_index is None:
-            rgb = palette.to_rgb(
-                random.uniform(10, 45), random.uniform(0.1, 0.4), random.uniform(0.3, 0.9)
-            )
-        else:
-            rgb = palette.sample(palette.COLOURS[colour_index], random)
+        rgb = palette.sample(
+            _CLUTTER if colour_index is None else palette.COLOURS[colour_index], random
+        )
         if background.photograph is not None or all(
             np.abs(rgb - other).max() > 0.25 for other in background.rgb
         ):
@@ -339,10 +337,9 @@ def _sample_background(random: np.random.Generator, photographs: int) -> Backgro
     )
     scale = random.uniform(0.35, 1.0)
     crop = (*random.uniform(0, 1 - scale, 2), scale)
+    has_photograph = photographs and random.random() < 0.65
     return Background(
-        photograph=int(random.integers(photographs))
-        if photographs and random.random() < 0.65
-        else None,
+        photograph=int(random.integers(photographs)) if has_photograph else None,
         crop=crop,
         flip=bool(random.random() < 0.5),
         saturation=1.0 if random.random() < 0.25 else random.uniform(0, 0.6),
