@@ -302,7 +302,7 @@ def test_unreadable_files_may_be_skipped_in_validation(folder: Path) -> None:
     assert any("00000.jpg" in text for text in skipped)
 
 
-def test_sentences_that_cannot_be_trained_on_are_named_at_the_start(folder: Path) -> None:
+def test_expressions_that_cannot_be_trained_on_are_named_at_the_start(folder: Path) -> None:
     path = folder / "videos/meta_expressions/train/meta_expressions.json"
     content = json.loads(path.read_text())
     content["videos"]["0062f687f1"]["expressions"]["1"]["exp"] = " "
