@@ -309,6 +309,24 @@ def test_gradients_by_vjp_skips_and_owns() -> None:
     assert outside_autograd(False, False) == (None, None)
 
 
+def test_gradients_get_the_shape_and_dtype_of_their_tensors(
+    registered: tuple[Operator, Any], backends: dict[str, Any]
+) -> None:
+    """A backend may return them in another shape, dtype and layout, and None or anything where none is needed."""
+
+    def backward(
+        inputs: Inputs, outputs: None, grads: list[Tensor], needs: list[bool]
+    ) -> tuple[Tensor | None, ...]:
+        assert needs == [True, False]
+        return (grads[0] * inputs.weight * inputs.scale).double().T.contiguous().T.flatten(), None
+
+    backends["fallback"] = make_backend("fallback", backward=backward)
+    x, weight = torch.ones(2, 3, requires_grad=True), torch.arange(6.0).view(2, 3)
+    registered[1](x, weight, 2.0, "").sum().backward()
+    assert x.grad is not None and x.grad.is_contiguous()
+    torch.testing.assert_close(x.grad, 2 * weight)
+
+
 def test_second_derivative_raises(registered: tuple[Operator, Any], backends: Any) -> None:
     x = torch.ones(3, requires_grad=True)
     (gradient,) = torch.autograd.grad(
