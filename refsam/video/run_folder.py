@@ -122,13 +122,15 @@ def check_output(
     if not there:
         return
     if not overwrite:
-        instead = "give a new folder with --out, or --overwrite to replace its results"
-        raise UserError(f"{out} exists: {instead}")
+        raise UserError(
+            f"{out} exists: give a new folder with --out, or --overwrite to replace its results"
+        )
     recorded = recorded_files(out)
     foreign = next((name for name in _results_in(out) if name not in recorded), None)
     if foreign is not None:
-        reason = "is not recorded as a result of refsam and would be replaced"
-        raise UserError(f"{out / foreign} {reason}: {other}")
+        raise UserError(
+            f"{out / foreign} is not recorded as a result of refsam and would be replaced: {other}"
+        )
 
 
 def read_result(out: Path) -> dict[str, Any] | None:

@@ -287,8 +287,8 @@ class VideoSource(FrameSource):
         if index == len(self.skipped):
             words = f"holds no frame that can be decoded ({problem}): give a complete video"
             return UserError(f"{self.name} {words}")
-        words = f"cannot be decoded ({problem}): repair or re-encode the file"
-        return FrameDecodeError(f"frame {index} of {self.name} {words}")
+        words = f"({problem}): repair or re-encode the file"
+        return FrameDecodeError(f"frame {index} of {self.name} cannot be decoded {words}")
 
     def _not_readable(self, error: Exception) -> UserError:
         if isinstance(error, UserError):
