@@ -117,7 +117,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/metrics/*)
 	touch $(STAMP)
 
 # Installs in Pythons, torches and places by the dozen, each in an environment of its own; hours and gigabytes. ROWS="NAME..." runs a
-# part. Results: benchmarks/results/install_matrix.jsonl, and the table in docs/platforms.md.
+# part. Results: benchmarks/results/install_matrix.jsonl; `python -m benchmarks.report.tables` writes the table in docs/platforms.md.
 install-matrix:
 	$(or $(REFSAM_PYTHON),python3) -m benchmarks.gates.install_matrix $(ROWS)
 

@@ -2,10 +2,11 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 from benchmarks.provenance import collect
@@ -60,6 +61,16 @@ def write_result(options: argparse.Namespace, content: Mapping[str, Any]) -> Non
     options.out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**options.origin, **content}, indent=1)
     options.out.write_text(text + "\n", encoding="utf-8")
+
+
+def report_medians(
+    options: argparse.Namespace, runs: Sequence[Mapping[str, float]], **facts: Any
+) -> None:
+    """Print the median of each figure of the runs, and write medians and runs."""
+    medians = {name: median(run[name] for run in runs) for name in runs[0]}
+    for name, value in medians.items():
+        print(f"{name:34} {value:8.2f}")
+    write_result(options, {**facts, "medians": medians, "runs": runs})
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

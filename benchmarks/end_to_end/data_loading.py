@@ -4,7 +4,6 @@
 the default augmentation, and writes one JSON file: clips per second of so many processes, and processor seconds per clip of one.
 """
 
-import json
 import os
 import tempfile
 import time
@@ -22,6 +21,7 @@ from refsam.data.clips import ClipSampler
 from refsam.data.generated import generate_clip
 from refsam.training.batches import DatasetStream, batches
 from refsam.training.settings import TrainingSettings
+from tests.data.fixtures import write_json, write_numbers
 
 SIZE = (480, 854)
 FRAMES = 9
@@ -42,19 +42,13 @@ def write_videos(root: Path) -> int:
             numbers = np.zeros(SIZE, np.uint8)
             for number, mask in enumerate(clip.masks[:, time_index].numpy(), start=1):
                 numbers[mask] = number
-            truth = root / f"train/Annotations/{video}/{name}.png"
-            truth.parent.mkdir(parents=True, exist_ok=True)
-            palette = Image.fromarray(numbers)
-            palette.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
-            palette.save(truth)
+            write_numbers(root / f"train/Annotations/{video}/{name}.png", numbers)
         expressions = {
             str(index): {"exp": text, "obj_id": str(index + 1)}
             for index, text in enumerate(clip.expressions)
         }
         videos[video] = {"expressions": expressions, "frames": names}
-    listing = root / "meta_expressions/train/meta_expressions.json"
-    listing.parent.mkdir(parents=True)
-    listing.write_text(json.dumps({"videos": videos}))
+    write_json(root / "meta_expressions/train/meta_expressions.json", {"videos": videos})
     sizes = [path.stat().st_size for path in root.rglob("*.jpg")]
     return sum(sizes) // len(sizes)
 

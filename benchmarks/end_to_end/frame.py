@@ -1,7 +1,7 @@
 """`python -m benchmarks.end_to_end.frame --out FILE`: the stages of a 720p frame by nano, one expression.
 
 Each stage by itself runs over the frames of a clip and is measured by the processor time of all threads, in milliseconds of one
-core for each frame; medians of the rounds. `benchmarks.end_to_end.segment` measures the whole command.
+core for each frame; medians of the runs. `benchmarks.end_to_end.segment` measures the whole command.
 """
 
 import tempfile
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.end_to_end.segment import write_clip
-from benchmarks.programs import make_parser, write_result
+from benchmarks.programs import make_parser, report_medians
 from refsam import RefSAM
 from refsam.model.features import ImageFeatures, MaskOutput, TextPrompt
 from refsam.runtime.malloc import keep_freed_memory
@@ -27,7 +26,7 @@ from refsam.video import Frame, ResultWriter, draw_overlay, open_source
 from refsam_kernels import mask_postprocess
 
 FRAMES = 72
-ROUNDS = 3
+RUNS = 3
 Pairs = list[tuple[Frame, np.ndarray]]
 
 
@@ -97,11 +96,7 @@ def main() -> None:
         clip = Path(folder) / "clip.mp4"
         expression = write_clip(clip, FRAMES)
         stages(model, clip, expression)  # weights are packed, caches filled
-        rounds = [stages(model, clip, expression) for _ in range(ROUNDS)]
-    medians = {name: median(row[name] for row in rounds) for name in rounds[0]}
-    for name, value in medians.items():
-        print(f"{name:28} {value:8.2f}")
-    write_result(arguments, {"medians": medians, "rounds": rounds})
+        report_medians(arguments, [stages(model, clip, expression) for _ in range(RUNS)])
 
 
 if __name__ == "__main__":

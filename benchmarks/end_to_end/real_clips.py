@@ -13,9 +13,11 @@ from typing import Any
 
 import av
 import numpy as np
+from matplotlib.colors import rgb_to_hsv
 from scipy import ndimage
 
 from benchmarks.programs import make_parser, write_result
+from benchmarks.report.results import markdown
 from refsam.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, file_sha256
 from refsam.metrics import region_similarity
 from refsam.model import RefSAM
@@ -73,8 +75,8 @@ SENTENCES: dict[str, dict[str, str | None]] = {
 def coloured(frame: np.ndarray, name: str) -> np.ndarray:
     """(H, W) bool: where the frame, (H, W, 3) uint8 RGB, has that colour, holes filled and specks left out."""
     (low, high), saturation, value, largest_only = _HUES[name]
-    hue, frame_saturation, frame_value = _hsv(frame)
-    mask = (hue - low) % 360 < (high - low) % 360
+    hue, frame_saturation, frame_value = np.moveaxis(rgb_to_hsv(frame / 255), 2, 0)
+    mask = (360 * hue - low) % 360 < (high - low) % 360
     mask &= (frame_saturation > saturation) & (frame_value > value)
     mask = ndimage.binary_closing(ndimage.binary_opening(mask), iterations=8)
     labels, count = ndimage.label(mask)
@@ -83,19 +85,6 @@ def coloured(frame: np.ndarray, name: str) -> np.ndarray:
     sizes = ndimage.sum(mask, labels, range(1, count + 1))
     kept = [np.argmax(sizes) + 1] if largest_only else np.flatnonzero(sizes > _SMALLEST) + 1
     return ndimage.binary_fill_holes(np.isin(labels, kept))
-
-
-def _hsv(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hue in degrees, saturation and value in 0..1, each (H, W) float32."""
-    red, green, blue = np.moveaxis(frame.astype(np.float32) / 255, 2, 0)
-    value = np.maximum(np.maximum(red, green), blue)
-    chroma = value - np.minimum(np.minimum(red, green), blue) + 1e-6
-    hue = np.where(
-        value == red,
-        (green - blue) / chroma % 6,
-        np.where(value == green, (blue - red) / chroma + 2, (red - green) / chroma + 4),
-    )
-    return hue * 60, chroma / (value + 1e-6), value
 
 
 def score(model: RefSAM, folder: Path) -> list[dict[str, Any]]:
@@ -163,17 +152,16 @@ def main() -> None:
 
 def table(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
     """Both as a Markdown table: J of every expression, its mean, and the area that is marked where nothing should be."""
-    lines = ["| expression | clip | before | now |", "|---|---|--:|--:|"]
-    for old, new in zip(before, now, strict=True):
-        if "J" in old:
-            lines.append(f"| {old['sentence']} | {old['clip']} | {old['J']:.3f} | {new['J']:.3f} |")
-    lines.append(f"| mean J | | {mean(before, 'J'):.3f} | {mean(now, 'J'):.3f} |")
-    areas = [100 * mean(rows, "false_area") for rows in (before, now)]
-    count = sum("false_area" in row for row in now)
-    lines.append(
-        f"| marked for {count} absent objects, % of the frame | | {areas[0]:.3f} | {areas[1]:.3f} |"
-    )
-    return "\n".join(lines)
+    lines = [
+        [old["sentence"], old["clip"], f"{old['J']:.3f}", f"{new['J']:.3f}"]
+        for old, new in zip(before, now, strict=True)
+        if "J" in old
+    ]
+    absent = f"marked for {len(now) - len(lines)} absent objects, % of the frame"
+    for name, key, factor in (("mean J", "J", 1), (absent, "false_area", 100)):
+        means = (factor * mean(rows, key) for rows in (before, now))
+        lines.append([name, "", *(f"{value:.3f}" for value in means)])
+    return markdown("expression | clip | before | now", lines, text=2)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from refsam.evaluation.scoring.masks import evaluate_masks
 from refsam.runtime.malloc import keep_freed_memory
+from tests.data.fixtures import write_numbers
 
 VIDEOS, FRAMES, OBJECTS = 60, 67, 2
 SIZE, SIDE = (480, 854), 150
@@ -26,15 +26,12 @@ def write_videos(root: Path, videos: int, frames: int) -> tuple[Path, Path]:
     random = np.random.default_rng(0)
     folders = root / "predictions", root / "truth"
     for folder in folders:
-        (folder / "0").mkdir(parents=True)
         for time_index in range(frames):
             values = np.zeros(SIZE, np.uint8)
             for number in range(1, OBJECTS + 1):
                 top, left = random.integers(0, 330), random.integers(0, 700)
                 values[top : top + SIDE, left : left + SIDE] = number
-            image = Image.fromarray(values)
-            image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
-            image.save(folder / "0" / f"{time_index:05d}.png")
+            write_numbers(folder / "0" / f"{time_index:05d}.png", values)
         for video in range(1, videos):
             (folder / f"{video}").symlink_to(folder / "0")
     return folders

@@ -11,9 +11,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
 
-from benchmarks.programs import make_parser, write_result
+from benchmarks.programs import make_parser, report_medians
 from refsam.data.generated import generate_clip
 from tests.video.clips import encode_video
 
@@ -71,10 +70,7 @@ def main() -> None:
         clip = Path(folder) / "clip.mp4"
         expression = write_clip(clip)
         runs = [run_once(clip, expression, Path(folder) / str(i)) for i in range(RUNS)]
-    result = {name: median(run[name] for run in runs) for name in runs[0]}
-    for name, value in result.items():
-        print(f"{name:34} {value:8.2f}")
-    write_result(arguments, {"frames": FRAMES, "medians": result, "runs": runs})
+    report_medians(arguments, runs, frames=FRAMES)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from benchmarks.end_to_end.segment import write_clip
-from benchmarks.programs import make_parser, write_result
+from benchmarks.programs import make_parser, report_medians
 
 RUNS = 3
 _BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")
@@ -82,10 +81,7 @@ def main() -> None:
         chromium = driver.chromium.launch(executable_path=path, args=_ARGUMENTS)
         runs = [run_once(clip, expression, chromium) for _ in range(RUNS)]
         chromium.close()
-    result = {name: median(run[name] for run in runs) for name in runs[0]}
-    for name, value in result.items():
-        print(f"{name:26} {value:8.2f}")
-    write_result(arguments, {"medians": result, "runs": runs})
+    report_medians(arguments, runs)
 
 
 if __name__ == "__main__":

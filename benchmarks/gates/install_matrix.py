@@ -20,14 +20,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "install_matrix.jsonl"
-PAGE = ROOT / "docs" / "platforms.md"
-MARK = "<!-- table: install-matrix -->"
 LIMIT = 900  # seconds for one command; a row takes one to three minutes
 NOBODY = "nobody"
-UNTRIED = "not tried: a row takes minutes of a machine"
 USER_SITE = "import site; print(site.getusersitepackages())"
 # Imports, says which libraries there are, and computes: against the formula, and compiled in one graph.
 PROBE = """
@@ -240,7 +238,7 @@ def outcome(row: Row) -> tuple[str, str]:
         return ("failed" if found.returncode else "passed"), lines[-1] if lines else ""
 
 
-def run(rows: list[Row]) -> Iterator[dict[str, object]]:
+def run(rows: list[Row]) -> Iterator[dict[str, Any]]:
     """The outcome of each row, as the results have it."""
     for row in rows:
         start = time.monotonic()
@@ -264,41 +262,23 @@ def run(rows: list[Row]) -> Iterator[dict[str, object]]:
 
 
 def commit() -> str:
-    """The commit of the checkout, with a sign if there are changes to other files than those written here."""
+    """The commit of the checkout, with a sign if there are changes to other files than the results."""
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         return result.stdout.strip()
 
-    own = [f":!{path.relative_to(ROOT)}" for path in (RESULTS, PAGE)]
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *own)
+    own = f":!{RESULTS.relative_to(ROOT)}"
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", own)
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
-def table(found: dict[str, dict[str, object]]) -> str:
-    """All rows as a table in Markdown: those that were not run too."""
-    lines = ["| Python | torch | condition | result | what it said |", "|---|---|---|---|---|"]
-    for row in ROWS:
-        entry = found.get(row.name, {"state": "not run", "detail": UNTRIED})
-        cells = (row.python, row.torch or "none", row.condition, entry["state"], entry["detail"])
-        lines.append(f"| {' | '.join(str(cell).replace('|', ';') for cell in cells)} |")
-    return "\n".join(lines)
-
-
-def read() -> dict[str, dict[str, object]]:
+def read() -> dict[str, dict[str, Any]]:
     """The results that are there, by the names of rows."""
     entries = map(json.loads, RESULTS.read_text().splitlines()) if RESULTS.is_file() else ()
     names = {row.name for row in ROWS}
     return {entry["row"]: entry for entry in entries if entry["row"] in names}
-
-
-def write(found: dict[str, dict[str, object]]) -> None:
-    """The results, and the table in the docs."""
-    RESULTS.write_text("".join(json.dumps(entry) + "\n" for entry in found.values()))
-    before, _, rest = PAGE.read_text().partition(MARK)
-    after = rest.split("\n\n", 2)[-1]  # the table ends at the next empty line
-    PAGE.write_text(f"{before}{MARK}\n\n{table(found)}\n\n{after}")
 
 
 def main() -> None:
@@ -314,7 +294,8 @@ def main() -> None:
     if unknown := set(arguments.rows) - set(by_name):
         sys.exit(f"rows: got {', '.join(sorted(unknown))}, wanted some of --list")
     for entry in run([by_name[name] for name in arguments.rows or by_name]):
-        write(read() | {str(entry["row"]): entry})  # another process may have written meanwhile
+        found = read() | {entry["row"]: entry}  # another process may have written meanwhile
+        RESULTS.write_text("".join(json.dumps(each) + "\n" for each in found.values()))
         print(f"{entry['row']}: {entry['state']}, {entry['detail']}", flush=True)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from benchmarks.gates.install_matrix import ROWS, read
+
 # They register their tables.
 from benchmarks.report import kernel_tables, model_tables, nano_tables, segment_anything_tables  # noqa: F401
 from benchmarks.report.results import (
@@ -29,6 +31,7 @@ PAGES = (
     "README.md",
     "docs/evf_sam.md",
     "docs/faster_models.md",
+    "docs/platforms.md",
     "docs/status.md",
     "docs/performance.md",
     "docs/training.md",
@@ -260,7 +263,7 @@ def ui_cpu() -> str:
 def frame_cpu() -> str:
     result = read_result("frame_cpu")
     lines = ((name, f"{value:.1f}") for name, value in result["medians"].items())
-    what = f"nano, one expression, 720p, medians of {len(result['rounds'])} rounds"
+    what = f"nano, one expression, 720p, medians of {len(result['runs'])} runs"
     note = f"{what}, {machine_of(result, 'cores')}, commit {result['commit'][:7]}."
     return markdown("core-milliseconds of a frame | measured", lines, note)
 
@@ -347,6 +350,18 @@ def errors() -> str:
             lines.append(f"| `{says}` | {error['why']} | {error['do']} |")
         lines.append("")
     return "\n".join(lines)
+
+
+@table
+def install_matrix() -> str:
+    """All rows of `make install-matrix`, those that were not run too."""
+    found, lines = read(), []
+    untried = {"state": "not run", "detail": "not tried: a row takes minutes of a machine"}
+    for row in ROWS:
+        entry = found.get(row.name, untried)
+        cells = (row.python, row.torch or "none", row.condition, entry["state"], entry["detail"])
+        lines.append([cell.replace("|", ";") for cell in cells])
+    return markdown("Python | torch | condition | result | what it said", lines, text=5)
 
 
 @table
