@@ -1,5 +1,5 @@
 """Measures the operators: `python -m benchmarks` writes one JSON line per operator, case and provider.
 
-A provider is one way to compute a case: a backend of `refsam_kernels`, or what one would write without it. No time is
-reported for a provider whose result is wrong, before or after it was timed. Nothing outside this folder imports it.
+A provider is one way to compute a case: a backend of `refsam_kernels`, or the code that one would write without it. A provider
+whose result is wrong, before or after it was timed, gets no time. Nothing outside this folder imports it.
 """

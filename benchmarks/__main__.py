@@ -31,7 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the rows")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"))
     parser.add_argument(
-        "--threshold", type=float, default=10.0, help="percent slower that is borne"
+        "--threshold",
+        type=float,
+        default=10.0,
+        help="accept a provider that became slower by up to this percentage",
     )
     options = parser.parse_args(arguments)
     try:
@@ -45,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace) -> int:
-    """Measures what the options say; returns 1 if a result was wrong, raises ValueError for an unknown operator or device."""
+    """Measures the named cases; returns 1 for a wrong result, raises ValueError for an unknown operator or device."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got cuda, wanted cpu: torch sees no CUDA device here")
@@ -67,7 +70,7 @@ def measure(options: argparse.Namespace) -> int:
 
 
 def table_line(row: dict[str, Any]) -> str:
-    """One row for people."""
+    """One row as a line to print."""
     name = f"{row['operator']:18} {row['case']:20} {row['provider']:18}"
     if "skipped" in row:
         return f"{name} skipped: {row['skipped']}"

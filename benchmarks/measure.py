@@ -1,4 +1,4 @@
-"""Time and memory of providers, measured so that what else the machine does hits all of them alike."""
+"""Measures time and memory of providers in turn, so that other work of the machine affects all of them equally."""
 
 import ctypes
 import gc
@@ -126,7 +126,7 @@ def replays_of(providers: Mapping[str, Callable[[], Any]]) -> dict[str, Callable
 
 
 def peak_memory(provider: Callable[[], Any], device: str) -> int | None:
-    """Bytes that a call needs at its peak beyond what lies there before it, result included; None if not measurable."""
+    """Bytes that a call needs at its peak in addition to those in use before it, result included; None if not measurable."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()

@@ -20,7 +20,7 @@ class Workload:
 
     `wrong` says in words what is wrong with a result, or None. `moved_bytes` and `flops` are what any implementation
     must read and write, and compute in products of `dtype`: they give the time that no implementation can beat. `ceilings` do
-    less than what is asked for: they are timed, not checked. `skipped` says of ways that cannot run here why not.
+    less work than the case asks for: they are timed, not checked. `skipped` has the reason of each provider that cannot run here.
     """
 
     providers: dict[str, Provider]
@@ -79,7 +79,7 @@ def register(
 
 
 def load_cases(wanted: list[str], device: str, *, short: bool = False) -> list[Case]:
-    """A device's cases of the operators that are wanted, of all if none is named, with `short` only those of `SHORT`.
+    """The cases of the wanted operators on a device, of all operators if none is named; with `short` only those of `SHORT`.
 
     Raises `ValueError` for an unknown name.
     """
@@ -101,7 +101,7 @@ def unusable(provider: Provider) -> str | None:
     """Try another library's provider once: the error that it raises here, or None."""
     try:
         provider()
-    except Exception as error:  # whatever a library that does not fit this machine raises
+    except Exception as error:  # a library that does not fit this machine can raise any error
         return f"{type(error).__name__}: {error}".strip().partition("\n")[0][:200]
     return None
 

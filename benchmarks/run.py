@@ -50,7 +50,7 @@ def compare(
     ceiling: Ceiling,
     measured: Mapping[str, Times],
 ) -> dict[str, Any]:
-    """The speed-up over the baseline, and the shares of what the machine reaches at best and of the case's own ceilings."""
+    """The speed-up over the baseline, and the shares of the machine's limit and of the case's own ceilings."""
     limit = ceiling.milliseconds(workload.moved_bytes, workload.flops, workload.dtype)
     return {
         "speedup": baseline.median_ms / times.median_ms if baseline else None,

@@ -48,7 +48,7 @@ class ByHue:
 
     def step(self, frame):
         meanings = {
-            text: name for clip in real_clips.SENTENCES.values() for text, name in clip.items()
+            text: name for clip in real_clips.EXPRESSIONS.values() for text, name in clip.items()
         }
         nothing, everything = np.zeros(frame.shape[:2], bool), np.ones(frame.shape[:2], bool)
         masks = [

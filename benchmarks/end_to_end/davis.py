@@ -18,7 +18,7 @@ from refsam.model import RefSAM
 from refsam.model.vocabulary import mark_untaught
 from refsam.session import VideoSession
 
-SENTENCES = {
+EXPRESSIONS = {
     "dog": ("the dog", "the animal", "the puppy"),
     "blackswan": ("the swan", "the bird", "the black swan"),
     "car-roundabout": ("the car", "the vehicle", "the automobile"),
@@ -26,7 +26,7 @@ SENTENCES = {
 }
 """Expressions for the sequence's object; the first counts in the mean."""
 WRONG = ("the cat", "the horse", "the sheep", "the airplane", "the bus", "the pizza")
-"""Nouns of which none is in any of the sequences."""
+"""Nouns for which no sequence has an object."""
 
 
 def score(model: RefSAM, folder: Path, every: int = 1) -> list[dict[str, Any]]:
@@ -35,7 +35,7 @@ def score(model: RefSAM, folder: Path, every: int = 1) -> list[dict[str, Any]]:
     The model sees one frame in `every`.
     """
     rows = []
-    for name, right in SENTENCES.items():
+    for name, right in EXPRESSIONS.items():
         session = VideoSession(model, [*right, *WRONG])
         found: dict[str, list[float]] = {text: [] for text in session.expressions}
         for path in sorted((folder / name).glob("*.jpg"))[::every]:
@@ -55,7 +55,7 @@ def score(model: RefSAM, folder: Path, every: int = 1) -> list[dict[str, Any]]:
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Mean and least J of the first expressions, and the mean falsely marked share."""
-    first = [row["J"] for row in rows if row["sentence"] == SENTENCES[row["sequence"]][0]]
+    first = [row["J"] for row in rows if row["sentence"] == EXPRESSIONS[row["sequence"]][0]]
     wrong = [row["false_area"] for row in rows if "false_area" in row]
     return {"J": fmean(first), "least J": min(first), "false_area": fmean(wrong)}
 
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the four sequences lie")
     parser.add_argument("--checkpoint", default="nano", help="bundled name or folder")
     arguments = parser.parse_args()
-    if missing := [name for name in SENTENCES if not (arguments.folder / name).is_dir()]:
+    if missing := [name for name in EXPRESSIONS if not (arguments.folder / name).is_dir()]:
         parser.error(f"folder: missing {', '.join(missing)}")
     model = RefSAM.from_pretrained(arguments.checkpoint)
     mark_untaught(model, ())  # with nouns that it would refuse, too

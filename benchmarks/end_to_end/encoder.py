@@ -346,7 +346,7 @@ def main() -> int:
 
 
 def table_line(row: dict[str, Any]) -> str:
-    """One row for people."""
+    """One row as a line to print."""
     name = f"{row['dtype']:9} {row['name']:34}"
     if problem := failure(row):
         return f"{name} {problem}"

@@ -24,7 +24,7 @@ SIZE = (720, 1280)
 # Relative to the largest logit: products are divided differently and so rounded differently; the decoder computes in float32.
 TOLERANCE = 1e-4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SENTENCES = (
+EXPRESSIONS = (
     "the large red ball on the left of the green square",
     "the small blue circle",
     "a yellow triangle with the big black ring",
@@ -34,7 +34,7 @@ SENTENCES = (
     "a small square on the right of the large red star",
     "the black triangle",
 )
-COUNTS = (1, len(SENTENCES))
+COUNTS = (1, len(EXPRESSIONS))
 
 
 def make_model(name: str, image_size: int, depth: int | None) -> RefSAM:
@@ -45,7 +45,7 @@ def make_model(name: str, image_size: int, depth: int | None) -> RefSAM:
 
 def run_group(model: RefSAM, frame: Tensor, repeats: int) -> Iterator[dict[str, Any]]:
     """One row for each number of expressions; with wrong results `wrong` in words and no times."""
-    sessions = {count: VideoSession(model, SENTENCES[:count]) for count in COUNTS}
+    sessions = {count: VideoSession(model, EXPRESSIONS[:count]) for count in COUNTS}
     steps = {count: partial(session.step, frame) for count, session in sessions.items()}
     wrong = check(model, frame)
     for warm_up in steps.values():
@@ -64,7 +64,7 @@ def run_group(model: RefSAM, frame: Tensor, repeats: int) -> Iterator[dict[str, 
 def check(model: RefSAM, frame: Tensor) -> str | None:
     """The error of the first expression's logits among others, in words, or None."""
     alone, among = (
-        VideoSession(model, SENTENCES[:count]).step(frame).logits[0] for count in COUNTS
+        VideoSession(model, EXPRESSIONS[:count]).step(frame).logits[0] for count in COUNTS
     )
     error = float((alone - among).abs().max() / alone.abs().max())
     return None if error <= TOLERANCE else f"off by {error:.1e}, at most {TOLERANCE:.0e} may be"
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def table_line(row: dict[str, Any]) -> str:
-    """One row for people."""
+    """One row as a line to print."""
     name = f"{row['dtype']:9} {row['expressions']} expressions"
     if problem := failure(row):
         return f"{name} {problem}"

@@ -76,7 +76,7 @@ def decode_all(model: RefSAM, encoded: list[ImageFeatures], text: TextPrompt) ->
 
 
 def write(out: Path, expression: str, overlay: bool, pairs: Pairs) -> None:
-    """Everything that is written of these frames and masks."""
+    """Write masks, the overlay if wanted, and result.json of these frames."""
     rate = Fraction(30)
     with ResultWriter(out, [expression], fps=rate, time_base=1 / rate, overlay=overlay) as writer:
         for frame, mask in pairs:

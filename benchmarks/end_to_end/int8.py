@@ -197,7 +197,7 @@ def other_rows(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def line_of(provider: Provider, row: dict[str, Any]) -> str:
-    """One row for people."""
+    """One row as a line to print."""
     if "skipped" in row:
         return f"{provider.label:32} skipped: {row['skipped']}"
     error = "" if row["error"] is None else f"error {100 * row['error']:.2f} %"

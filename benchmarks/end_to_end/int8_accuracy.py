@@ -1,4 +1,4 @@
-"""`python -m benchmarks.end_to_end.int8_accuracy DAVIS --out FILE`: what 8-bit integers in the image encoder change.
+"""`python -m benchmarks.end_to_end.int8_accuracy DAVIS --out FILE`: how 8-bit integers in the image encoder change results.
 
 By block: the error on one image relative to float32, of the block alone, which is handed float32's tokens, and of all
 blocks up to it; for random weights and for nano. Of nano's answers: the scores of the first `--clips` frozen clips and

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.end_to_end.expressions import SENTENCES, make_model
+from benchmarks.end_to_end.expressions import EXPRESSIONS, make_model
 from benchmarks.end_to_end.per_expression import PerExpressionLoop
 from benchmarks.measure import summarise, time_cpu
 from benchmarks.programs import add_sizes, in_new_process, make_parser, milliseconds, report_rows
@@ -202,12 +202,12 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder) / "clip.mp4"
         encode_video(clip, generate_clip(seed=0, frames=options.frames, size=SIZE).frames.numpy())
-        rows = measure(model, clip, SENTENCES[: options.expressions], options.rounds)
+        rows = measure(model, clip, EXPRESSIONS[: options.expressions], options.rounds)
         return report_rows(options, rows, table_line)
 
 
 def table_line(row: dict[str, Any]) -> str:
-    """One row for people."""
+    """One row as a line to print."""
     name = f"{row['provider']:20} {row['dtype']:8}"
     if problem := failure(row):
         return f"{name} {problem}"

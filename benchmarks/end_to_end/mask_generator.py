@@ -1,8 +1,8 @@
 """`python -m benchmarks.end_to_end.mask_generator --out FILE.jsonl`: segment-anything's automatic masks by `optimize()`.
 
-A batch of 64 points gives 192 masks. The decoder's logits are given, smooth as a trained one's, so that only the way from there
+A batch of 64 points gives 192 masks. Given logits, smooth as a trained decoder's, replace the decoder: only the way from there
 to run lengths, boxes and stability is measured. The masks of both ways are compared before they are timed in turn. Times
-are the processor's, of one thread, so that what else the machine does is not in them.
+are processor time of one thread, so that other work of the machine is not in them.
 """
 
 import time

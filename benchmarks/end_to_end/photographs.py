@@ -32,7 +32,7 @@ def score(model: RefSAM, folder: PhotoFolder) -> list[dict[str, Any]]:
         if not photograph.human:
             continue
         sure = (label := folder.map(photograph.label)) != UNSURE
-        asked = {name: _sentence(folder, photograph, name, number) for name in _seen(photograph)}
+        asked = {name: _expression(folder, photograph, name, number) for name in _seen(photograph)}
         absent = [name for name in ABSENT if name not in photograph.classes]
         texts = [*asked.values(), *(f"the {name}" for name in absent)]
         masks = VideoSession(model, texts).step(folder.image(photograph.image)).masks.numpy()
@@ -52,7 +52,7 @@ def _seen(photograph: Photograph) -> list[str]:
     return sorted(name for name, share in photograph.classes.items() if share >= SMALLEST)
 
 
-def _sentence(
+def _expression(
     folder: PhotoFolder, photograph: Photograph, name: str, number: dict[str, int]
 ) -> str:
     """The class by its noun, in the plural where several of it are told apart."""

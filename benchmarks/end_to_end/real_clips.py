@@ -37,7 +37,7 @@ _HUES = {
     "blue": ((205, 235), 0.5, 0.35, False),
 }
 # Meaning of each expression; None: nothing in the clip.
-SENTENCES: dict[str, dict[str, str | None]] = {
+EXPRESSIONS: dict[str, dict[str, str | None]] = {
     "dog": {
         "the blue trousers": "blue trousers",
         "the blue jeans": "blue trousers",
@@ -90,21 +90,21 @@ def coloured(frame: np.ndarray, name: str) -> np.ndarray:
 def score(model: RefSAM, folder: Path) -> list[dict[str, Any]]:
     """A row per expression: J, or the share of the frame marked where it means nothing; means over the frames."""
     rows = []
-    for clip, meanings in SENTENCES.items():
+    for clip, meanings in EXPRESSIONS.items():
         session = VideoSession(model, list(meanings))
-        found: dict[str, list[float]] = {sentence: [] for sentence in meanings}
+        found: dict[str, list[float]] = {expression: [] for expression in meanings}
         for frame in _frames(folder / f"{clip}.mp4"):
             truth = {name: coloured(frame, name) for name in set(meanings.values()) if name}
-            for (sentence, name), mask in zip(
+            for (expression, name), mask in zip(
                 meanings.items(), np.asarray(session.step(frame).masks), strict=True
             ):
                 if name is None:
-                    found[sentence].append(float(mask.mean()))
+                    found[expression].append(float(mask.mean()))
                 elif truth[name].any():
-                    found[sentence].append(float(region_similarity(mask, truth[name])))
-        for sentence, values in found.items():
-            key = "false_area" if meanings[sentence] is None else "J"
-            rows.append({"clip": clip, "sentence": sentence, key: fmean(values)})
+                    found[expression].append(float(region_similarity(mask, truth[name])))
+        for expression, values in found.items():
+            key = "false_area" if meanings[expression] is None else "J"
+            rows.append({"clip": clip, "sentence": expression, key: fmean(values)})
     return rows
 
 
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where dog.mp4 and blocks.mp4 lie")
     parser.add_argument("--before", required=True, help="commit whose weights are compared")
     arguments = parser.parse_args()
-    clips = {name: arguments.folder / f"{name}.mp4" for name in SENTENCES}
+    clips = {name: arguments.folder / f"{name}.mp4" for name in EXPRESSIONS}
     if missing := [str(path) for path in clips.values() if not path.is_file()]:
         parser.error(f"folder: missing {', '.join(missing)}")
     digests = {name: file_sha256(path) for name, path in clips.items()}

@@ -90,7 +90,7 @@ def judge(case: CompileCase, architecture: int) -> Row:
 
 
 def table_line(row: Row) -> str:
-    """One row for people."""
+    """One row as a line to print."""
     name = f"{row['operator']:22} {row['case']:44} sm_{row['architecture']:<4}"
     used = ""
     if "registers" in row:

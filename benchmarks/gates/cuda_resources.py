@@ -64,7 +64,7 @@ def readable(kernels: list[str]) -> list[str]:
 
 
 def table_line(row: dict[str, Any]) -> str:
-    """One row for people."""
+    """One row as a line to print."""
     wrong = f" WRONG: at most {SPILL_LIMIT} may" if row["spill_bytes"] > SPILL_LIMIT else ""
     name = f"{row['source']:32} {row['kernel']:48} sm_{row['architecture']:<4}"
     return f"{name} {row['registers']:4} registers {row['spill_bytes']:5} B spilled{wrong}"

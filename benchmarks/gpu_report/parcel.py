@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_report.parcel FOLDER`: what a GPU machine without network needs beside the checkout."""
+"""`python -m benchmarks.gpu_report.parcel FOLDER`: fills a folder with all that a GPU machine without network lacks."""
 
 import argparse
 import os

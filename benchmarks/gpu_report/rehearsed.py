@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_report.rehearsed FOLDER [--short] [--out FILE]`: whether a rehearsal left all that it must."""
+"""`python -m benchmarks.gpu_report.rehearsed FOLDER [--short] [--out FILE]`: checks that a rehearsal left all files and rows."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ PLANTED = {"fail": "failed", "hang": "killed"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints what is missing; 1 if something is. With --out the counts of each stage and run are written, right or not."""
+    """Prints what is missing and returns 1 if something is. --out writes the counts of each stage and run in any case."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report.rehearsed")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--short", action="store_true", help="it was a short one")

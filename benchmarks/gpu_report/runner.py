@@ -261,7 +261,7 @@ def result_of(row: Mapping[str, Any]) -> str:
 
 
 def line_of(row: Mapping[str, Any]) -> str:
-    """One row for people: names first, then its figures."""
+    """One row as a line to print: names first, then its figures."""
     hidden = {"stage", "at", "wrong", "skipped", "provenance", "task", "shapes"}
     facts = [f"{key} {short(value)}" for key, value in row.items() if key not in hidden]
     end = [f"{key}: {str(row[key])[:160]}" for key in ("wrong", "skipped") if row.get(key)]

@@ -1,6 +1,6 @@
-"""A rehearsal: every stage with tiny sizes on what stands in for a GPU, Triton's interpreter and the emulator of CUDA.
+"""A rehearsal: every stage with tiny sizes on stand-ins for a GPU, Triton's interpreter and the emulator of CUDA.
 
-The stages, limits, files and processes are those of the real run; only the device and the sizes are others.
+The stages, limits, files and processes are those of the real run; only the device and the sizes differ.
 """
 
 import time

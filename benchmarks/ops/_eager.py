@@ -11,9 +11,9 @@ from benchmarks.registry import Workload, backends_of
 
 Tensors = Mapping[str, Tensor]
 Function = Callable[..., Any]  # tensors by name to one tensor or several
-# Of an error, relative to that of the eager formula in the same dtype; as in the tests.
+# Allowed error, relative to that of the eager formula in the same dtype; as in the tests.
 FACTOR = 3
-# Of the largest value: a few roundings of results that eager happens to hit exactly.
+# Allowed in addition, relative to the largest value: a few roundings of results that eager happens to hit exactly.
 ROUNDINGS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
 

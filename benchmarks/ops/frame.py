@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.end_to_end.expressions import SENTENCES, SIZE, make_model
+from benchmarks.end_to_end.expressions import EXPRESSIONS, SIZE, make_model
 from benchmarks.end_to_end.per_expression import PerExpressionLoop
 from benchmarks.ops.image_encoder import encoder_flops
 from benchmarks.registry import DEVICES, Workload, register
@@ -23,7 +23,7 @@ from refsam.session import FrameGraphs
 from tests.sam_modeling import randomise
 
 OPERATOR, BASELINE = "frame", "per-expression loop"
-# Of the largest logit; with automatic dtypes twice what bfloat16 in the loop's encoder changes.
+# Relative to the largest logit; with automatic dtypes twice the change by bfloat16 in the loop's encoder.
 TOLERANCE = 1e-4
 
 Masks = tuple[Tensor, float]  # (P, H, W) bool, and how far off their logits may be
@@ -32,7 +32,7 @@ Masks = tuple[Tensor, float]  # (P, H, W) bool, and how far off their logits may
 def workload(device: str, *, preset: str, image_size: int, expressions: int) -> Workload:
     """A model with the small text encoder and random weights."""
     model: Any = randomise(make_model(preset, image_size, None))
-    return compare_frames(model.to(device), SENTENCES[:expressions], SIZE)
+    return compare_frames(model.to(device), EXPRESSIONS[:expressions], SIZE)
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def loop_masks(loop: PerExpressionLoop, prompts: list[Any], frame: Tensor) -> Ma
 def ours(
     model: RefSAM, expressions: tuple[str, ...], dtype: str, *, graphs: bool = False
 ) -> Callable[[Tensor], Tensor]:
-    """A session's masks of a first frame, with what `refsam segment --dtype` would choose."""
+    """A session's masks of a first frame, in the dtypes that `refsam segment --dtype` would choose."""
     model = copy.deepcopy(model).optimize(choose_encoder_dtype(dtype))
     session = VideoSession(model, expressions, graphs=FrameGraphs(model) if graphs else None)
     precision = choose_dtype(dtype, model.device)

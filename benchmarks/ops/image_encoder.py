@@ -45,7 +45,7 @@ def encoder_flops(config: RefSAMConfig) -> int:
 
 
 def workload(device: str, *, preset: str, image_size: int, dtype: str) -> Workload:
-    """One image; in bfloat16 results may be off by twice what segment-anything's own is."""
+    """One image; in bfloat16 results may be off by twice the error of segment-anything's own encoder."""
     config = RefSAMConfig.preset(preset).override(f"image_encoder.image_size={image_size}")
     return compare_encoders(device, config, dtype)
 

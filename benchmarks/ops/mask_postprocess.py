@@ -22,7 +22,7 @@ Sizes = Mapping[str, Any]  # image_size, input_size and output_size, as the oper
 
 
 def of_sam(output_size: Size) -> Sizes:
-    """Of a 16:9 frame in SAM's image, beside padding."""
+    """Sizes of a 16:9 frame in SAM's image, beside padding."""
     return {"image_size": IMAGE_SIZE, "input_size": INPUT_SIZE, "output_size": output_size}
 
 
@@ -78,7 +78,7 @@ def smooth_logits(masks: int, device: str, side: int = LOW) -> Tensor:
 
 
 def workload(device: str, *, masks: int, sizes: Sizes, form: str) -> Workload:
-    """`form` says what is asked for: bytes, bits or runs."""
+    """`form` of the result: bytes, bits or runs."""
     logits = smooth_logits(masks, device)
     functions: dict[str, Callable[..., Any]] = {
         "bytes": partial(mask_postprocess, logits, **sizes),

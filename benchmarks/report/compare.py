@@ -29,7 +29,7 @@ class Change:
         return slower or self.note.startswith("wrong")
 
     def line(self, threshold: float) -> str:
-        """One row for people."""
+        """One row as a line to print."""
         name = f"{self.key[1]:18} {self.key[2]:20} {self.key[3]:18}"
         times = " -> ".join(
             "" if t is None else f"{t:9.2f} ms" for t in (self.before_ms, self.after_ms)

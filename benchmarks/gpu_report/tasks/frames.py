@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.end_to_end.expressions import SENTENCES, SIZE
+from benchmarks.end_to_end.expressions import EXPRESSIONS, SIZE
 from benchmarks.gpu_report.machine import (
     DEVICE,
     IS_REHEARSAL,
@@ -34,7 +34,7 @@ def run(rows: Rows, what: str) -> None:
         if what == "threads":
             attempt(rows, partial(under_threads, model, frames), what=what)
             return
-        texts = SENTENCES[: int(what)]
+        texts = EXPRESSIONS[: int(what)]
         for name, measure in parts(model, texts, frames[0]):
             attempt(rows, measure, expressions=len(texts), part=name)
 
@@ -59,7 +59,7 @@ def lowered() -> Any:
 
 
 def graphs_of(model: RefSAM) -> FrameGraphs | None:
-    """Graphs, which a CPU has not."""
+    """CUDA graphs; None on a CPU."""
     return None if IS_REHEARSAL else FrameGraphs(model)
 
 
@@ -85,7 +85,7 @@ def under_threads(model: RefSAM, frames: list[Tensor]) -> dict[str, Any]:
     """Graphs give the same results while other threads upload and allocate, and while the number of expressions changes."""
     counts = (1, 3, 8, 2)
     expected = [
-        VideoSession(model, SENTENCES[:count]).step(frame).logits.cpu()
+        VideoSession(model, EXPRESSIONS[:count]).step(frame).logits.cpu()
         for count, frame in zip(counts, frames, strict=True)
     ]
     graphs, stop, faults = graphs_of(model), threading.Event(), []
@@ -104,7 +104,7 @@ def under_threads(model: RefSAM, frames: list[Tensor]) -> dict[str, Any]:
     try:
         for _ in range(ROUNDS):
             for count, frame, wanted in zip(counts, frames, expected, strict=True):
-                session = VideoSession(model, SENTENCES[:count], graphs=graphs)
+                session = VideoSession(model, EXPRESSIONS[:count], graphs=graphs)
                 found = session.step(frame).logits.cpu()
                 worst = max(worst, float((found - wanted).abs().max() / wanted.abs().max()))
     finally:

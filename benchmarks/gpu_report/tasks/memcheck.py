@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.gpu_report.rows import Rows, read
 
 FOLDERS = ("/usr/local/cuda/bin", "/opt/nvidia/bin")
-LINES = 40  # of what the sanitizer says
+LINES = 40  # of the sanitizer's output
 
 
 def run(rows: Rows, operator: str) -> None:
