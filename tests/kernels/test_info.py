@@ -79,6 +79,17 @@ def test_is_a_command(root: Path) -> None:
     assert result.stderr == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_disk_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        with pytest.raises(SystemExit, match="2"):
+            print_all("a line")
+    assert capsys.readouterr().err == "output: cannot be written (No space left on device)\n"
+
+
 @pytest.mark.parametrize("text", ["a line", "many lines\n" * 10_000])
 def test_a_reader_may_end_early(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import inspect
+import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -171,7 +172,11 @@ def test_copies_compute_with_their_own_weights(make: Callable[..., nn.Module]) -
     model, pixels = make(), pixels_of()
     optimize(model)
     before = features(model, pixels)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for twin in (*twins, torch.load(saved, weights_only=False)):
         assert torch.equal(features(twin, pixels), before)
         for name, parameter in twin.named_parameters():
             if "rel_pos" in name:

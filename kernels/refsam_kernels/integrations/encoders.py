@@ -37,8 +37,8 @@ class Kind:
     """One way of writing SAM's block.
 
     `attention` and `members` name the block's sub-modules, `beside` those that some of its libraries add. `attend` is called in
-    the place of the attention's method, `compute` calls a block on tokens (B, h, w, D) and gives the same shape. `layout` is the
-    order in memory in which a token's channels lie side by side.
+    the place of the attention's method, `compute` calls a block on tokens (B, h, w, D) and gives the same shape. `layout` names
+    torch's memory format in which a token's channels lie side by side.
     """
 
     attention: str
@@ -48,7 +48,7 @@ class Kind:
     heads: str = "num_heads"
     beside: frozenset[str] = frozenset()
     block_takes: tuple[str, ...] = ()
-    layout: torch.memory_format = torch.contiguous_format
+    layout: str = "contiguous_format"
     attention_takes: tuple[str, ...] = ("x",)
 
 
@@ -110,7 +110,7 @@ KINDS = (
         attend=_single,
         compute=_of_vitdet,
         block_takes=("hidden_states", "output_attentions"),
-        layout=torch.channels_last,
+        layout="channels_last",
         attention_takes=("hidden_state", "output_attentions"),
     ),
     Kind(  # transformers' SegGptLayer
@@ -252,19 +252,21 @@ def _value_reasons(path: str, attention: Any, heads: str) -> Iterator[str]:
         yield f"{path}.scale: got {scale}, wanted {head_dim} ** -0.5"
 
 
-def on_whole_grid(layout: torch.memory_format, block: Any, *args: Any, **kwargs: Any) -> Any:
-    """A block's own method, its attention being handed the grid; tokens and their gradients lie in `layout`.
+def on_whole_grid(layout: str, block: Any, *args: Any, **kwargs: Any) -> Any:
+    """A block's own method, its attention being handed the grid; tokens and their gradients lie in torch's format `layout`.
 
-    Convolutions before and behind the blocks use another layout, which the sums of residuals would keep in all blocks.
+    Convolutions before and behind the blocks use another layout, which the sums of residuals would keep in all blocks. The
+    format's name is kept, since `torch.save` cannot pickle the format itself.
     """
     asked = kwargs.get("output_attentions", args[1] if len(args) > 1 else False)
     if are_weights_wanted(asked):  # they are those of windows
         return type(block).forward(block, *args, **kwargs)
-    args = tuple(each.contiguous(memory_format=layout) for each in args[:1]) + args[1:]
+    contiguous = partial(torch.Tensor.contiguous, memory_format=getattr(torch, layout))
+    args = (*map(contiguous, args[:1]), *args[1:])
     result = unwindowed(block, *args, **kwargs)
     features = result if isinstance(result, Tensor) else result[0]
     if features.requires_grad and not torch.compiler.is_compiling():
-        features.register_hook(partial(torch.Tensor.contiguous, memory_format=layout))
+        features.register_hook(contiguous)
     return result
 
 
