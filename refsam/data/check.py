@@ -26,7 +26,7 @@ _NAMED = 3
 class Finding:
     """One row of the report: a part of a split, its state, what was found, and where to get it unless it is ok.
 
-    "not there" is what the split can be used without.
+    "not there": an optional part that is absent.
     """
 
     dataset: str

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -40,8 +39,7 @@ class Expression:
     """A referring expression about a video.
 
     `expression_id` is unique within the video, as the dataset spells it; `object_ids` says which of the truth's objects are meant
-    (none: nothing in the video; None: not given by the
-    dataset); `annotator` counts the persons of Ref-DAVIS17, 0 to 3.
+    (empty: nothing in the video; None: not given by the dataset); `annotator` counts the persons of Ref-DAVIS17, 0 to 3.
     """
 
     video: str
@@ -86,14 +84,6 @@ class ReferringDataset:
     listing: Path | None = None
     notes: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
-
-    def video(self, name: str) -> VideoRecord:
-        """The video of that name; raises KeyError if there is none."""
-        return self._by_name[name]
-
-    @cached_property
-    def _by_name(self) -> dict[str, VideoRecord]:
-        return {video.name: video for video in self.videos}
 
     def expressions(self, video: str) -> tuple[Expression, ...]:
         """All expressions about a video, in file order."""

@@ -176,7 +176,7 @@ def _mismatches(
 def _unlisted(folder: Path, by_video: Mapping[str, object]) -> Iterable[str]:
     names = [name for name in _folders(folder) if name not in by_video]
     if names:
-        yield f"videos in {folder} about which nothing is said: {named(names)}"
+        yield f"videos in {folder} without expressions: {named(names)}"
 
 
 def _folders(folder: Path) -> list[str]:
@@ -184,7 +184,7 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    """The question whether a similar name is meant; nothing where no name is similar."""
+    """The question whether a similar name is meant; an empty string if there is none."""
     near = get_close_matches(name, names, 1)
     return f" (is it {near[0]}?)" if near else ""
 

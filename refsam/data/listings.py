@@ -27,7 +27,7 @@ class FrameFolder:
 
 @dataclass(frozen=True)
 class Listed(Generic[Item]):
-    """What belongs to each frame, by video and name of the frame: its file, or its position in a list."""
+    """One item for each frame, by video and name of the frame: its file, or its position in a list."""
 
     items: Mapping[str, Mapping[str, Item]]
 

@@ -22,7 +22,7 @@ from refsam.data.run_lengths import (
 )
 from refsam.errors import named
 
-# Who split it -> the splits; the first is the usual one.
+# Author of the splits -> the splits; the first author's are the usual ones.
 SPLITS_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "refcoco": {"unc": ("train", "val", "testA", "testB"), "google": ("train", "val", "test")},
     "refcoco+": {"unc": ("train", "val", "testA", "testB")},
@@ -175,7 +175,7 @@ def _without_shared(
     kept = [ref for ref in refs if ref["image_id"] not in excluded]
     dropped = {ref["image_id"] for ref in refs} & excluded
     note = (
-        f"train: left out {len(dropped)} images ({len(refs) - len(kept)} objects) that stand in evaluation splits of the "
+        f"train: left out {len(dropped)} images ({len(refs) - len(kept)} objects) that are in evaluation splits of the "
         "RefCOCO family"
     )
     return kept, (note, *unread)

@@ -118,7 +118,7 @@ class RunLengthMasks:
 def open_arrays(path: Path, build: Callable[[], Arrays]) -> Arrays:
     """Cache on the disk the arrays that `build` makes of a file: one process makes them, all share them.
 
-    It lies in a hidden folder named after the file's size and age: beside the file or, where that cannot be written, in the
+    The cache is a hidden folder named after the file's size and age: beside the file or, where that cannot be written, in the
     user's cache (XDG_CACHE_HOME). If neither can be written, the arrays are built each time.
     """
     facts = path.stat()

@@ -46,7 +46,7 @@ def draw_captions(
         if label is None or top + len(label) > height:
             return
         area = canvas[top : top + len(label), margin : margin + label.shape[1]]
-        # Three quarters of the label, one of the picture, so that what lies behind stays visible.
+        # Three quarters label and one quarter picture, which stays visible behind it.
         area[:] = (area >> 2) + label
         top += len(label) + margin // 2
 

@@ -1,4 +1,4 @@
-"""Tells whether a file was truncated, which FFmpeg takes for its end.
+"""Detects truncated files: FFmpeg takes the cut for the end.
 
 The sizes in the container's own structure decide; nothing is decoded, and durations are not used.
 """
@@ -104,7 +104,7 @@ def _gif(file: BinaryIO, size: int) -> bool:
 
 
 def _skip_colours(file: BinaryIO) -> None:
-    """Behind the byte that says so, a table of colours follows."""
+    """Read a byte of flags and skip the table of colours that may follow it."""
     flags = file.read(1)
     if flags and flags[0] & 0x80:
         file.seek(3 * 2 ** ((flags[0] & 7) + 1), 1)
@@ -137,7 +137,7 @@ def _flv(file: BinaryIO, size: int) -> bool:
 
 
 def _fragments(file: BinaryIO, size: int) -> bool:
-    """MP4: boxes. What stands in the first index is known to be missing; of fragments the boxes alone tell."""
+    """MP4: boxes. The index tells which of its frames are missing; only the boxes tell whether fragments are."""
     has_fragments = False
     while file.tell() + 8 <= size:
         start = file.tell()

@@ -22,7 +22,7 @@ from refsam.video.frames import (
 
 IMAGE_FPS = Fraction(24)  # images carry no rate; DAVIS, the usual folder of frames, has 24
 _MILLISECOND = Fraction(1, 1000)
-_REDUCED = 254  # TIFF's tag that says of a page that it is a smaller copy of another
+_REDUCED = 254  # TIFF's tag of a page that is a smaller copy of another
 # JPEGs with a second picture inside hold a preview or another eye's view, not another moment.
 _ONE_PICTURE = frozenset({"JPEG", "MPO"})
 

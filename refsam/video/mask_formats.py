@@ -84,7 +84,7 @@ def picture_names(name: str, frame: int, last: int, expressions: int) -> list[st
 def encode_mask(mask: np.ndarray) -> bytes:
     """A mask ``(H, W)`` bool as an 8-bit grey PNG of 0 and 255.
 
-    Run lengths, which is all that a mask needs, and no filters: as fast as level 1 and smaller than level 6.
+    Run-length compression without filters is as fast as zlib's level 1, and its files are smaller than those of level 6.
     """
     height, width = mask.shape
     rows = np.zeros((height, 1 + width), np.uint8)  # each row begins with its filter: none
@@ -166,9 +166,9 @@ class _Pictures:
 
 
 class _RunLengths:
-    """``masks.json``: what ``result.json`` says, and each expression's ``segmentations``, a code per frame.
+    """``masks.json``: the content of ``result.json``, and each expression's ``segmentations``, one code per frame.
 
-    Codes lie in a file, one line for a frame, until the end: a long video's would fill memory.
+    Until the end, codes are kept in a file, one line per frame: those of a long video would fill memory.
     """
 
     def __init__(self, folder: Path, expressions: int) -> None:

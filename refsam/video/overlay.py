@@ -91,7 +91,7 @@ def _draw_mask(
 
 
 def _erode(mask: np.ndarray, steps: int) -> np.ndarray:
-    """Pixels whose four neighbours within ``steps`` are inside; what lies beyond the edge counts as inside."""
+    """Pixels whose four neighbours within ``steps`` are inside; pixels beyond the edge count as inside."""
     inner = mask
     for _ in range(steps):
         smaller = inner.copy()

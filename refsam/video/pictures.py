@@ -41,7 +41,7 @@ def _displayed(image: np.ndarray, matrix: bytes) -> tuple[np.ndarray, bool]:
 
 
 def pixel_aspect(ratio: Fraction | None) -> Fraction:
-    """Width of a pixel by its height, of the ratio that a file states: 1 for none, for nearly 1 and for the impossible."""
+    """Width of a pixel by its height, from the ratio in a file; 1 if that is missing, nearly 1 or impossible."""
     if not ratio or abs(ratio - 1) <= _NEAR_SQUARE:
         return Fraction(1)
     return ratio if 1 / Fraction(_LARGEST_ASPECT) <= ratio <= _LARGEST_ASPECT else Fraction(1)

@@ -1,4 +1,4 @@
-"""Open whatever holds frames: video files, folders and patterns of images, single images, cameras, streams, pipes."""
+"""Open sources of frames: video files, folders and patterns of images, single images, cameras, streams, pipes."""
 
 import glob
 import os
@@ -38,8 +38,6 @@ def open_source(source: str | os.PathLike[str], options: ReadOptions = EVERYTHIN
         return _open_camera(name.removeprefix("camera:"), options)
     if name == "-" and stat.S_ISREG(os.fstat(0).st_mode):
         return VideoSource("/dev/stdin", name="standard input", options=options)
-    if name == "-":
-        return _open_path(name, options)
     if "://" in name and not os.path.lexists(name):
         return VideoSource(name, options=options)
     if is_pattern(name):
@@ -48,13 +46,13 @@ def open_source(source: str | os.PathLike[str], options: ReadOptions = EVERYTHIN
 
 
 def is_pattern(name: str) -> bool:
-    """Whether it means files by a pattern, rather than one that is called so."""
+    """Whether the name is a pattern of files, and no file has that name."""
     is_there = "://" in name or os.path.lexists(name)
     return not is_there and (bool(_NUMBER.search(name)) or glob.has_magic(name))
 
 
 def matching(pattern: str) -> list[str]:
-    """The files that a pattern with ``*``, ``?``, ``[...]`` or ``%05d`` means, in natural order."""
+    """The files that a pattern with ``*``, ``?``, ``[...]`` or ``%05d`` matches, in natural order."""
     if number := _NUMBER.search(Path(pattern).name):
         folder = Path(pattern).parent
         before, after = Path(pattern).name[: number.start()], Path(pattern).name[number.end() :]

@@ -21,7 +21,7 @@ from refsam.video.mask_formats import files_of
 RESULT = "result.json"  # the last file that comes into place: it says that the others are there
 RESUME = ".refsam-resume.safetensors"
 _STAGING = ".refsam-unfinished-"
-_COMMIT, _PLACING = "commit.json", "placing.json"  # what is to be done; that its first half is done
+_COMMIT, _PLACING = "commit.json", "placing.json"  # the plan; its name once its first half is done
 _LOCK = "refsam"
 _OURS = re.compile(
     r"result\.json|overlay\.mp4|masks\.json|(masks|cutouts)/\d+/\d+\.png|palette/\d+\.png"
@@ -207,7 +207,7 @@ def _remove_empty(folders: Iterable[Path], out: Path) -> None:
 
 
 def _results_in(out: Path) -> Iterator[str]:
-    """Names of files that stand where results would come."""
+    """Files whose names are those of results."""
     for pattern in ("*", "palette/*", "masks/*/*", "cutouts/*/*"):
         names = (path.relative_to(out).as_posix() for path in out.glob(pattern))
         yield from filter(_OURS.fullmatch, names)

@@ -49,7 +49,9 @@ class SoundTrack:
                 packet.stream = self._output
             except Exception as error:
                 return self._give_up(error)
-            self._container.mux(packet)  # a full disk is the video's affair too
+            self._container.mux(
+                packet
+            )  # its error is the caller's: a full disk ends the video, too
 
     def close(self) -> None:
         """Close the file."""

@@ -28,8 +28,10 @@ from refsam.video.prefetch import prefetch
 _DEFAULT_FPS = Fraction(24)
 _FEW_CORES = 2
 _PATIENCE = 0.3  # seconds that closing waits for a thread that waits for a stream
-_PATIENCE_WITH_FILES = 30.0  # a file's frame is decoded some day
-_DEFAULT_STREAM = 5_000_000  # pixels that this mark is worth, in ffmpeg's own choice
+_PATIENCE_WITH_FILES = 30.0  # decoding a frame of a file ends some time
+_DEFAULT_STREAM = (
+    5_000_000  # a stream marked as default counts as this many pixels more, as in ffmpeg
+)
 # Text that FFmpeg would draw as terminal art.
 _NO_PICTURES = frozenset({"ansi", "bintext", "xbin", "idf"})
 # Their packets are whole unless the file ends within one; broadcasts may lose parts of any.
@@ -115,7 +117,7 @@ class VideoSource(FrameSource):
 
     def _describe(self) -> None:
         stream, context = self._stream, self._stream.codec_context
-        # On few cores, threads for several frames at a time take from the rest what they gain.
+        # On few cores, decoding several frames at a time slows everything else by as much as it gains.
         context.thread_type = "AUTO" if available_cores() > _FEW_CORES else "SLICE"
         if self._options.max_pixels is not None:  # before the decoder makes room for a frame
             context.options = {"max_pixels": str(self._options.max_pixels)}
@@ -177,7 +179,7 @@ class VideoSource(FrameSource):
                 picture, problem = next(decoded)
             except StopIteration:
                 break
-            except Exception as error:  # behind it no packet can be found
+            except Exception as error:  # no packet can be found after it
                 raise self._reading_error(index, error) from error
             if picture is None or picture.is_corrupt:
                 self._refuse_or_skip(index, problem or "the data is damaged")
@@ -279,7 +281,7 @@ class VideoSource(FrameSource):
     def _silence(self, error: Exception) -> Silence | None:
         if isinstance(error, Silence):
             return error
-        if isinstance(error, av.error.ExitError):  # what FFmpeg makes of its time limit
+        if isinstance(error, av.error.ExitError):  # FFmpeg's error after its time limit
             return Silence(self.name, self._options.timeout)
         return None
 

@@ -43,7 +43,7 @@ class ResultWriter:
 
     Args:
         out: folder to make; its missing parents are made too. It may be there if it is empty.
-        expressions: what is segmented, in the order of the masks.
+        expressions: the referring expressions, in the order of the masks.
         fps: frame rate of the source.
         time_base: unit of the source's frame times.
         overlay: also write ``overlay.mp4``.
@@ -272,7 +272,7 @@ class ResultWriter:
             self._thread.join()
 
     def _discard(self) -> None:
-        self._error = self._error or UserError("discarded")  # what is queued need not be written
+        self._error = self._error or UserError("discarded")  # queued frames need not be written
         self._stop()
         if self._video is not None:
             self._video.abandon()

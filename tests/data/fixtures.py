@@ -186,7 +186,7 @@ def write_mevis(root: Path, frames: int = 4) -> Path:
 
 
 def write_long_rvos(root: Path, frames: int = 4) -> Path:
-    """train and valid: a video with two objects, masks only where they are seen, sentences of two types; test without truth."""
+    """train and valid: a video with two objects, masks only where they are seen, expressions of two types; test without truth."""
     names = [f"{index:05d}" for index in range(frames)]
     expressions = {
         "0": {"exp": "the red box", "obj_id": "1", "type": "static"},

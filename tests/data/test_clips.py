@@ -1,4 +1,4 @@
-"""Training clips: sampling, cutting, moving, mirroring and colour keep picture, masks and sentences together."""
+"""Training clips: sampling, cutting, moving, mirroring and colour keep picture, masks and expressions together."""
 
 import colorsys
 from pathlib import Path
@@ -239,7 +239,7 @@ def test_clips_depend_on_seed_epoch_and_index_alone(videos: Path) -> None:
 
 
 def test_every_clip_shows_its_object_and_tells_the_side_as_it_is(videos: Path) -> None:
-    """The red box is "on the left"; in a flipped clip it is not, and the sentence says so."""
+    """The red box is "on the left"; in a flipped clip it is not, and the expression says so."""
     dataset = open_dataset("ref-youtube-vos", videos, "train")
     sampler = ClipSampler(dataset, 3, 1, SMALL)
     sides = set()

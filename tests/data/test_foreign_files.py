@@ -187,7 +187,7 @@ def test_expressions_that_do_not_tell_their_objects_are_all_named(
 
 
 @pytest.mark.parametrize(
-    ("line", "sentence"),
+    ("line", "wanted"),
     [
         ("blackswan 1 the black swan", "the black swan"),
         ('blackswan 1 "the black swan"', "the black swan"),
@@ -198,7 +198,7 @@ def test_expressions_that_do_not_tell_their_objects_are_all_named(
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1"])
 def test_davis_sentences_keep_their_letters(
-    tmp_path: Path, line: str, sentence: str, encoding: str
+    tmp_path: Path, line: str, wanted: str, encoding: str
 ) -> None:
     original = fixtures.write_davis17(tmp_path / "in")
     texts = original / "davis_text_annotations"
@@ -210,7 +210,7 @@ def test_davis_sentences_keep_their_letters(
             pytest.skip("these quotes are not in Latin-1")
     prepare(original / "DAVIS", texts, tmp_path / "out")
     expression = open_dataset("ref-davis17", tmp_path / "out", "valid").expressions("blackswan")[0]
-    assert expression.text == sentence
+    assert expression.text == wanted
 
 
 def test_a_table_is_made_by_one_alone(tmp_path: Path) -> None:

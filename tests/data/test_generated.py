@@ -1,4 +1,4 @@
-"""The generated clips: repeatable, and every sentence means exactly what its mask shows."""
+"""The generated clips: repeatable, and every expression means exactly what its mask shows."""
 
 from dataclasses import replace
 from typing import get_args, get_type_hints
@@ -65,11 +65,11 @@ def test_attributes_are_those_of_the_object_that_is_seen():
     batch = generate_batch(0, 1, clips=8, frames=2, expressions=6, size=SIZE)
     assert batch.attributes.shape == (8, 2, *SIZE, 2)
     checked = 0
-    for clip, sentences in enumerate(batch.expressions):
-        for sentence, mask in zip(sentences, batch.masks[clip], strict=True):
-            words = set(sentence.text.split())
+    for clip, expressions in enumerate(batch.expressions):
+        for expression, mask in zip(expressions, batch.masks[clip], strict=True):
+            words = set(expression.text.split())
             names = [name for name, synonyms in COLOUR_WORDS.items() if words & set(synonyms)]
-            if sentence.kind != "colour" or not mask.any():
+            if expression.kind != "colour" or not mask.any():
                 continue
             checked += 1
             assert {COLOUR_CLASSES[i] for i in batch.attributes[clip][mask][:, 0].unique()} == set(
@@ -171,11 +171,11 @@ def test_sentences_of_colour_and_shape_single_their_target_out():
     for index, scene in enumerate(scenes(60)):
         grammar = Grammar(np.random.default_rng(index), held_out=False)
         for kind in ("colour", "shape", "colour and shape"):
-            sentence = grammar.expression(scene, kind)
-            if sentence is None:
+            expression = grammar.expression(scene, kind)
+            if expression is None:
                 continue
             found += 1
-            (target,) = sentence.targets
+            (target,) = expression.targets
             item = scene.objects[target]
             twins = [
                 other
@@ -184,7 +184,7 @@ def test_sentences_of_colour_and_shape_single_their_target_out():
                 and (kind == "colour" or other.shape_index == item.shape_index)
             ]
             assert len(twins) == 1
-            words = set(sentence.text.split())
+            words = set(expression.text.split())
             if "colour" in kind:
                 assert words & set(COLOUR_WORDS[COLOURS[item.colour_index].name])
             if "shape" in kind:
@@ -198,17 +198,19 @@ def test_sentences_of_colour_and_shape_single_their_target_out():
 def test_positions_hold_in_every_frame(side, axis, sign):
     found = 0
     for index, scene in enumerate(scenes(300, frames=6)):
-        sentence = Grammar(np.random.default_rng(index), held_out=False).expression(
+        expression = Grammar(np.random.default_rng(index), held_out=False).expression(
             scene, "position"
         )
-        if sentence is None or not set(SIDE_WORDS[side]) & set(sentence.text.split()):
+        if expression is None or not set(SIDE_WORDS[side]) & set(expression.text.split()):
             continue
         found += 1
         colours = [
-            name for name, words in COLOUR_WORDS.items() if set(words) & set(sentence.text.split())
+            name
+            for name, words in COLOUR_WORDS.items()
+            if set(words) & set(expression.text.split())
         ]
         shapes = [
-            name for name, words in SHAPE_WORDS.items() if set(words) & set(sentence.text.split())
+            name for name, words in SHAPE_WORDS.items() if set(words) & set(expression.text.split())
         ]
         rivals = [
             i
@@ -223,15 +225,17 @@ def test_positions_hold_in_every_frame(side, axis, sign):
             )
         ]
         along = np.stack([sign * scene.objects[i].centre[:, axis] for i in rivals])
-        assert (along.argmin(axis=0) == rivals.index(sentence.targets[0])).all(), sentence.text
+        assert (along.argmin(axis=0) == rivals.index(expression.targets[0])).all(), expression.text
     assert found >= 5
 
 
 def test_absent_sentences_mean_nothing_that_is_there():
     for index, scene in enumerate(scenes(60)):
-        sentence = Grammar(np.random.default_rng(index), held_out=False).expression(scene, "absent")
-        assert sentence is not None and sentence.targets == ()
-        words = set(sentence.text.split())
+        expression = Grammar(np.random.default_rng(index), held_out=False).expression(
+            scene, "absent"
+        )
+        assert expression is not None and expression.targets == ()
+        words = set(expression.text.split())
         for item in scene.objects:
             colour = item.colour_index is not None and words & set(
                 COLOUR_WORDS[COLOURS[item.colour_index].name]
@@ -241,7 +245,9 @@ def test_absent_sentences_mean_nothing_that_is_there():
             )
             names_shape = any(words & set(v) for v in SHAPE_WORDS.values())
             names_colour = any(words & set(v) for v in COLOUR_WORDS.values())
-            assert not ((colour or not names_colour) and (shape or not names_shape)), sentence.text
+            assert not ((colour or not names_colour) and (shape or not names_shape)), (
+                expression.text
+            )
 
 
 def test_vocabulary_holds_every_word_but_the_made_up_one():
@@ -250,8 +256,8 @@ def test_vocabulary_holds_every_word_but_the_made_up_one():
         for index, scene in enumerate(scenes(80, held_out)):
             grammar = Grammar(np.random.default_rng(index), held_out)
             for kind in (*KINDS, *([] if held_out else ["plural"])):
-                sentence = grammar.expression(scene, kind)
-                assert sentence is None or set(sentence.text.split()) <= known, sentence
+                expression = grammar.expression(scene, kind)
+                assert expression is None or set(expression.text.split()) <= known, expression
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -59,7 +59,7 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "unknown class": (
         lambda root: save(root, "labels/dog0.png", np.full(SIZE, 99, np.uint8)),
         "labels",
-        "labels/dog0.png: number 99 in no line of classes.json",
+        "labels/dog0.png: number 99 not in classes.json",
     ),
     "another size": (
         lambda root: save(root, "labels/dog1.png", np.ones((10, 20), np.uint8)),

@@ -1,4 +1,4 @@
-"""Photographs with class masks: how a folder is read, that composites' truth is exact, and that every sentence is true."""
+"""Photographs with class masks: how a folder is read, that composites' truth is exact, and that every expression is true."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def folder(root: Path) -> PhotoFolder:
 
 @pytest.fixture(scope="module")
 def drawn(folder: PhotoFolder) -> Drawn:
-    """Clips of one and three frames with sentences, half of them composites."""
+    """Clips of one and three frames with expressions, half of them composites."""
     drawer = SceneDrawer(folder, composites=0.5)
     clips = []
     for seed in range(60):
@@ -263,7 +263,7 @@ def test_batch_is_drawn_from_seed_and_index_alone(folder: PhotoFolder) -> None:
 
 
 def test_a_third_of_the_sentences_is_about_nothing(drawn) -> None:
-    kinds = [sentence.kind for _, sentences in drawn for sentence in sentences]
+    kinds = [expression.kind for _, expressions in drawn for expression in expressions]
     assert 0.25 < kinds.count("absent") / len(kinds) < 0.45
     assert {"class", "group", "colour", "position", "size", "order", "garment", "wearer"} <= set(
         kinds
@@ -271,27 +271,27 @@ def test_a_third_of_the_sentences_is_about_nothing(drawn) -> None:
 
 
 def test_absent_sentences_are_true(folder: PhotoFolder, drawn) -> None:
-    """No noun of the sentence means a class in the clip, or its colour is nobody's who has that class."""
+    """No noun of the expression means a class in the clip, or its colour is nobody's who has that class."""
     checked = 0
-    for clip, sentences in drawn:
+    for clip, expressions in drawn:
         present = {thing.name for thing in clip.things}
-        for sentence in sentences:
-            if sentence.kind != "absent":
+        for expression in expressions:
+            if expression.kind != "absent":
                 continue
-            assert not sentence.mask.any()
-            meant = set(meaning(folder, sentence.text))
+            assert not expression.mask.any()
+            meant = set(meaning(folder, expression.text))
             checked += 1
             if meant & present:
                 colours = [
                     c
                     for c, words in COLOUR_WORDS.items()
-                    if set(words) & set(sentence.text.split())
+                    if set(words) & set(expression.text.split())
                 ]
                 shown = np.isin(
                     clip.owner, [n for n, t in enumerate(clip.things, 1) if t.name in meant]
                 )
                 names = name_pixels(clip.frames[shown])
-                assert colours and (names == NAMES.index(colours[0])).mean() < 0.05, sentence.text
+                assert colours and (names == NAMES.index(colours[0])).mean() < 0.05, expression.text
     assert checked > 60
 
 
@@ -299,15 +299,15 @@ def test_class_sentences_mean_all_of_their_class_or_the_one_that_stands_out(
     folder: PhotoFolder, drawn: Drawn
 ) -> None:
     singular = plural = 0
-    for clip, sentences in drawn:
-        for sentence in sentences:
-            assert (sentence.ignore >= (clip.owner == 255)).all()
-            if sentence.kind not in ("class", "group"):
+    for clip, expressions in drawn:
+        for expression in expressions:
+            assert (expression.ignore >= (clip.owner == 255)).all()
+            if expression.kind not in ("class", "group"):
                 continue
-            meant = meaning(folder, sentence.text)
+            meant = meaning(folder, expression.text)
             numbers = [n for n, t in enumerate(clip.things, 1) if t.name in meant]
-            targets = [n for n in numbers if (sentence.mask & (clip.owner == n)).any()]
-            assert (sentence.mask == np.isin(clip.owner, targets)).all(), sentence.text
+            targets = [n for n in numbers if (expression.mask & (clip.owner == n)).any()]
+            assert (expression.mask == np.isin(clip.owner, targets)).all(), expression.text
             areas = {n: int((clip.owner == n).sum()) for n in numbers}
             if targets != [n for n in numbers if areas[n]]:
                 (target,) = targets
@@ -320,37 +320,37 @@ def test_class_sentences_mean_all_of_their_class_or_the_one_that_stands_out(
 
 def test_colour_sentences_mean_pixels_of_that_colour(drawn) -> None:
     checked = 0
-    for clip, sentences in drawn:
-        for sentence in sentences:
-            if sentence.kind == "colour":
+    for clip, expressions in drawn:
+        for expression in expressions:
+            if expression.kind == "colour":
                 colour = next(
                     c
                     for c, words in COLOUR_WORDS.items()
-                    if set(words) & set(sentence.text.split())
+                    if set(words) & set(expression.text.split())
                 )
-                names = name_pixels(clip.frames[sentence.mask])
-                assert (names == NAMES.index(colour)).mean() > 0.5, sentence.text
+                names = name_pixels(clip.frames[expression.mask])
+                assert (names == NAMES.index(colour)).mean() > 0.5, expression.text
                 checked += 1
     assert checked > 10
 
 
 def test_place_size_and_order_single_out_the_right_thing(drawn) -> None:
     checked = 0
-    for clip, sentences in drawn:
-        for sentence in sentences:
-            if sentence.kind not in ("position", "size", "order"):
+    for clip, expressions in drawn:
+        for expression in expressions:
+            if expression.kind not in ("position", "size", "order"):
                 continue
-            target = np.unique(clip.owner[sentence.mask])
-            assert len(target) == 1, sentence.text
+            target = np.unique(clip.owner[expression.mask])
+            assert len(target) == 1, expression.text
             name = clip.things[target[0] - 1].name
             rivals = [n for n, t in enumerate(clip.things, 1) if t.name == name]
-            assert the_one(clip, rivals, sentence.text) == target[0], sentence.text
+            assert the_one(clip, rivals, expression.text) == target[0], expression.text
             checked += 1
     assert checked > 20
 
 
 def the_one(clip: PhotoClip, rivals: list[int], text: str) -> int:
-    """Which of the things a sentence of place, size or order means, by its words and the last frame's pixels."""
+    """Which of the things an expression of place, size or order means, by its words and the last frame's pixels."""
     where = [np.argwhere(clip.owner[-1] == n) for n in rivals]
     words = set(text.split())
     if words & {"small", "smaller", "smallest", "little", "tiny"}:
@@ -371,8 +371,8 @@ def test_garments_are_the_pixels_worn_and_wearers_the_person(folder: PhotoFolder
     clip = draw([Layer(picture, path, False)], (72, 96))
     texts = {}
     for seed in range(40):
-        for sentence in PhotoGrammar(np.random.default_rng(seed), folder, clip).draw(6):
-            texts.setdefault(sentence.kind, []).append(sentence)
+        for expression in PhotoGrammar(np.random.default_rng(seed), folder, clip).draw(6):
+            texts.setdefault(expression.kind, []).append(expression)
     top, left, bottom, right = DRESS
     dress = np.zeros((72, 96), bool)
     dress[top:bottom, left:right] = True
@@ -383,7 +383,7 @@ def test_garments_are_the_pixels_worn_and_wearers_the_person(folder: PhotoFolder
 
 
 def meaning(folder: PhotoFolder, text: str) -> tuple[str, ...]:
-    """The classes of the longest run of words at the end or within a sentence that the list knows."""
+    """The classes of the longest run of words at the end or within an expression that the list knows."""
     words = text.split()
     for length in (3, 2, 1):
         for begin in range(len(words) - length + 1):

@@ -17,7 +17,7 @@ from tests.data.fixtures import numbers_at
 def test_an_object_without_a_file_is_not_seen(tmp_path: Path) -> None:
     dataset = open_dataset("long-rvos", fixtures.write_long_rvos(tmp_path), "valid")
     red, blue = dataset.expressions("v001")
-    for time, frame in enumerate(dataset.video("v001").frame_names):
+    for time, frame in enumerate(next(v.frame_names for v in dataset.videos if v.name == "v001")):
         assert np.array_equal(dataset.mask(red, frame), numbers_at(time, 2) == 1)
         assert np.array_equal(dataset.mask(blue, frame), numbers_at(time, 2) == 2)
     assert not (tmp_path / "valid/Annotations/v001/2/00001.png").exists()

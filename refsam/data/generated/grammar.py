@@ -134,7 +134,7 @@ def everyday_words() -> list[str]:
 
 
 class Grammar:
-    """Draws expressions about a scene; with `held_out` from the templates, and about the pairs, that training never uses."""
+    """Draws expressions about a scene; `held_out`: with templates and pairs of colour and shape that training never uses."""
 
     def __init__(self, random: np.random.Generator, held_out: bool) -> None:
         self.random = random
@@ -208,7 +208,7 @@ class Grammar:
         return None
 
     def _relation(self, scene: Scene, target: int, rivals: list[int]) -> dict[str, str] | None:
-        """Of all similar objects only the target lies on that side of an anchor, named by colour and shape."""
+        """The target is the only similar object on that side of an anchor, which is named by colour and shape."""
         for anchor in self.random.permutation(len(scene.objects)):
             item = scene.objects[anchor]
             if anchor in rivals or item.colour_index is None:

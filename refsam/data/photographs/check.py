@@ -129,7 +129,7 @@ def _check_maps(
     counts = np.bincount(labels.ravel(), minlength=256)
     shown = {int(n) for n in np.flatnonzero(counts)} - {0, UNSURE}
     if unknown := sorted(shown - names.keys()):
-        yield "labels", f"{file}: {_numbers(unknown)} in no line of classes.json"
+        yield "labels", f"{file}: {_numbers(unknown)} not in classes.json"
     if not shown:
         yield "labels", f"{file}: shows no class"
     try:

@@ -32,8 +32,8 @@ _RANKED_SHARE = 0.002  # share of the frame that an object must cover if its pla
 _GAP = 0.07  # of the frame: least distance between objects whose order is named
 _STANDS_OUT = 1.7  # among several dogs "the dog" must have this many times the area of any other
 _RATIO = 1.5  # least ratio between the areas of objects whose size is named
-# Of a folder's photographs: a class that so many show has a label wherever it is seen, if it is of a group below or a person;
-# of other classes something unlabelled may lie about anywhere.
+# A class that at least this share of a folder's photographs show has a label wherever it is seen, if it is a person or belongs to
+# a group below. Objects of other classes may be seen without a label.
 _FREQUENT = 0.005
 _NOTICED = ("animal", "vehicle", "fruit")
 

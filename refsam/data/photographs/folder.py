@@ -179,7 +179,7 @@ def _shares(shares: Mapping[Any, float], classes: Mapping[int, str]) -> dict[str
     found: dict[str, float] = {}
     for number, share in shares.items():
         if int(number) not in classes:
-            raise ValueError(f"class {number} stands in no line of classes.json")
+            raise ValueError(f"class {number} is not in classes.json")
         name = classes[int(number)]
         found[name] = found.get(name, 0.0) + float(share)
     return found

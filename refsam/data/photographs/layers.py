@@ -120,7 +120,7 @@ def _lay(
 
 
 class _Patch(NamedTuple):
-    """Where a picture lies in a frame: scaled to `size`, turned, then of size `turned`, of which `box` is seen at `there`.
+    """Where a picture lies in a frame: scaled to `size`, turned to the size `turned`; its part `box` covers `there`.
 
     Sizes are (width, height), the box is (left, top, right, bottom), `there` are rows and columns of the frame.
     """

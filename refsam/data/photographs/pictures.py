@@ -41,7 +41,7 @@ class Picture:
     complete: bool = False
 
     def crop(self, top: int, bottom: int, left: int, right: int) -> "Picture":
-        """A rectangle of it, without the last row and column."""
+        """The rectangle of these rows and columns, `bottom` and `right` not included."""
         part = np.s_[top:bottom, left:right]
         garments = None if self.garments is None else self.garments[part]
         return replace(self, image=self.image[part], owner=self.owner[part], garments=garments)

@@ -1,4 +1,4 @@
-"""A clip of real things without any file of its own: a camera goes past photographs that scikit-image ships.
+"""A clip of real things that needs no file of its own: a camera moves past photographs that scikit-image ships.
 
 All three are free of restrictions by scikit-image's documentation: the cat Chelsea (CC0, Stefan van der Walt), a cup of coffee
 (CC0, Rachel Michetti), and the astronaut Eileen Collins (NASA, public domain).

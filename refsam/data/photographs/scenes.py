@@ -24,8 +24,8 @@ class SceneDrawer:
     """Draws clips from a folder.
 
     `composites` is the share of clips that are composites. A class is drawn in proportion to its number of photographs to the
-    power `balance` (0: all classes equally often, 1: all photographs equally often). `only_cut_out` are the sources whose
-    photographs are no scenes but have objects to cut out; `cached` is how many photographs are kept decoded; `least` how many
+    power `balance` (0: all classes equally often, 1: all photographs equally often). Photographs of the sources
+    `only_cut_out` are used for cut-outs only; `cached` is how many photographs are kept decoded; `least` how many
     photographs a class needs to be drawn.
     """
 
