@@ -52,11 +52,9 @@ def images_in(folder: Path) -> list[Path]:
 
 def natural_key(name: str) -> tuple[list[tuple[bool, int, str]], str]:
     """Digits compare as numbers and before letters; where these are equal, as in 1.jpg and 01.jpg, the plain name decides."""
-    parts = re.findall(r"\d+|\D+", name)
-    return [
-        (not part.isdecimal(), int(part) if part.isdecimal() else 0, part.casefold())
-        for part in parts
-    ], name
+    parts = ((part.isdecimal(), part) for part in re.findall(r"\d+|\D+", name))
+    keys = [(not digits, int(part) if digits else 0, part.casefold()) for digits, part in parts]
+    return keys, name
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:

@@ -36,6 +36,8 @@ _RATIO = 1.5  # least ratio between the areas of objects whose size is named
 # a group below. Objects of other classes may be seen without a label.
 _FREQUENT = 0.005
 _NOTICED = ("animal", "vehicle", "fruit")
+# Worn things that do not tell a person.
+_UNTELLING = ("hair", "watch", "bracelet", "necklace", "belt", "socks")
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,10 @@ class PhotoGrammar:
         self.words = folder.words
         self.clip = clip
         self.unsure = clip.owner == UNSURE
-        self.counts = np.stack(
-            [np.bincount(frame.ravel(), minlength=256)[:256] for frame in clip.owner]
-        )
-        self.seen = [
-            n for n in range(1, len(clip.things) + 1) if self.counts[:, n].max() >= _SEEN_PIXELS
-        ]
+        counts = [np.bincount(frame.ravel(), minlength=256) for frame in clip.owner]
+        self.counts = np.stack(counts)
+        numbers = range(1, len(clip.things) + 1)
+        self.seen = [n for n in numbers if self.counts[:, n].max() >= _SEEN_PIXELS]
         self.present = {thing.name for thing in clip.things}
         self._colours: dict[int, str | None] = {}
 
@@ -204,11 +204,7 @@ class PhotoGrammar:
     def _wearer(self) -> PhotoExpression | None:
         """ "The woman in the red dress": the person who wears it, where only one person is seen."""
         persons = self._members(("person",))
-        found = {
-            name: mask
-            for name, mask in self._garments().items()
-            if name not in ("hair", "watch", "bracelet", "necklace", "belt", "socks")
-        }
+        found = {n: mask for n, mask in self._garments().items() if n not in _UNTELLING}
         if len(persons) != 1 or not found:
             return None
         name = self._pick(list(found))
@@ -231,10 +227,8 @@ class PhotoGrammar:
         names = self.words.classes if self.clip.complete else self._noticed
         absent = [name for name in names if name not in self.present]
         absent = absent or [name for name in self.words.classes if name not in self.present]
-        near = [
-            *self.clip.mistaken,
-            *(close for name in sorted(self.present) for close in self.words.neighbours(name)),
-        ]
+        close = (other for name in sorted(self.present) for other in self.words.neighbours(name))
+        near = {*self.clip.mistaken, *close}
         hard = [name for name in absent if name in near]
         frequent = [name for name in absent if name in self._frequent]
         for choices, share in ((hard, 0.5), (frequent, 0.6), (absent, 1.0)):
@@ -302,11 +296,8 @@ class PhotoGrammar:
         """The target's place from that side, the same in every frame; None where it is unclear."""
         axis = 1 if side in ("left", "right") else 0
         sign = 1 if side in ("left", "top") else -1
-        gaps = [
-            sign * (self._middles(n, axis) - self._middles(target, axis))
-            for n in rivals
-            if n != target
-        ]
+        own = self._middles(target, axis)
+        gaps = [sign * (self._middles(n, axis) - own) for n in rivals if n != target]
         return rank_by_gaps(gaps, _GAP)
 
     def _shown(self, members: Sequence[int]) -> NDArray[np.bool_]:
