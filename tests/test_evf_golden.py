@@ -78,7 +78,7 @@ def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def prompts(model: EVFSAM) -> TextPrompt:
-    """Both sentences for each of the two frames, padded."""
+    """Both expressions for each of the two frames, padded."""
     ids, lengths = golden()["ids"], golden()["keep"].sum(1)
     return model.embed_text(ids.repeat(2, 1), lengths.repeat(2))
 

@@ -41,10 +41,10 @@ def test_of_blocks_every_large_one_counts_and_of_trousers_the_largest():
 
 
 class ByHue:
-    """A session that marks what a sentence means by its hue, and for jeans everything."""
+    """A session that marks what an expression means by its hue, and for jeans everything."""
 
-    def __init__(self, model, sentences):
-        self.sentences = sentences
+    def __init__(self, model, expressions):
+        self.expressions = expressions
 
     def step(self, frame):
         meanings = {
@@ -57,7 +57,7 @@ class ByHue:
             else coloured(frame, meanings[text])
             if meanings[text]
             else nothing
-            for text in self.sentences
+            for text in self.expressions
         ]
         return SimpleNamespace(masks=np.stack(masks))
 

@@ -33,7 +33,7 @@ class FrozenLinear:
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None) -> "FrozenLinear":
-        """Of these weights."""
+        """Pack these weights, as they are and transposed."""
         return cls(PackedLinear(weight, bias), _transposed(weight, bias))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def frozen_mlp(x: Tensor, first: FrozenLinear, second: FrozenLinear) -> Tensor:
 
 
 class _Mlp(torch.autograd.Function):
-    """Of tokens (N, D), `ROWS` at a time, so that other wide values are in the cache, not in memory."""
+    """An MLP on tokens (N, D), `ROWS` at a time, so that hidden values stay in the cache."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, first: FrozenLinear, second: FrozenLinear) -> Tensor:

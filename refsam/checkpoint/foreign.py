@@ -229,7 +229,7 @@ def _numbered_layer(name: str, tensors: Mapping[str, Tensor]) -> str:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, on the host; raises CheckpointError if it is missing or corrupt."""
     try:
-        # Of a file without read permission safetensors would say that it does not exist.
+        # safetensors would say of a file without read permission that it does not exist.
         open(path, "rb").close()
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -24,7 +24,7 @@ FACTS_FILE = "export.json"
 OPSET = 20
 # protobuf ends at 2 GiB; the graph itself needs some of that.
 LARGEST_SINGLE_FILE = 1_900_000_000
-# Of the largest value of an output: two orders of float32 sums through 32 blocks.
+# Relative to the largest value of an output: two orders of float32 sums through 32 blocks.
 TOLERANCE = 1e-4
 _SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 

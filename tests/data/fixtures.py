@@ -16,7 +16,7 @@ from pycocotools import mask as coco
 
 SIZE = (48, 64)  # height, width
 COLOURS = {1: (220, 30, 30), 2: (30, 60, 220), 3: (30, 200, 60)}
-SENTENCES = {1: "the red box on the left", 2: "a blue box", 3: "the green one"}
+EXPRESSIONS = {1: "the red box on the left", 2: "a blue box", 3: "the green one"}
 # (object, position of the frame) in which the object is not to be seen.
 HIDDEN = {(2, 1)}
 PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0] + [0] * (3 * 252)
@@ -91,7 +91,7 @@ def write_ref_youtube_vos(root: Path, frames: int = 4) -> Path:
     listed = {
         video: {
             "expressions": {
-                str(2 * (number - 1) + again): {"exp": SENTENCES[number], "obj_id": str(number)}
+                str(2 * (number - 1) + again): {"exp": EXPRESSIONS[number], "obj_id": str(number)}
                 for number in range(1, objects + 1)
                 for again in (0, 1)
             },
@@ -99,7 +99,7 @@ def write_ref_youtube_vos(root: Path, frames: int = 4) -> Path:
         }
         for video, objects in train.items()
     }
-    untold = {"0": {"exp": SENTENCES[1]}, "1": {"exp": SENTENCES[2]}}
+    untold = {"0": {"exp": EXPRESSIONS[1]}, "1": {"exp": EXPRESSIONS[2]}}
     valid = {v: {"expressions": untold, "frames": names} for v in ("0062f68aaa", "00ffffffff")}
     test = {"00ffffffff": valid["00ffffffff"]}
     for split, videos in (("train", listed), ("valid", valid), ("test", test)):
@@ -146,7 +146,7 @@ def write_davis17(root: Path, frames: int = 4) -> Path:
         )
     ):
         lines = [
-            f'{"clasic-car" if video == "classic-car" else video} {number} "{SENTENCES[number]} caf\u00e9 {index}"'
+            f'{"clasic-car" if video == "classic-car" else video} {number} "{EXPRESSIONS[number]} caf\u00e9 {index}"'
             for video, (_, objects) in videos.items()
             for number in range(objects, 0, -1)
         ]
@@ -240,7 +240,7 @@ def _reference(image: int, number: int, split: str) -> dict[str, Any]:
     ref = 10 * image + number
     sentences = [
         {"sent_id": 2 * ref + again, "sent": text, "raw": text.upper(), "tokens": text.split()}
-        for again, text in enumerate((SENTENCES[number], f"box {number}"))
+        for again, text in enumerate((EXPRESSIONS[number], f"box {number}"))
     ]
     return {
         "ref_id": ref,
@@ -306,10 +306,10 @@ def write_folder(root: Path, frames: int = 4) -> Path:
     (split / f"masks/street/{names[-1]}.png").unlink()
     rows = [
         "video,objects,text",
-        f"kitchen,1,{SENTENCES[1]}",
+        f"kitchen,1,{EXPRESSIONS[1]}",
         'kitchen,1 2,"the boxes, both"',
         "kitchen,,a dog",
-        f"street,1,{SENTENCES[1]}",
+        f"street,1,{EXPRESSIONS[1]}",
     ]
     (split / "expressions.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return root

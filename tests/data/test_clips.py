@@ -219,7 +219,7 @@ def test_a_clip_without_augmentation_is_the_dataset(videos: Path) -> None:
         "0",
         clip.name.split()[-1].split(","),
     )
-    assert clip.texts == (fixtures.SENTENCES[1],) and "expressions 0," in clip.name
+    assert clip.texts == (fixtures.EXPRESSIONS[1],) and "expressions 0," in clip.name
     (first, *_) = [e for e in dataset.expressions(name) if e.expression_id == expression]
     for time, frame in enumerate(frames):
         assert np.array_equal(clip.frames[time], dataset.frame(name, frame))

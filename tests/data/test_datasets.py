@@ -15,7 +15,7 @@ from refsam.data.dataset import UnreadableError
 from refsam.data.ref_davis17 import prepare
 from refsam.data.refcoco import read_refs
 from tests.data import fixtures
-from tests.data.fixtures import SENTENCES, SIZE, numbers_at
+from tests.data.fixtures import EXPRESSIONS, SIZE, numbers_at
 
 WRITERS = {
     "refcoco": fixtures.write_refcoco,
@@ -96,7 +96,7 @@ def test_ref_davis17_numbers_expressions_by_object_and_annotator(tmp_path: Path)
     assert [e.expression_id for e in expressions] == [str(i) for i in range(8)]
     assert [e.annotator for e in expressions] == [0, 1, 2, 3] * 2
     assert [e.object_ids for e in expressions] == [(1,)] * 4 + [(2,)] * 4
-    assert [e.text for e in expressions[4:]] == [f"{SENTENCES[2]} café {i}" for i in range(4)]
+    assert [e.text for e in expressions[4:]] == [f"{EXPRESSIONS[2]} café {i}" for i in range(4)]
     assert open_dataset("ref-davis17", root, "train").videos[0].name == "classic-car"
 
 
@@ -185,7 +185,7 @@ def test_refcoco_reads_python_2_pickles_and_takes_names_from_the_instances(tmp_p
     (video,) = dataset.videos
     assert video.name == "COCO_train2014_000000000003" and video.frame_names == (video.name,)
     expressions = dataset.expressions(video.name)
-    assert [e.text for e in expressions] == [SENTENCES[1], "box 1", SENTENCES[2], "box 2"]
+    assert [e.text for e in expressions] == [EXPRESSIONS[1], "box 1", EXPRESSIONS[2], "box 2"]
     assert np.array_equal(dataset.mask(expressions[2], video.name), numbers_at(2, 2) == 2)
     # The polygons overlap: a union, not a sum; object 2 lies on top of them in the picture only.
     top, left, bottom, right = fixtures.box_of(1, 2)

@@ -248,7 +248,7 @@ def test_covered_thing_is_seen_hidden_and_seen_again(folder: PhotoFolder) -> Non
     assert found == 12
 
 
-# Sentences
+# Expressions
 
 
 def test_batch_is_drawn_from_seed_and_index_alone(folder: PhotoFolder) -> None:

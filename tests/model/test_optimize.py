@@ -251,7 +251,7 @@ def test_a_session_with_fixed_weights_makes_prompts_once() -> None:
             for _ in range(3):
                 found, wanted = (session.step(frame()).logits for session in sessions)
                 assert torch.equal(found, wanted)
-            assert encode_text.call_count <= calls + 2  # a sentence that is new, and all of them
+            assert encode_text.call_count <= calls + 2  # an expression that is new, and all of them
 
 
 @pytest.mark.parametrize("kind", ["plain", "trunk", "evf"])

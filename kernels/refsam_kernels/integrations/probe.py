@@ -11,7 +11,7 @@ from refsam_kernels.integrations.encoders import Block
 from refsam_kernels.integrations.replacement import Optimization, Replacement
 from refsam_kernels.packed_linear import is_plain_linear
 
-# Of the largest value. Rounding is a hundred times smaller; another formula differs by more.
+# Relative to the largest value. Rounding is a hundred times smaller; another formula differs by more.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 # Where the dtype is not listed, or layers are quantised: a value that is rounded the other way differs by a whole step.
 COARSE = 5e-2

@@ -15,7 +15,7 @@ from refsam_kernels.integrations.mask_decoder import to_masks, upscale
 from refsam_kernels.integrations.replacement import Replacement, refuse, structure_reasons
 from refsam_kernels.integrations.segment_anything_masks import for_each, inherits
 
-# What a decoder has beside segment-anything's members, by the attribute that says so.
+# Members that a decoder has in addition to segment-anything's, by the attribute that says so.
 MORE = {
     "use_high_res_features": {"conv_s0", "conv_s1"},
     "pred_obj_scores": {"obj_score_token", "pred_obj_score_head"},
