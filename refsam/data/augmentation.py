@@ -92,7 +92,7 @@ def draw_geometry(
 
 
 def draw_colour(random: np.random.Generator, settings: Augmentation) -> NDArray[np.float32]:
-    """Factors of brightness, contrast and saturation and the turn of hue, (4,) float32: what `refsam.data.colour` takes."""
+    """Factors of brightness, contrast and saturation and the turn of hue, (4,) float32, as `adjust_colour` takes them."""
     drawn = np.array([*random.uniform(0.5, 1.5, size=3), random.uniform(-0.1, 0.1)])
     return np.where(random.random(4) < settings.colour, drawn, [1, 1, 1, 0]).astype(np.float32)
 

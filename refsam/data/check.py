@@ -15,7 +15,7 @@ from refsam.data.photographs.check import check_folder
 from refsam.errors import named
 
 State = Literal["ok", "missing", "broken", "not there"]
-Contents = tuple[str, list[str]]  # what was counted, and every problem
+Contents = tuple[str, list[str]]  # the counts in words, and every problem
 # The name for a folder of photographs with class masks, which has no expressions and so no split of them.
 PHOTOGRAPHS = "photographs"
 # The largest number of wrong files that are named.
@@ -123,7 +123,7 @@ def _culprit(parts: dict[str, Part], error: str) -> dict[str, Contents]:
 
 
 def _add_own(found: dict[str, Contents], dataset: ReferringDataset, module: Any) -> None:
-    """Add the problems that only the dataset's own module can find, and what it left out because it is wrong."""
+    """Add the problems that only the dataset's own module finds, and the faulty parts that it left out."""
     own = getattr(module, "problems", lambda dataset: ())
     try:
         extra = [("masks", fault) for fault in dataset.faults] + list(own(dataset))

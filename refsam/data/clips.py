@@ -1,4 +1,4 @@
-"""Training clips from datasets: their frames, how these are cut and moved, and what their expressions mean in them."""
+"""Training clips from datasets: frames, their crop and motion, and the masks of expressions in them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ _REACH = 3
 
 @dataclass(frozen=True)
 class Clip:
-    """T frames and what E expressions mean in them.
+    """T frames and the masks of E expressions in them.
 
     `frames (T, H, W, 3)` uint8 RGB, `masks (E, T, H, W)` bool, `colour (4,)` float32 for `adjust_colour`; `name` says where it
     is from, `skipped` which samples could not be read before it.
@@ -145,7 +145,7 @@ class ClipSampler:
     def clip(self, seed: int, epoch: int, index: int) -> Clip:
         """Sample `index` of an epoch, drawn from (seed, epoch, index) alone.
 
-        A clip that shows nothing of what the first expression means is drawn again, after some tries from another sample, unless
+        A clip without a pixel of the first expression's mask is drawn again, after some tries from another sample, unless
         the expression means nothing. Raises UnreadableError where `unreadable` is "stop", DataError where no draw shows anything.
         """
         skipped: list[str] = []

@@ -99,7 +99,7 @@ def open_split(
 
 
 def problems(dataset: ReferringDataset) -> Iterable[tuple[str, str]]:
-    """(part, problem) of images whose size is neither the recorded one of their instances nor that one scaled."""
+    """(part, problem) of images whose aspect differs from that of the size recorded with their instances."""
     assert isinstance(dataset.mask_source, RunLengthMasks)
     for video in dataset.videos:
         file = dataset.frame_file(video.name, video.name)

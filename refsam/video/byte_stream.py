@@ -10,7 +10,7 @@ import time
 
 from refsam.errors import UserError
 
-_LOOK = 0.1  # seconds between looks at whether it was closed
+_LOOK = 0.1  # seconds between checks whether it was closed
 
 
 class Silence(UserError):

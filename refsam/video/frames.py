@@ -157,7 +157,7 @@ class FrameSource(ABC):
         self.close()
 
     def close(self) -> None:  # noqa: B027, a folder of images keeps nothing open
-        """Close what is open."""
+        """Close the source."""
 
     def note(self, text: str) -> None:
         """Note something once."""

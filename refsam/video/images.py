@@ -33,7 +33,7 @@ class ImageSource(FrameSource):
     Args:
         paths: the images, in order.
         name: what messages and results call them.
-        options: which are wanted.
+        options: which images to read.
     """
 
     def __init__(self, paths: list[Path], name: str, options: ReadOptions) -> None:
@@ -67,7 +67,7 @@ class AnimationSource(FrameSource):
     Args:
         path: the file.
         pages: which of its pictures.
-        options: which of those are wanted.
+        options: which of those to read.
         name: what messages and results call it.
     """
 

@@ -27,7 +27,7 @@ _BT601, _LIMITED_RANGE = 6, 1  # how PyAV turns RGB into YUV; players would gues
 
 
 class OverlayVideo:
-    """The file; opened by the first frame, whose size and pixel shape it keeps.
+    """The file of the overlay; the first frame opens it and sets its size and pixel shape.
 
     Args:
         path: to write.

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
-_LOOK = 0.1  # seconds between looks at whether somebody closed it
+_LOOK = 0.1  # seconds between checks whether it was closed
 
 
 def prefetch(

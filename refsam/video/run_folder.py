@@ -225,7 +225,7 @@ def _lies_in(source: str, out: Path) -> bool:
 
 
 def _make_folders(out: Path) -> list[Path]:
-    """Make ``out`` and its missing parents; what was made, outermost first."""
+    """Make ``out`` and its missing parents; returns those that it made, outermost first."""
     missing = [path for path in (out, *out.parents) if not path.exists()][::-1]
     try:
         out.mkdir(parents=True, exist_ok=True)

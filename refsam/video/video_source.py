@@ -201,7 +201,7 @@ class VideoSource(FrameSource):
         for packet in self._packets():
             try:
                 decoded = self._do(lambda: self._decoder.decode(packet))  # noqa: B023
-            except EOFError:  # it was told of the end before
+            except EOFError:  # the decoder was flushed already
                 return
             except Exception as error:
                 yield None, reason(error)
@@ -254,7 +254,7 @@ class VideoSource(FrameSource):
             if any(e.size and e.pos >= self._reached and not e.is_discard for e in index):
                 return True
         elif kind == "avi" and 0 < self._stream.frames <= self._count:
-            return False  # what is missing is an index behind the frames
+            return False  # only the index behind the frames is missing
         return self._is_file and is_cut_off(str(self._location), kind)
 
     def _duration(self, picture: av.VideoFrame) -> float:

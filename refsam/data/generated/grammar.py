@@ -1,4 +1,4 @@
-"""Expressions about a scene: nouns, synonyms, templates, and what each expression means."""
+"""Expressions about a scene: nouns, synonyms, templates, and the objects that each expression means."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -235,7 +235,7 @@ class Grammar:
         return GeneratedExpression(text, "plural", tuple(rivals))
 
     def _absent(self, scene: Scene) -> GeneratedExpression | None:
-        """An expression true of nothing here; most often one whose colour or shape some other object has."""
+        """An expression true of nothing here; most often another object has its colour or shape."""
         named = [item for item in scene.objects if item.colour_index is not None]
         for _ in range(10):
             colour_index = int(self.random.integers(len(COLOURS)))
@@ -325,7 +325,7 @@ def _along(scene: Scene, index: int, side: str) -> np.ndarray:
 
 
 def _rank(scene: Scene, target: int, rivals: list[int], side: str, margin: float) -> int | None:
-    """The target's place from that side, the same in every frame; None where it is unclear or somebody is out of view."""
+    """The target's place from that side, the same in every frame; None where it is unclear or an object is out of view."""
     if not all(scene.objects[i].in_view.all() for i in rivals):
         return None
     gaps = [_along(scene, i, side) - _along(scene, target, side) for i in rivals if i != target]

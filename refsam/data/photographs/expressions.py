@@ -1,4 +1,4 @@
-"""Expressions about a clip of photographs, and what each of them means in it."""
+"""Expressions about a clip of photographs, with their masks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ _UNTELLING = ("hair", "watch", "bracelet", "necklace", "belt", "socks")
 
 @dataclass(frozen=True)
 class PhotoExpression:
-    """An expression, its kind, `mask`: what it means, and `ignore`: where that is not known, both (T, H, W) bool."""
+    """An expression, its kind, its `mask`, and `ignore`: pixels where the mask is not known, both (T, H, W) bool."""
 
     text: str
     kind: str
