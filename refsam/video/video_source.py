@@ -187,6 +187,8 @@ class VideoSource(FrameSource):
                 continue
             # A frame without a time, or one that runs backwards, follows where the last one ends.
             now = end if picture.time is None or start is None else picture.time - start
+            if self._is_cut and now > end + 0.5 / self.fps:
+                break  # the cut took the frames in between, so this one's number is not known
             time = now if now > time or index == 0 else end
             if start is None and picture.time is not None:
                 start = picture.time - time

@@ -166,6 +166,19 @@ def test_what_is_cut_off_is_not_taken_for_whole(
     assert all(difference(f.image, picture(f.index)) < 30 for f in good)
 
 
+def test_a_cut_that_takes_frames_between_others_leaves_no_frame_with_a_wrong_number(
+    tmp_path: Path,
+) -> None:
+    path = write_video(tmp_path / "live.mkv", frames=40, options={"live": "1"})
+    content = path.read_bytes()
+    for end in range(len(content) // 2, len(content) - 1, 111):
+        path.write_bytes(content[:end])
+        good: list[Frame] = []
+        with pytest.raises(FrameDecodeError), open_source(path) as source:
+            good.extend(source)
+        assert [f.index for f in good] == [round(25 * f.time) for f in good], end
+
+
 def test_a_cut_anywhere_in_a_fragment_is_seen(tmp_path: Path) -> None:
     options = {"movflags": "frag_every_frame+empty_moov"}
     path = write_video(tmp_path / "clip.mp4", frames=4, options=options)
