@@ -8,7 +8,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(
         f"refsam: {error.name} is not installed, which a build without isolation needs: "
-        "pip install 'setuptools>=77' pybind11, or leave --no-build-isolation away"
+        "pip install 'setuptools>=77' pybind11, or leave out --no-build-isolation"
     )
 
 if int(__version__.split(".")[0]) < 77:

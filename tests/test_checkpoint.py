@@ -290,7 +290,7 @@ def test_convert_overwrites_only_when_told(sam_file: Path, tmp_path: Path) -> No
 
 @pytest.fixture
 def trained(sam_file: Path, tmp_path: Path) -> RefSAM:
-    """A model that stands on the tiny SAM file and has trained a little."""
+    """A model built on the tiny SAM file and has trained a little."""
     config = RefSAMConfig.from_dict(SAM_SIZES)
     sam = checkpoint.convert_sam(sam_file, RefSAM.expected_tensors)[0]
     torch.manual_seed(4)

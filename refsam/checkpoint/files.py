@@ -1,6 +1,6 @@
 """Checkpoints: files and state dicts, and nothing of the model itself.
 
-A checkpoint is a folder: `config.json` (what it is and what it stands on), `model.safetensors` and,
+A checkpoint is a folder: `config.json` (what it is and what it is built on), `model.safetensors` and,
 for the small text encoder, `tokenizer.json`. Nothing but safetensors is read, except by the two
 conversions and for SAM's own file, where torch's restricted loader (`weights_only=True`) reads it.
 """
@@ -73,7 +73,7 @@ class Checkpoint:
 
     kind: `full` (everything but a pretrained text encoder), `delta` (what was trained) or `sam` (SAM's
     parts alone), of RefSAM all of them; or `evf`, EVF-SAM. tokenizer: the JSON text of the small text
-    encoder's or EVF-SAM's tokenizer. sources: what it stands on, under `sam`, `text_encoder` and `evf`.
+    encoder's or EVF-SAM's tokenizer. sources: what it is built on, under `sam`, `text_encoder` and `evf`.
     """
 
     config: RefSAMConfig | EVFConfig

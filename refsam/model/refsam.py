@@ -193,7 +193,7 @@ class RefSAM(
             trained = [name for name, p in self.named_parameters() if p.requires_grad]
             if "sam" not in sources or any(checkpoint.is_base(name) for name in trained):
                 raise CheckpointError(
-                    "delta: wanted a model that stands on a recorded SAM file and left it as it was"
+                    "delta: wanted a model built on a recorded SAM file and left it as it was"
                 )
             tensors = {key: value for key, value in tensors.items() if not checkpoint.is_base(key)}
         if source := self.text_encoder.source():

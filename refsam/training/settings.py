@@ -274,7 +274,8 @@ class TrainingSettings:
             "detector: a checkpoint has its own, want init_from or detector": (
                 self.detector is not None and self.init_from is not None
             ),
-            "sam: only an init_from that is a delta stands on it": self.sam and not self.init_from,
+            "sam: only an init_from that is a delta is built on it": self.sam
+            and not self.init_from,
         }
         if failed := [message for message, fails in problems.items() if fails]:
             raise ValueError("; ".join(failed))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from refsam.evaluation.runners.inference import InferenceRules
 
 SplitOption = Annotated[
-    str, typer.Option(help="The split to run, a name that docs/data.md lists for the dataset.")
+    str, typer.Option(help="The split to run; docs/data.md lists those of each dataset.")
 ]
 VideosOption = Annotated[
     Path | None, typer.Option(help="Text file of the videos to run, one per line; all by default.")
@@ -118,7 +118,7 @@ def _per_expression(
         split: SplitOption = usual_split,
         truth: Annotated[
             Path | None,
-            typer.Option(help="Truth in another place: <video>/<frame>.png, <video>/<expression>/<frame>.png or mask_dict.json."),
+            typer.Option(help="Truth elsewhere: `<video>/<frame>.png`, `<video>/<expression>/<frame>.png` or mask_dict.json."),
         ] = None,
         truth_expressions: Annotated[
             Path | None,

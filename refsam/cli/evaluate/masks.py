@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 def masks(
     pred: Annotated[
         Path,
-        typer.Option(help="Folder of predicted PNGs: <video>/<frame>.png, per expression <video>/<expression>/<frame>.png."),
+        typer.Option(help="Folder of predicted PNGs: `<video>/<frame>.png`, per expression `<video>/<expression>/<frame>.png`."),
     ],
     gt: Annotated[
         Path,
         typer.Option(
-            help="Folder of true PNGs in the same layout; with --expressions, maps of objects <video>/<frame>.png, the file "
+            help="Folder of true PNGs in the same layout; with --expressions, maps of objects `<video>/<frame>.png`, the file "
             "mask_dict.json of MeViS, or a split of your own videos (with expressions.csv), for which --pred may be what refsam "
             "segment-videos wrote."
         ),
@@ -50,7 +50,7 @@ def masks(
     ] = None,
     frames: Annotated[
         Path | None,
-        typer.Option(help="Folder of pictures <video>/<frame>.jpg or .png for the report to draw on."),
+        typer.Option(help="Folder of pictures `<video>/<frame>.jpg` or .png for the report to draw on."),
     ] = None,
     missing: Annotated[
         str,
