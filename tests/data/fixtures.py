@@ -49,7 +49,7 @@ def picture(numbers: np.ndarray) -> np.ndarray:
 def write_image(path: Path, pixels: np.ndarray) -> None:
     """A JPEG or PNG, by the file's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
+    Image.fromarray(pixels).save(path, quality=95)  # a PNG has none
 
 
 def write_numbers(path: Path, numbers: np.ndarray) -> None:
@@ -85,8 +85,10 @@ def write_ref_youtube_vos(root: Path, frames: int = 4) -> Path:
     names = [f"{5 * index:05d}" for index in range(frames)]
     train = {"0062f687f1": 2, "00a23ccf53": 1}
     for video, objects in train.items():
-        folders = (root / "train" / kind / video for kind in ("JPEGImages", "Annotations"))
-        write_video(*folders, names, objects)
+        train_split = root / "train"
+        write_video(
+            train_split / "JPEGImages" / video, train_split / "Annotations" / video, names, objects
+        )
     write_video(root / "valid/JPEGImages/0062f68aaa", None, names, 2)
     listed = {
         video: {
@@ -127,10 +129,8 @@ def write_davis17(root: Path, frames: int = 4) -> Path:
     videos = {"classic-car": ("train", 1), "blackswan": ("val", 2), "goldfish": ("val", 1)}
     davis = root / "DAVIS"
     for video, (split, objects) in videos.items():
-        folders = (
-            davis / kind / "480p" / video for kind in ("JPEGImages", "Annotations_unsupervised")
-        )
-        write_video(*folders, names, objects)
+        masks = davis / "Annotations_unsupervised/480p" / video
+        write_video(davis / "JPEGImages/480p" / video, masks, names, objects)
         path = davis / "ImageSets/2017" / f"{split}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a") as file:
@@ -166,7 +166,7 @@ def write_ref_davis17(root: Path, frames: int = 4) -> Path:
 def write_mevis(root: Path, frames: int = 4) -> Path:
     """train and valid_u: a video with three objects, an expression about two of them, one about nothing; valid without truth."""
     names = [f"{index:05d}" for index in range(frames)]
-    expressions = {
+    expressions: dict[str, dict[str, Any]] = {
         "0": {"exp": "the red box moving right", "obj_id": [1], "anno_id": [11]},
         "1": {"exp": "all that is not red", "obj_id": [2, 3], "anno_id": [12, 13]},
         "2": {"exp": "a dog that runs", "obj_id": [], "anno_id": []},
@@ -279,15 +279,15 @@ def _instances() -> dict[str, Any]:
     return {"images": images, "annotations": annotations}
 
 
-class _Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]
+class _Python2Pickler(pickle._Pickler):
     """Writes text as Python 2's `str`, as the original files have it."""
 
     def save(self, value: Any, save_persistent_id: bool = True) -> None:
         if isinstance(value, str):
             data = value.encode("latin-1")
-            self.write(b"T" + len(data).to_bytes(4, "little") + data)
+            self.write(b"T" + len(data).to_bytes(4, "little") + data)  # type: ignore[attr-defined]
         else:
-            super().save(value, save_persistent_id)
+            super().save(value, save_persistent_id)  # type: ignore[misc]
 
 
 def python2_pickle(content: Any) -> bytes:
