@@ -1,10 +1,12 @@
 """Provenance of a measurement: hardware, versions, commit, command."""
 
+import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,13 @@ def versions() -> dict[str, str | None]:
     """Versions of Python, CUDA and the libraries that compute."""
     found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
     return found | {name: installed(name) for name in ("refsam", "torch", "triton", "numpy")}
+
+
+def write_rows(path: Path, origin: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON value: the provenance, and the rows, one a line."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{"provenance": {json.dumps(origin)},\n"rows": [\n{lines}\n]}}\n')
 
 
 def run(*command: str) -> str | None:

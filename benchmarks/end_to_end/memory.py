@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from benchmarks.measure import resident
 from benchmarks.programs import make_parser, write_result
@@ -81,21 +83,16 @@ def growth(rows: list[dict[str, float]], key: str) -> float:
 
 def plot(rows: list[dict[str, float]], path: Path) -> None:
     """Memory over frames; the axis begins at zero."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "refsam"
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 3))
+    figure = Figure(figsize=(7, 3), layout="tight")
+    axes = figure.add_subplot()
     for key, label in (("host_mib", "resident"), ("device_mib", "on the device")):
         if key in rows[0]:
             axes.plot([r["frames"] for r in rows], [r[key] for r in rows], label=label)
     axes.set(xlabel="frames", ylabel="memory, MiB", ylim=(0, None), xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "refsam"}):  # the same rows give the same file
+        figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:

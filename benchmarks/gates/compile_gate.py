@@ -126,13 +126,9 @@ class RowsFile:
     def put(self, row: Row) -> None:
         """Adds a row, and writes the file."""
         self.rows[row_order(row)] = row | {"commit": self.origin["commit"]}
-        if self.path is None:
-            return
-        lines = ",\n".join(json.dumps(self.rows[key]) for key in sorted(self.rows))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(
-            f'{{"provenance": {json.dumps(self.origin)},\n"rows": [\n{lines}\n]}}\n'
-        )
+        if self.path:
+            rows = (self.rows[key] for key in sorted(self.rows))
+            provenance.write_rows(self.path, self.origin, rows)
 
 
 def row_order(row: Row) -> tuple[str, str, int]:

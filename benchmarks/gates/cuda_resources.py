@@ -1,7 +1,6 @@
 """`python -m benchmarks.gates.cuda_resources [--out FILE]`: compiles every CUDA kernel for every architecture, without a GPU."""
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -32,7 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     for row in rows:
         print(table_line(row))
     if options.out:
-        write(rows, plan.toolchain, options.out)
+        origin = provenance.collect("cpu") | {"nvcc": plan.toolchain["compiler"]}
+        provenance.write_rows(options.out, origin, rows)
     return int(any(row["spill_bytes"] > SPILL_LIMIT for row in rows))
 
 
@@ -68,14 +68,6 @@ def table_line(row: dict[str, Any]) -> str:
     wrong = f" WRONG: at most {SPILL_LIMIT} may" if row["spill_bytes"] > SPILL_LIMIT else ""
     name = f"{row['source']:32} {row['kernel']:48} sm_{row['architecture']:<4}"
     return f"{name} {row['registers']:4} registers {row['spill_bytes']:5} B spilled{wrong}"
-
-
-def write(rows: list[dict[str, Any]], toolchain: dict[str, str], path: Path) -> None:
-    """The rows, one a line, after what made them."""
-    origin = provenance.collect("cpu") | {"nvcc": toolchain["compiler"]}
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{"provenance": {json.dumps(origin)},\n"rows": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class Problem:
     undecided: float = 1e-4
 
     def weight_of(self, output: Tensor) -> Tensor:
-        """The random weights that make a loss of an output, always the same."""
+        """Random weights of an output in the loss, always the same."""
         generator = torch.Generator(output.device).manual_seed(1)
         return torch.randn(output.shape, generator=generator, device=output.device)
 
@@ -70,7 +70,7 @@ def problems_of(operator: str, device: str) -> list[Problem]:
 
 
 def rel_pos(device: str) -> list[Problem]:
-    """One image, global and in windows of which some are padded."""
+    """One image: global attention, and windows, some of them padded."""
     grid, heads, head_dim, side = (5, 1, 32, 3) if IS_REHEARSAL else (64, 12, 64, 14)
     problems = []
     for name, window in (("global", 0), ("windows", side)):

@@ -25,7 +25,7 @@ def captured(call: Call) -> Call:
 
 
 def seconds_of(call: Call) -> float:
-    """One call's time on the device, with a cold L2 cache; in a rehearsal the clock's."""
+    """Seconds of one call on the device, with a cold L2 cache; in a rehearsal seconds by the clock."""
     return measure.time_cpu(call) if IS_REHEARSAL else measure.time_cuda(call)
 
 
@@ -56,7 +56,7 @@ def timed_and_weighed(call: Call, seconds: float, flops: int) -> dict[str, Any]:
 
 
 def attempt(rows: Rows, measuring: Callable[[], dict[str, Any]], **facts: Any) -> None:
-    """Writes a row of what `measuring` finds, with `skipped` a backend's refusal, or with `wrong` why it failed.
+    """Writes a row: the result of `measuring`, or `skipped` with a backend's refusal, or `wrong` with the reason of a failure.
 
     A device that failed for good ends the task.
     """
@@ -83,7 +83,7 @@ def made(rows: Rows, making: Callable[[], Made], **facts: Any) -> Made | None:
 
 
 def raise_if_sticky(error: Exception) -> None:
-    """Raises the error again if the device does nothing more in this process."""
+    """Raises the error again if the device no longer works in this process."""
     if IS_REHEARSAL:
         return
     with suppress(torch.OutOfMemoryError):

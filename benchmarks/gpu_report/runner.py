@@ -147,7 +147,7 @@ class Runner:
             self.write_log(f"[{time.monotonic() - self.began:6.1f} {name}] {line.rstrip()}")
 
     def unfinished(self, running: Sequence[Running]) -> list[Running]:
-        """The tasks that have not ended, neither by themselves nor, at their limit, by force."""
+        """The tasks that still run; those at their limit are ended first."""
         now = time.monotonic()
         for one in running:
             if (code := one.process.poll()) is not None:
@@ -158,7 +158,7 @@ class Runner:
         return [one for one in left if one not in late]
 
     def why(self, running: Running, code: int) -> str:
-        """In one line why a task failed: the signal, or the last line that it printed."""
+        """The reason of a failure in one line: the signal, or the last line that the task printed."""
         if code < 0:
             return f"failed: ended by {signal.Signals(-code).name}"
         if running.reader:
@@ -181,7 +181,7 @@ class Runner:
             self.note(one.stage, one.task, said, time.monotonic() - one.started)
 
     def note(self, stage: Stage, task: Task, outcome: str, seconds: float) -> None:
-        """Writes the outcome of a task as a row, and says it if it is not a good one."""
+        """Writes the outcome of a task as a row, and prints it if it is a bad one."""
         facts = {"outcome": outcome, "seconds": round(seconds, 1)}
         rows.Rows(self.rows, stage.name, task.name).write(**facts)
         self.outcomes.append({"stage": stage.name, "task": task.name, **facts})
@@ -240,7 +240,7 @@ class Runner:
 
 
 def share(stage: Stage, ends: float, behind: int) -> float:
-    """Until when a task may run: of tasks one after the other, none may take more than twice its share of what is left."""
+    """The time at which a task must end: one of several in sequence may take twice its share of the time left."""
     if stage.parallel > 1 or not behind:
         return ends
     now = time.monotonic()
@@ -248,7 +248,7 @@ def share(stage: Stage, ends: float, behind: int) -> float:
 
 
 def signalled(running: Running, number: signal.Signals) -> bool:
-    """Sends a signal to a task's process group; whether there was one."""
+    """Sends a signal to a task's process group; returns whether the group existed."""
     with suppress(ProcessLookupError):
         os.killpg(running.process.pid, number)
         return True

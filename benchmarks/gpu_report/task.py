@@ -11,10 +11,10 @@ from benchmarks.gpu_report.rows import Rows
 
 
 class PlantedRows(Rows):
-    """Rows that fail after the first one, as a rehearsal asks for."""
+    """Rows whose first one is the task's last act: a rehearsal plants a failure behind it."""
 
     def write(self, **facts: Any) -> None:
-        """Writes the row; the task does not survive it."""
+        """Writes the row, then fails, hangs or crashes."""
         super().write(**facts)
         plant(os.environ["REFSAM_REPORT_PLANT"])
 
@@ -30,7 +30,7 @@ def plant(kind: str) -> None:
 
 
 def rows_here() -> Rows:
-    """The rows of the task that this process is."""
+    """The rows of this process's task."""
     out, stage, task = (os.environ[f"REFSAM_REPORT_{name}"] for name in ("OUT", "STAGE", "TASK"))
     kind = PlantedRows if os.environ.get("REFSAM_REPORT_PLANT") else Rows
     return kind(Path(out) / "rows.jsonl", stage, task)

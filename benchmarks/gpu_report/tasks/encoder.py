@@ -58,7 +58,7 @@ def run(rows: Rows, model: str) -> None:
 def providers(
     config: RefSAMConfig, sam: nn.Module, *, with_others: bool
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Our encoder with each backend of its attention, with the automatic order, with adapters; then what others have."""
+    """Our encoder with each backend of its attention, with the automatic order, with adapters; then other libraries' encoders."""
     for name in ("", *backends_of("rel_pos_attention", DEVICE)):
         # Triton's interpreter, in a rehearsal, knows no bfloat16.
         dtype = "float32" if IS_REHEARSAL and name in ("", "triton") else "bfloat16"
@@ -78,7 +78,7 @@ def measure_one(
     limit: float,
     flops: int,
 ) -> dict[str, Any]:
-    """Checks the first image, then times the batch; in words what is wrong."""
+    """Checks the first image, then times the batch; `wrong` says what is wrong."""
     with torch.device(DEVICE):
         encode = build()
     error = largest_error(encode(pixels[:1]), exact)

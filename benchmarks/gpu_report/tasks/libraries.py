@@ -1,4 +1,4 @@
-"""Loads the compiled libraries that lie here, built elsewhere perhaps; what cannot be loaded is a wrong result, and is built."""
+"""Loads the compiled libraries in the folder; one that cannot be loaded is a wrong result, and is built here."""
 
 import os
 import subprocess

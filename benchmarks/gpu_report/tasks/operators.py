@@ -1,4 +1,4 @@
-"""One operator's cases by graph replay, every backend against what one would write without it (`benchmarks.ops`)."""
+"""The cases of operators by graph replay, every backend against the code that one would write without it (`benchmarks.ops`)."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -41,7 +41,7 @@ def run(rows: Rows, what: str) -> None:
 
 
 def architecture_here() -> int:
-    """The GPU's, as far as the gate knows it; in a rehearsal that of the GPU that the report is for."""
+    """The newest architecture of the gate that this GPU runs; in a rehearsal that of the GPU that the report is for."""
     if IS_REHEARSAL:
         return 90
     major, minor = torch.cuda.get_device_capability()
@@ -67,7 +67,7 @@ def tiles(architecture: int) -> Iterator[Item]:
 
 
 def compile_item(item: Item, architecture: int) -> None:
-    """In a process of the pool."""
+    """Compiles one item in a process of the pool."""
     torch.set_num_threads(1)
     if item[0] == "tuning":
         from benchmarks.gpu_report.tasks.tuning import compile_tile

@@ -62,14 +62,14 @@ def wholly_in_one_dtype() -> Any:
 
 
 def without_wrong_products(dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """In a rehearsal Triton runs no backend's backward in bfloat16, of which its interpreter multiplies the bit patterns."""
+    """In a rehearsal Triton runs no backward in bfloat16: its interpreter would multiply the bit patterns."""
     is_wrong = machine.IS_REHEARSAL and dtype == torch.bfloat16
     hidden = {"TRITON_INTERPRET": "0"} if is_wrong else {}
     return mock.patch.dict(os.environ, hidden)
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """ "float32"."""
+    """The dtype without its package: "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -101,7 +101,7 @@ def compare(
     exact: dict[str, Tensor],
     plain: dict[str, Tensor],
 ) -> dict[str, Any]:
-    """The largest relative errors, and in words which is too large; that it cannot run is no fault."""
+    """The largest relative errors, and `wrong` with those that are too large; `skipped` if the backend cannot run."""
     if reason := problem.refusal(dtype, backend):
         return {"skipped": reason}
     with without_wrong_products(dtype):

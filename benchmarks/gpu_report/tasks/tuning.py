@@ -130,7 +130,7 @@ class Inputs:
         self.query_gradient().run()
 
     def use(self, kernel: str, tile: Tile | None) -> None:
-        """As the function."""
+        """Lets the kernel run with the tile from now on; None: the default."""
         use(self.problem, kernel, tile)
 
     def forward(self) -> Launch:
