@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,42 @@ def test_imports_follow_the_layers(module: str) -> None:
 
 def test_every_module_has_a_layer() -> None:
     assert {part_of(module) for module in MODULES} - {None, "__main__"} == LAYERS.keys()
+
+
+def imported_with(path: Path, seen: set[Path]) -> set[str]:
+    """The packages that importing a file imports, itself or by files of this repository; `seen` are those looked at before."""
+    seen.add(path)
+    packages: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            place = ROOT.joinpath(
+                "kernels" if name.startswith("refsam_kernels") else "", *name.split(".")
+            )
+            files = [
+                file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()
+            ]
+            packages |= {name.partition(".")[0]} if not files and not place.is_dir() else set()
+            for file in {*files} - seen:
+                packages |= imported_with(file, seen)
+    return packages
+
+
+def test_kernels_tests_import_only_what_the_oldest_environment_has() -> None:
+    listed = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    there = {line.partition("==")[0].lower().replace("_", "-") for line in listed}
+    distributions = packages_distributions()
+    seen: set[Path] = set()
+    for path in sorted((ROOT / "tests/kernels").glob("*.py")):
+        for package in (
+            imported_with(path, seen)
+            - sys.stdlib_module_names
+            - {"refsam", "refsam_kernels", "tests", "benchmarks"}
+        ):
+            names = {name.lower().replace("_", "-") for name in distributions[package]}
+            assert names & there, f"{path} imports {package}: import it inside the test"
 
 
 def test_every_drawn_import_exists() -> None:

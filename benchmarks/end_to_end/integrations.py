@@ -21,7 +21,7 @@ from benchmarks.end_to_end.products import products_of
 from benchmarks.measure import peak_memory, resident, take_turns
 from benchmarks.programs import in_new_process, make_parser
 from refsam_kernels.integrations import optimize
-from tests.kernels.encoder_models import cellpose, of_transformers, processor_of
+from tests.kernels.encoder_models import cellpose, low_rank, of_transformers, processor_of
 from tests.sam_modeling import sam_image_encoder
 
 VIT_B: dict[str, Any] = {
@@ -58,25 +58,6 @@ class Case:
     def cast(self, model: Any, dtype: torch.dtype) -> Any:
         """The model in a dtype; one that trains stays in float32, for autocast."""
         return model.to(dtype) if isinstance(model, nn.Module) and not self.trains else model
-
-
-def low_rank(encoder: Any) -> nn.Module:
-    """The encoder, frozen, with trainable low-rank layers beside each qkv, as in LoRA."""
-
-    class LowRank(nn.Module):
-        def __init__(self, base: nn.Linear, rank: int = 4) -> None:
-            super().__init__()
-            self.base_layer = base
-            self.down = nn.Linear(base.in_features, rank, bias=False)
-            self.up = nn.Linear(rank, base.out_features, bias=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.base_layer(x) + self.up(self.down(x))
-
-    encoder.requires_grad_(False)
-    for block in encoder.blocks:
-        block.attn.qkv = LowRank(block.attn.qkv)
-    return encoder.train()
 
 
 def got(pixels: int) -> Callable[[], nn.Module]:

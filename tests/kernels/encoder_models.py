@@ -153,6 +153,25 @@ def cellpose(patch: int = 4, **changes: Any) -> Any:
     return randomise(model)
 
 
+def low_rank(encoder: Any) -> nn.Module:
+    """The encoder, frozen, with trainable low-rank layers beside each qkv, as in LoRA."""
+
+    class LowRank(nn.Module):
+        def __init__(self, base: nn.Linear, rank: int = 4) -> None:
+            super().__init__()
+            self.base_layer = base
+            self.down = nn.Linear(base.in_features, rank, bias=False)
+            self.up = nn.Linear(rank, base.out_features, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base_layer(x) + self.up(self.down(x))
+
+    encoder.requires_grad_(False)
+    for block in encoder.blocks:
+        block.attn.qkv = LowRank(block.attn.qkv)
+    return encoder.train()
+
+
 class ResidualBlock(nn.Module):
     """As ViTDet's in detectron2: one `drop_path` for both branches, and convolutions behind."""
 

@@ -19,7 +19,7 @@ from refsam_kernels.integrations import optimize
 from refsam_kernels.integrations.encoders import find_blocks
 from refsam_kernels.integrations.modules import Linear
 from refsam_kernels.packed_linear import PackedCopy
-from tests.kernels.encoder_models import MODELS, Example, pixels_of
+from tests.kernels.encoder_models import MODELS, Example, low_rank, pixels_of
 from tests.kernels.test_integrations import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -155,8 +155,6 @@ def test_does_not_stand_in_elsewhere() -> None:
 
 def adapted(example: Example) -> Any:
     """The model, frozen but for low-rank layers beside each qkv."""
-    from benchmarks.end_to_end.integrations import low_rank
-
     return low_rank(example.make())
 
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from benchmarks.end_to_end.integrations import low_rank
 from refsam_kernels.integrations import optimize
 from refsam_kernels.integrations.replacement import say_that_own_code_computes
-from tests.kernels.encoder_models import SAM
+from tests.kernels.encoder_models import SAM, low_rank
 from tests.sam_modeling import sam_image_encoder
 
 Compute = Callable[[nn.Module, Tensor], Any]
