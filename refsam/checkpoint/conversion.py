@@ -38,7 +38,7 @@ OFFICIAL_FILES = {
     "track_net": "tracking.",
     "image_encoder_blocks": "image_encoder.blocks.",
 }
-"""Beginnings of the authors' file names, and where what they hold stands here."""
+"""Prefixes of the authors' file names, and the prefix of their tensors here."""
 
 _WIDTHS = {
     "google-t5/t5-small": 512,
@@ -159,7 +159,7 @@ def convert_sam(
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], Path]:
-    """SAM's tensors under its own names, and the file whose SHA-256 says which they are."""
+    """SAM's tensors under its own names, and the file whose SHA-256 identifies them."""
     if not path.is_dir():
         return read_sam_file(path), path
     if is_hugging_face(path):
@@ -273,7 +273,7 @@ def text_encoder_entries(name: str) -> dict[str, Any]:
         width = found.get("d_model", found.get("hidden_size"))
         kind = "roberta" if "roberta" in found.get("model_type", kind) else "t5"
         return {"kind": kind, "name": name, "width": int(width)}
-    # Those of the Hub share no base: HTTP, validation, missing cache entry, no connection.
+    # The Hub's errors share no base class: HTTP, validation, missing cache entry, no connection.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(

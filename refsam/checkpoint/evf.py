@@ -28,7 +28,7 @@ from refsam.errors import CheckpointError
 ExpectedTensors = Callable[[EVFConfig], Mapping[str, Tensor]]
 
 PREFIXES = {"visual_model.": "", "mm_extractor.beit3.": "beit3.", "text_hidden_fcs.0.": "text_mlp."}
-"""Beginnings of EVF-SAM's names, and what stands for them here."""
+"""Prefixes of EVF-SAM's names, and their prefixes here."""
 
 UNUSED = (
     "visual_model.prompt_encoder.point_embeddings.",
@@ -36,7 +36,7 @@ UNUSED = (
     "visual_model.prompt_encoder.mask_downscaling.",
     "mm_extractor.beit3.vision_embed.mask_token",
 )
-"""Beginnings of names that play no part: points, boxes and masks as prompts, BEiT-3's masked patch."""
+"""Prefixes of tensors that are not used: points, boxes and masks as prompts, BEiT-3's masked patch."""
 
 HEAD_WIDTH = 64  # of BEiT-3, base and large
 

@@ -108,7 +108,7 @@ def resolve_directory(name: str | Path, **hub_options: Any) -> Path:
         if not any(folder.glob("*.safetensors")):
             snapshot_download(name, allow_patterns=[OLD_HUB_WEIGHTS], **hub_options)
         return folder
-    # Its errors share no base: HTTP, validation, missing cache entry, no connection.
+    # The Hub's errors share no base class: HTTP, validation, missing cache entry, no connection.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(

@@ -20,12 +20,12 @@ from torch import Tensor
 from refsam.errors import CheckpointError
 
 _HUGGING_FACE_FILES = ("model.safetensors", "pytorch_model.bin")
-# Under what a state dict stands in the files that training programs write, the likeliest first.
+# Entries in which training programs keep the state dict, the likeliest first.
 _ENTRIES = ("model_state", "model_state_dict", "state_dict", "model", "net", "module")
-# A tensor that every SAM has: what stands before its name, wrappers have put before all.
+# A tensor that every SAM has. A prefix before its name was added to all names by a wrapper.
 _ANCHOR = "image_encoder.patch_embed.proj.weight"
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
-# Parts of names that torch's wrappers put in; no SAM has a module of such a name.
+# Parts that torch's wrappers add to names; no SAM has a module with such a name.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _MOST_LEVELS = 4
 # Names of `SamModel` and segment-anything's, tried in this order.
@@ -55,7 +55,7 @@ class _StandIn:
 
 
 def read_torch_file(path: Path) -> dict[str, Tensor]:
-    """The state dict of a `.pth` file, its own or the one that it holds in an entry, by torch's restricted loader.
+    """The state dict in a `.pth` file, at its top or in an entry, read by torch's restricted loader.
 
     Raises CheckpointError if it is missing, corrupt or holds no tensors by name.
     """
@@ -64,7 +64,7 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(_stand_ins(path)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that torch does not write
             content = torch.load(path, map_location="cpu", weights_only=True)
-    # On bytes that torch did not write its reader raises nearly anything.
+    # torch's reader raises nearly any error on bytes that torch did not write.
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read ({_reason(error)})") from None
     return {
@@ -96,7 +96,7 @@ def read_sam_file(path: Path) -> dict[str, Tensor]:
 
 
 def _stand_ins(path: Path) -> list[Any]:
-    """Every class that a file names beside what torch allows, as a stand-in."""
+    """A stand-in for every class that a file names and torch does not allow."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # a file of torch before 1.6: the usual companion of weights alone
@@ -105,7 +105,7 @@ def _stand_ins(path: Path) -> list[Any]:
 
 
 def _state_dict(content: Any, path: Path, level: int = 1) -> dict[str, Tensor]:
-    """The tensors by name in what a file holds, or in an entry of it, or of that entry."""
+    """The tensors by name in a file's content, at its top or up to two entries deep."""
     refused = f"{path}: cannot be read: not a state dict (tensors by name)"
     if isinstance(content, _StandIn):
         raise CheckpointError(
@@ -229,7 +229,7 @@ def _numbered_layer(name: str, tensors: Mapping[str, Tensor]) -> str:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, on the host; raises CheckpointError if it is missing or corrupt."""
     try:
-        # safetensors would say of a file without read permission that it does not exist.
+        # safetensors reports a file without read permission as missing.
         open(path, "rb").close()
         return load_file(path)
     except (OSError, SafetensorError) as error:

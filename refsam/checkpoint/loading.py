@@ -1,4 +1,4 @@
-"""From a name to a checkpoint that a model can be made of: RefSAM's or EVF-SAM's."""
+"""Load a checkpoint by name, RefSAM's or EVF-SAM's, ready to build a model from it."""
 
 from __future__ import annotations
 

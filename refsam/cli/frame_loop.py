@@ -160,7 +160,7 @@ class JsonLines:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         except BrokenPipeError:
-            # Python would complain at its end that it cannot write the rest.
+            # Otherwise Python reports at exit that it cannot write the rest.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
             raise LostReaderError("nobody reads the lines of --json any more") from None
 
