@@ -57,7 +57,7 @@ def versions() -> dict[str, str | None]:
     return found | {name: installed(name) for name in ("refsam", "torch", "triton", "numpy")}
 
 
-def write_rows(path: Path, origin: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
+def write_json(path: Path, origin: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON value: the provenance, and the rows, one a line."""
     lines = ",\n".join(json.dumps(row) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -88,9 +88,8 @@ def main() -> None:
     """Measure, print and write."""
     arguments = make_parser(__file__, __doc__).parse_args()
     keep_freed_memory()
-    model = (
-        RefSAM.from_pretrained("nano").eval().optimize(fixed_weights=True)
-    )  # as the command does
+    # As the command does.
+    model = RefSAM.from_pretrained("nano").eval().optimize(fixed_weights=True)
     choose_threads(model.device, model.config.image_encoder.multiplications)
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder) / "clip.mp4"

@@ -128,7 +128,7 @@ class RowsFile:
         self.rows[row_order(row)] = row | {"commit": self.origin["commit"]}
         if self.path:
             rows = (self.rows[key] for key in sorted(self.rows))
-            provenance.write_rows(self.path, self.origin, rows)
+            provenance.write_json(self.path, self.origin, rows)
 
 
 def row_order(row: Row) -> tuple[str, str, int]:

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(table_line(row))
     if options.out:
         origin = provenance.collect("cpu") | {"nvcc": plan.toolchain["compiler"]}
-        provenance.write_rows(options.out, origin, rows)
+        provenance.write_json(options.out, origin, rows)
     return int(any(row["spill_bytes"] > SPILL_LIMIT for row in rows))
 
 

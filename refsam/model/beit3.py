@@ -19,9 +19,8 @@ from refsam_kernels import PackedLinear, can_prepack
 EPS = 1e-5
 FIRST_POSITION = 2  # rows 0 and 1 of the position tables are never read
 Layer = Callable[[Tensor], Tensor]
-ArrangeLinear = Callable[
-    [Sequence[nn.Linear], bool], Layer
-]  # results side by side, with a GELU where True
+# Linear layers as one, their results side by side, followed by a GELU where True.
+ArrangeLinear = Callable[[Sequence[nn.Linear], bool], Layer]
 ArrangeNorm = Callable[[nn.LayerNorm], Layer]
 
 

@@ -49,9 +49,8 @@ class SoundTrack:
                 packet.stream = self._output
             except Exception as error:
                 return self._give_up(error)
-            self._container.mux(
-                packet
-            )  # its error is the caller's: a full disk ends the video, too
+            # Its error is the caller's: a full disk ends the video, too.
+            self._container.mux(packet)
 
     def close(self) -> None:
         """Close the file."""

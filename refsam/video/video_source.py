@@ -29,9 +29,8 @@ _DEFAULT_FPS = Fraction(24)
 _FEW_CORES = 2
 _PATIENCE = 0.3  # seconds that closing waits for a thread that waits for a stream
 _PATIENCE_WITH_FILES = 30.0  # decoding a frame of a file ends some time
-_DEFAULT_STREAM = (
-    5_000_000  # a stream marked as default counts as this many pixels more, as in ffmpeg
-)
+# A stream marked as default counts as this many pixels more, as in ffmpeg.
+_DEFAULT_STREAM = 5_000_000
 # Text that FFmpeg would draw as terminal art.
 _NO_PICTURES = frozenset({"ansi", "bintext", "xbin", "idf"})
 # Their packets are whole unless the file ends within one; broadcasts may lose parts of any.

@@ -27,9 +27,8 @@ SECONDS = 0.3
 def run(rows: Rows, head_dim: str, only: str = "") -> None:
     """A row for each way, global and in windows, forward, then forward and backward; or `only` for "peers"."""
     exact_products()
-    of_peers = (
-        only == "peers" and not IS_REHEARSAL
-    )  # FlexAttention is compiled for minutes on a CPU
+    # On a CPU, as in a rehearsal, FlexAttention is compiled for minutes.
+    of_peers = only == "peers" and not IS_REHEARSAL
     for setting in settings(int(head_dim)):
         facts = {"setting": setting.name}
         facts["direction"] = "forward, backward" if setting.trains else "forward"
